@@ -1,0 +1,94 @@
+"""Image quality through torch-fidelity: FID, KID and IS on MNIST features, FID on Inception features.
+
+Both sides are 32x32 (real digits zero-padded as the generated ones are). The reference set is the first 5,000 test
+digits for MNIST features; for Inception as many of them as the profile says. IS is over one split; KID takes 100
+subsets of min(N, 1,000) images, from a fixed seed. Features are what is compared, whichever network they come from.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+from tqdm import tqdm
+
+from lafq.classifier import Classifier
+from lafq.data import REFERENCE, mnist, unit_interval
+from lafq.files import load_tensors, save_tensors
+
+KID_SEED = 2020
+
+
+class Reference(NamedTuple):
+    """Features (N, d) of the reference digits with their FID statistics (mean and covariance)."""
+
+    features: Tensor
+    statistics: dict[str, np.ndarray]
+
+
+@torch.inference_mode()
+def mnist_features(classifier: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 images (N, 1, 32, 32) -> features (N, 128) and logits (N, 10) of the shipped classifier."""
+    pairs = [classifier(unit_interval(batch)) for batch in images.split(500)]
+    return torch.cat([f for f, _ in pairs]), torch.cat([z for _, z in pairs])
+
+
+@torch.inference_mode()
+def inception_features(extractor: FeatureExtractorInceptionV3, images: Tensor) -> Tensor:
+    """uint8 images (N, 1, 32, 32) -> pool features (N, 2048), the grey value repeated in the three colours."""
+    batches = tqdm(images.split(50), desc="Inception features", unit="batch", leave=False)
+    return torch.cat([extractor(batch.expand(-1, 3, -1, -1))[0] for batch in batches])
+
+
+def mnist_reference(classifier: Classifier) -> Reference:
+    """The reference digits seen by the classifier."""
+    features, _ = mnist_features(classifier, mnist(train=False)[0][REFERENCE])
+    return Reference(features, fid_features_to_statistics(features))
+
+
+def inception_reference(extractor: FeatureExtractorInceptionV3, images: int, cache: Path) -> Reference:
+    """The first `images` reference digits seen by Inception; their features are computed once and kept in `cache`."""
+    digits = mnist(train=False)[0][REFERENCE][:images]
+    if len(digits) < images:
+        raise ValueError(f"{images} Inception reference images asked for: there are {len(digits)}")
+    path = cache / f"inception_reference_{images}.safetensors"
+    if not path.is_file():
+        save_tensors(path, {"features": inception_features(extractor, digits)})
+    features = load_tensors(path, "the notebook")[0]["features"]
+    return Reference(features, fid_features_to_statistics(features))
+
+
+def fid(features: Tensor, reference: Reference) -> float:
+    """Frechet distance between Gaussians fitted to the features (N, d) and to the reference; at least two images."""
+    if len(features) < 2:
+        raise ValueError("FID needs at least two images")
+    statistics = fid_features_to_statistics(features)
+    return fid_statistics_to_metric(statistics, reference.statistics, verbose=False)[KEY_METRIC_FID]
+
+
+def kid(features: Tensor, reference: Reference) -> float:
+    """Unbiased squared MMD, cubic polynomial kernel, between the features (N, d) and the reference."""
+    size = min(len(features), len(reference.features), 1000)
+    return kid_features_to_metric(
+        features, reference.features, kid_subsets=100, kid_subset_size=size, rng_seed=KID_SEED, verbose=False
+    )[KEY_METRIC_KID_MEAN]
+
+
+def inception_score(logits: Tensor) -> float:
+    """exp of the mean KL divergence between p(y|x) and p(y), over one split, from logits (N, 10)."""
+    return isc_features_to_metric(logits, splits=1)[KEY_METRIC_ISC_MEAN]
+
+
+def score(images: Tensor, classifier: Classifier, reference: Reference) -> dict[str, float]:
+    """fid_mnist, is_mnist and kid_mnist of uint8 images (N, 1, 32, 32)."""
+    features, logits = mnist_features(classifier, images)
+    return {
+        "fid_mnist": fid(features, reference),
+        "is_mnist": inception_score(logits),
+        "kid_mnist": kid(features, reference),
+    }

@@ -1,0 +1,95 @@
+"""Fisher values -> which weights are kept in full precision.
+
+Every rule takes `scores`, the Fisher values keyed by parameter name, and returns a boolean tensor of the same shape for
+each name: True where the weight is kept. `by_tensor` makes the scores of the released code, one value a weight tensor;
+the per-weight Fisher itself is what the poster describes. A layer is the part of the name before the first dot.
+
+Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information" (IEIE 2024), quantization section.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+GROUPS = {
+    "Layer1-2": ("Layer1", "Layer2"),
+    "Layer3-5": ("Layer3", "Layer4", "Layer5"),
+    "Layer6": ("Layer6",),
+}
+UNITS = ("tensor", "weight")
+
+
+def by_unit(fisher: dict[str, Tensor], unit: str) -> dict[str, Tensor]:
+    """Scores of the unit: "tensor" gives the mean Fisher value of each weight tensor (0-dim), "weight" every value."""
+    if unit not in UNITS:
+        raise ValueError(f"unknown unit {unit!r}: choose one of {', '.join(UNITS)}")
+    return {n: f.mean() for n, f in fisher.items()} if unit == "tensor" else dict(fisher)
+
+
+def by_layer(scores: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The scores of each layer, in the order of the names."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, score in scores.items():
+        layers.setdefault(name.split(".", 1)[0], {})[name] = score
+    return layers
+
+
+def keep_global(scores: dict[str, Tensor], tau: float) -> dict[str, Tensor]:
+    """One threshold for all layers: keep F >= tau."""
+    return {n: s >= tau for n, s in scores.items()}
+
+
+def keep_groups(scores: dict[str, Tensor], taus: dict[str, float]) -> dict[str, Tensor]:
+    """A threshold for each of Layer1-2, Layer3-5 and Layer6: keep F >= tau of the group.
+
+    Raises ValueError for a group without a threshold, or a layer in no group.
+    """
+    if set(taus) != set(GROUPS):
+        raise ValueError(f"thresholds were given for {', '.join(taus)}: give one for each of {', '.join(GROUPS)}")
+    tau_of = {layer: taus[group] for group, layers in GROUPS.items() for layer in layers}
+    if unknown := [layer for layer in by_layer(scores) if layer not in tau_of]:
+        raise ValueError(f"unknown layer {unknown[0]!r}: the groups cover {', '.join(tau_of)}")
+    return {n: s >= tau_of[n.split(".", 1)[0]] for n, s in scores.items()}
+
+
+def group_taus(scores: dict[str, Tensor], factor: float) -> dict[str, float]:
+    """A threshold a group: `factor` times the mean Fisher value of the group's units."""
+    layers = by_layer(scores)
+    return {
+        group: factor * _values([s for name in names for s in layers.get(name, {}).values()]).mean().item()
+        for group, names in GROUPS.items()
+    }
+
+
+def keep_ratio(scores: dict[str, Tensor], ratio: float) -> dict[str, Tensor]:
+    """Per layer, keep the floor(ratio * n) units of highest Fisher value, n the layer's units; ties go to the first.
+
+    Raises ValueError for a ratio outside [0, 1].
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio {ratio} is outside [0, 1]: it is the share of a layer's units to keep")
+    keep = {}
+    for layer in by_layer(scores).values():
+        values = _values(list(layer.values()))
+        # 1e-9: 0.29 * 100 is 28.999999999999996 in binary.
+        count = math.floor(ratio * len(values) + 1e-9)
+        mask = torch.zeros_like(values, dtype=torch.bool)
+        mask[values.argsort(descending=True, stable=True)[:count]] = True
+        parts = mask.split([s.numel() for s in layer.values()])
+        keep |= {n: part.view(s.shape) for (n, s), part in zip(layer.items(), parts, strict=True)}
+    return keep
+
+
+def keep_mean_std(scores: dict[str, Tensor], k: float) -> dict[str, Tensor]:
+    """Per layer, keep F >= mean + k * std of the layer's Fisher values (population std)."""
+    keep = {}
+    for layer in by_layer(scores).values():
+        values = _values(list(layer.values())).double()
+        tau = values.mean() + k * values.std(correction=0)
+        keep |= {n: s >= tau for n, s in layer.items()}
+    return keep
+
+
+def _values(scores: list[Tensor]) -> Tensor:
+    return torch.cat([s.reshape(-1) for s in scores])

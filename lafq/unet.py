@@ -1,0 +1,129 @@
+"""The Simple Diffusion Model of the paper: a U-Net of six layers (stages) at any width W.
+
+Input and output are (B, 1, 32, 32). With W = 64 it has the paper's 35,178,689 parameters (134.20 MiB in FP32).
+
+Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information" (IEIE 2024), model section.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYERS = ("Layer1", "Layer2", "Layer3", "Layer4", "Layer5", "Layer6")
+MULTIPLIERS = (1, 2, 4, 8, 8, 6)
+DOWN = 3
+ATTENTION = ("Layer2", "Layer6")
+TIMESTEPS = 1000
+
+
+def time_table(channels: int, timesteps: int = TIMESTEPS) -> Tensor:
+    """Sinusoidal embedding of every timestep, sin and cos interleaved: (timesteps, channels)."""
+    frequency = torch.exp(torch.arange(0, channels, 2) * (-math.log(10000.0) / channels))
+    angle = torch.arange(timesteps)[:, None] * frequency
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+
+
+class ResidualBlock(nn.Module):
+    """Add the time embedding, then x + conv(ReLU(norm(dropout(conv(ReLU(norm(x)))))))."""
+
+    def __init__(self, channels: int, groups: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        x = x + embedding[:, : x.shape[1], None, None]
+        h = self.dropout(self.conv1(F.relu(self.norm1(x))))
+        return x + self.conv2(F.relu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the pixels of (B, C, H, W); neither norm nor residual, as in the paper."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+        return self.out(y).transpose(1, 2).reshape(b, c, h, w)
+
+
+class Stage(nn.Module):
+    """One "layer" of the paper: residual block, attention where marked, residual block, resampling convolution."""
+
+    def __init__(self, channels: int, groups: int, heads: int | None, down: bool, dropout: float) -> None:
+        super().__init__()
+        self.block1 = ResidualBlock(channels, groups, dropout)
+        self.attention = Attention(channels, heads) if heads else nn.Identity()
+        self.block2 = ResidualBlock(channels, groups, dropout)
+        self.resample = (
+            nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1)
+            if down
+            else nn.ConvTranspose2d(channels, channels // 2, 4, stride=2, padding=1)
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> the resampled output and the output before resampling (the skip connection)."""
+        x = self.block2(self.attention(self.block1(x, embedding)), embedding)
+        return self.resample(x), x
+
+
+class UNet(nn.Module):
+    """Noise prediction eps_theta(x_t, t) of the six-layer Simple Diffusion Model.
+
+    Parameters
+    ----------
+    width: channels of Layer1 (64 in the paper); even, at least 4.
+    dropout: probability inside the residual blocks (0.1 in the paper).
+
+    Raises ValueError for a width the six layers cannot be built with.
+    """
+
+    def __init__(self, width: int = 64, dropout: float = 0.1) -> None:
+        super().__init__()
+        if width < 4 or width % 2:
+            raise ValueError(f"width {width} cannot be built: choose an even number of at least 4 (the paper's is 64)")
+        self.width = width
+        self.register_buffer("times", time_table(8 * width), persistent=False)
+        self.inp = nn.Conv2d(1, width, 3, padding=1)
+        for i, (name, multiplier) in enumerate(zip(LAYERS, MULTIPLIERS, strict=True)):
+            channels = multiplier * width
+            heads = math.gcd(8, channels) if name in ATTENTION else None
+            self.add_module(name, Stage(channels, width // 2, heads, i < DOWN, dropout))
+        self.out1 = nn.Conv2d(4 * width, 2 * width, 3, padding=1)
+        self.out2 = nn.Conv2d(2 * width, 1, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: (B, 1, 32, 32), t: (B,) whole numbers in 0..999 (0 = clean) -> predicted noise (B, 1, 32, 32)."""
+        embedding = self.times[t]
+        x = self.inp(x)
+        skips = []
+        for i, name in enumerate(LAYERS):
+            x, skip = getattr(self, name)(x, embedding)
+            if i < DOWN:
+                skips.append(skip)
+            else:
+                x = torch.cat((x, skips.pop()), dim=1)
+        return self.out2(F.relu(self.out1(x)))
+
+
+def layer_of(parameter: str) -> str | None:
+    """The layer a parameter name belongs to, or None for the input and output convolutions."""
+    layer = parameter.split(".", 1)[0]
+    return layer if layer in LAYERS else None
+
+
+def quantizable(model: nn.Module) -> dict[str, Tensor]:
+    """The weight tensors (not biases, not norms) of the six layers, by name, in the order of the network."""
+    return {n: p.detach() for n, p in model.named_parameters() if p.ndim > 1 and layer_of(n)}
