@@ -29,8 +29,8 @@ GRADIENT_BYTES = 2**29
 class Fisher(NamedTuple):
     """weights: F of every weight, by parameter name, in the parameter's shape.
 
-    timesteps: mean F of a tensor within a timestep bin, one row a bin and tensor, columns `parameter, t_low, t_high,
-    fisher` (t_high inclusive).
+    timesteps: mean F of a tensor within a timestep bin, one row a bin and tensor, columns `parameter, layer, weights,
+    t_low, t_high, fisher` (weights: their number in the tensor; t_high inclusive).
     """
 
     weights: dict[str, Tensor]
@@ -87,9 +87,11 @@ def empirical_fisher(
                 total[name] += value
                 in_bin[name] += value.mean().item()
             bar.update(len(part))
-        rows += [(n, edges[b], edges[b + 1] - 1, value / count) for n, value in in_bin.items()]
+        for name, value in in_bin.items():
+            layer, size = name.split(".", 1)[0], chosen[name].numel()
+            rows.append((name, layer, size, edges[b], edges[b + 1] - 1, value / count))
     bar.close()
     weights = {n: value / samples for n, value in total.items()}
     if bad := [n for n, f in weights.items() if not torch.isfinite(f).all()]:
         raise ValueError(f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged")
-    return Fisher(weights, pd.DataFrame(rows, columns=["parameter", "t_low", "t_high", "fisher"]))
+    return Fisher(weights, pd.DataFrame(rows, columns=["parameter", "layer", "weights", "t_low", "t_high", "fisher"]))

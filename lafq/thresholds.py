@@ -53,13 +53,40 @@ def keep_groups(scores: dict[str, Tensor], taus: dict[str, float]) -> dict[str, 
     return {n: s >= tau_of[n.split(".", 1)[0]] for n, s in scores.items()}
 
 
-def group_taus(scores: dict[str, Tensor], factor: float) -> dict[str, float]:
-    """A threshold a group: `factor` times the mean Fisher value of the group's units."""
+def group_means(scores: dict[str, Tensor]) -> dict[str, float]:
+    """Mean Fisher value over the units of each group."""
     layers = by_layer(scores)
     return {
-        group: factor * _values([s for name in names for s in layers.get(name, {}).values()]).mean().item()
+        group: _values([s for name in names for s in layers.get(name, {}).values()]).mean().item()
         for group, names in GROUPS.items()
     }
+
+
+def relative_to_group(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores divided by their group's mean: a cut c of these is the group-wise rule with tau = c * the group's mean."""
+    mean_of = {layer: mean for group, mean in group_means(scores).items() for layer in GROUPS[group]}
+    return {n: s / mean_of[n.split(".", 1)[0]] for n, s in scores.items()}
+
+
+def standardized(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """(F - mean) / std over each layer's units (population std): a cut k of these is the poster's mean/std rule."""
+    result = {}
+    for layer in by_layer(scores).values():
+        values = _values(list(layer.values())).double()
+        mean, std = values.mean(), values.std(correction=0)
+        result |= {n: ((s - mean) / std if std > 0 else s - mean) for n, s in layer.items()}
+    return result
+
+
+def cuts(scores: dict[str, Tensor], count: int) -> list[float]:
+    """Thresholds worth trying, highest first: every value where there are at most `count`, else as many quantiles.
+
+    The first keeps nothing, the last everything.
+    """
+    values = _values(list(scores.values())).unique()
+    if len(values) > count:
+        values = values[torch.linspace(0, len(values) - 1, count).round().long()]
+    return [math.inf, *values.flip(0).tolist()]
 
 
 def keep_ratio(scores: dict[str, Tensor], ratio: float) -> dict[str, Tensor]:
@@ -82,13 +109,8 @@ def keep_ratio(scores: dict[str, Tensor], ratio: float) -> dict[str, Tensor]:
 
 
 def keep_mean_std(scores: dict[str, Tensor], k: float) -> dict[str, Tensor]:
-    """Per layer, keep F >= mean + k * std of the layer's Fisher values (population std)."""
-    keep = {}
-    for layer in by_layer(scores).values():
-        values = _values(list(layer.values())).double()
-        tau = values.mean() + k * values.std(correction=0)
-        keep |= {n: s >= tau for n, s in layer.items()}
-    return keep
+    """Per layer, keep F >= mean + k * std of the layer's Fisher values; of the poster's two signs the one that can cut."""
+    return keep_global(standardized(scores), k)
 
 
 def _values(scores: list[Tensor]) -> Tensor:

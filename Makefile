@@ -1,0 +1,52 @@
+# lafq: `make reproduce` and `make test` do all their set-up; `make help` lists the verbs.
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/.ready
+PROFILE ?=
+NOTEBOOK ?=
+TRAIN ?= 0
+# Idle worker threads sleep instead of spinning: other work on the same cores costs less then.
+export OMP_WAIT_POLICY ?= PASSIVE
+RUN = $(BIN)/python -m lafq.run
+CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true)
+
+.PHONY: help setup reproduce resume publish classifier test lint clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  options: PROFILE=smoke|mini|paper  TRAIN=1 (retrain)  NOTEBOOK=03 (only that one)"
+
+setup: $(READY)  ## virtual environment .venv with the pinned packages
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+		echo "Python 3.11 is needed, and '$(PYTHON)' is not it: name yours with 'make PYTHON=/path/to/python3.11'" >&2; exit 1; }
+	@echo "setting up .venv with the pinned packages (some minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+reproduce: $(READY)  ## compute every number, table and figure anew (mini: half an hour on two cores)
+	@$(RUN) reproduce $(CHOICE)
+
+resume: $(READY)  ## go on with an interrupted `make reproduce`, without repeating a finished configuration
+	@$(RUN) resume $(CHOICE)
+
+publish: $(READY)  ## refresh notebooks/ from results/, without computing anything
+	@$(RUN) publish $(if $(NOTEBOOK),--only $(NOTEBOOK))
+
+classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
+	@$(BIN)/python -m lafq.classifier
+
+lint: $(READY)  ## ruff over code and notebooks
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (under 10 minutes)
+	@$(BIN)/python -m pytest -q
+	@$(RUN) reproduce --profile smoke
+	@TQDM_DISABLE=1 $(BIN)/python -m pytest -q -p no:cacheprovider --nbval build/smoke --nbval-current-env
+	@TQDM_DISABLE=1 $(BIN)/python -m pytest -q -p no:cacheprovider --nbval notebooks --nbval-current-env
+
+clean:  ## remove .venv and build (results/ stays)
+	@rm -rf .venv build

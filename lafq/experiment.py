@@ -1,0 +1,249 @@
+"""What the notebooks do again and again: set up, train or load the weights, evaluate a list of precision plans."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lafq import classifier, inception, metrics, paths, quantize, training
+from lafq.data import mnist
+from lafq.diffusion import sample
+from lafq.files import load_tensors, replacing, save_tensors
+from lafq.fisher import Fisher
+from lafq.thresholds import UNITS, by_unit, cuts, keep_global, keep_ratio
+from lafq.unet import UNet, quantizable
+
+MIB = 2**20
+CHECKPOINT, WEIGHTS = "checkpoint.safetensors", "ema.safetensors"
+
+
+class Configuration(NamedTuple):
+    """A row to evaluate: its key in every table, its precision plan, and whether Inception shall see its images."""
+
+    method: str
+    threshold: str
+    format: str
+    unit: str
+    plan: quantize.Plan
+    inception: bool = False
+
+
+def set_up(profile: str, threads: int, device: str = "auto") -> torch.device:
+    """Check the profile, fix the number of threads and name the device ("auto": a CUDA GPU where one is visible).
+
+    Raises ValueError for an unknown profile, RuntimeError when CUDA is asked for and absent.
+    """
+    known = sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
+    if profile not in known:
+        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("DEVICE is cuda, but no CUDA GPU is visible: set DEVICE to auto or cpu")
+    torch.set_num_threads(threads)
+    chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    # Quantization is judged in FP32 compute: TF32 keeps 10 mantissa bits, as FP16 does.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return torch.device(chosen)
+
+
+def train(
+    profile: str, width: int, device: torch.device, *, seed: int, steps: int, dropout: float, window: int = 50, **settings: Any
+) -> None:
+    """Train (or continue) the model of a profile; writes results/<profile>/ema.safetensors and training.csv.
+
+    training.csv has the loss averaged over windows of `window` steps. `settings` are those of `training.fit`.
+    """
+    torch.manual_seed(seed)
+    model = UNet(width, dropout).to(device, memory_format=torch.channels_last)
+    checkpoint = paths.BUILD / profile / CHECKPOINT
+    weights, losses = training.fit(model, mnist(train=True)[0], checkpoint, steps=steps, seed=seed, **settings)
+    save_tensors(paths.RESULTS / profile / WEIGHTS, weights, width=width, steps=steps, seed=seed, dropout=dropout, **settings)
+    loss = pd.Series(losses, index=range(1, steps + 1)).groupby(lambda step: -(-step // window) * window).mean()
+    with replacing(paths.RESULTS / profile / "training.csv") as temporary:
+        loss.rename_axis("step").rename("loss").to_csv(temporary, float_format="%.6f")
+
+
+def load_model(profile: str, width: int, device: torch.device | str = "cpu") -> UNet:
+    """The model of a profile with its trained EMA weights, in evaluation mode.
+
+    Raises FileNotFoundError naming 01_train when there are none, ValueError when they are of another width or damaged.
+    """
+    tensors, _ = load_tensors(paths.RESULTS / profile / WEIGHTS, "01_train with TRAIN=1", width=width)
+    model = UNet(width)
+    model.load_state_dict(tensors)
+    return model.eval().to(device, memory_format=torch.channels_last)
+
+
+def save_fisher(profile: str, fisher: Fisher, width: int) -> None:
+    """Write every weight's Fisher value to results/<profile>/fisher.safetensors (not committed: 02_fisher makes it)."""
+    save_tensors(paths.RESULTS / profile / "fisher.safetensors", fisher.weights, width=width)
+
+
+def load_fisher(profile: str, width: int) -> dict[str, Tensor]:
+    """The Fisher value of every weight, by parameter name, as 02_fisher wrote them."""
+    path = paths.RESULTS / profile / "fisher.safetensors"
+    return load_tensors(path, "02_fisher with COMPUTE=True", width=width)[0]
+
+
+def sizes(model: nn.Module, plans: list[quantize.Plan]) -> pd.DataFrame:
+    """Kept share, stored MiB and share of the FP32 bytes, one row a plan."""
+    full = quantize.nbytes(model, {})
+    stored = [(kept_share(model, plan), quantize.nbytes(model, plan)) for plan in plans]
+    table = pd.DataFrame(stored, columns=["kept_share", "mem_mib"])
+    return table.assign(mem_mib=table["mem_mib"] / MIB, mem_share=table["mem_mib"] / full)
+
+
+def sweep(model: nn.Module, scores: dict[str, Tensor], low: str, unit: str, count: int) -> pd.DataFrame:
+    """Size of the plan at every threshold of `thresholds.cuts`: columns format, unit, cut, kept_share, mem_mib, mem_share."""
+    values = cuts(scores, count)
+    table = pd.concat([sizes(model, [quantize.make_plan(keep_global(scores, cut), low)]) for cut in values])
+    return table.reset_index(drop=True).pipe(lambda t: pd.DataFrame({"format": low, "unit": unit, "cut": values}).join(t))
+
+
+def nearest(sweeps: pd.DataFrame, share: float) -> pd.DataFrame:
+    """Of every (format, unit) the row of `sweep` whose share of the baseline's bytes is nearest to `share`."""
+    distance = (sweeps["mem_share"] - share).abs()
+    return sweeps.loc[distance.groupby([sweeps["format"], sweeps["unit"]]).idxmin()].reset_index(drop=True)
+
+
+def at_cuts(
+    method: str, symbol: str, chosen: pd.DataFrame, scores: dict[str, dict[str, Tensor]], inception: bool = False
+) -> list[Configuration]:
+    """A configuration for every row of `nearest`; scores by unit; the threshold is written `symbol=cut`."""
+    return [
+        Configuration(
+            method,
+            f"{symbol}={row.cut:.3g}",
+            row.format,
+            row.unit,
+            quantize.make_plan(keep_global(scores[row.unit], row.cut), row.format),
+            inception,
+        )
+        for row in chosen.itertuples()
+    ]
+
+
+def uniform(model: nn.Module, formats: tuple[str, ...] = ("fp16", "int8")) -> list[Configuration]:
+    """All weights of the six layers in one format: the rows that go with every table."""
+    return [
+        Configuration("uniform", "all", low, "tensor", dict.fromkeys(quantizable(model), low), inception=True) for low in formats
+    ]
+
+
+def kept_share(model: nn.Module, plan: quantize.Plan) -> float:
+    """Share of the six layers' weights that the plan leaves in FP32."""
+    weights = quantizable(model)
+    kept = {n: int(plan[n][0].sum()) if isinstance(plan.get(n), tuple) else 0 for n in plan}
+    return sum(kept.get(n, w.numel()) for n, w in weights.items()) / sum(w.numel() for w in weights.values())
+
+
+def ratio_configurations(
+    fisher: dict[str, Tensor], ratios: list[float], coarse: list[float], formats: list[str]
+) -> list[Configuration]:
+    """The ratio sweep: the paper's ratios at both units, the coarse ones for single weights; Inception for FP16 weights."""
+    return [
+        Configuration(
+            "ratio",
+            f"{ratio:.2f}",
+            low,
+            unit,
+            quantize.make_plan(keep_ratio(by_unit(fisher, unit), ratio), low),
+            inception=low == "fp16" and unit == "weight" and ratio in ratios,
+        )
+        for unit in UNITS
+        for low in formats
+        for ratio in sorted({*ratios, *(coarse if unit == "weight" else ())})
+    ]
+
+
+def evaluate(
+    model: nn.Module,
+    configurations: list[Configuration],
+    profile: str,
+    *,
+    images: int,
+    steps: int,
+    seed: int,
+    inception_reference: int = 0,
+    inception_weights: str = "",
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Sample every configuration from the same noise and score the images.
+
+    Returns one row a configuration (its key, kept_share, mem_mib, mem_share, the metrics, n_images, sample) and the
+    uint8 images (N, 32, 32) by `sample`, a digest of the quantized weights and the noise: equal plans are sampled once,
+    and what an interrupted run had finished is taken from build/<profile>/samples. All plans are checked first.
+    inception_reference: number of reference digits for the Inception columns; 0 leaves them empty.
+    """
+    if images < 1:
+        raise ValueError(f"{images} images asked for: at least one is needed")
+    size = sizes(model, [c.plan for c in configurations])
+    network = classifier.load()
+    reference = metrics.mnist_reference(network)
+    seen_by_inception = _inception_scorer(profile, inception_reference, inception_weights)
+    rows, samples = [], {}
+    for configuration, (_, bytes_row) in zip(configurations, size.iterrows(), strict=True):
+        quantized = quantize.unpack(quantize.pack(model, configuration.plan), model)
+        key = _digest(quantized, images, steps, seed)
+        generated = _sampled(quantized, paths.BUILD / profile / "samples" / f"{key}.npz", images, steps, seed)
+        samples[key] = generated[:, 0].numpy()
+        scores = metrics.score(generated, network, reference)
+        scores["fid_inception"] = seen_by_inception(key, generated) if configuration.inception else float("nan")
+        key_columns = {k: v for k, v in configuration._asdict().items() if k not in ("plan", "inception")}
+        rows.append({**key_columns, **bytes_row, **scores, "n_images": images, "sample": key})
+        print(f"{' '.join(key_columns.values())}: {rows[-1]['mem_mib']:.2f} MiB, FID (MNIST) {scores['fid_mnist']:.2f}")
+    return pd.DataFrame(rows), samples
+
+
+def quality(model: nn.Module, profile: str, *, images: int, block: int, steps: int, seed: int) -> pd.DataFrame:
+    """Metrics of the unquantized model on `images` images and on each disjoint block of them, the metric's own spread.
+
+    One row for all and one a block: columns images (a range), n_images, fid_mnist, is_mnist, kid_mnist.
+    """
+    generated = _sampled(model, paths.BUILD / profile / "samples" / f"{_digest(model, images, steps, seed)}.npz", images, steps, seed)
+    network = classifier.load()
+    reference = metrics.mnist_reference(network)
+    parts = {f"0-{images - 1}": generated} | {
+        f"{start}-{start + block - 1}": generated[start : start + block] for start in range(0, images - block + 1, block)
+    }
+    scores = [{"images": k, "n_images": len(x), **metrics.score(x, network, reference)} for k, x in parts.items()]
+    return pd.DataFrame(scores)
+
+
+def _inception_scorer(profile: str, reference_images: int, weights: str) -> Any:
+    if not reference_images:
+        print("Inception columns: left empty (this profile asks for no Inception reference)")
+        return lambda key, images: float("nan")
+    extractor, source = inception.load(weights)
+    print(source)
+    if extractor is None:
+        return lambda key, images: float("nan")
+    cache = paths.BUILD / "inception"
+    reference = metrics.inception_reference(extractor, reference_images, cache)
+
+    def scored(key: str, images: Tensor) -> float:
+        path = paths.BUILD / profile / "samples" / f"{key}.inception.safetensors"
+        if not path.is_file():
+            save_tensors(path, {"features": metrics.inception_features(extractor, images)})
+        return metrics.fid(load_tensors(path, "this notebook")[0]["features"], reference)
+
+    return scored
+
+
+def _sampled(model: nn.Module, path: Path, images: int, steps: int, seed: int) -> Tensor:
+    if path.is_file():
+        return torch.from_numpy(np.load(path)["images"])
+    generated = sample(model, images, steps, seed)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, images=generated.numpy())
+    return generated
+
+
+def _digest(model: nn.Module, images: int, steps: int, seed: int) -> str:
+    content = hashlib.sha256(f"{images} {steps} {seed}".encode())
+    for name, p in model.named_parameters():
+        content.update(name.encode())
+        content.update(p.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]

@@ -1,0 +1,120 @@
+"""Figures. Every function draws numbers it is given on axes it is given, and computes nothing else.
+
+Colours are seaborn's colour-blind palette, or viridis where they stand for a timestep.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+
+from lafq.paper import BEST_RATIOS, Published
+
+sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={"figure.constrained_layout.use": True})
+MARKERS = {"fp16": "o", "int8": "s"}
+
+
+def digits(ax: Axes, images: np.ndarray, columns: int, title: str) -> None:
+    """A grid of grey images (N, 32, 32), N rounded down to whole rows of `columns`."""
+    columns = min(columns, len(images))
+    rows = len(images) // columns
+    grid = images[: rows * columns].reshape(rows, columns, 32, 32).transpose(0, 2, 1, 3).reshape(rows * 32, columns * 32)
+    ax.imshow(grid, cmap="gray", vmin=0, vmax=255)
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.grid(False)
+
+
+def loss_curve(ax: Axes, losses: pd.DataFrame) -> None:
+    """Training loss over steps (columns step, loss), log scale."""
+    ax.plot(losses["step"], losses["loss"], lw=1)
+    ax.set(yscale="log", xlabel="training step", ylabel="noise-prediction MSE", title="Training loss (mean of 50 steps)")
+
+
+def fisher_by_tensor(axes: Sequence[Axes], timesteps: pd.DataFrame) -> None:
+    """One panel a layer: weight tensors on x, mean Fisher on a log y axis, one line a timestep bin."""
+    bins = sorted(timesteps["t_low"].unique())
+    colours = plt.get_cmap("viridis")(np.linspace(0, 1, len(bins)))
+    for ax, (layer, rows) in zip(axes, timesteps.groupby("layer"), strict=True):
+        names = list(dict.fromkeys(rows["parameter"]))
+        for t, colour in zip(bins, colours, strict=True):
+            line = rows[rows["t_low"] == t].set_index("parameter").loc[names, "fisher"]
+            ax.plot(range(len(names)), line, color=colour, marker=".", lw=1)
+        short = [name.split(".", 1)[1].removesuffix(".weight").replace("attention", "attn") for name in names]
+        ax.set_xticks(range(len(names)), short, rotation=60, ha="right", fontsize=9)
+        ax.set(title=layer, yscale="log", ylabel="mean Fisher")
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, 999), "viridis")
+    axes[0].figure.colorbar(scale, ax=list(axes), label="timestep t (0 = clean)")
+
+
+def fisher_by_group(ax: Axes, timesteps: pd.DataFrame) -> None:
+    """Mean (solid) and median (dashed) over the weight tensors of Layer 1-2 and of Layer 3-6, by timestep."""
+    group = np.where(timesteps["layer"].isin(["Layer1", "Layer2"]), "Layer 1-2", "Layer 3-6")
+    by_time = timesteps.assign(group=group).groupby(["group", "t_low"])["fisher"].agg(["mean", "median"])
+    for colour, name in zip(sns.color_palette(), ("Layer 1-2", "Layer 3-6"), strict=False):
+        for statistic, style in (("mean", "-"), ("median", "--")):
+            ax.plot(by_time.loc[name].index, by_time.loc[name, statistic], style, color=colour, label=f"{name}, {statistic}")
+    ax.set(yscale="log", xlabel="timestep t (0 = clean; lower edge of the bin)", ylabel="Fisher of the weight tensors")
+    ax.set_title("Fisher information by group")
+    ax.legend()
+
+
+def fisher_map(ax: Axes, timesteps: pd.DataFrame) -> None:
+    """Mean Fisher a weight: layers on y, timestep bins on x, log colour scale."""
+    total = timesteps.assign(total=timesteps["fisher"] * timesteps["weights"]).groupby(["layer", "t_low"])[["total", "weights"]].sum()
+    table = (total["total"] / total["weights"]).unstack()
+    sns.heatmap(table, ax=ax, norm=LogNorm(table.min().min(), table.max().max()), cmap="viridis", cbar_kws={"label": "mean Fisher"})
+    ax.set(xlabel="timestep t (0 = clean; lower edge of the bin)", ylabel="", title="Mean Fisher information a weight")
+
+
+def size_curve(ax: Axes, sizes: pd.DataFrame, share: float, label: str, log: bool = False) -> None:
+    """Stored share of the FP32 bytes over the threshold, a line a (format, unit); the paper's share dashed."""
+    for (low, unit), rows in sizes[np.isfinite(sizes["cut"])].groupby(["format", "unit"]):
+        ax.plot(rows["cut"], 100 * rows["mem_share"], marker=MARKERS[low], ms=4, lw=1, label=f"{low}, unit {unit}")
+    ax.axhline(100 * share, color="black", ls="--", lw=1, label=f"the paper's size, {100 * share:.1f} %")
+    ax.set(xlabel=label, ylabel="stored bytes (% of FP32)", ylim=(0, 108), xscale="log" if log else "linear")
+    ax.legend(fontsize=9)
+
+
+def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
+    """A metric over stored MiB, a marker a row; the unquantized baseline as a dashed line."""
+    baseline = table[table["method"] == "baseline"][metric].item()
+    ax.axhline(baseline, color="black", ls="--", lw=1, label="FP32 baseline")
+    rows = table[table["method"] != "baseline"].assign(kind=lambda t: t["method"] + ", " + t["format"] + ", " + t["unit"])
+    sns.scatterplot(rows, x="mem_mib", y=metric, hue="kind", style="kind", s=90, ax=ax)
+    ax.set(xlabel="stored MiB", ylabel=label)
+    ax.legend(fontsize=9)
+
+
+def ratio_sweep(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
+    """A metric over the ratio kept, a line a (format, unit); the range the paper calls best shaded, the baseline dashed."""
+    rows = table[table["method"] == "ratio"]
+    rows = rows.assign(ratio=rows["threshold"].astype(float)).sort_values("ratio")
+    ax.axvspan(*BEST_RATIOS, color="0.85", label="best in the paper")
+    ax.axhline(table[table["method"] == "baseline"][metric].item(), color="black", ls="--", lw=1, label="FP32 baseline")
+    for (low, unit), line in rows.groupby(["format", "unit"]):
+        style = "-" if unit == "weight" else ":"
+        ax.plot(line["ratio"], line[metric], style, marker=MARKERS.get(low, "."), ms=5, lw=1.2, label=f"{low}, unit {unit}")
+    ax.set(xlabel="ratio r (share of a layer kept in FP32)", ylabel=label)
+    ax.legend(fontsize=9)
+
+
+def published_sweep(ax: Axes, rows: Sequence[Published]) -> None:
+    """The paper's own figure: FID over the ratio, with its baseline."""
+    ratio = [row for row in rows if row.method == "ratio"]
+    ax.axvspan(*BEST_RATIOS, color="0.85", label="best in the paper")
+    ax.plot([float(row.threshold) for row in ratio], [row.fid for row in ratio], marker="o", ms=5, label="poster")
+    ax.axhline(rows[0].fid, color="black", ls="--", lw=1, label="FP32 baseline (poster)")
+    ax.set(xlabel="ratio r", ylabel="FID (Inception, N = 100)", title="Published")
+    ax.legend(fontsize=9)
+
+
+def paired_digits(axes: Sequence[Axes], table: pd.DataFrame, samples: dict[str, np.ndarray], count: int) -> None:
+    """The first images of every row of a table, one line of images a row: a column shares its noise."""
+    for ax, row in zip(axes, table.itertuples(), strict=True):
+        digits(ax, samples[row.sample][:count], count, "")
+        name = " ".join(dict.fromkeys((row.method, row.threshold, row.format, row.unit)))
+        ax.set_ylabel(f"{name}\n{row.mem_mib:.2f} MiB", rotation=0, ha="right", va="center", fontsize=9)

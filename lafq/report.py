@@ -1,0 +1,153 @@
+"""Tables, images and figures of the notebooks: where they are kept, and how they are written."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lafq import paths
+from lafq.data import REFERENCE
+from lafq.files import replacing
+from lafq.paper import KEY
+from lafq.unet import LAYERS, UNet
+
+METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
+SHOWN = ["method", "threshold", "format", "unit", "kept_share", "mem_mib", "mem_share", "fid_mnist", "is_mnist", "kid_mnist"]
+
+
+def source(compute: bool, profile: str) -> str:
+    """The line a notebook opens with: where its tables come from."""
+    folder = f"results/{profile}"
+    if compute:
+        return f"COMPUTE is true: everything below is computed now and written to {folder}"
+    return f"COMPUTE is false: tables and images are loaded from {folder}, as the last `make reproduce` wrote them"
+
+
+def save_table(profile: str, name: str, table: pd.DataFrame) -> None:
+    """Write results/<profile>/<name>.csv, six significant digits."""
+    with replacing(paths.RESULTS / profile / f"{name}.csv") as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
+
+
+def load_table(profile: str, name: str) -> pd.DataFrame:
+    """Read results/<profile>/<name>.csv; FileNotFoundError names the remedy when there is none."""
+    path = _existing(profile, f"{name}.csv")
+    return pd.read_csv(path, dtype={"threshold": str}, keep_default_na=False, na_values=[""])
+
+
+def save_images(profile: str, name: str, images: dict[str, np.ndarray]) -> None:
+    """Write generated images, uint8 (N, 32, 32) by key, to results/<profile>/<name>.npz."""
+    with replacing(paths.RESULTS / profile / f"{name}.npz") as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **images)
+
+
+def load_images(profile: str, name: str) -> dict[str, np.ndarray]:
+    """Read what `save_images` wrote."""
+    with np.load(_existing(profile, f"{name}.npz")) as file:
+        return dict(file)
+
+
+def save_rows(profile: str, name: str, table: pd.DataFrame, images: dict[str, np.ndarray]) -> None:
+    """Write what `experiment.evaluate` returned: the table and the images, both named after the notebook."""
+    save_images(profile, name, images)
+    save_table(profile, name, table)
+
+
+def load_rows(profile: str, name: str, with_baseline: bool = False) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Read what `save_rows` wrote, on request with the baseline of 01_train as the first row."""
+    table, images = load_table(profile, name), load_images(profile, name)
+    if with_baseline:
+        baseline, its_images = load_rows(profile, "01_baseline")
+        table, images = pd.concat([baseline, table], ignore_index=True), its_images | images
+    return table, images
+
+
+def save_figure(profile: str, name: str, figure: Figure) -> None:
+    """Write figures/<profile>/<name>.png and .svg, without dates so that equal figures are equal bytes."""
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            with replacing(paths.FIGURES / profile / f"{name}.{suffix}") as temporary:
+                figure.savefig(temporary, format=suffix, dpi=150, bbox_inches="tight", metadata=metadata)
+
+
+def gather(profile: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """Put rows of `paper.compare` into results/<profile>/paper_comparison.csv in place of those of the same methods.
+
+    Returns the rows as the file has them.
+    """
+    path = paths.RESULTS / profile / "paper_comparison.csv"
+    if path.is_file():
+        old = load_table(profile, "paper_comparison")
+        rows = pd.concat([old[~old["method"].isin(rows["method"])], rows])
+    rows = rows.drop_duplicates(KEY, keep="last")
+    order = [METHODS.index(m) for m in rows["method"]]
+    rows = rows.assign(order=order).sort_values(["order", "threshold", "format", "unit"], kind="stable")
+    save_table(profile, "paper_comparison", rows.drop(columns="order"))
+    return load_table(profile, "paper_comparison")
+
+
+def note(images: int, steps: int, inception_reference: int) -> str:
+    """The sentence under every table: N, sampling, reference sets and padding."""
+    inception = f"the first {inception_reference:,} of them for Inception" if inception_reference else "no Inception columns"
+    return (
+        f"N = {images} images a row, {steps} sampling steps, the same noise in every row. Reference: test digits "
+        f"{REFERENCE.start:,}-{REFERENCE.stop - 1:,} ({REFERENCE.stop:,} images) for MNIST features, {inception}; both "
+        "sides 32x32 (28x28 zero-padded). IS over one split. MiB = 2**20 bytes. No error bars: one draw of the noise."
+    )
+
+
+def tidy(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `experiment.evaluate` as it is shown: rounded, without the sample digests."""
+    columns = [c for c in [*SHOWN, "fid_inception"] if c in table and not (c == "fid_inception" and table[c].isna().all())]
+    return table[columns].round(dict.fromkeys(columns[4:], 3) | {"mem_mib": 2, "fid_mnist": 2, "is_mnist": 2, "fid_inception": 2})
+
+
+def comparison(profile: str, *methods: str) -> pd.DataFrame:
+    """The rows of paper_comparison.csv of some methods (all without any), as they are shown: "" where there is no value."""
+    table = load_table(profile, "paper_comparison")
+    table = table[table["method"].isin(methods or METHODS)].drop(columns="profile").reset_index(drop=True)
+    digits = {"mem_share": 3, "mem_share_paper": 3, "kid_mnist": 3}
+    numbers = table.select_dtypes("float")
+    return table.assign(**{c: [f"{v:.{digits.get(c, 2)}f}" if pd.notna(v) else "" for v in numbers[c]] for c in numbers})
+
+
+def extremes(table: pd.DataFrame) -> pd.DataFrame:
+    """The baseline, the uniform rows and, for every format and unit, the smallest and the largest ratio sampled."""
+    ratio = table[(table["method"] == "ratio") & ~table["threshold"].isin(["0.00", "1.00"])]
+    ends = [rows.iloc[[0, -1]] for _, rows in ratio.groupby(["format", "unit"])]
+    return pd.concat([table[table["method"].isin(["baseline", "uniform"])], *ends], ignore_index=True)
+
+
+def fisher_by_layer(timesteps: pd.DataFrame) -> pd.DataFrame:
+    """Weights, mean Fisher a weight and share of the Fisher trace, by layer, over all timesteps."""
+    total = timesteps.assign(trace=timesteps["fisher"] * timesteps["weights"])
+    by_layer = total.groupby("layer")[["weights", "trace"]].sum()
+    table = pd.DataFrame({"weights": by_layer["weights"] // timesteps["t_low"].nunique()})
+    table["mean_fisher"] = (by_layer["trace"] / by_layer["weights"]).map("{:.3g}".format)
+    table["trace_share"] = (by_layer["trace"] / by_layer["trace"].sum()).map("{:.1%}".format)
+    return table.reset_index()
+
+
+def group_table(means: dict[str, dict[str, float]]) -> pd.DataFrame:
+    """Mean Fisher value of each group, a column a unit: tau of a group is the factor times this."""
+    return pd.DataFrame(means).rename_axis("group").reset_index()
+
+
+def layer_table(model: UNet) -> pd.DataFrame:
+    """Parameters and MiB (FP32) of the six layers, of the rest and of the whole model."""
+    layers = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in LAYERS}
+    total = sum(p.numel() for p in model.parameters())
+    layers |= {"input and output": total - sum(layers.values()), "total": total}
+    table = pd.DataFrame({"layer": list(layers), "parameters": list(layers.values())})
+    channels = {name: getattr(model, name).block1.conv1.in_channels for name in LAYERS}
+    table.insert(1, "channels", [str(channels.get(name, "")) for name in layers])
+    return table.assign(mib=(table["parameters"] * 4 / 2**20).round(3))
+
+
+def _existing(profile: str, name: str) -> Path:
+    path = paths.RESULTS / profile / name
+    if not path.is_file():
+        raise FileNotFoundError(f"results/{profile}/{name} is missing: `make reproduce PROFILE={profile}` makes it")
+    return path
