@@ -45,6 +45,8 @@ lint: $(READY)  ## ruff over code and notebooks
 test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (under 10 minutes)
 	@$(BIN)/python -m pytest -q
 	@$(RUN) reproduce --profile smoke
+	@# What is cached there would not be computed a second time, and nbval is to compare two computations.
+	@rm -rf build/smoke/samples build/smoke/checkpoint.safetensors
 	@TQDM_DISABLE=1 $(BIN)/python -m pytest -q -p no:cacheprovider --nbval build/smoke --nbval-current-env
 	@TQDM_DISABLE=1 $(BIN)/python -m pytest -q -p no:cacheprovider --nbval notebooks --nbval-current-env
 

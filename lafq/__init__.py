@@ -20,7 +20,7 @@ def _declare_torchvision_operators() -> None:
             "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         ):
             _LIBRARY.define(schema)
-    
+
 
 _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 _declare_torchvision_operators()

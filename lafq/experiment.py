@@ -168,7 +168,6 @@ def evaluate(
     steps: int,
     seed: int,
     inception_reference: int = 0,
-    inception_weights: str = "",
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Sample every configuration from the same noise and score the images.
 
@@ -182,7 +181,7 @@ def evaluate(
     size = sizes(model, [c.plan for c in configurations])
     network = classifier.load()
     reference = metrics.mnist_reference(network)
-    seen_by_inception = _inception_scorer(profile, inception_reference, inception_weights)
+    seen_by_inception = _inception_scorer(profile, inception_reference)
     rows, samples = [], {}
     for configuration, (_, bytes_row) in zip(configurations, size.iterrows(), strict=True):
         quantized = quantize.unpack(quantize.pack(model, configuration.plan), model)
@@ -202,7 +201,9 @@ def quality(model: nn.Module, profile: str, *, images: int, block: int, steps: i
 
     One row for all and one a block: columns images (a range), n_images, fid_mnist, is_mnist, kid_mnist.
     """
-    generated = _sampled(model, paths.BUILD / profile / "samples" / f"{_digest(model, images, steps, seed)}.npz", images, steps, seed)
+    generated = _sampled(
+        model, paths.BUILD / profile / "samples" / f"{_digest(model, images, steps, seed)}.npz", images, steps, seed
+    )
     network = classifier.load()
     reference = metrics.mnist_reference(network)
     parts = {f"0-{images - 1}": generated} | {
@@ -212,11 +213,11 @@ def quality(model: nn.Module, profile: str, *, images: int, block: int, steps: i
     return pd.DataFrame(scores)
 
 
-def _inception_scorer(profile: str, reference_images: int, weights: str) -> Any:
+def _inception_scorer(profile: str, reference_images: int) -> Any:
     if not reference_images:
         print("Inception columns: left empty (this profile asks for no Inception reference)")
         return lambda key, images: float("nan")
-    extractor, source = inception.load(weights)
+    extractor, source = inception.load()
     print(source)
     if extractor is None:
         return lambda key, images: float("nan")

@@ -7,6 +7,7 @@ stay empty and one line says so.
 
 import hashlib
 import io
+import os
 import socket
 import subprocess
 import sys
@@ -29,13 +30,13 @@ SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 TIMEOUT = 30
 
 
-def load(weights: str = "", cache: Path = paths.BUILD / "inception") -> tuple[FeatureExtractorInceptionV3 | None, str]:
+def load(weights: str | None = None, cache: Path = paths.BUILD / "inception") -> tuple[FeatureExtractorInceptionV3 | None, str]:
     """The extractor of the 2,048 pool features in evaluation mode, or None, and one line saying where it came from.
 
-    weights: a .safetensors or .pth file of torch-fidelity's state dict; empty to look elsewhere.
+    weights: a .safetensors or .pth file of torch-fidelity's state dict; by default what LAFQ_INCEPTION names, if anything.
     Raises FileNotFoundError or ValueError when the named file is missing or not such a state dict.
     """
-    if weights:
+    if weights := weights or os.environ.get("LAFQ_INCEPTION"):
         return _build(_named_file(Path(weights))), f"Inception weights: {Path(weights).name}"
     sources: list[tuple[str, Callable[[], dict[str, Tensor]]]] = [
         ("torch-fidelity's download", _download),

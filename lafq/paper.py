@@ -66,7 +66,7 @@ def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
     FID and IS are the poster's (100 images); memory falls back on the README's where the poster has none.
     """
     ours = table.assign(profile=profile)
-    published = [_published(row.method, row.threshold) for row in ours.itertuples()]
+    published = [_published(row.method, row.threshold, row.format) for row in ours.itertuples()]
     ours["fid_paper"] = [p.fid if p else None for p, _ in published]
     ours["is_paper"] = [p.inception_score if p else None for p, _ in published]
     ours["mem_paper_mib"] = [m for _, m in published]
@@ -75,7 +75,9 @@ def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
     return ours[COLUMNS]
 
 
-def _published(method: str, threshold: str) -> tuple[Published | None, float | None]:
+def _published(method: str, threshold: str, low: str) -> tuple[Published | None, float | None]:
+    if (method, low) == ("uniform", "int8"):  # the uniform row that was published is FP16
+        return None, None
     poster, readme = (
         next((p for p in rows if p.method == method and (method != "ratio" or p.threshold == threshold)), None)
         for rows in (POSTER, README)

@@ -64,7 +64,9 @@ def fisher_by_group(ax: Axes, timesteps: pd.DataFrame) -> None:
 
 def fisher_map(ax: Axes, timesteps: pd.DataFrame) -> None:
     """Mean Fisher a weight: layers on y, timestep bins on x, log colour scale."""
-    total = timesteps.assign(total=timesteps["fisher"] * timesteps["weights"]).groupby(["layer", "t_low"])[["total", "weights"]].sum()
+    total = (
+        timesteps.assign(total=timesteps["fisher"] * timesteps["weights"]).groupby(["layer", "t_low"])[["total", "weights"]].sum()
+    )
     table = (total["total"] / total["weights"]).unstack()
     sns.heatmap(table, ax=ax, norm=LogNorm(table.min().min(), table.max().max()), cmap="viridis", cbar_kws={"label": "mean Fisher"})
     ax.set(xlabel="timestep t (0 = clean; lower edge of the bin)", ylabel="", title="Mean Fisher information a weight")

@@ -44,10 +44,10 @@ def check_format(name: str) -> str:
 def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raise ValueError for a parameter the model lacks, an unknown format, or a mask of another shape."""
     parameters = dict(model.named_parameters())
-    for name, entry in plan.items():
+    for name in plan:
         if name not in parameters:
             raise ValueError(f"the plan names {name!r}, which the model lacks: see model.named_parameters()")
-        mask, low = entry if isinstance(entry, tuple) else (None, entry)
+        mask, low = _entry(plan, name)
         check_format(low)
         if mask is not None and mask.shape != parameters[name].shape:
             raise ValueError(
@@ -61,8 +61,7 @@ def nbytes(model: nn.Module, plan: Plan) -> int:
     check_plan(model, plan)
     total = 0
     for name, p in model.named_parameters():
-        entry = plan.get(name, "fp32")
-        mask, low = entry if isinstance(entry, tuple) else (None, entry)
+        mask, low = _entry(plan, name)
         kept = 0 if mask is None else int(mask.sum())
         total += kept * 4 + (p.numel() - kept) * BITS[low] // 8
         total += 0 if mask is None else math.ceil(p.numel() / 8)
@@ -81,9 +80,9 @@ def pack(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
         p = p.detach()
         if not torch.isfinite(p).all():
             raise ValueError(f"{name} holds NaN or infinite weights: it cannot be quantized")
-        entry = plan.get(name, "fp32")
-        mask, low = entry if isinstance(entry, tuple) else (None, entry)
+        mask, low = _entry(plan, name)
         if mask is not None:
+            mask = mask.to(p.device)
             packed |= {f"{name}/mask": _to_bits(mask), f"{name}/kept": p[mask]}
         if low == "int8":
             axis = _channel_axis(model, name)
@@ -134,6 +133,12 @@ def load(path: Path, model: nn.Module, made_by: str = "`quantize.save`") -> nn.M
     """A copy of `model` with the weights of a packed file; ValueError for a damaged file or another width."""
     packed, _ = load_tensors(path, made_by, width=model.width)
     return unpack(packed, model)
+
+
+def _entry(plan: Plan, name: str) -> tuple[Tensor | None, str]:
+    """The mask (None without one) and the format of a parameter, FP32 when the plan does not name it."""
+    entry = plan.get(name, "fp32")
+    return entry if isinstance(entry, tuple) else (None, entry)
 
 
 def _channel_axis(model: nn.Module, name: str) -> int:

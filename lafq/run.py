@@ -81,10 +81,13 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "") -> None:
         seconds = time.monotonic() - start
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         _update(paths.RESULTS / profile / "record.json", "notebooks", path.stem, used)
-        _update(paths.RESULTS / profile / "timing.json", "notebooks", path.stem, {"seconds": round(seconds), "peak_mib": round(peak)})
+        _update(
+            paths.RESULTS / profile / "timing.json", "notebooks", path.stem, {"seconds": round(seconds), "peak_mib": round(peak)}
+        )
         print(f"{path.stem}: {seconds:.0f} s, peak {peak:,.0f} MiB -> build/{profile}/{path.name}", flush=True)
     minutes = (time.monotonic() - began) / 60
-    print(f"done in {minutes:.1f} minutes: tables in results/{profile}, figures in figures/{profile}, notebooks in build/{profile}")
+    folders = f"tables in results/{profile}, figures in figures/{profile}, executed notebooks in build/{profile}"
+    print(f"done in {minutes:.1f} minutes: {folders}")
 
 
 def publish(only: str = "") -> None:
@@ -100,7 +103,7 @@ def publish(only: str = "") -> None:
 
 
 def _clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:
-    """Write a notebook without what names this run or machine: papermill's record, times, progress bars, the interpreter's version."""
+    """Write a notebook without what names this run or machine: papermill's record, times, progress bars, versions."""
     notebook = notebook or nbformat.read(path, as_version=4)
     notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec",) if k in notebook.metadata}
     notebook.metadata["language_info"] = {"name": "python"}
@@ -143,6 +146,11 @@ def main() -> int:
     try:
         if arguments.verb == "publish":
             publish(arguments.only)
+            # Imported here because it draws on every table, which only a publisher has.
+            from lafq import readme
+
+            readme.refresh()
+            print("README.md: numbers refreshed from results/")
             return 0
         profile = choose_profile(arguments.profile)
         overrides = {k: yaml.safe_load(v) for k, _, v in (item.partition("=") for item in arguments.set)}

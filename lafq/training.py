@@ -124,4 +124,4 @@ def _restore(state: dict[str, Tensor], model: nn.Module, ema: AveragedModel, opt
             q.copy_(state[f"ema/{name}"])
             # The fused kernel walks memory, so the moments need the strides of the parameter.
             moments = {k: torch.empty_like(p).copy_(state[f"{k}/{name}"]) for k in ("m", "v")}
-            optimizer.state[p] = {"step": done.clone(), "exp_avg": moments["m"], "exp_avg_sq": moments["v"]}
+            optimizer.state[p] = {"step": done.to(p.device, copy=True), "exp_avg": moments["m"], "exp_avg_sq": moments["v"]}

@@ -37,6 +37,7 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x: (B, C, H, W), embedding: (B, at least C), of which the first C are added -> (B, C, H, W)."""
         x = x + embedding[:, : x.shape[1], None, None]
         h = self.dropout(self.conv1(F.relu(self.norm1(x))))
         return x + self.conv2(F.relu(self.norm2(h)))
@@ -52,6 +53,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W) -> (B, C, H, W)."""
         b, c, h, w = x.shape
         tokens = x.flatten(2).transpose(1, 2)
         q, k, v = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)

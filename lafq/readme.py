@@ -1,0 +1,83 @@
+"""The README's numbers, written from results/ between `<!-- name -->` and `<!-- /name -->` marks by `make publish`."""
+
+import json
+import re
+
+import pandas as pd
+
+from lafq import claims, paths, report
+from lafq.files import replacing
+from lafq.run import profile_parameters
+
+PATH = paths.ROOT / "README.md"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as GitHub shows it, cells as they are printed."""
+    lines = [table.columns.tolist(), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def blocks(profile: str = "mini") -> dict[str, str]:
+    """The text of every marked block, computed from the committed results of a profile."""
+    folder = paths.RESULTS / profile
+    parameters = profile_parameters(profile)
+    timesteps, quality = report.load_table(profile, "02_fisher"), report.load_table(profile, "training_quality")
+    ratio, _ = report.load_rows(profile, "05_ratio_sweep", with_baseline=True)
+    timing = json.loads((folder / "timing.json").read_text())["notebooks"]
+    classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
+    seconds, peak = sum(n["seconds"] for n in timing.values()), max(n["peak_mib"] for n in timing.values())
+    sampling = (parameters["IMAGES"], parameters["SAMPLING_STEPS"], parameters["INCEPTION_REFERENCE"])
+    times = [f"{name} {n['seconds'] / 60:.1f} min" for name, n in timing.items()]
+    verdicts = [claims.verdict_c1(timesteps), claims.verdict_c2(timesteps), *claims.c3_sentences(ratio, quality)]
+    return {
+        "comparison": f"{markdown(report.comparison(profile))}\n\n{report.note(*sampling)}",
+        "claims": "\n".join(f"- {sentence}" for sentence in [*verdicts, claims.against_baseline(ratio)]),
+        "cost": (
+            f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "
+            "memory at most; setting up `.venv` comes on top, once."
+        ),
+        "model": f"{parameters['TRAINING']['steps']:,} training steps. {claims.training_quality(quality)}",
+        "classifier": (
+            f"test accuracy {classifier['test_accuracy']:.2%}, {classifier['parameters']:,} parameters, sha256 "
+            f"`{classifier['sha256']}`"
+        ),
+        "deviations": markdown(deviations(parameters, profile_parameters("paper"))),
+    }
+
+
+def deviations(ours: dict, paper: dict) -> pd.DataFrame:
+    """What this profile does otherwise than the paper, as the two profiles say: setting, paper, ours."""
+    training, published = ours["TRAINING"], paper["TRAINING"]
+    rows = [
+        ("width of the model", f"{paper['WIDTH']} (134.20 MiB)", f"{ours['WIDTH']} (8.41 MiB)"),
+        ("training steps of batch 64", f"{published['steps']:,} (15 epochs)", f"{training['steps']:,}"),
+        (
+            "Adam learning rate",
+            f"{published['peak']:g}, constant",
+            f"{training['peak']:g}, {training['warmup']} steps of warm-up, linear decay over the last {training['decay']:,}",
+        ),
+        ("dropout", published["dropout"], training["dropout"]),
+        ("EMA decay", published["ema_decay"], f"{training['ema_decay']}, warmed up"),
+        ("compute in training", "FP32", "bfloat16 autocast" if training["bf16"] else "FP32"),
+        ("sampling steps", f"{paper['SAMPLING_STEPS']:,}", f"{ours['SAMPLING_STEPS']} (trailing stride)"),
+    ]
+    return pd.DataFrame(rows, columns=["setting", "paper", f"here ({ours['PROFILE']})"])
+
+
+def filled(text: str, profile: str = "mini") -> str:
+    """README text with every marked block brought up to date; ValueError for a block whose marks are missing."""
+    for name, content in blocks(profile).items():
+        text, found = re.subn(
+            rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m, c=content: m[1] + c + m[2], text, flags=re.DOTALL
+        )
+        if found != 1:
+            raise ValueError(f"README.md has {found} blocks marked {name!r}: one is needed")
+    return text
+
+
+def refresh() -> None:
+    """Write the README's numbers anew."""
+    text = filled(PATH.read_text())
+    with replacing(PATH) as temporary:
+        temporary.write_text(text)

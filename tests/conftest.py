@@ -1,0 +1,21 @@
+import pytest
+import torch
+
+from lafq.data import mnist
+from lafq.unet import UNet
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    return UNet(4).eval()
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return mnist(train=False)[0][:64]

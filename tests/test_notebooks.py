@@ -1,0 +1,75 @@
+import ast
+import re
+
+import nbformat
+import pytest
+
+from lafq import paths, run
+
+NOTEBOOKS = run.notebooks()
+PROFILES = sorted(paths.PROFILES.glob("*.yaml"))
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|usr|Users|mnt|opt)/")
+
+
+def code(path):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+def assigned(source):
+    return {
+        t.id for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
+    }
+
+
+def used(path):
+    return {n.id for c in code(path) for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.Name) and n.id.isupper()}
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
+def test_every_parameter_of_a_profile_is_declared_where_it_is_used(profile):
+    parameters = run.profile_parameters(profile.stem)
+    declared = {path.stem: set(run.declared(path)) for path in NOTEBOOKS}
+    assert parameters["PROFILE"] == profile.stem
+    assert not set(parameters) - set().union(*declared.values())
+    for path in NOTEBOOKS:
+        assert not (used(path) & set(parameters)) - declared[path.stem], path.stem
+
+
+def test_profiles_name_the_same_parameters():
+    names = {profile.stem: set(run.profile_parameters(profile.stem)) for profile in PROFILES}
+    assert names["mini"] == names["paper"] == names["smoke"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_defaults_are_minis(path):
+    mini = run.profile_parameters("mini")
+    values = {name: ast.literal_eval(text) for name, text in run.declared(path).items() if name != "TRAINING"}
+    assert values["COMPUTE"] is False
+    assert {n: v for n, v in values.items() if n in mini} == {n: mini[n] for n in values if n in mini}
+    for cell in code(path):
+        if "TRAINING" in assigned(cell.source):
+            scope = {}
+            exec(cell.source, scope)
+            assert scope["TRAINING"] == mini["TRAINING"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_notebook_is_executed_clean_and_small(path):
+    for cell in code(path):
+        assert cell.execution_count is not None
+        assert len(cell.source.splitlines()) <= 20
+        tree = ast.parse(cell.source)
+        assert not any(isinstance(n, ast.FunctionDef | ast.ClassDef | ast.For | ast.While) for n in ast.walk(tree))
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr"
+            assert not MACHINE_PATH.search(str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", "")))
+    notebook = nbformat.read(path, as_version=4)
+    assert "widgets" not in notebook.metadata
+    assert "papermill" not in notebook.metadata
+    assert sum("parameters" in c.metadata.get("tags", []) for c in notebook.cells) == 1
+
+
+def test_the_path_pattern_sees_a_path():
+    assert MACHINE_PATH.search("in /home/someone/lafq")
+    assert not MACHINE_PATH.search("results/mini/home/x")

@@ -1,0 +1,106 @@
+import pandas as pd
+import pytest
+
+from lafq import claims, paper
+
+PUBLISHED = {
+    ("baseline", "none"): (59.3030, 1.7225, 134.20),
+    ("global", "one tau"): (59.7148, 2.0846, 71.48),
+    ("group", "three taus"): (57.8034, 1.7356, None),
+    ("mean_std", "mean -+ k*std"): (55.5387, None, 81.56),
+    ("ratio", "0.35"): (56.2130, 1.7628, 68.02),
+    ("ratio", "0.38"): (55.6704, 1.8436, 64.23),
+    ("ratio", "0.40"): (57.7688, 1.7454, 67.70),
+}
+
+
+@pytest.mark.parametrize("key", list(PUBLISHED))
+def test_published_value(key):
+    row = next(p for p in paper.POSTER if (p.method, p.threshold) == key)
+    assert (row.fid, row.inception_score, row.mem_mib) == PUBLISHED[key]
+
+
+def test_the_posters_best_ratio_is_in_its_best_range():
+    best = min((p for p in paper.POSTER if p.method == "ratio"), key=lambda p: p.fid)
+    assert paper.BEST_RATIOS[0] <= float(best.threshold) <= paper.BEST_RATIOS[1]
+    assert [float(p.threshold) for p in paper.POSTER if p.method == "ratio"] == list(paper.RATIOS)
+
+
+def ours(method, threshold, low="fp16"):
+    numbers = {"kept_share": 0.1, "mem_mib": 4.0, "mem_share": 0.5, "fid_mnist": 9.0, "is_mnist": 8.0, "kid_mnist": 0.1}
+    row = {"method": method, "threshold": threshold, "format": low, "unit": "tensor", "fid_inception": 60.0, "n_images": 100}
+    return pd.DataFrame([row | numbers])
+
+
+@pytest.mark.parametrize(
+    ("row", "fid", "memory"),
+    [
+        (ours("baseline", "none", "fp32"), 59.303, 134.2),
+        (ours("ratio", "0.38"), 55.6704, 64.23),
+        (ours("ratio", "0.42"), 64.1, None),
+        (ours("group", "factor=1"), 57.8034, 67.9),
+        (ours("uniform", "all"), None, 67.7),
+        (ours("uniform", "all", "int8"), None, None),
+    ],
+)
+def test_compare_puts_the_published_values_beside_ours(row, fid, memory):
+    table = paper.compare(row, "mini")
+    assert list(table.columns) == paper.COLUMNS
+    found = table.iloc[0]
+    assert found["fid_paper"] == fid if fid else pd.isna(found["fid_paper"])
+    assert found["mem_paper_mib"] == memory if memory else pd.isna(found["mem_paper_mib"])
+    if memory:
+        assert found["mem_share_paper"] == pytest.approx(memory / 134.20)
+
+
+def timesteps(by_t=(3.0, 2.0, 1.0), by_layer=None):
+    by_layer = by_layer or {"Layer1": 9, "Layer2": 8, "Layer3": 3, "Layer4": 2, "Layer5": 1, "Layer6": 1}
+    return pd.DataFrame(
+        [
+            {"parameter": f"{layer}.a", "layer": layer, "weights": 10, "t_low": 100 * i, "t_high": 100 * i + 99, "fisher": f * g}
+            for layer, f in by_layer.items()
+            for i, g in enumerate(by_t)
+        ]
+    )
+
+
+def test_c1():
+    assert " holds: " in claims.verdict_c1(timesteps())
+    assert " does not hold: " in claims.verdict_c1(timesteps(by_t=(1.0, 2.0, 3.0)))
+    assert " does not hold: " in claims.verdict_c1(timesteps(by_t=(3.0, 1.0, 2.0)))
+
+
+def test_c2():
+    assert " holds: " in claims.verdict_c2(timesteps())
+    late = {"Layer1": 9, "Layer2": 8, "Layer3": 1, "Layer4": 1, "Layer5": 1, "Layer6": 8}
+    assert " holds in part: " in claims.verdict_c2(timesteps(by_layer=late))
+    none = dict.fromkeys(late, 1)
+    assert " does not hold: " in claims.verdict_c2(timesteps(by_layer=none))
+
+
+def sweep(values):
+    rows = [ours("ratio", f"{r:.2f}").assign(fid_mnist=v) for r, v in zip(paper.RATIOS, values, strict=True)]
+    return pd.concat(rows, ignore_index=True)
+
+
+def test_c3():
+    low_inside = sweep([9, 9, 5, 6, 7, 9, 9, 9])
+    assert " holds by fid_mnist" in claims.verdict_c3(low_inside, "fid_mnist")
+    assert " does not hold by" in claims.verdict_c3(sweep([1, 9, 5, 6, 7, 9, 9, 9]), "fid_mnist")
+    assert " cannot be told by" in claims.verdict_c3(low_inside, "fid_mnist", noise=10)
+    tie = sweep([5, 9, 5, 6, 7, 9, 9, 9])
+    assert " does not hold by" in claims.verdict_c3(tie, "fid_mnist")
+
+
+def test_c3_takes_its_noise_from_blocks_of_as_many_images():
+    quality = pd.DataFrame({"n_images": [1000, 100, 100, 50], "fid_mnist": [1.0, 20.0, 30.0, 99.0]})
+    sentences = claims.c3_sentences(sweep([9, 9, 5, 6, 7, 9, 9, 9]), quality)
+    assert len(sentences) == 2
+    assert "cannot be told by fid_mnist" in sentences[0]
+    assert "against a spread of 10 " in sentences[0]
+
+
+def test_against_baseline_and_nearest_size():
+    table = pd.concat([ours("baseline", "none", "fp32"), ours("global", "tau=1").assign(fid_mnist=9.5)])
+    assert "fp16 by +0.500 to +0.500" in claims.against_baseline(table)
+    assert "fp16, unit tensor: 50.0% (10.0% of the weights kept)" in claims.nearest_size(table, "global", 0.533)

@@ -1,0 +1,95 @@
+import re
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from lafq import paper, paths, readme, report
+from lafq.unet import UNet
+
+ROOT = paths.ROOT
+
+
+def pins(text):
+    return {
+        name.lower().replace("_", "-"): version
+        for name, version in re.findall(r"^\s*-?\s*([A-Za-z0-9_.-]+)={1,2}([0-9][^\s;#]*)", text, flags=re.MULTILINE)
+    }
+
+
+def test_environment_and_requirements_are_in_step():
+    lock = pins((ROOT / "requirements.txt").read_text())
+    environment = pins((ROOT / "environment.yml").read_text())
+    environment["torch"] = environment.pop("pytorch-cpu")
+    python = environment.pop("python")
+    assert python.startswith("3.11")
+    assert environment == {name: lock[name] for name in environment}
+    assert lock["torch"] == "2.13.0"
+    assert lock["torchvision"] == "0.28.0"
+    declared = re.findall(r'^ {4}"([a-z0-9-]+)', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert declared
+    assert set(declared) <= set(environment)
+
+
+def test_environment_is_yaml():
+    assert yaml.safe_load((ROOT / "environment.yml").read_text())["channels"] == ["conda-forge", "nodefaults"]
+
+
+def test_readme_numbers_are_those_of_results():
+    text = readme.PATH.read_text()
+    assert readme.filled(text) == text
+
+
+def test_a_changed_number_is_noticed():
+    text = readme.PATH.read_text()
+    number = re.search(r"134\.20 \|", text)
+    changed = text[: number.start()] + "134.21 |" + text[number.end() :]
+    assert readme.filled(changed) != changed
+
+
+def test_readme_names_the_two_commands():
+    text = readme.PATH.read_text()
+    assert "make reproduce" in text
+    assert "make test" in text
+    assert re.search(r"^\s*make test", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+
+
+def test_readme_example_runs(digits, tmp_path):
+    [example] = re.findall(r"```python\n(.*?)```", readme.PATH.read_text(), flags=re.DOTALL)
+    scope = {"images": digits, "path": tmp_path / "model.safetensors"}
+    exec(example.replace("width=16", "width=4").replace("samples=200", "samples=20"), scope)
+    stored = scope["nbytes"](scope["model"], scope["plan"])
+    assert 0 < scope["path"].stat().st_size - stored < 20_000
+    loaded = scope["load"](scope["path"], UNet(4))
+    assert torch.equal(loaded.Layer6.resample.weight, scope["quantized"].Layer6.resample.weight)
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    return report.load_table("mini", "paper_comparison")
+
+
+def test_comparison_has_its_columns_and_a_row_a_key(comparison):
+    assert list(comparison.columns) == paper.COLUMNS
+    assert not comparison.duplicated(paper.KEY).any()
+    assert set(comparison["method"]) == {"baseline", "uniform", "global", "group", "mean_std", "ratio"}
+    ratios = comparison[comparison["method"] == "ratio"]
+    for (low, unit), rows in ratios.groupby(["format", "unit"]):
+        assert rows["threshold"].tolist() == [f"{r:.2f}" for r in paper.RATIOS], (low, unit)
+    assert len(ratios) == 4 * len(paper.RATIOS)
+
+
+def test_comparison_agrees_with_the_notebooks_tables(comparison):
+    for name in ("01_baseline", "03_global", "04_group", "05_ratio_sweep"):
+        table = report.load_table("mini", name).drop_duplicates(paper.KEY)
+        both = comparison.merge(table, on=paper.KEY, suffixes=("", "_own"))
+        assert len(both)
+        for column in ("fid_mnist", "is_mnist", "kid_mnist", "mem_mib", "mem_share"):
+            pd.testing.assert_series_equal(both[column], both[f"{column}_own"], check_names=False)
+
+
+def test_equal_samples_have_equal_scores():
+    rows = pd.concat([report.load_table("mini", n) for n in ("03_global", "04_group", "05_ratio_sweep")])
+    assert (rows.groupby("sample")["fid_mnist"].nunique() == 1).all()
+    assert rows.groupby("sample").size().max() > 1

@@ -1,0 +1,139 @@
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lafq import experiment, paths, quantize, report
+from lafq.unet import UNet, quantizable
+
+
+def lafq_run(*arguments):
+    command = [sys.executable, "-m", "lafq.run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reproduce", "--profile", "huge"], "unknown profile 'huge': choose one of mini, paper, smoke"),
+        (["reproduce", "--profile", "smoke", "--set", "IMAGE=3"], "unknown parameter IMAGE: the notebooks declare"),
+        (["resume", "--profile", "smoke", "--only", "09"], "no notebook's name begins with '09'"),
+    ],
+)
+def test_bad_input_stops_before_anything_is_touched(arguments, message):
+    done = lafq_run(*arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch):
+    for name in ("RESULTS", "FIGURES", "BUILD"):
+        monkeypatch.setattr(paths, name, tmp_path / name.lower())
+    return tmp_path
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    calls = []
+
+    def counted(model, images, steps, seed):
+        calls.append(1)
+        return original(model, images, steps, seed)
+
+    original = experiment.sample
+    monkeypatch.setattr(experiment, "sample", counted)
+    return calls
+
+
+def evaluate(model, configurations, **changes):
+    settings = {"images": 3, "steps": 2, "seed": 0} | changes
+    return experiment.evaluate(model, configurations, "smoke", **settings)
+
+
+def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, sampled, tiny):
+    fp16 = dict.fromkeys(quantizable(tiny), "fp16")
+    rows = [
+        experiment.Configuration("baseline", "none", "fp32", "none", {}),
+        experiment.Configuration("ratio", "0.00", "fp16", "weight", fp16),
+        *experiment.uniform(tiny, ("fp16",)),
+    ]
+    table, images = evaluate(tiny, rows)
+    assert len(sampled) == 2
+    assert len(images) == 2
+    assert table["mem_mib"].iloc[1] == table["mem_mib"].iloc[2] == quantize.nbytes(tiny, fp16) / 2**20
+    assert table["fid_inception"].isna().all()
+    again, _ = evaluate(tiny, rows)
+    assert len(sampled) == 2
+    pd.testing.assert_frame_equal(table, again)
+    evaluate(tiny, rows[:1], seed=1)
+    assert len(sampled) == 3
+
+
+def test_a_bad_plan_stops_before_sampling(sandbox, sampled, tiny):
+    good = experiment.Configuration("baseline", "none", "fp32", "none", {})
+    with pytest.raises(ValueError, match="unknown format 'int1'"):
+        evaluate(tiny, [good, experiment.Configuration("x", "", "int1", "tensor", {"inp.weight": "int1"})])
+    with pytest.raises(ValueError, match="0 images asked for"):
+        evaluate(tiny, [good], images=0)
+    with pytest.raises(ValueError, match=r"ratio 1.2 is outside \[0, 1\]"):
+        experiment.ratio_configurations({n: w**2 for n, w in quantizable(tiny).items()}, [0.3, 1.2], [], ["fp16"])
+    assert not sampled
+
+
+def test_sweep_and_nearest(tiny):
+    scores = {n: w.square() for n, w in quantizable(tiny).items()}
+    table = experiment.sweep(tiny, scores, "int8", "weight", 20)
+    assert table["kept_share"].iloc[0] == 0
+    assert table["kept_share"].iloc[-1] == 1
+    assert table["kept_share"].is_monotonic_increasing
+    assert table["mem_share"].iloc[-1] == 1
+    chosen = experiment.nearest(table, 0.5)
+    assert abs(chosen["mem_share"].item() - 0.5) == (table["mem_share"] - 0.5).abs().min()
+    [configuration] = experiment.at_cuts("global", "tau", chosen, {"weight": scores})
+    assert quantize.nbytes(tiny, configuration.plan) / 2**20 == chosen["mem_mib"].item()
+
+
+def test_missing_and_foreign_weights(sandbox):
+    with pytest.raises(FileNotFoundError, match="run 01_train with TRAIN=1 first"):
+        experiment.load_model("smoke", 4)
+    with pytest.raises(FileNotFoundError, match="run 02_fisher"):
+        experiment.load_fisher("smoke", 4)
+    experiment.save_tensors(paths.RESULTS / "smoke" / experiment.WEIGHTS, dict(UNet(4).named_parameters()), width=4)
+    with pytest.raises(ValueError, match="width=4, not 16"):
+        experiment.load_model("smoke", 16)
+    assert experiment.load_model("smoke", 4).width == 4
+
+
+def test_set_up_refuses():
+    with pytest.raises(ValueError, match="unknown profile 'tiny'"):
+        experiment.set_up("tiny", 2)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no CUDA GPU is visible"):
+            experiment.set_up("smoke", 2, "cuda")
+
+
+def test_gather_replaces_only_the_methods_it_is_given(sandbox):
+    def row(method, threshold, fid):
+        return pd.DataFrame(
+            [{"profile": "smoke", "method": method, "threshold": threshold, "format": "fp16", "unit": "t", "fid": fid}]
+        )
+
+    report.gather("smoke", row("ratio", "0.35", 1.0))
+    report.gather("smoke", row("baseline", "none", 2.0))
+    table = report.gather("smoke", row("ratio", "0.40", 3.0))
+    assert table[["method", "threshold", "fid"]].to_numpy().tolist() == [["baseline", "none", 2.0], ["ratio", "0.40", 3.0]]
+
+
+def test_tables_and_images_come_back(sandbox):
+    table = pd.DataFrame({"threshold": ["none", "0.30"], "value": [1.5, float("nan")]})
+    report.save_rows("smoke", "x", table, {"a": np.zeros((2, 32, 32), np.uint8)})
+    loaded, images = report.load_rows("smoke", "x")
+    pd.testing.assert_frame_equal(table, loaded)
+    assert images["a"].shape == (2, 32, 32)
+    with pytest.raises(FileNotFoundError, match="make reproduce PROFILE=smoke"):
+        report.load_table("smoke", "y")
