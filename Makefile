@@ -1,5 +1,5 @@
 # lafq: `make reproduce` and `make test` do all their set-up; `make help` lists the verbs.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 PROFILE ?=

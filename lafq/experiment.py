@@ -2,34 +2,23 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lafq import classifier, inception, metrics, paths, quantize, training
 from lafq.data import mnist
 from lafq.diffusion import sample
 from lafq.files import load_tensors, replacing, save_tensors
 from lafq.fisher import Fisher
-from lafq.thresholds import UNITS, by_unit, cuts, keep_global, keep_ratio
-from lafq.unet import UNet, quantizable
+from lafq.plans import Configuration, sizes
+from lafq.unet import UNet
 
-MIB = 2**20
 CHECKPOINT, WEIGHTS = "checkpoint.safetensors", "ema.safetensors"
-
-
-class Configuration(NamedTuple):
-    """A row to evaluate: its key in every table, its precision plan, and whether Inception shall see its images."""
-
-    method: str
-    threshold: str
-    format: str
-    unit: str
-    plan: quantize.Plan
-    inception: bool = False
 
 
 def set_up(profile: str, threads: int, device: str = "auto") -> torch.device:
@@ -88,77 +77,6 @@ def load_fisher(profile: str, width: int) -> dict[str, Tensor]:
     return load_tensors(path, "02_fisher with COMPUTE=True", width=width)[0]
 
 
-def sizes(model: nn.Module, plans: list[quantize.Plan]) -> pd.DataFrame:
-    """Kept share, stored MiB and share of the FP32 bytes, one row a plan."""
-    full = quantize.nbytes(model, {})
-    stored = [(kept_share(model, plan), quantize.nbytes(model, plan)) for plan in plans]
-    table = pd.DataFrame(stored, columns=["kept_share", "mem_mib"])
-    return table.assign(mem_mib=table["mem_mib"] / MIB, mem_share=table["mem_mib"] / full)
-
-
-def sweep(model: nn.Module, scores: dict[str, Tensor], low: str, unit: str, count: int) -> pd.DataFrame:
-    """Size of the plan at every threshold of `thresholds.cuts`: columns format, unit, cut, kept_share, mem_mib, mem_share."""
-    values = cuts(scores, count)
-    table = pd.concat([sizes(model, [quantize.make_plan(keep_global(scores, cut), low)]) for cut in values])
-    return table.reset_index(drop=True).pipe(lambda t: pd.DataFrame({"format": low, "unit": unit, "cut": values}).join(t))
-
-
-def nearest(sweeps: pd.DataFrame, share: float) -> pd.DataFrame:
-    """Of every (format, unit) the row of `sweep` whose share of the baseline's bytes is nearest to `share`."""
-    distance = (sweeps["mem_share"] - share).abs()
-    return sweeps.loc[distance.groupby([sweeps["format"], sweeps["unit"]]).idxmin()].reset_index(drop=True)
-
-
-def at_cuts(
-    method: str, symbol: str, chosen: pd.DataFrame, scores: dict[str, dict[str, Tensor]], inception: bool = False
-) -> list[Configuration]:
-    """A configuration for every row of `nearest`; scores by unit; the threshold is written `symbol=cut`."""
-    return [
-        Configuration(
-            method,
-            f"{symbol}={row.cut:.3g}",
-            row.format,
-            row.unit,
-            quantize.make_plan(keep_global(scores[row.unit], row.cut), row.format),
-            inception,
-        )
-        for row in chosen.itertuples()
-    ]
-
-
-def uniform(model: nn.Module, formats: tuple[str, ...] = ("fp16", "int8")) -> list[Configuration]:
-    """All weights of the six layers in one format: the rows that go with every table."""
-    return [
-        Configuration("uniform", "all", low, "tensor", dict.fromkeys(quantizable(model), low), inception=True) for low in formats
-    ]
-
-
-def kept_share(model: nn.Module, plan: quantize.Plan) -> float:
-    """Share of the six layers' weights that the plan leaves in FP32."""
-    weights = quantizable(model)
-    kept = {n: int(plan[n][0].sum()) if isinstance(plan.get(n), tuple) else 0 for n in plan}
-    return sum(kept.get(n, w.numel()) for n, w in weights.items()) / sum(w.numel() for w in weights.values())
-
-
-def ratio_configurations(
-    fisher: dict[str, Tensor], ratios: list[float], coarse: list[float], formats: list[str]
-) -> list[Configuration]:
-    """The ratio sweep: the paper's ratios at both units, the coarse ones for single weights; Inception for FP16 weights."""
-    return [
-        Configuration(
-            "ratio",
-            f"{ratio:.2f}",
-            low,
-            unit,
-            quantize.make_plan(keep_ratio(by_unit(fisher, unit), ratio), low),
-            inception=low == "fp16" and unit == "weight" and ratio in ratios,
-        )
-        for unit in UNITS
-        for low in formats
-        for ratio in sorted({*ratios, *(coarse if unit == "weight" else ())})
-    ]
-
-
 def evaluate(
     model: nn.Module,
     configurations: list[Configuration],
@@ -183,7 +101,8 @@ def evaluate(
     reference = metrics.mnist_reference(network)
     seen_by_inception = _inception_scorer(profile, inception_reference)
     rows, samples = [], {}
-    for configuration, (_, bytes_row) in zip(configurations, size.iterrows(), strict=True):
+    pairs = zip(configurations, size.to_dict("records"), strict=True)
+    for configuration, bytes_row in tqdm(pairs, total=len(configurations), desc="rows", unit="row", leave=False):
         quantized = quantize.unpack(quantize.pack(model, configuration.plan), model)
         key = _digest(quantized, images, steps, seed)
         generated = _sampled(quantized, paths.BUILD / profile / "samples" / f"{key}.npz", images, steps, seed)

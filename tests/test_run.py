@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lafq import experiment, paths, quantize, report
+from lafq import experiment, paths, plans, quantize, report
 from lafq.unet import UNet, quantizable
 
 
@@ -58,9 +58,9 @@ def evaluate(model, configurations, **changes):
 def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, sampled, tiny):
     fp16 = dict.fromkeys(quantizable(tiny), "fp16")
     rows = [
-        experiment.Configuration("baseline", "none", "fp32", "none", {}),
-        experiment.Configuration("ratio", "0.00", "fp16", "weight", fp16),
-        *experiment.uniform(tiny, ("fp16",)),
+        plans.Configuration("baseline", "none", "fp32", "none", {}),
+        plans.Configuration("ratio", "0.00", "fp16", "weight", fp16),
+        *plans.uniform(tiny, ("fp16",)),
     ]
     table, images = evaluate(tiny, rows)
     assert len(sampled) == 2
@@ -75,26 +75,26 @@ def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, sampl
 
 
 def test_a_bad_plan_stops_before_sampling(sandbox, sampled, tiny):
-    good = experiment.Configuration("baseline", "none", "fp32", "none", {})
+    good = plans.Configuration("baseline", "none", "fp32", "none", {})
     with pytest.raises(ValueError, match="unknown format 'int1'"):
-        evaluate(tiny, [good, experiment.Configuration("x", "", "int1", "tensor", {"inp.weight": "int1"})])
+        evaluate(tiny, [good, plans.Configuration("x", "", "int1", "tensor", {"inp.weight": "int1"})])
     with pytest.raises(ValueError, match="0 images asked for"):
         evaluate(tiny, [good], images=0)
     with pytest.raises(ValueError, match=r"ratio 1.2 is outside \[0, 1\]"):
-        experiment.ratio_configurations({n: w**2 for n, w in quantizable(tiny).items()}, [0.3, 1.2], [], ["fp16"])
+        plans.ratio_configurations({n: w**2 for n, w in quantizable(tiny).items()}, [0.3, 1.2], [], ["fp16"])
     assert not sampled
 
 
 def test_sweep_and_nearest(tiny):
     scores = {n: w.square() for n, w in quantizable(tiny).items()}
-    table = experiment.sweep(tiny, scores, "int8", "weight", 20)
+    table = plans.sweep(tiny, scores, "int8", "weight", 20)
     assert table["kept_share"].iloc[0] == 0
     assert table["kept_share"].iloc[-1] == 1
     assert table["kept_share"].is_monotonic_increasing
     assert table["mem_share"].iloc[-1] == 1
-    chosen = experiment.nearest(table, 0.5)
+    chosen = plans.nearest(table, 0.5)
     assert abs(chosen["mem_share"].item() - 0.5) == (table["mem_share"] - 0.5).abs().min()
-    [configuration] = experiment.at_cuts("global", "tau", chosen, {"weight": scores})
+    [configuration] = plans.at_cuts("global", "tau", chosen, {"weight": scores})
     assert quantize.nbytes(tiny, configuration.plan) / 2**20 == chosen["mem_mib"].item()
 
 
