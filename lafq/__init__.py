@@ -3,24 +3,32 @@
 The notebooks tell the story; this package holds the few functions they call.
 """
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import torch
 
 __version__ = "0.1.0"
 
 
-def _declare_torchvision_operators() -> None:
-    """Declare torchvision's two native operators where its wheel was built against another torch.
+def _torchvision_operators() -> torch.library.Library | None:
+    """Declare torchvision's two native operators where its own library cannot be loaded, before it is first imported.
 
-    The published torchvision wheel beside a CPU-only torch cannot load its extension, and then fails on import
-    although nothing here calls these operators. Where they exist this does nothing.
+    The published torchvision wheel beside a CPU-only torch cannot load its library, and then fails on import although
+    nothing here calls these operators. Where the library loads it brings them itself, and this does nothing more.
     """
-    if not hasattr(torch.ops.torchvision, "nms"):
-        for schema in (
-            "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        ):
-            _LIBRARY.define(schema)
+    folder = Path(find_spec("torchvision").submodule_search_locations[0])
+    try:
+        for library in [*folder.glob("_C.*"), *folder.glob("_C_stable.*")]:
+            torch.ops.load_library(str(library))
+    except OSError:
+        pass
+    if hasattr(torch.ops.torchvision, "nms"):
+        return None
+    declared = torch.library.Library("torchvision", "FRAGMENT")
+    declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return declared
 
 
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-_declare_torchvision_operators()
+_DECLARED = _torchvision_operators()

@@ -4,6 +4,8 @@ import pandas as pd
 
 from lafq import paper
 
+EXPECTED_RANGE = 2.847  # of eight draws of a Gaussian, in standard deviations: the sweep has eight ratios
+
 
 def verdict_c1(timesteps: pd.DataFrame) -> str:
     """C1, later reverse steps (t near 0) have higher Fisher values, judged on `fisher, t_low, weights` rows.
@@ -41,7 +43,8 @@ def verdict_c2(timesteps: pd.DataFrame) -> str:
 def verdict_c3(table: pd.DataFrame, metric: str, noise: float | None = None) -> str:
     """C3, the best ratio lies in 0.35-0.40, judged on the poster's ratios of one unit and format (lower is better).
 
-    Cannot be told when the metric's range over the ratios is below `noise`, its own spread from other noise.
+    Cannot be told when the range over the ratios is below that of as many draws of noise alone. noise: the metric's
+    standard deviation over draws of other noise, from one model.
     """
     sweep = table[(table["method"] == "ratio") & table["threshold"].isin([f"{r:.2f}" for r in paper.RATIOS])]
     values = sweep.set_index(sweep["threshold"].astype(float))[metric].sort_index()
@@ -49,9 +52,10 @@ def verdict_c3(table: pd.DataFrame, metric: str, noise: float | None = None) -> 
     ties = values.index[values == values.min()]
     inside = all(paper.BEST_RATIOS[0] <= r <= paper.BEST_RATIOS[1] for r in ties)
     verdict = "holds" if inside else "does not hold"
-    if noise is not None and spread < noise:
+    by_chance = EXPECTED_RANGE * noise if noise is not None else 0.0
+    if spread < by_chance:
         verdict = "cannot be told"
-    against = "" if noise is None else f" against a spread of {noise:.3g} from other noise alone"
+    against = "" if noise is None else f", where other noise alone gives {by_chance:.3g} (standard deviation {noise:.3g})"
     return (
         f"C3 (the best ratio lies in 0.35-0.40) {verdict} by {metric}, {sweep['format'].iloc[0]}, unit "
         f"{sweep['unit'].iloc[0]}: lowest at {best:.2f}; range over the ratios {spread:.3g}{against}."
@@ -61,11 +65,11 @@ def verdict_c3(table: pd.DataFrame, metric: str, noise: float | None = None) -> 
 def c3_sentences(table: pd.DataFrame, quality: pd.DataFrame) -> list[str]:
     """C3 for every unit and format of a ratio sweep on MNIST features, and on Inception where there are values.
 
-    The noise of FID on MNIST features is the range over the blocks of `experiment.quality`, where they have as many
-    images as the rows; the noise of Inception FID was measured on the authors' published images.
+    The noise of FID on MNIST features is its standard deviation over the blocks of `experiment.quality`, where they have
+    as many images as the rows; that of Inception FID was measured on the authors' published images.
     """
     blocks = quality[quality["n_images"] == table["n_images"].iloc[0]]["fid_mnist"]
-    noise = blocks.max() - blocks.min() if len(blocks) > 1 else None
+    noise = blocks.std() if len(blocks) > 1 else None
     sweep = table[(table["method"] == "ratio") & table["threshold"].isin([f"{r:.2f}" for r in paper.RATIOS])]
     sentences = []
     for _, rows in sweep.groupby(["format", "unit"]):

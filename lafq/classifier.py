@@ -4,7 +4,6 @@
 FID and KID use its 128 features before the last layer, the inception score its ten logits.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tqdm import trange
 
 from lafq import paths
 from lafq.data import generator, mnist, unit_interval
-from lafq.files import load_tensors, replacing, save_tensors
+from lafq.files import load_tensors, replacing, save_tensors, sha256
 
 FOLDER = paths.RESULTS / "classifier"
 MADE_BY = "`python -m lafq.classifier`"
@@ -39,11 +38,6 @@ class Classifier(nn.Module):
         """x: (B, 1, 32, 32) in [0, 1] -> features (B, 128) and logits (B, 10)."""
         features = self.body(x)
         return features, self.head(features)
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load(folder: Path = FOLDER) -> Classifier:

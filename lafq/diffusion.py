@@ -26,7 +26,7 @@ def strided(steps: int) -> list[int]:
     """`steps` timesteps from 999 down, evenly spaced, the first always 999 (a "trailing" stride)."""
     if not 1 <= steps <= TIMESTEPS:
         raise ValueError(f"{steps} sampling steps asked for: choose 1 to {TIMESTEPS}")
-    return (np.round(np.arange(TIMESTEPS, 0, -TIMESTEPS / steps)).astype(int) - 1).tolist()
+    return (np.round(TIMESTEPS - np.arange(steps) * TIMESTEPS / steps).astype(int) - 1).tolist()
 
 
 def ancestral_step(x: Tensor, eps: Tensor, noise: Tensor, t: int, t_next: int) -> Tensor:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lafq import classifier, inception, metrics, paths, quantize, training
 from lafq.data import mnist
 from lafq.diffusion import sample
-from lafq.files import load_tensors, replacing, save_tensors
+from lafq.files import load_tensors, replacing, save_tensors, sha256
 from lafq.fisher import Fisher
 from lafq.plans import Configuration, sizes
 from lafq.unet import UNet
@@ -34,6 +34,7 @@ def set_up(profile: str, threads: int, device: str = "auto") -> torch.device:
     torch.set_num_threads(threads)
     chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     # Quantization is judged in FP32 compute: TF32 keeps 10 mantissa bits, as FP16 does.
+    torch.backends.cudnn.deterministic = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch.device(chosen)
 
@@ -68,13 +69,16 @@ def load_model(profile: str, width: int, device: torch.device | str = "cpu") -> 
 
 def save_fisher(profile: str, fisher: Fisher, width: int) -> None:
     """Write every weight's Fisher value to results/<profile>/fisher.safetensors (not committed: 02_fisher makes it)."""
-    save_tensors(paths.RESULTS / profile / "fisher.safetensors", fisher.weights, width=width)
+    save_tensors(paths.RESULTS / profile / "fisher.safetensors", fisher.weights, weights=_weights(profile), width=width)
 
 
 def load_fisher(profile: str, width: int) -> dict[str, Tensor]:
-    """The Fisher value of every weight, by parameter name, as 02_fisher wrote them."""
+    """The Fisher value of every weight, by parameter name, as 02_fisher wrote them.
+
+    Raises FileNotFoundError when there are none, ValueError when they are of other weights than the profile's.
+    """
     path = paths.RESULTS / profile / "fisher.safetensors"
-    return load_tensors(path, "02_fisher with COMPUTE=True", width=width)[0]
+    return load_tensors(path, "02_fisher with COMPUTE=True", weights=_weights(profile), width=width)[0]
 
 
 def evaluate(
@@ -100,6 +104,9 @@ def evaluate(
     network = classifier.load()
     reference = metrics.mnist_reference(network)
     seen_by_inception = _inception_scorer(profile, inception_reference)
+    against = f"{len(reference.features)} test digits, 32x32"
+    if inception_reference:
+        against += f" (Inception: {inception_reference})"
     rows, samples = [], {}
     pairs = zip(configurations, size.to_dict("records"), strict=True)
     for configuration, bytes_row in tqdm(pairs, total=len(configurations), desc="rows", unit="row", leave=False):
@@ -110,7 +117,7 @@ def evaluate(
         scores = metrics.score(generated, network, reference)
         scores["fid_inception"] = seen_by_inception(key, generated) if configuration.inception else float("nan")
         key_columns = {k: v for k, v in configuration._asdict().items() if k not in ("plan", "inception")}
-        rows.append({**key_columns, **bytes_row, **scores, "n_images": images, "sample": key})
+        rows.append({**key_columns, **bytes_row, **scores, "n_images": images, "reference": against, "sample": key})
         print(f"{' '.join(key_columns.values())}: {rows[-1]['mem_mib']:.2f} MiB, FID (MNIST) {scores['fid_mnist']:.2f}")
     return pd.DataFrame(rows), samples
 
@@ -140,11 +147,11 @@ def _inception_scorer(profile: str, reference_images: int) -> Any:
     print(source)
     if extractor is None:
         return lambda key, images: float("nan")
-    cache = paths.BUILD / "inception"
-    reference = metrics.inception_reference(extractor, reference_images, cache)
+    reference = metrics.inception_reference(extractor, reference_images, paths.BUILD / "inception")
+    suffix = f"{inception.digest(extractor)}.safetensors"
 
     def scored(key: str, images: Tensor) -> float:
-        path = paths.BUILD / profile / "samples" / f"{key}.inception.safetensors"
+        path = paths.BUILD / profile / "samples" / f"{key}.{suffix}"
         if not path.is_file():
             save_tensors(path, {"features": metrics.inception_features(extractor, images)})
         return metrics.fid(load_tensors(path, "this notebook")[0]["features"], reference)
@@ -159,6 +166,11 @@ def _sampled(model: nn.Module, path: Path, images: int, steps: int, seed: int) -
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, images=generated.numpy())
     return generated
+
+
+def _weights(profile: str) -> str:
+    path = paths.RESULTS / profile / WEIGHTS
+    return sha256(path) if path.is_file() else "none"
 
 
 def _digest(model: nn.Module, images: int, steps: int, seed: int) -> str:

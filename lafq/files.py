@@ -3,6 +3,7 @@
 Tensors go to safetensors, with a metadata record that loading checks.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -56,5 +62,5 @@ def load_tensors(path: Path, made_by: str, **expected: Any) -> tuple[dict[str, T
         raise ValueError(f"{path} is damaged or not a lafq file ({error}): delete it and run {made_by} again") from None
     for key, value in expected.items():
         if metadata.get(key) != value:
-            raise ValueError(f"{path} was made with {key}={metadata.get(key)}, not {value}: run {made_by} again")
+            raise ValueError(f"{path} was made with {key}={metadata.get(key)}, not {value}: delete it and run {made_by} again")
     return tensors, metadata

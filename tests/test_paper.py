@@ -1,3 +1,4 @@
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -97,7 +98,13 @@ def test_c3_takes_its_noise_from_blocks_of_as_many_images():
     sentences = claims.c3_sentences(sweep([9, 9, 5, 6, 7, 9, 9, 9]), quality)
     assert len(sentences) == 2
     assert "cannot be told by fid_mnist" in sentences[0]
-    assert "against a spread of 10 " in sentences[0]
+    assert "standard deviation 7.07" in sentences[0]
+    assert "does not hold by fid_inception" in sentences[1] or "cannot be told by fid_inception" in sentences[1]
+
+
+def test_expected_range_of_eight_draws():
+    draws = np.random.default_rng(0).standard_normal((200_000, 8))
+    assert np.ptp(draws, axis=1).mean() == pytest.approx(claims.EXPECTED_RANGE, abs=0.01)
 
 
 def test_against_baseline_and_nearest_size():

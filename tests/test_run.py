@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -6,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lafq import experiment, paths, plans, quantize, report
+from lafq import experiment, paths, plans, quantize, report, run
+from lafq.fisher import Fisher
 from lafq.unet import UNet, quantizable
 
 
@@ -20,6 +22,8 @@ def lafq_run(*arguments):
     [
         (["reproduce", "--profile", "huge"], "unknown profile 'huge': choose one of mini, paper, smoke"),
         (["reproduce", "--profile", "smoke", "--set", "IMAGE=3"], "unknown parameter IMAGE: the notebooks declare"),
+        (["reproduce", "--profile", "smoke", "--set", "IMAGES=0"], "IMAGES is 0: at least 2 is needed"),
+        (["reproduce", "--profile", "smoke", "--set", "RATIOS=[0.3, 1.2]"], "ratio 1.2 is outside [0, 1]"),
         (["resume", "--profile", "smoke", "--only", "09"], "no notebook's name begins with '09'"),
     ],
 )
@@ -58,8 +62,8 @@ def evaluate(model, configurations, **changes):
 def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, sampled, tiny):
     fp16 = dict.fromkeys(quantizable(tiny), "fp16")
     rows = [
-        plans.Configuration("baseline", "none", "fp32", "none", {}),
-        plans.Configuration("ratio", "0.00", "fp16", "weight", fp16),
+        experiment.Configuration("baseline", "none", "fp32", "none", {}),
+        experiment.Configuration("ratio", "0.00", "fp16", "weight", fp16),
         *plans.uniform(tiny, ("fp16",)),
     ]
     table, images = evaluate(tiny, rows)
@@ -74,10 +78,39 @@ def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, sampl
     assert len(sampled) == 3
 
 
+def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypatch):
+    rows = [experiment.Configuration("baseline", "none", "fp32", "none", {}), *plans.uniform(tiny)]
+    whole, _ = evaluate(tiny, rows)
+    shutil.rmtree(paths.BUILD)
+    calls = []
+
+    def killed_at_the_third(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = experiment.sample
+    monkeypatch.setattr(experiment, "sample", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny, rows)
+    resumed, _ = evaluate(tiny, rows)
+    assert len(calls) == 4
+    pd.testing.assert_frame_equal(whole, resumed)
+
+
+def test_the_profile_follows_the_gpu(monkeypatch, capsys):
+    for visible, profile in ((True, "paper"), (False, "mini")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda visible=visible: visible)
+        assert run.choose_profile("") == profile
+        assert f"profile {profile}: " in capsys.readouterr().out
+        assert run.choose_profile("smoke") == "smoke"
+
+
 def test_a_bad_plan_stops_before_sampling(sandbox, sampled, tiny):
-    good = plans.Configuration("baseline", "none", "fp32", "none", {})
+    good = experiment.Configuration("baseline", "none", "fp32", "none", {})
     with pytest.raises(ValueError, match="unknown format 'int1'"):
-        evaluate(tiny, [good, plans.Configuration("x", "", "int1", "tensor", {"inp.weight": "int1"})])
+        evaluate(tiny, [good, experiment.Configuration("x", "", "int1", "tensor", {"inp.weight": "int1"})])
     with pytest.raises(ValueError, match="0 images asked for"):
         evaluate(tiny, [good], images=0)
     with pytest.raises(ValueError, match=r"ratio 1.2 is outside \[0, 1\]"):
@@ -107,6 +140,16 @@ def test_missing_and_foreign_weights(sandbox):
     with pytest.raises(ValueError, match="width=4, not 16"):
         experiment.load_model("smoke", 16)
     assert experiment.load_model("smoke", 4).width == 4
+
+
+def test_fisher_of_other_weights_is_refused(sandbox):
+    weights = paths.RESULTS / "smoke" / experiment.WEIGHTS
+    experiment.save_tensors(weights, dict(UNet(4).named_parameters()), width=4)
+    experiment.save_fisher("smoke", Fisher({"a": torch.ones(2)}, pd.DataFrame()), 4)
+    assert experiment.load_fisher("smoke", 4)["a"].tolist() == [1, 1]
+    experiment.save_tensors(weights, dict(UNet(4).named_parameters()), width=4)
+    with pytest.raises(ValueError, match=r"fisher.safetensors was made with weights=.* run 02_fisher"):
+        experiment.load_fisher("smoke", 4)
 
 
 def test_set_up_refuses():
