@@ -43,11 +43,12 @@ def ancestral_step(x: Tensor, eps: Tensor, noise: Tensor, t: int, t_next: int) -
 
 
 @torch.inference_mode()
-def sample(model: nn.Module, images: int, steps: int, seed: int, batch_size: int = 100) -> Tensor:
+def sample(model: nn.Module, images: int, steps: int, seed: int, batch_size: int = 100, label: str = "sampling") -> Tensor:
     """Generate `images` digits from the model as it is (pass the EMA weights); image i depends on (seed, i) alone.
 
     Every image starts from and receives the noise of its own generator, drawn on the CPU, so that two models, or two
-    batch sizes, see the same noise. Returns uint8 (images, 1, 32, 32): clamped to [0, 1] and rounded.
+    batch sizes, see the same noise. `label` stands beside the progress bar.
+    Returns uint8 (images, 1, 32, 32): clamped to [0, 1] and rounded.
     Raises ValueError for no images or a number of steps out of range.
     """
     if images < 1:
@@ -56,7 +57,7 @@ def sample(model: nn.Module, images: int, steps: int, seed: int, batch_size: int
     device = next(model.parameters()).device
     model = model.eval().to(memory_format=torch.channels_last)
     batches = range(0, images, batch_size)
-    bar = tqdm(total=len(batches) * steps, desc="sampling", unit="step", leave=False)
+    bar = tqdm(total=len(batches) * steps, desc=label, unit="step", leave=False)
     done = []
     for start in batches:
         streams = [generator(seed, i) for i in range(start, min(start + batch_size, images))]

@@ -1,14 +1,12 @@
 """What the notebooks do again and again: set up, train or load the weights, evaluate a list of precision plans."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lafq import classifier, inception, metrics, paths, quantize, training
 from lafq.data import mnist
@@ -109,10 +107,10 @@ def evaluate(
         against += f" (Inception: {inception_reference})"
     rows, samples = [], {}
     pairs = zip(configurations, size.to_dict("records"), strict=True)
-    for configuration, bytes_row in tqdm(pairs, total=len(configurations), desc="rows", unit="row", leave=False):
+    for i, (configuration, bytes_row) in enumerate(pairs, start=1):
         quantized = quantize.unpack(quantize.pack(model, configuration.plan), model)
         key = _digest(quantized, images, steps, seed)
-        generated = _sampled(quantized, paths.BUILD / profile / "samples" / f"{key}.npz", images, steps, seed)
+        generated = _sampled(quantized, profile, key, images, steps, seed, f"row {i} of {len(size)}")
         samples[key] = generated[:, 0].numpy()
         scores = metrics.score(generated, network, reference)
         scores["fid_inception"] = seen_by_inception(key, generated) if configuration.inception else float("nan")
@@ -127,9 +125,7 @@ def quality(model: nn.Module, profile: str, *, images: int, block: int, steps: i
 
     One row for all and one a block: columns images (a range), n_images, fid_mnist, is_mnist, kid_mnist.
     """
-    generated = _sampled(
-        model, paths.BUILD / profile / "samples" / f"{_digest(model, images, steps, seed)}.npz", images, steps, seed
-    )
+    generated = _sampled(model, profile, _digest(model, images, steps, seed), images, steps, seed)
     network = classifier.load()
     reference = metrics.mnist_reference(network)
     parts = {f"0-{images - 1}": generated} | {
@@ -159,10 +155,11 @@ def _inception_scorer(profile: str, reference_images: int) -> Any:
     return scored
 
 
-def _sampled(model: nn.Module, path: Path, images: int, steps: int, seed: int) -> Tensor:
+def _sampled(model: nn.Module, profile: str, key: str, images: int, steps: int, seed: int, label: str = "sampling") -> Tensor:
+    path = paths.BUILD / profile / "samples" / f"{key}.npz"
     if path.is_file():
         return torch.from_numpy(np.load(path)["images"])
-    generated = sample(model, images, steps, seed)
+    generated = sample(model, images, steps, seed, label=label)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, images=generated.numpy())
     return generated

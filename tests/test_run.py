@@ -45,9 +45,9 @@ def sandbox(tmp_path, monkeypatch):
 def sampled(monkeypatch):
     calls = []
 
-    def counted(model, images, steps, seed):
+    def counted(*args, **kwargs):
         calls.append(1)
-        return original(model, images, steps, seed)
+        return original(*args, **kwargs)
 
     original = experiment.sample
     monkeypatch.setattr(experiment, "sample", counted)
@@ -84,11 +84,11 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypat
     shutil.rmtree(paths.BUILD)
     calls = []
 
-    def killed_at_the_third(*args):
+    def killed_at_the_third(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*args, **kwargs)
 
     original = experiment.sample
     monkeypatch.setattr(experiment, "sample", killed_at_the_third)
