@@ -17,7 +17,7 @@ def verdict_c1(timesteps: pd.DataFrame) -> str:
     verdict = "holds" if rho < -0.9 and mean.idxmax() == mean.index.min() else "does not hold"
     return (
         f"C1 (later reverse steps have higher Fisher values) {verdict}: the rank correlation of mean Fisher with t is "
-        f"{rho:.2f}; the bin nearest t = 0 has {mean.iloc[0] / mean.iloc[-1]:.3g} times the mean of the bin nearest 999."
+        f"{rho:.2f}; the bin nearest t = 0 has {mean.iloc[0] / mean.iloc[-1]:,.4g} times the mean of the bin nearest 999."
     )
 
 
@@ -40,7 +40,7 @@ def verdict_c2(timesteps: pd.DataFrame) -> str:
     )
 
 
-def verdict_c3(table: pd.DataFrame, metric: str, noise: float | None = None) -> str:
+def verdict_c3(table: pd.DataFrame, metric: str, noise: float = float("nan")) -> str:
     """C3, the best ratio lies in 0.35-0.40, judged on the poster's ratios of one unit and format (lower is better).
 
     Cannot be told when the range over the ratios is below that of as many draws of noise alone. noise: the metric's
@@ -52,10 +52,10 @@ def verdict_c3(table: pd.DataFrame, metric: str, noise: float | None = None) -> 
     ties = values.index[values == values.min()]
     inside = all(paper.BEST_RATIOS[0] <= r <= paper.BEST_RATIOS[1] for r in ties)
     verdict = "holds" if inside else "does not hold"
-    by_chance = EXPECTED_RANGE * noise if noise is not None else 0.0
+    by_chance = EXPECTED_RANGE * noise
     if spread < by_chance:
         verdict = "cannot be told"
-    against = "" if noise is None else f", where other noise alone gives {by_chance:.3g} (standard deviation {noise:.3g})"
+    against = "" if pd.isna(noise) else f", where other noise alone gives {by_chance:.3g} (standard deviation {noise:.3g})"
     return (
         f"C3 (the best ratio lies in 0.35-0.40) {verdict} by {metric}, {sweep['format'].iloc[0]}, unit "
         f"{sweep['unit'].iloc[0]}: lowest at {best:.2f}; range over the ratios {spread:.3g}{against}."
@@ -68,8 +68,7 @@ def c3_sentences(table: pd.DataFrame, quality: pd.DataFrame) -> list[str]:
     The noise of FID on MNIST features is its standard deviation over the blocks of `experiment.quality`, where they have
     as many images as the rows; that of Inception FID was measured on the authors' published images.
     """
-    blocks = quality[quality["n_images"] == table["n_images"].iloc[0]]["fid_mnist"]
-    noise = blocks.std() if len(blocks) > 1 else None
+    noise = noise_of_fid(table, quality)
     sweep = table[(table["method"] == "ratio") & table["threshold"].isin([f"{r:.2f}" for r in paper.RATIOS])]
     sentences = []
     for _, rows in sweep.groupby(["format", "unit"]):
@@ -93,6 +92,17 @@ def against_baseline(table: pd.DataFrame) -> str:
     moves = (rows["fid_mnist"] - baseline).groupby(rows["format"]).agg(["min", "max"])
     found = [f"{low} by {m['min']:+.3f} to {m['max']:+.3f}" for low, m in moves.iterrows()]
     return f"Against the FP32 baseline's FID (MNIST features) of {baseline:.2f}, same noise: " + ", ".join(found) + "."
+
+
+def noise_of_fid(table: pd.DataFrame, quality: pd.DataFrame) -> float:
+    """Standard deviation of FID on MNIST features over the blocks that have as many images as the table's rows, else NaN."""
+    return quality[quality["n_images"] == table["n_images"].iloc[0]]["fid_mnist"].std()
+
+
+def scale(table: pd.DataFrame, quality: pd.DataFrame) -> str:
+    """One line for a figure: how much a draw of other noise moves the FID of one model, beside what the axis shows."""
+    noise = noise_of_fid(table, quality)
+    return "one draw of the noise" if pd.isna(noise) else f"same noise in every row; other noise moves FID by +-{noise:.1f} (1 sd)"
 
 
 def training_quality(quality: pd.DataFrame) -> str:

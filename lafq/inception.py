@@ -5,6 +5,7 @@ holds the same network as TorchScript without its last layer (enough for FID and
 stay empty and one line says so.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -93,7 +94,8 @@ def _download() -> dict[str, Tensor]:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
-        return torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, progress=False, check_hash=True, weights_only=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            return torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, progress=False, check_hash=True, weights_only=True)
     finally:
         socket.setdefaulttimeout(before)
 

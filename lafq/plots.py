@@ -15,6 +15,7 @@ from matplotlib.colors import LogNorm
 from lafq.paper import BEST_RATIOS, Published
 
 sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={"figure.constrained_layout.use": True})
+MARKED = 50  # a line of more points than this is drawn without markers
 MARKERS = {"fp16": "o", "int8": "s"}
 
 
@@ -70,28 +71,32 @@ def fisher_map(ax: Axes, timesteps: pd.DataFrame) -> None:
     table = (total["total"] / total["weights"]).unstack()
     sns.heatmap(table, ax=ax, norm=LogNorm(table.min().min(), table.max().max()), cmap="viridis", cbar_kws={"label": "mean Fisher"})
     ax.set(xlabel="timestep t (0 = clean; lower edge of the bin)", ylabel="", title="Mean Fisher information a weight")
+    ax.tick_params(axis="y", rotation=0)
 
 
 def size_curve(ax: Axes, sizes: pd.DataFrame, share: float, label: str, log: bool = False) -> None:
     """Stored share of the FP32 bytes over the threshold, a line a (format, unit); the paper's share dashed."""
     for (low, unit), rows in sizes[np.isfinite(sizes["cut"])].groupby(["format", "unit"]):
-        ax.plot(rows["cut"], 100 * rows["mem_share"], marker=MARKERS[low], ms=4, lw=1, label=f"{low}, unit {unit}")
+        few = len(rows) <= MARKED
+        style = {"marker": MARKERS[low] if few else "", "ms": 4, "lw": 1 if few else 2}
+        ax.plot(rows["cut"], 100 * rows["mem_share"], **style, label=f"{low}, unit {unit}")
     ax.axhline(100 * share, color="black", ls="--", lw=1, label=f"the paper's size, {100 * share:.1f} %")
     ax.set(xlabel=label, ylabel="stored bytes (% of FP32)", ylim=(0, 108), xscale="log" if log else "linear")
     ax.legend(fontsize=9)
 
 
-def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
+def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: str) -> None:
     """A metric over stored MiB, a marker a row; the unquantized baseline as a dashed line."""
     baseline = table[table["method"] == "baseline"][metric].item()
     ax.axhline(baseline, color="black", ls="--", lw=1, label="FP32 baseline")
     rows = table[table["method"] != "baseline"].assign(kind=lambda t: t["method"] + ", " + t["format"] + ", " + t["unit"])
     sns.scatterplot(rows, x="mem_mib", y=metric, hue="kind", style="kind", s=90, ax=ax)
     ax.set(xlabel="stored MiB", ylabel=label)
+    ax.set_title(title, fontsize=10)
     ax.legend(fontsize=9)
 
 
-def ratio_sweep(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
+def ratio_sweep(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: str) -> None:
     """A metric over the ratio kept, a line a (format, unit); the range the paper calls best shaded, the baseline dashed."""
     rows = table[table["method"] == "ratio"]
     rows = rows.assign(ratio=rows["threshold"].astype(float)).sort_values("ratio")
@@ -101,6 +106,7 @@ def ratio_sweep(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
         style = "-" if unit == "weight" else ":"
         ax.plot(line["ratio"], line[metric], style, marker=MARKERS.get(low, "."), ms=5, lw=1.2, label=f"{low}, unit {unit}")
     ax.set(xlabel="ratio r (share of a layer kept in FP32)", ylabel=label)
+    ax.set_title(title, fontsize=10)
     ax.legend(fontsize=9)
 
 
