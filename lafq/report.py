@@ -113,7 +113,7 @@ def comparison(profile: str, *methods: str) -> pd.DataFrame:
     table = load_table(profile, "paper_comparison")
     table = table[table["method"].isin(methods or METHODS)].drop(columns="profile").reset_index(drop=True)
     digits = {"mem_share": 3, "mem_share_paper": 3, "kid_mnist": 3}
-    numbers = table.select_dtypes("float")
+    numbers = table.drop(columns="n_images").select_dtypes("number")
     return table.assign(**{c: [f"{v:.{digits.get(c, 2)}f}" if pd.notna(v) else "" for v in numbers[c]] for c in numbers})
 
 
