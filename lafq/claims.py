@@ -78,6 +78,18 @@ def c3_sentences(table: pd.DataFrame, quality: pd.DataFrame) -> list[str]:
     return sentences
 
 
+def published_ratio_sizes() -> str:
+    """The poster's memory for its ratios beside what keeping that share of the weights in FP32, the rest in FP16, takes."""
+    rows = [p for p in paper.POSTER if p.method == "ratio" and p.mem_mib]
+    least = next(p.mem_mib for p in paper.README if p.method == "uniform")
+    found = []
+    for row in rows:
+        share, needed = row.mem_mib / paper.BASELINE_MIB, (1 + float(row.threshold)) / 2
+        below = ", less than all weights in FP16 take" if row.mem_mib < least else ""
+        found.append(f"{row.threshold}: {share:.1%} of FP32 published{below}, {needed:.1%} by that rule")
+    return "The poster's memory does not follow from keeping the ratio in FP32 and the rest in FP16: " + "; ".join(found) + "."
+
+
 def nearest_size(table: pd.DataFrame, method: str, share: float) -> str:
     """Which size was reached beside the paper's, and what share of the weights it keeps, for each format and unit."""
     rows = table[table["method"] == method].drop_duplicates(["format", "unit"])

@@ -102,6 +102,13 @@ def test_c3_takes_its_noise_from_blocks_of_as_many_images():
     assert "does not hold by fid_inception" in sentences[1] or "cannot be told by fid_inception" in sentences[1]
 
 
+def test_published_ratio_sizes():
+    sentence = claims.published_ratio_sizes()
+    assert "0.35: 50.7% of FP32 published, 67.5% by that rule" in sentence
+    assert "0.38: 47.9% of FP32 published, less than all weights in FP16 take, 69.0% by that rule" in sentence
+    assert "0.40: 50.4% of FP32 published, 70.0% by that rule" in sentence
+
+
 def test_expected_range_of_eight_draws():
     draws = np.random.default_rng(0).standard_normal((200_000, 8))
     assert np.ptp(draws, axis=1).mean() == pytest.approx(claims.EXPECTED_RANGE, abs=0.01)
