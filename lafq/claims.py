@@ -86,7 +86,7 @@ def published_ratio_sizes() -> str:
     for row in rows:
         share, needed = row.mem_mib / paper.BASELINE_MIB, (1 + float(row.threshold)) / 2
         below = ", less than all weights in FP16 take" if row.mem_mib < least else ""
-        found.append(f"{row.threshold}: {share:.1%} of FP32 published{below}, {needed:.1%} by that rule")
+        found.append(f"{row.threshold}: {share:.1%} of FP32 published{below}, at least {needed:.1%} by that rule")
     return "The poster's memory does not follow from keeping the ratio in FP32 and the rest in FP16: " + "; ".join(found) + "."
 
 

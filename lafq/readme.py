@@ -31,10 +31,11 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     seconds, peak = sum(n["seconds"] for n in timing.values()), max(n["peak_mib_so_far"] for n in timing.values())
     sampling = (parameters["IMAGES"], parameters["SAMPLING_STEPS"], parameters["INCEPTION_REFERENCE"])
     times = [f"{name} {n['seconds'] / 60:.1f} min" for name, n in timing.items()]
-    verdicts = [claims.verdict_c1(timesteps), claims.verdict_c2(timesteps), *claims.c3_sentences(ratio, quality), claims.published_ratio_sizes()]
+    verdicts = [claims.verdict_c1(timesteps), claims.verdict_c2(timesteps), *claims.c3_sentences(ratio, quality)]
+    verdicts += [claims.published_ratio_sizes(), claims.against_baseline(ratio)]
     return {
         "comparison": f"{markdown(main_rows(report.comparison(profile)))}\n\n{report.note(*sampling)}",
-        "claims": "\n".join(f"- {sentence}" for sentence in [*verdicts, claims.against_baseline(ratio)]),
+        "claims": "\n".join(f"- {sentence}" for sentence in verdicts),
         "cost": (
             f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "
             "memory at most; setting up `.venv` comes on top, once."

@@ -104,9 +104,9 @@ def test_c3_takes_its_noise_from_blocks_of_as_many_images():
 
 def test_published_ratio_sizes():
     sentence = claims.published_ratio_sizes()
-    assert "0.35: 50.7% of FP32 published, 67.5% by that rule" in sentence
-    assert "0.38: 47.9% of FP32 published, less than all weights in FP16 take, 69.0% by that rule" in sentence
-    assert "0.40: 50.4% of FP32 published, 70.0% by that rule" in sentence
+    assert "0.35: 50.7% of FP32 published, at least 67.5% by that rule" in sentence
+    assert "0.38: 47.9% of FP32 published, less than all weights in FP16 take, at least 69.0% by that rule" in sentence
+    assert "0.40: 50.4% of FP32 published, at least 70.0% by that rule" in sentence
 
 
 def test_expected_range_of_eight_draws():
