@@ -16,7 +16,7 @@ from lafq.unet import LAYERS, UNet
 METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
 SHOWN = [
     *("method", "threshold", "format", "unit", "kept_share", "mem_mib", "mem_share"),
-    *("fid_mnist", "is_mnist", "kid_mnist", "fid_inception", "n_images", "reference"),
+    *("fid_mnist", "is_mnist", "kid_mnist", "fid_inception"),
 ]
 
 
@@ -92,7 +92,7 @@ def gather(profile: str, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def note(images: int, steps: int, inception_reference: int) -> str:
-    """The sentence under every table: N, sampling, reference sets and padding."""
+    """The sentence over every table: N, sampling, reference sets and padding."""
     inception = f"the first {inception_reference:,} of them for Inception" if inception_reference else "no Inception columns"
     return (
         f"N = {images} images a row, {steps} sampling steps, the same noise in every row. Reference: test digits "
