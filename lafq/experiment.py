@@ -1,6 +1,7 @@
 """What the notebooks do again and again: set up, train or load the weights, evaluate a list of precision plans."""
 
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lafq import classifier, inception, metrics, paths, quantize, training
+from lafq import classifier, inception, metrics, paths, quantize, storage, training
 from lafq.data import mnist
 from lafq.diffusion import sample
 from lafq.files import load_tensors, replacing, save_tensors, sha256
 from lafq.fisher import Fisher
+from lafq.memory import sampling_peak_mib
 from lafq.plans import Configuration, sizes
 from lafq.unet import UNet
 
@@ -91,7 +93,7 @@ def evaluate(
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Sample every configuration from the same noise and score the images.
 
-    Returns one row a configuration (its key, kept_share, mem_mib, mem_share, the metrics, n_images, sample) and the
+    Returns one row a configuration (its key, kept_share, mem_mib, mem_share, peak_mib, the metrics, n_images, sample) and the
     uint8 images (N, 32, 32) by `sample`, a digest of the quantized weights and the noise: equal plans are sampled once,
     and what an interrupted run had finished is taken from build/<profile>/samples. All plans are checked first.
     inception_reference: number of reference digits for the Inception columns; 0 leaves them empty.
@@ -108,14 +110,18 @@ def evaluate(
     rows, samples = [], {}
     pairs = zip(configurations, size.to_dict("records"), strict=True)
     for i, (configuration, bytes_row) in enumerate(pairs, start=1):
-        quantized = quantize.unpack(quantize.pack(model, configuration.plan), model)
-        key = _digest(quantized, images, steps, seed)
+        quantized = quantize.pack(model, configuration.plan)
+        peak = _peak(quantized, model, profile)
+        quantized = quantize.unpack(quantized)
+        key = _key(quantized, images, steps, seed)
         generated = _sampled(quantized, profile, key, images, steps, seed, f"row {i} of {len(size)}")
         samples[key] = generated[:, 0].numpy()
         scores = metrics.score(generated, network, reference)
         scores["fid_inception"] = seen_by_inception(key, generated) if configuration.inception else float("nan")
         key_columns = {k: v for k, v in configuration._asdict().items() if k not in ("plan", "inception")}
-        rows.append({**key_columns, **bytes_row, **scores, "n_images": images, "reference": against, "sample": key})
+        rows.append(
+            {**key_columns, **bytes_row, "peak_mib": peak, **scores, "n_images": images, "reference": against, "sample": key}
+        )
         print(f"{' '.join(key_columns.values())}: {rows[-1]['mem_mib']:.2f} MiB, FID (MNIST) {scores['fid_mnist']:.2f}")
     return pd.DataFrame(rows), samples
 
@@ -125,7 +131,7 @@ def quality(model: nn.Module, profile: str, *, images: int, block: int, steps: i
 
     One row for all and one a block: columns images (a range), n_images, fid_mnist, is_mnist, kid_mnist.
     """
-    generated = _sampled(model, profile, _digest(model, images, steps, seed), images, steps, seed)
+    generated = _sampled(model, profile, _key(model, images, steps, seed), images, steps, seed)
     network = classifier.load()
     reference = metrics.mnist_reference(network)
     parts = {f"0-{images - 1}": generated} | {
@@ -170,9 +176,18 @@ def _weights(profile: str) -> str:
     return sha256(path) if path.is_file() else "none"
 
 
-def _digest(model: nn.Module, images: int, steps: int, seed: int) -> str:
-    content = hashlib.sha256(f"{images} {steps} {seed}".encode())
-    for name, p in model.named_parameters():
-        content.update(name.encode())
-        content.update(p.detach().cpu().contiguous().numpy().tobytes())
-    return content.hexdigest()[:16]
+def _key(model: nn.Module, *drawn: int) -> str:
+    return hashlib.sha256(f"{quantize.fingerprint(model)} {drawn}".encode()).hexdigest()[:16]
+
+
+def _peak(packed: nn.Module, model: nn.Module, profile: str) -> float:
+    """Whole MiB: the measurement repeats to a few tenths."""
+    path = paths.BUILD / profile / "peaks" / f"{_key(packed)}.json"
+    if not path.is_file():
+        weights = path.with_suffix(".safetensors")
+        storage.save(weights, packed, model)
+        peak = round(sampling_peak_mib(weights, device=next(model.parameters()).device))
+        weights.unlink()
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(peak))
+    return json.loads(path.read_text())

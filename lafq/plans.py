@@ -5,8 +5,8 @@ from typing import NamedTuple
 import pandas as pd
 from torch import Tensor, nn
 
-from lafq.quantize import Plan, make_plan, nbytes
-from lafq.thresholds import UNITS, by_unit, cuts, keep_global, keep_ratio
+from lafq.quantize import Plan, kept_weights, make_plan, nbytes
+from lafq.thresholds import by_unit, cuts, keep_global, keep_ratio
 from lafq.unet import quantizable
 
 MIB = 2**20
@@ -71,8 +71,7 @@ def uniform(model: nn.Module, formats: tuple[str, ...] = ("fp16", "int8")) -> li
 def kept_share(model: nn.Module, plan: Plan) -> float:
     """Share of the six layers' weights that the plan leaves in FP32."""
     weights = quantizable(model)
-    kept = {n: int(plan[n][0].sum()) if isinstance(plan.get(n), tuple) else 0 for n in plan}
-    return sum(kept.get(n, w.numel()) for n, w in weights.items()) / sum(w.numel() for w in weights.values())
+    return sum(kept_weights(model, plan, n) for n in weights) / sum(w.numel() for w in weights.values())
 
 
 def ratio_configurations(
@@ -88,7 +87,7 @@ def ratio_configurations(
             make_plan(keep_ratio(by_unit(fisher, unit), ratio), low),
             inception=low == "fp16" and unit == "weight" and ratio in ratios,
         )
-        for unit in UNITS
+        for unit in ("tensor", "weight")
         for low in formats
         for ratio in sorted({*ratios, *(coarse if unit == "weight" else ())})
     ]

@@ -1,172 +1,141 @@
-"""Number formats, and a quantized copy of a model whose stored bytes can be counted and written.
+"""A precision plan becomes a model of that size: a packed copy, its bytes, and its file.
 
-A precision plan names, for each parameter to be stored in less than FP32, a format or a pair (mask, format): where the
-mask is True the weight stays FP32. Parameters outside the plan stay FP32. Integers are symmetric with one FP32 scale an
-output channel: w is stored as round(w / s) in -127..127 with s = max |w| / 127 over the channel's quantized weights.
+A plan names the parameters to be stored in less than FP32: `{name: format}`, or `{name: Precision(...)}` where output
+channels differ or single weights are kept. Parameters outside the plan stay as they are, bit for bit.
 
-`pack` gives the tensors that are stored; `unpack` computes the weights that are sampled from out of those, in a copy.
+`pack` copies any module; the planned weights then exist in stored form only, and are unpacked for each use, a layer at a
+time (a torch parametrization: whatever reads `layer.weight` gets the FP32 weight). `unpack` trades that memory for speed.
 """
 
 import copy
-import math
-from pathlib import Path
+import hashlib
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from lafq.files import load_tensors, save_tensors
+from lafq import formats
+from lafq.formats import ScaleRule, get_format
+from lafq.packed import Packed
+from lafq.precision import Precision, Rows, in_fp32, stored_bytes
 
-BITS = {"fp32": 32, "fp16": 16, "int8": 8}
-Plan = dict[str, "str | tuple[Tensor, str]"]
+Plan = dict[str, str | Precision]
 
 
-def make_plan(keep: dict[str, Tensor], low: str) -> Plan:
-    """The plan that keeps in FP32 what `keep` says (True; 0-dim for a whole tensor) and stores the rest as `low`.
+def make_plan(keep: dict[str, Tensor], low: str, high: str = "fp32") -> Plan:
+    """The plan that stores as `high` what `keep` says (True) and the rest as `low`.
 
-    Masks are left out where a tensor is kept, or quantized, as a whole: nothing need be stored for them.
+    keep: by parameter name a boolean tensor, 0-dim for the whole tensor, (output channels,) for channels, or of the
+    weight's shape. Nothing is stored for the choice where all of a tensor goes one way.
     """
+    get_format(low), get_format(high)
     plan: Plan = {}
     for name, mask in keep.items():
         if not mask.any():
-            plan[name] = check_format(low)
-        elif not mask.all():
-            plan[name] = (mask, check_format(low))
+            plan[name] = low
+        elif mask.all():
+            plan |= {name: high} if high != "fp32" else {}
+        elif mask.ndim == 1:
+            plan[name] = Precision(tuple(high if k else low for k in mask.tolist()))
+        else:
+            plan[name] = Precision(low, mask, high)
     return plan
 
 
-def check_format(name: str) -> str:
-    """The name itself; ValueError when it is no known format."""
-    if name not in BITS:
-        raise ValueError(f"unknown format {name!r}: choose one of {', '.join(BITS)}")
-    return name
-
-
 def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Raise ValueError for a parameter the model lacks, an unknown format, or a mask of another shape."""
-    parameters = dict(model.named_parameters())
-    for name in plan:
+    """Raise ValueError, in one sentence, for a plan that does not fit the model."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, entry in plan.items():
         if name not in parameters:
             raise ValueError(f"the plan names {name!r}, which the model lacks: see model.named_parameters()")
-        mask, low = _entry(plan, name)
-        check_format(low)
-        if mask is not None and mask.shape != parameters[name].shape:
-            raise ValueError(
-                f"the mask of {name} has shape {tuple(mask.shape)}, the parameter {tuple(parameters[name].shape)}: "
-                "give one boolean a weight"
-            )
+        p = parameters[name]
+        if shared := [n for n, q in parameters.items() if q is p and n != name]:
+            raise ValueError(f"{name} is shared with {shared[0]}: leave it out of the plan")
+        if p.dtype != torch.float32:
+            raise ValueError(f"{name} is {p.dtype}: plans start from FP32 weights, call model.float() first")
+        if not p.numel():
+            raise ValueError(f"{name} is empty, of shape {tuple(p.shape)}: leave it out of the plan")
+        rows_of(model, name).check(name, entry)
 
 
 def nbytes(model: nn.Module, plan: Plan) -> int:
-    """Bytes that must be stored for all parameters under the plan: values, scales and one-bit masks."""
+    """Bytes that must be stored for the model under the plan: all parameters and persistent buffers, scales and masks."""
     check_plan(model, plan)
-    total = 0
-    for name, p in model.named_parameters():
-        mask, low = _entry(plan, name)
-        kept = 0 if mask is None else int(mask.sum())
-        total += kept * 4 + (p.numel() - kept) * BITS[low] // 8
-        total += 0 if mask is None else math.ceil(p.numel() / 8)
-        total += p.shape[_channel_axis(model, name)] * 4 if low == "int8" else 0
-    return total
+    rest = sum(t.nbytes for n, t in model.state_dict().items() if n not in plan)
+    return rest + sum(stored_bytes(rows_of(model, n), entry) for n, entry in plan.items())
 
 
-def pack(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """The tensors to store: `name/format` the values, `name/scale`, and, with a mask, `name/mask` (bits) and `name/kept`.
+@torch.no_grad()
+def pack(model: nn.Module, plan: Plan, scale: ScaleRule = formats.absmax, importance: dict[str, Tensor] | None = None) -> nn.Module:
+    """A copy of `model`, in evaluation mode, whose planned weights exist in their stored form only.
 
-    Raises ValueError as `check_plan`, and for weights that are NaN or infinite.
+    scale: `formats.absmax` or `formats.least_squares`; the latter weights the error by `importance`, the Fisher values
+    by parameter name (each of its weight's shape), where given.
+    Raises ValueError as `check_plan`, for importance of another shape or below 0, and for weights that are NaN, infinite, or
+    beyond FP16's range.
     """
     check_plan(model, plan)
     packed = {}
     for name, p in model.named_parameters():
-        p = p.detach()
         if not torch.isfinite(p).all():
             raise ValueError(f"{name} holds NaN or infinite weights: it cannot be quantized")
-        mask, low = _entry(plan, name)
-        if mask is not None:
-            mask = mask.to(p.device)
-            packed |= {f"{name}/mask": _to_bits(mask), f"{name}/kept": p[mask]}
-        if low == "int8":
-            axis = _channel_axis(model, name)
-            scale = _absmax_scale(p if mask is None else p.masked_fill(mask, 0), axis)
-            codes = (p / _along(scale, axis, p)).round().clamp(-127, 127).to(torch.int8)
-            packed |= {f"{name}/int8": codes if mask is None else codes[~mask], f"{name}/scale": scale}
-        else:
-            values = p.half() if low == "fp16" else p
-            packed[f"{name}/{low}"] = values if mask is None else values[~mask]
-    return packed
+        if name not in plan:
+            continue
+        if p.abs().max() > formats.LARGEST:
+            raise ValueError(f"{name} holds weights beyond +-{formats.LARGEST:.0f}, FP16's range: leave it out of the plan")
+        share = (importance or {}).get(name)
+        if share is not None and (share.shape != p.shape or not (share >= 0).all()):
+            raise ValueError(f"the importance of {name} must have the shape {tuple(p.shape)} and no value below 0 or NaN")
+        packed[name] = Packed.of(p.detach(), plan[name], rows_of(model, name), scale, share)
+    return with_packed(model, packed)
 
 
 @torch.no_grad()
-def unpack(packed: dict[str, Tensor], model: nn.Module) -> nn.Module:
-    """A copy of `model`, in evaluation mode, with the weights that `packed` stands for (computed in FP32).
-
-    Raises ValueError when `packed` is of a model of another shape.
-    """
-    quantized = copy.deepcopy(model).eval()
-    for name, p in quantized.named_parameters():
-        low = next((f for f in BITS if f"{name}/{f}" in packed), None)
-        if low is None:
-            raise ValueError(f"the stored weights lack {name}: they belong to another model")
-        values, mask = packed[f"{name}/{low}"].float(), packed.get(f"{name}/mask")
-        if mask is not None:
-            kept = _from_bits(mask, p)
-            _check_size(name, values, int((~kept).sum()))
-            full = torch.zeros(p.shape, device=values.device)
-            full[~kept] = values
-            values = full
-        _check_size(name, values, p.numel())
-        values = values.view(p.shape)
-        if low == "int8":
-            axis = _channel_axis(model, name)
-            values = values * _along(packed[f"{name}/scale"], axis, p)
-        if mask is not None:
-            values[kept] = packed[f"{name}/kept"]
-        p.copy_(values)
-    return quantized
+def unpack(packed: nn.Module) -> nn.Module:
+    """Turn a packed copy, in place, into an ordinary model with the same weights in FP32; returns it."""
+    for module in packed.modules():
+        for name, chain in list(getattr(module, "parametrizations", {}).items()):
+            if isinstance(chain[0], Packed):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return packed
 
 
-def save(path: Path, model: nn.Module, plan: Plan) -> None:
-    """Write the packed model as safetensors, its width in the metadata."""
-    save_tensors(path, pack(model, plan), width=model.width)
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes that the parameters and persistent buffers of a model, packed or not, hold in memory."""
+    return sum(t.nbytes for t in model.state_dict().values())
 
 
-def load(path: Path, model: nn.Module, made_by: str = "`quantize.save`") -> nn.Module:
-    """A copy of `model` with the weights of a packed file; ValueError for a damaged file or another width."""
-    packed, _ = load_tensors(path, made_by, width=model.width)
-    return unpack(packed, model)
+def fingerprint(model: nn.Module) -> str:
+    """Hexadecimal sha256 of a model's parameters and persistent buffers (names and values)."""
+    content = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        content.update(f"{name} {tuple(tensor.shape)} ".encode())
+        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
 
 
-def _entry(plan: Plan, name: str) -> tuple[Tensor | None, str]:
-    """The mask (None without one) and the format of a parameter, FP32 when the plan does not name it."""
-    entry = plan.get(name, "fp32")
-    return entry if isinstance(entry, tuple) else (None, entry)
+def kept_weights(model: nn.Module, plan: Plan, name: str) -> int:
+    """How many weights of a parameter the plan leaves in FP32."""
+    return in_fp32(rows_of(model, name), plan.get(name, "fp32"))
 
 
-def _channel_axis(model: nn.Module, name: str) -> int:
-    """The axis of the output channels: 1 in a transposed convolution, else 0."""
-    return int(isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvTransposeNd))
+def with_packed(model: nn.Module, packed: dict[str, Packed]) -> nn.Module:
+    """A copy of the model in which the named parameters are computed from their packed form."""
+    parameters = dict(model.named_parameters())
+    # The copy takes an empty stand-in for each planned weight, so that the FP32 weights are never copied.
+    stand_ins = {
+        id(parameters[n]): nn.Parameter(torch.empty(0, device=next(p.buffers()).device), requires_grad=False)
+        for n, p in packed.items()
+    }
+    result = copy.deepcopy(model, stand_ins).eval()
+    for name, p in packed.items():
+        owner, _, parameter = name.rpartition(".")
+        parametrize.register_parametrization(result.get_submodule(owner), parameter, p, unsafe=True)
+    return result
 
 
-def _absmax_scale(weight: Tensor, axis: int) -> Tensor:
-    absmax = weight.abs().amax([i for i in range(weight.ndim) if i != axis])
-    return torch.where(absmax > 0, absmax / 127, torch.ones_like(absmax))
-
-
-def _along(scale: Tensor, axis: int, weight: Tensor) -> Tensor:
-    return scale.view([-1 if i == axis else 1 for i in range(weight.ndim)])
-
-
-def _to_bits(mask: Tensor) -> Tensor:
-    flat = mask.reshape(-1).to(torch.uint8)
-    flat = torch.cat((flat, flat.new_zeros(-len(flat) % 8))).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1).to(torch.uint8)
-
-
-def _from_bits(bits: Tensor, weight: Tensor) -> Tensor:
-    flat = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
-    _check_size("a mask", flat[:, 0], math.ceil(weight.numel() / 8))
-    return flat.view(-1)[: weight.numel()].bool().view(weight.shape)
-
-
-def _check_size(name: str, values: Tensor, size: int) -> None:
-    if values.numel() != size:
-        raise ValueError(f"{name} has {values.numel()} stored values, the model needs {size}: they are of another model")
+def rows_of(model: nn.Module, name: str) -> Rows:
+    """How a parameter falls into output channels."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) and name.endswith("weight")
+    return Rows(tuple(module.get_parameter(name.rpartition(".")[2]).shape), module.groups if transposed else 0)

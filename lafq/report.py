@@ -15,7 +15,7 @@ from lafq.unet import LAYERS, UNet
 
 METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
 SHOWN = [
-    *("method", "threshold", "format", "unit", "kept_share", "mem_mib", "mem_share"),
+    *("method", "threshold", "format", "unit", "kept_share", "mem_mib", "mem_share", "peak_mib"),
     *("fid_mnist", "is_mnist", "kid_mnist", "fid_inception"),
 ]
 

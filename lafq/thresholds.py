@@ -17,13 +17,18 @@ GROUPS = {
     "Layer3-5": ("Layer3", "Layer4", "Layer5"),
     "Layer6": ("Layer6",),
 }
-UNITS = ("tensor", "weight")
+UNITS = ("tensor", "channel", "weight")
 
 
-def by_unit(fisher: dict[str, Tensor], unit: str) -> dict[str, Tensor]:
-    """Scores of the unit: "tensor" gives the mean Fisher value of each weight tensor (0-dim), "weight" every value."""
+def by_unit(fisher: dict[str, Tensor], unit: str, axes: dict[str, int] | None = None) -> dict[str, Tensor]:
+    """Scores of the unit: mean Fisher value of each weight tensor (0-dim) or output channel (1-dim), or every weight's.
+
+    axes: by parameter name the axis of the output channels where it is not 0 (1 in a transposed convolution).
+    """
     if unit not in UNITS:
         raise ValueError(f"unknown unit {unit!r}: choose one of {', '.join(UNITS)}")
+    if unit == "channel":
+        return {n: f.movedim((axes or {}).get(n, 0), 0).flatten(1).mean(1) for n, f in fisher.items()}
     return {n: f.mean() for n, f in fisher.items()} if unit == "tensor" else dict(fisher)
 
 

@@ -19,9 +19,12 @@ TIMESTEPS = 1000
 
 
 def time_table(channels: int, timesteps: int = TIMESTEPS) -> Tensor:
-    """Sinusoidal embedding of every timestep, sin and cos interleaved: (timesteps, channels)."""
-    frequency = torch.exp(torch.arange(0, channels, 2) * (-math.log(10000.0) / channels))
-    angle = torch.arange(timesteps)[:, None] * frequency
+    """Sinusoidal embedding of every timestep, sin and cos interleaved: (timesteps, channels).
+
+    It is made on the CPU even under `torch.device("meta")`: no file stores it.
+    """
+    frequency = torch.exp(torch.arange(0, channels, 2, device="cpu") * (-math.log(10000.0) / channels))
+    angle = torch.arange(timesteps, device="cpu")[:, None] * frequency
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
 

@@ -96,6 +96,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypat
         evaluate(tiny, rows)
     resumed, _ = evaluate(tiny, rows)
     assert len(calls) == 4
+    # The peak is a measurement, of whole MiB: it may fall to either side.
+    assert (whole.pop("peak_mib") - resumed.pop("peak_mib")).abs().max() <= 1
     pd.testing.assert_frame_equal(whole, resumed)
 
 

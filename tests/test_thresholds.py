@@ -25,8 +25,10 @@ def test_by_unit():
         "Layer6.a": 50.0,
     }
     assert th.by_unit(SCORES, "weight") == SCORES
-    with pytest.raises(ValueError, match="unknown unit 'channel': choose one of tensor, weight"):
-        th.by_unit(SCORES, "channel")
+    by_channel = th.by_unit({"a": SCORES["Layer1.b"], "b": SCORES["Layer1.b"]}, "channel", {"b": 1})
+    assert {n: s.tolist() for n, s in by_channel.items()} == {"a": [5.5, 7.5], "b": [6.0, 7.0]}
+    with pytest.raises(ValueError, match="unknown unit 'row': choose one of tensor, channel, weight"):
+        th.by_unit(SCORES, "row")
 
 
 def test_global():
