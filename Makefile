@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 RUN = $(BIN)/python -m lafq.run
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true)
 
-.PHONY: help setup reproduce resume publish classifier test lint clean
+.PHONY: help setup reproduce resume publish classifier benchmark test lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ publish: $(READY)  ## refresh notebooks/ from results/, without computing anythi
 
 classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
 	@$(BIN)/python -m lafq.classifier
+
+benchmark: $(READY)  ## compare the quantizer with optimum-quanto and torchao (about 10 minutes)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
+	@$(BIN)/python benchmarks/quantizers.py
 
 lint: $(READY)  ## ruff over code and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

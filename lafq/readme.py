@@ -45,6 +45,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
             f"test accuracy {classifier['test_accuracy']:.2%}, {classifier['parameters']:,} parameters, sha256 "
             f"`{classifier['sha256']}`"
         ),
+        "quantizers": markdown(quantizers(pd.read_csv(paths.RESULTS / "benchmarks" / "quantizers.csv"))),
         "deviations": markdown(deviations(parameters, profile_parameters("paper"))),
     }
 
@@ -53,6 +54,17 @@ def main_rows(comparison: pd.DataFrame) -> pd.DataFrame:
     """The rows of the poster's table: of the ratio sweep only the three it lists, at the unit of single weights."""
     listed = comparison["threshold"].isin(["0.35", "0.38", "0.40"]) & (comparison["unit"] == "weight")
     return comparison[(comparison["method"] != "ratio") | listed].drop(columns=["mem_paper_mib", "n_images"])
+
+
+def quantizers(table: pd.DataFrame) -> pd.DataFrame:
+    """The benchmark as it is shown: the integer formats that at least two libraries have."""
+    shared = table.groupby(["width", "format"])["library"].transform("nunique") > 1
+    shown = table[shared].assign(order=table["format"].str[3:].astype(int)).sort_values(["width", "order"], ascending=[True, False])
+    digits = {"bytes_ratio": "{:.3f}", "output_mse": "{:.2g}", "time_ratio": "{:.2f}"}
+    shown = shown.assign(
+        library=shown["library"] + " " + shown["version"], **{c: shown[c].map(f.format) for c, f in digits.items()}
+    )
+    return shown[["width", "format", "library", *digits, "layers_left_fp32"]]
 
 
 def deviations(ours: dict, paper: dict) -> pd.DataFrame:
