@@ -58,7 +58,7 @@ def by_layer(quantize_in_place: Callable[[nn.Module], None]) -> Quantizer:
 
 
 def quanto(name: str) -> Callable[[nn.Module], None]:
-    """Symmetric, one scale a channel (int8) or a group of 128 weights (int4, int2), as the library has it."""
+    """With the defaults of the library."""
     from optimum import quanto as library
 
     def apply(module: nn.Module) -> None:
@@ -69,7 +69,7 @@ def quanto(name: str) -> Callable[[nn.Module], None]:
 
 
 def torchao(bits: int) -> Callable[[nn.Module], None]:
-    """Symmetric, one scale a channel, codes unpacked to a byte each, as the library has it on a CPU."""
+    """With the defaults of the library, which on a CPU keep a byte for each code."""
     from torchao import quantization
 
     # Not Int8WeightOnlyConfig: that runs no convolution.

@@ -1,81 +1,8 @@
-"""Sentences that follow from the tables: a verdict for each claim of the paper, and what the rows show."""
+"""Sentences that follow from the tables: what the rows show (the verdicts on the claims are in verdicts.py)."""
 
 import pandas as pd
 
 from lafq import paper
-
-EXPECTED_RANGE = 2.847  # of eight draws of a Gaussian, in standard deviations: the sweep has eight ratios
-
-
-def verdict_c1(timesteps: pd.DataFrame) -> str:
-    """C1, later reverse steps (t near 0) have higher Fisher values, judged on `fisher, t_low, weights` rows.
-
-    Holds when the mean over all weights falls with t: rank correlation below -0.9 and the first bin the highest.
-    """
-    mean = _mean_by(timesteps, "t_low")
-    rho = mean.reset_index(drop=True).corr(pd.Series(mean.index), method="spearman")
-    verdict = "holds" if rho < -0.9 and mean.idxmax() == mean.index.min() else "does not hold"
-    return (
-        f"C1 (later reverse steps have higher Fisher values) {verdict}: the rank correlation of mean Fisher with t is "
-        f"{rho:.2f}; the bin nearest t = 0 has {mean.iloc[0] / mean.iloc[-1]:,.4g} times the mean of the bin nearest 999."
-    )
-
-
-def verdict_c2(timesteps: pd.DataFrame) -> str:
-    """C2, Layers 1 and 2 have notably higher Fisher values than layers 3-6, judged on `fisher, layer, weights` rows.
-
-    Holds when both layers' means exceed twice every other layer's, partly when their joint mean does.
-    """
-    mean = _mean_by(timesteps, "layer")
-    front, rest = mean[["Layer1", "Layer2"]], mean.drop(["Layer1", "Layer2"])
-    joint = timesteps[timesteps["layer"].isin(front.index)]
-    others = timesteps[timesteps["layer"].isin(rest.index)]
-    ratio = _mean_by(joint.assign(all=0), "all").item() / _mean_by(others.assign(all=0), "all").item()
-    holds = front.min() > 2 * rest.max()
-    verdict = "holds" if holds else "holds in part" if ratio > 2 else "does not hold"
-    order = ", ".join(f"{name} {value:.3g}" for name, value in mean.sort_values(ascending=False).items())
-    return (
-        f"C2 (Layers 1 and 2 have notably higher Fisher values) {verdict}: the mean a weight is {ratio:.3g} times that of "
-        f"layers 3-6; by layer, highest first: {order}."
-    )
-
-
-def verdict_c3(table: pd.DataFrame, metric: str, noise: float = float("nan")) -> str:
-    """C3, the best ratio lies in 0.35-0.40, judged on the poster's ratios of one unit and format (lower is better).
-
-    Cannot be told when the range over the ratios is below that of as many draws of noise alone. noise: the metric's
-    standard deviation over draws of other noise, from one model.
-    """
-    sweep = table[(table["method"] == "ratio") & table["threshold"].isin([f"{r:.2f}" for r in paper.RATIOS])]
-    values = sweep.set_index(sweep["threshold"].astype(float))[metric].sort_index()
-    best, spread = values.idxmin(), values.max() - values.min()
-    ties = values.index[values == values.min()]
-    inside = all(paper.BEST_RATIOS[0] <= r <= paper.BEST_RATIOS[1] for r in ties)
-    verdict = "holds" if inside else "does not hold"
-    by_chance = EXPECTED_RANGE * noise
-    if spread < by_chance:
-        verdict = "cannot be told"
-    against = "" if pd.isna(noise) else f", where other noise alone gives {by_chance:.3g} (standard deviation {noise:.3g})"
-    return (
-        f"C3 (the best ratio lies in 0.35-0.40) {verdict} by {metric}, {sweep['format'].iloc[0]}, unit "
-        f"{sweep['unit'].iloc[0]}: lowest at {best:.2f}; range over the ratios {spread:.3g}{against}."
-    )
-
-
-def c3_sentences(table: pd.DataFrame, quality: pd.DataFrame) -> list[str]:
-    """C3 for every unit and format of a ratio sweep on MNIST features, and on Inception where there are values.
-
-    The noise of FID on MNIST features is its standard deviation over the blocks of `experiment.quality`, where they have
-    as many images as the rows; that of Inception FID was measured on the authors' published images.
-    """
-    noise = noise_of_fid(table, quality)
-    sweep = table[(table["method"] == "ratio") & table["threshold"].isin([f"{r:.2f}" for r in paper.RATIOS])]
-    sentences = []
-    for _, rows in sweep.groupby(["format", "unit"]):
-        sentences.append(verdict_c3(rows, "fid_mnist", noise))
-        if rows["fid_inception"].notna().all():
-            sentences.append(verdict_c3(rows, "fid_inception", paper.FID_NOISE))
-    return sentences
 
 
 def published_ratio_sizes() -> str:
@@ -125,10 +52,3 @@ def training_quality(quality: pd.DataFrame) -> str:
         f"In {len(blocks)} blocks of {blocks['n_images'].iloc[0]}: is_mnist {blocks['is_mnist'].mean():.2f} +- "
         f"{blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- {blocks['fid_mnist'].std():.2f}."
     )
-
-
-def _mean_by(timesteps: pd.DataFrame, column: str) -> pd.Series:
-    """Mean Fisher a weight by a column, tensors weighted by their number of weights."""
-    weighted = timesteps.assign(total=timesteps["fisher"] * timesteps["weights"]).groupby(column)[["total", "weights"]]
-    sums = weighted.sum()
-    return sums["total"] / sums["weights"]

@@ -85,9 +85,8 @@ def inception_score(logits: Tensor) -> float:
     return isc_features_to_metric(logits, splits=1)[KEY_METRIC_ISC_MEAN]
 
 
-def score(images: Tensor, classifier: Classifier, reference: Reference) -> dict[str, float]:
-    """fid_mnist, is_mnist and kid_mnist of uint8 images (N, 1, 32, 32)."""
-    features, logits = mnist_features(classifier, images)
+def score(features: Tensor, logits: Tensor, reference: Reference) -> dict[str, float]:
+    """fid_mnist, is_mnist and kid_mnist of what `mnist_features` gives."""
     return {
         "fid_mnist": fid(features, reference),
         "is_mnist": inception_score(logits),

@@ -86,25 +86,31 @@ def size_curve(ax: Axes, sizes: pd.DataFrame, share: float, label: str, log: boo
 
 
 def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: str) -> None:
-    """A metric over stored MiB, a marker a row; the unquantized baseline as a dashed line."""
+    """A metric with its 95 % interval over stored MiB, a marker a row; the unquantized baseline as a dashed line."""
     baseline = table[table["method"] == "baseline"][metric].item()
     ax.axhline(baseline, color="black", ls="--", lw=1, label="FP32 baseline")
-    rows = table[table["method"] != "baseline"].assign(kind=lambda t: t["method"] + ", " + t["format"] + ", " + t["unit"])
-    sns.scatterplot(rows, x="mem_mib", y=metric, hue="kind", style="kind", s=90, ax=ax)
+    rows = table[table["method"] != "baseline"]
+    kinds = rows.groupby(["method", "format", "unit"], sort=False)
+    for (kind, points), marker in zip(kinds, "osD^vP*X", strict=False):
+        ax.errorbar(points["mem_mib"], points[metric], _bars(points, metric), fmt=marker, capsize=3, label=", ".join(kind))
     ax.set(xlabel="stored MiB", ylabel=label)
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=9)
 
 
 def ratio_sweep(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: str) -> None:
-    """A metric over the ratio kept, a line a (format, unit); the range the paper calls best shaded, the baseline dashed."""
+    """A metric over the ratio kept, with its 95 % interval where it has one, a line a (format, unit).
+
+    The range that the paper calls best is shaded, the baseline dashed. Lines are set apart a little, so that bars do not overlap.
+    """
     rows = table[table["method"] == "ratio"]
     rows = rows.assign(ratio=rows["threshold"].astype(float)).sort_values("ratio")
     ax.axvspan(*BEST_RATIOS, color="0.85", label="best in the paper")
     ax.axhline(table[table["method"] == "baseline"][metric].item(), color="black", ls="--", lw=1, label="FP32 baseline")
-    for (low, unit), line in rows.groupby(["format", "unit"]):
-        style = "-" if unit == "weight" else ":"
-        ax.plot(line["ratio"], line[metric], style, marker=MARKERS.get(low, "."), ms=5, lw=1.2, label=f"{low}, unit {unit}")
+    for i, ((low, unit), line) in enumerate(rows.groupby(["format", "unit"])):
+        style = {"ls": "-" if unit == "weight" else ":", "marker": MARKERS.get(low, "."), "ms": 5, "lw": 1.2, "capsize": 2}
+        bars = _bars(line, metric) if f"{metric}_low" in line else None
+        ax.errorbar(line["ratio"] + 0.002 * (i - 1.5), line[metric], bars, **style, elinewidth=0.8, label=f"{low}, unit {unit}")
     ax.set(xlabel="ratio r (share of a layer kept in FP32)", ylabel=label)
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=9)
@@ -126,3 +132,7 @@ def paired_digits(axes: Sequence[Axes], table: pd.DataFrame, samples: dict[str, 
         digits(ax, samples[row.sample][:count], count, "")
         name = " ".join(dict.fromkeys((row.method, row.threshold, row.format, row.unit)))
         ax.set_ylabel(f"{name}\n{row.mem_mib:.2f} MiB", rotation=0, ha="right", va="center", fontsize=9)
+
+
+def _bars(rows: pd.DataFrame, metric: str) -> np.ndarray:
+    return np.stack([rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]]).clip(0)

@@ -24,18 +24,17 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     folder = paths.RESULTS / profile
     parameters = profile_parameters(profile)
     _, trained = load_tensors(folder / WEIGHTS, "01_train")
-    timesteps, quality = report.load_table(profile, "02_fisher"), report.load_table(profile, "training_quality")
+    quality = report.load_table(profile, "training_quality")
     ratio, _ = report.load_rows(profile, "05_ratio_sweep", with_baseline=True)
     timing = json.loads((folder / "timing.json").read_text())["notebooks"]
     classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
     seconds, peak = sum(n["seconds"] for n in timing.values()), max(n["peak_mib_so_far"] for n in timing.values())
     sampling = (parameters["IMAGES"], parameters["SAMPLING_STEPS"], parameters["INCEPTION_REFERENCE"])
     times = [f"{name} {n['seconds'] / 60:.1f} min" for name, n in timing.items()]
-    verdicts = [claims.verdict_c1(timesteps), claims.verdict_c2(timesteps), *claims.c3_sentences(ratio, quality)]
-    verdicts += [claims.published_ratio_sizes(), claims.against_baseline(ratio)]
+    said = [claims.published_ratio_sizes(), claims.against_baseline(ratio)]
     return {
         "comparison": f"{markdown(main_rows(report.comparison(profile)))}\n\n{report.note(*sampling)}",
-        "claims": "\n".join(f"- {sentence}" for sentence in verdicts),
+        "claims": markdown(report.claims_shown(profile)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
         "cost": (
             f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "
             "memory at most; setting up `.venv` comes on top, once."
@@ -53,7 +52,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
 def main_rows(comparison: pd.DataFrame) -> pd.DataFrame:
     """The rows of the poster's table: of the ratio sweep only the three it lists, at the unit of single weights."""
     listed = comparison["threshold"].isin(["0.35", "0.38", "0.40"]) & (comparison["unit"] == "weight")
-    return comparison[(comparison["method"] != "ratio") | listed].drop(columns=["mem_paper_mib", "n_images"])
+    return comparison[(comparison["method"] != "ratio") | listed]
 
 
 def quantizers(table: pd.DataFrame) -> pd.DataFrame:

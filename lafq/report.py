@@ -16,8 +16,16 @@ from lafq.unet import LAYERS, UNet
 METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
 SHOWN = [
     *("method", "threshold", "format", "unit", "kept_share", "mem_mib", "mem_share", "peak_mib"),
-    *("fid_mnist", "is_mnist", "kid_mnist", "fid_inception"),
+    *("fid_mnist", "delta_fid_mnist", "is_mnist", "kid_mnist", "fid_inception", "delta_fid_inception", "rmse", "delta_loss"),
 ]
+DIGITS = {
+    **dict.fromkeys(("mem_mib", "fid_mnist", "is_mnist", "fid_inception", "fid_paper", "is_paper"), "{:.2f}"),
+    **dict.fromkeys(("kept_share", "mem_share", "mem_share_paper", "kid_mnist"), "{:.3f}"),
+    **dict.fromkeys(("delta_fid_mnist", "delta_fid_inception"), "{:+.3f}"),
+    "rmse": "{:.2g}",
+    "delta_loss": "{:+.1e}",
+}
+WITH_INTERVAL = ("fid_mnist", "delta_fid_mnist", "delta_fid_inception", "delta_loss")
 
 
 def source(compute: bool, profile: str) -> str:
@@ -97,24 +105,44 @@ def note(images: int, steps: int, inception_reference: int) -> str:
     return (
         f"N = {images} images a row, {steps} sampling steps, the same noise in every row. Reference: test digits "
         f"{REFERENCE.start:,}-{REFERENCE.stop - 1:,} ({REFERENCE.stop:,} images) for MNIST features, {inception}; both "
-        "sides 32x32 (28x28 zero-padded). IS over one split. MiB = 2**20 bytes. No error bars: one draw of the noise."
+        "sides 32x32 (28x28 zero-padded). IS over one split. MiB = 2**20 bytes. delta_: difference from the FP32 baseline. "
+        "In brackets: 95 % intervals of the expected value at this N, bootstrap over the images (1,000 resamples, paired)."
     )
 
 
+def shown(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Columns of a table as text: rounded, the 95 % interval in brackets where there is one, "" for no value."""
+    result = table[columns].copy()
+    for name in columns:
+        if name not in DIGITS:
+            continue
+        write = DIGITS[name].format
+        result[name] = [write(v) if pd.notna(v) else "" for v in table[name]]
+        if name in WITH_INTERVAL:
+            ends = zip(result[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
+            result[name] = [f"{text} [{write(low)}, {write(high)}]" if text else "" for text, low, high in ends]
+    return result
+
+
 def tidy(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `experiment.evaluate` as it is shown: rounded, without the sample digests."""
-    columns = [c for c in SHOWN if not table[c].isna().all()]
-    two_digits = dict.fromkeys(("mem_mib", "fid_mnist", "is_mnist", "fid_inception"), 2)
-    return table[columns].round({"kept_share": 3, "mem_share": 3, "kid_mnist": 3} | two_digits)
+    """A table of `evaluation.evaluate` as it is shown."""
+    return shown(table, [c for c in SHOWN if not table[c].isna().all()])
 
 
 def comparison(profile: str, *methods: str) -> pd.DataFrame:
-    """The rows of paper_comparison.csv of some methods (all without any), as they are shown: "" where there is no value."""
+    """The rows of paper_comparison.csv of some methods (all without any), as they are shown."""
     table = load_table(profile, "paper_comparison")
-    table = table[table["method"].isin(methods or METHODS)].drop(columns="profile").reset_index(drop=True)
-    digits = {"mem_share": 3, "mem_share_paper": 3, "kid_mnist": 3}
-    numbers = table.drop(columns="n_images").select_dtypes("number")
-    return table.assign(**{c: [f"{v:.{digits.get(c, 2)}f}" if pd.notna(v) else "" for v in numbers[c]] for c in numbers})
+    table = table[table["method"].isin(methods or METHODS)].reset_index(drop=True)
+    ours = ("fid_inception", "fid_mnist", "delta_fid_mnist", "is_mnist", "kid_mnist", "mem_mib", "mem_share")
+    return shown(table, [*KEY, "fid_paper", "is_paper", "mem_share_paper", *ours])
+
+
+def claims_shown(profile: str) -> pd.DataFrame:
+    """claims.csv as it is shown: the interval in brackets behind the measured value."""
+    table = load_table(profile, "claims")
+    ends = zip(table["measured"], table["low"], table["high"], strict=True)
+    table["measured"] = [f"{v:.4g} [{low:.4g}, {high:.4g}]" if low < high else f"{v:.4g}" for v, low, high in ends]
+    return table.drop(columns=["low", "high"])
 
 
 def extremes(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,3 @@
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -30,7 +29,7 @@ def test_the_posters_best_ratio_is_in_its_best_range():
 def ours(method, threshold, low="fp16"):
     numbers = {"kept_share": 0.1, "mem_mib": 4.0, "mem_share": 0.5, "fid_mnist": 9.0, "is_mnist": 8.0, "kid_mnist": 0.1}
     row = {"method": method, "threshold": threshold, "format": low, "unit": "tensor", "fid_inception": 60.0, "n_images": 100}
-    return pd.DataFrame([row | numbers])
+    return pd.DataFrame([dict.fromkeys(paper.COLUMNS, 0.0) | row | numbers])
 
 
 @pytest.mark.parametrize(
@@ -54,64 +53,11 @@ def test_compare_puts_the_published_values_beside_ours(row, fid, memory):
         assert found["mem_share_paper"] == pytest.approx(memory / 134.20)
 
 
-def timesteps(by_t=(3.0, 2.0, 1.0), by_layer=None):
-    by_layer = by_layer or {"Layer1": 9, "Layer2": 8, "Layer3": 3, "Layer4": 2, "Layer5": 1, "Layer6": 1}
-    return pd.DataFrame(
-        [
-            {"parameter": f"{layer}.a", "layer": layer, "weights": 10, "t_low": 100 * i, "t_high": 100 * i + 99, "fisher": f * g}
-            for layer, f in by_layer.items()
-            for i, g in enumerate(by_t)
-        ]
-    )
-
-
-def test_c1():
-    assert " holds: " in claims.verdict_c1(timesteps())
-    assert " does not hold: " in claims.verdict_c1(timesteps(by_t=(1.0, 2.0, 3.0)))
-    assert " does not hold: " in claims.verdict_c1(timesteps(by_t=(3.0, 1.0, 2.0)))
-
-
-def test_c2():
-    assert " holds: " in claims.verdict_c2(timesteps())
-    late = {"Layer1": 9, "Layer2": 8, "Layer3": 1, "Layer4": 1, "Layer5": 1, "Layer6": 8}
-    assert " holds in part: " in claims.verdict_c2(timesteps(by_layer=late))
-    none = dict.fromkeys(late, 1)
-    assert " does not hold: " in claims.verdict_c2(timesteps(by_layer=none))
-
-
-def sweep(values):
-    rows = [ours("ratio", f"{r:.2f}").assign(fid_mnist=v) for r, v in zip(paper.RATIOS, values, strict=True)]
-    return pd.concat(rows, ignore_index=True)
-
-
-def test_c3():
-    low_inside = sweep([9, 9, 5, 6, 7, 9, 9, 9])
-    assert " holds by fid_mnist" in claims.verdict_c3(low_inside, "fid_mnist")
-    assert " does not hold by" in claims.verdict_c3(sweep([1, 9, 5, 6, 7, 9, 9, 9]), "fid_mnist")
-    assert " cannot be told by" in claims.verdict_c3(low_inside, "fid_mnist", noise=10)
-    tie = sweep([5, 9, 5, 6, 7, 9, 9, 9])
-    assert " does not hold by" in claims.verdict_c3(tie, "fid_mnist")
-
-
-def test_c3_takes_its_noise_from_blocks_of_as_many_images():
-    quality = pd.DataFrame({"n_images": [1000, 100, 100, 50], "fid_mnist": [1.0, 20.0, 30.0, 99.0]})
-    sentences = claims.c3_sentences(sweep([9, 9, 5, 6, 7, 9, 9, 9]), quality)
-    assert len(sentences) == 2
-    assert "cannot be told by fid_mnist" in sentences[0]
-    assert "standard deviation 7.07" in sentences[0]
-    assert "does not hold by fid_inception" in sentences[1] or "cannot be told by fid_inception" in sentences[1]
-
-
 def test_published_ratio_sizes():
     sentence = claims.published_ratio_sizes()
     assert "0.35: 50.7% of FP32 published, at least 67.5% by that rule" in sentence
     assert "0.38: 47.9% of FP32 published, less than all weights in FP16 take, at least 69.0% by that rule" in sentence
     assert "0.40: 50.4% of FP32 published, at least 70.0% by that rule" in sentence
-
-
-def test_expected_range_of_eight_draws():
-    draws = np.random.default_rng(0).standard_normal((200_000, 8))
-    assert np.ptp(draws, axis=1).mean() == pytest.approx(claims.EXPECTED_RANGE, abs=0.01)
 
 
 def test_against_baseline_and_nearest_size():

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lafq import experiment, paths, plans, quantize, report, run
+from lafq import evaluation, experiment, paths, plans, quantize, report, run
 from lafq.fisher import Fisher
 from lafq.unet import UNet, quantizable
 
@@ -49,21 +49,21 @@ def sampled(monkeypatch):
         calls.append(1)
         return original(*args, **kwargs)
 
-    original = experiment.sample
-    monkeypatch.setattr(experiment, "sample", counted)
+    original = evaluation.sample
+    monkeypatch.setattr(evaluation, "sample", counted)
     return calls
 
 
 def evaluate(model, configurations, **changes):
     settings = {"images": 3, "steps": 2, "seed": 0} | changes
-    return experiment.evaluate(model, configurations, "smoke", **settings)
+    return evaluation.evaluate(model, configurations, "smoke", **settings)
 
 
 def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, sampled, tiny):
     fp16 = dict.fromkeys(quantizable(tiny), "fp16")
     rows = [
-        experiment.Configuration("baseline", "none", "fp32", "none", {}),
-        experiment.Configuration("ratio", "0.00", "fp16", "weight", fp16),
+        plans.Configuration("baseline", "none", "fp32", "none", {}),
+        plans.Configuration("ratio", "0.00", "fp16", "weight", fp16),
         *plans.uniform(tiny, ("fp16",)),
     ]
     table, images = evaluate(tiny, rows)
@@ -79,7 +79,7 @@ def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, sampl
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypatch):
-    rows = [experiment.Configuration("baseline", "none", "fp32", "none", {}), *plans.uniform(tiny)]
+    rows = [plans.Configuration("baseline", "none", "fp32", "none", {}), *plans.uniform(tiny)]
     whole, _ = evaluate(tiny, rows)
     shutil.rmtree(paths.BUILD)
     calls = []
@@ -90,8 +90,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypat
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    original = experiment.sample
-    monkeypatch.setattr(experiment, "sample", killed_at_the_third)
+    original = evaluation.sample
+    monkeypatch.setattr(evaluation, "sample", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny, rows)
     resumed, _ = evaluate(tiny, rows)
@@ -110,9 +110,9 @@ def test_the_profile_follows_the_gpu(monkeypatch, capsys):
 
 
 def test_a_bad_plan_stops_before_sampling(sandbox, sampled, tiny):
-    good = experiment.Configuration("baseline", "none", "fp32", "none", {})
+    good = plans.Configuration("baseline", "none", "fp32", "none", {})
     with pytest.raises(ValueError, match="unknown format 'int1'"):
-        evaluate(tiny, [good, experiment.Configuration("x", "", "int1", "tensor", {"inp.weight": "int1"})])
+        evaluate(tiny, [good, plans.Configuration("x", "", "int1", "tensor", {"inp.weight": "int1"})])
     with pytest.raises(ValueError, match="0 images asked for"):
         evaluate(tiny, [good], images=0)
     with pytest.raises(ValueError, match=r"ratio 1.2 is outside \[0, 1\]"):

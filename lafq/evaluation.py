@@ -1,0 +1,134 @@
+"""Rows of the tables: sample every precision plan from the same noise, score the images, measure bytes and memory."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lafq import classifier, inception, metrics, paths, quantize, scoring, storage
+from lafq.data import REFERENCE
+from lafq.diffusion import sample
+from lafq.files import load_tensors, replacing, save_tensors
+from lafq.memory import sampling_peak_mib
+from lafq.plans import Configuration, sizes
+
+
+def evaluate(
+    model: nn.Module,
+    configurations: list[Configuration],
+    profile: str,
+    *,
+    images: int,
+    steps: int,
+    seed: int,
+    inception_reference: int = 0,
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Sample every configuration from the same noise and score the images.
+
+    Returns one row a configuration (its key, kept_share, mem_mib, mem_share, peak_mib, every metric with its interval and its
+    paired difference from the unquantized model's, rmse, delta_loss, n_images, sample) and the uint8 images (N, 32, 32) by
+    `sample`, a digest of the quantized weights and the noise: equal plans are sampled once, and what an interrupted run had
+    finished is taken from build/<profile>/samples. All plans are checked first.
+    inception_reference: number of reference digits for the Inception columns; 0 leaves them empty.
+    """
+    if images < 1:
+        raise ValueError(f"{images} images asked for: at least one is needed")
+    size = sizes(model, [c.plan for c in configurations])
+    features = _inception(profile, inception_reference)
+    score = scoring.scorer(images, seed, features.reference if features else None)
+    against = f"{REFERENCE.stop - REFERENCE.start} test digits, 32x32"
+    if features:
+        against += f" (Inception: {inception_reference})"
+    seen_by_inception = features and any(c.inception for c in configurations)
+    key = _key(model, images, steps, seed)
+    unquantized = _sampled(model, profile, key, images, steps, seed, "FP32 baseline")
+    baseline = score(unquantized, features.of(key, unquantized) if seen_by_inception else None)
+    losses = scoring.held_out_losses(model, seed)
+    rows, samples = [], {}
+    pairs = zip(configurations, size.to_dict("records"), strict=True)
+    for i, (configuration, bytes_row) in enumerate(pairs, start=1):
+        quantized = quantize.pack(model, configuration.plan)
+        bytes_row["peak_mib"] = _peak(quantized, model, profile)
+        quantized = quantize.unpack(quantized)
+        key = _key(quantized, images, steps, seed)
+        generated = _sampled(quantized, profile, key, images, steps, seed, f"row {i} of {len(size)}")
+        samples[key] = generated[:, 0].numpy()
+        scored = score(generated, features.of(key, generated) if features and configuration.inception else None)
+        scores = scoring.compared(scored, baseline)
+        scores |= scoring.damage(scoring.held_out_losses(quantized, seed), losses, generated, unquantized, seed)
+        key_columns = {k: v for k, v in configuration._asdict().items() if k not in ("plan", "inception")}
+        rows.append({**key_columns, **bytes_row, **scores, "n_images": images, "reference": against, "sample": key})
+        print(f"{' '.join(key_columns.values())}: {rows[-1]['mem_mib']:.2f} MiB, FID (MNIST) {scores['fid_mnist']:.2f}")
+    return pd.DataFrame(rows), samples
+
+
+def quality(model: nn.Module, profile: str, *, images: int, block: int, steps: int, seed: int) -> pd.DataFrame:
+    """Metrics of the unquantized model on `images` images and on each disjoint block of them, the metric's own spread.
+
+    One row for all and one a block: columns images (a range), n_images, fid_mnist, is_mnist, kid_mnist.
+    """
+    generated = _sampled(model, profile, _key(model, images, steps, seed), images, steps, seed)
+    network = classifier.load()
+    reference = metrics.mnist_reference(network)
+    parts = {f"0-{images - 1}": generated} | {
+        f"{start}-{start + block - 1}": generated[start : start + block] for start in range(0, images - block + 1, block)
+    }
+    seen = {k: metrics.mnist_features(network, x) for k, x in parts.items()}
+    scores = [{"images": k, "n_images": len(f), **metrics.score(f, z, reference)} for k, (f, z) in seen.items()]
+    return pd.DataFrame(scores)
+
+
+class _Inception(NamedTuple):
+    reference: metrics.Reference
+    of: Callable[[str, Tensor], Tensor]
+
+
+def _inception(profile: str, reference_images: int) -> _Inception | None:
+    if not reference_images:
+        print("Inception columns: left empty (this profile asks for no Inception reference)")
+        return None
+    extractor, source = inception.load()
+    print(source)
+    if extractor is None:
+        return None
+    suffix = f"{inception.digest(extractor)}.safetensors"
+
+    def features(key: str, images: Tensor) -> Tensor:
+        path = paths.BUILD / profile / "samples" / f"{key}.{suffix}"
+        if not path.is_file():
+            save_tensors(path, {"features": metrics.inception_features(extractor, images)})
+        return load_tensors(path, "this notebook")[0]["features"]
+
+    return _Inception(metrics.inception_reference(extractor, reference_images, paths.BUILD / "inception"), features)
+
+
+def _sampled(model: nn.Module, profile: str, key: str, images: int, steps: int, seed: int, label: str = "sampling") -> Tensor:
+    path = paths.BUILD / profile / "samples" / f"{key}.npz"
+    if path.is_file():
+        return torch.from_numpy(np.load(path)["images"])
+    generated = sample(model, images, steps, seed, label=label)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, images=generated.numpy())
+    return generated
+
+
+def _key(model: nn.Module, *drawn: int) -> str:
+    return hashlib.sha256(f"{quantize.fingerprint(model)} {drawn}".encode()).hexdigest()[:16]
+
+
+def _peak(packed: nn.Module, model: nn.Module, profile: str) -> float:
+    """Whole MiB: the measurement repeats to a few tenths."""
+    path = paths.BUILD / profile / "peaks" / f"{_key(packed)}.json"
+    if not path.is_file():
+        weights = path.with_suffix(".safetensors")
+        storage.save(weights, packed, model)
+        peak = round(sampling_peak_mib(weights, device=next(model.parameters()).device))
+        weights.unlink()
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(peak))
+    return json.loads(path.read_text())

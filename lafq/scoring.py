@@ -1,0 +1,91 @@
+"""Scores of generated images with error bars, alone and against the FP32 model's images from the same noise."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lafq import classifier, intervals, metrics
+from lafq.data import HELD_OUT, generator, mnist, unit_interval
+from lafq.diffusion import add_noise
+from lafq.metrics import Reference
+from lafq.unet import TIMESTEPS
+
+METRICS = ("fid_mnist", "is_mnist", "kid_mnist", "fid_inception")
+LOSS_DIGITS = 500
+
+
+class Scored(NamedTuple):
+    """Metrics of one set of images, and their bootstrap draws (count,)."""
+
+    values: dict[str, float]
+    draws: dict[str, Tensor]
+
+
+def scorer(images: int, seed: int, inception: Reference | None) -> Callable[[Tensor, Tensor | None], Scored]:
+    """A function that scores uint8 images (N, 1, 32, 32) and, where given, their Inception features (N, 2048).
+
+    Every call takes the same resamples of the N image indices. inception: the reference of the Inception features.
+    """
+    network = classifier.load()
+    reference = metrics.mnist_reference(network)
+    indices = intervals.resamples(images, seed)
+    fid, kid = intervals.fid_draws(reference, indices), intervals.kid_draws(reference, indices)
+    inception_score = intervals.inception_score_draws(indices)
+    fid_inception = intervals.fid_draws(inception, indices) if inception else None
+
+    def score(generated: Tensor, features: Tensor | None = None) -> Scored:
+        seen, logits = metrics.mnist_features(network, generated)
+        draws = {"fid_mnist": fid(seen), "is_mnist": inception_score(logits), "kid_mnist": kid(seen)}
+        values = metrics.score(seen, logits, reference)
+        if features is not None:
+            values["fid_inception"] = metrics.fid(features, inception)
+            draws["fid_inception"] = fid_inception(features)
+        return Scored(values, draws)
+
+    return score
+
+
+def compared(scored: Scored, baseline: Scored) -> dict[str, float]:
+    """The columns of a row: for every metric the value, its difference from the baseline's, and both 95 % intervals."""
+    row = {}
+    for metric in METRICS:
+        nothing = metric not in scored.values
+        value, draws = scored.values.get(metric, float("nan")), scored.draws.get(metric, torch.full((2,), float("nan")))
+        delta = float("nan") if nothing else value - baseline.values[metric]
+        paired = draws if nothing else draws - baseline.draws[metric]
+        row |= _columns(metric, value, draws) | _columns(f"delta_{metric}", delta, paired)
+    return row
+
+
+def damage(losses: Tensor, baseline: Tensor, generated: Tensor, unquantized: Tensor, seed: int) -> dict[str, float]:
+    """What FID cannot see: `rmse`, the mean over images of the root mean squared difference from the unquantized model's
+    image of the same noise (0..1), and `delta_loss`, the rise of the held-out denoising loss, with its 95 % interval."""
+    off = (unit_interval(generated) - unit_interval(unquantized)).square().flatten(1).mean(1).sqrt()
+    rise = losses - baseline
+    draws = intervals.mean_draws(intervals.resamples(len(rise), seed))(rise)
+    return {"rmse": off.mean().item(), **_columns("delta_loss", rise.mean().item(), draws)}
+
+
+@torch.inference_mode()
+def held_out_losses(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> Tensor:
+    """Denoising loss of each of the first held-out digits (digits,): mean over the pixels of (eps - eps_theta)^2.
+
+    The timesteps are spread evenly over all of them, one a digit; the noise is that of the seed, whatever the model.
+    """
+    device = next(model.parameters()).device
+    x0 = unit_interval(mnist(train=False)[0][HELD_OUT][:digits])
+    t = torch.arange(digits) * TIMESTEPS // digits
+    noise = torch.randn(x0.shape, generator=generator(seed, HELD_OUT.start))
+    noised = add_noise(x0, t, noise)
+    found = []
+    for x, steps, eps in zip(noised.split(100), t.split(100), noise.split(100), strict=True):
+        predicted = model(x.to(device).contiguous(memory_format=torch.channels_last), steps.to(device)).cpu()
+        found.append((predicted - eps).square().flatten(1).mean(1))
+    return torch.cat(found)
+
+
+def _columns(name: str, value: float, draws: Tensor) -> dict[str, float]:
+    low, high = intervals.interval(value, draws)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
