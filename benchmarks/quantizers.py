@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lafq import experiment, paths
-from lafq.data import HELD_OUT, generator, mnist, unit_interval
+from lafq.data import HELD_OUT, mnist, unit_interval
 from lafq.diffusion import add_noise
 from lafq.files import replacing
 from lafq.quantize import pack, resident_bytes
+from lafq.seeds import generator
 from lafq.unet import TIMESTEPS, UNet, quantizable
 
 ROUNDS = {16: 9, 64: 3}

@@ -13,8 +13,9 @@ from torchvision.transforms.v2 import RandomAffine
 from tqdm import trange
 
 from lafq import paths
-from lafq.data import generator, mnist, unit_interval
+from lafq.data import mnist, unit_interval
 from lafq.files import load_tensors, replacing, save_tensors, sha256
+from lafq.seeds import generator
 
 FOLDER = paths.RESULTS / "classifier"
 MADE_BY = "`python -m lafq.classifier`"

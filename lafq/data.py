@@ -1,12 +1,10 @@
-"""MNIST as the model sees it: zero-padded to 32x32, one channel; splits and seeds named once.
+"""MNIST as the model sees it: zero-padded to 32x32, one channel; splits named once.
 
 torchvision's dataset class reads the four archives in data/MNIST/raw, without any network.
 """
 
 from pathlib import Path
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import MNIST
@@ -41,9 +39,3 @@ def mnist(train: bool, root: Path = paths.DATA) -> tuple[Tensor, Tensor]:
 def unit_interval(images: Tensor) -> Tensor:
     """uint8 images -> float32 in [0, 1], the model's range."""
     return images.float() / 255
-
-
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator for the named stream `key`, e.g. (seed, image index); equal keys give equal draws."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))

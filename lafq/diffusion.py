@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq.data import generator
+from lafq.seeds import generator
 from lafq.unet import TIMESTEPS
 
 BETAS = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)

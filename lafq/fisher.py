@@ -19,8 +19,9 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from lafq.data import generator, unit_interval
+from lafq.data import unit_interval
 from lafq.diffusion import add_noise
+from lafq.seeds import generator
 from lafq.unet import TIMESTEPS
 
 GRADIENT_BYTES = 2**29

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lafq.data import generator
 from lafq.metrics import Reference
+from lafq.seeds import generator
 
 RESAMPLES = 1000
 LEVEL = 0.95

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lafq import classifier, intervals, metrics
-from lafq.data import HELD_OUT, generator, mnist, unit_interval
+from lafq.data import HELD_OUT, mnist, unit_interval
 from lafq.diffusion import add_noise
 from lafq.metrics import Reference
+from lafq.seeds import generator
 from lafq.unet import TIMESTEPS
 
 METRICS = ("fid_mnist", "is_mnist", "kid_mnist", "fid_inception")

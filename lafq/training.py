@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from lafq.data import generator, unit_interval
+from lafq.data import unit_interval
 from lafq.diffusion import add_noise
 from lafq.files import load_tensors, save_tensors
+from lafq.seeds import generator
 from lafq.unet import TIMESTEPS
 
 

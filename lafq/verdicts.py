@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lafq import intervals, paper
-from lafq.data import generator
 from lafq.scoring import scorer
+from lafq.seeds import generator
 
 FRONT = ("Layer1", "Layer2")
 HALF = 500

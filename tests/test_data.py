@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lafq import paths
-from lafq.data import generator, mnist, unit_interval
+from lafq.data import mnist, unit_interval
+from lafq.seeds import generator
 
 
 def test_shapes_padding_and_labels():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from lafq.data import generator
 from lafq.diffusion import ALPHA_BAR, BETAS, add_noise, ancestral_step, sample, strided
+from lafq.seeds import generator
 
 
 def scheduler(**settings):

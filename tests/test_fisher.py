@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from lafq.data import generator, unit_interval
+from lafq.data import unit_interval
 from lafq.diffusion import add_noise
 from lafq.fisher import empirical_fisher, samples_at_once
+from lafq.seeds import generator
 from lafq.unet import quantizable
 
 

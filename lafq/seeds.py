@@ -1,0 +1,10 @@
+"""Every random draw comes from a named stream."""
+
+import numpy as np
+import torch
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator for the named stream `key`, e.g. (seed, image index); equal keys give equal draws."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
