@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 RUN = $(BIN)/python -m lafq.run
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true)
 
-.PHONY: help setup reproduce resume publish classifier benchmark test lint clean
+.PHONY: help setup reproduce resume publish classifier evidence benchmark test lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ publish: $(READY)  ## refresh notebooks/ from results/, without computing anythi
 
 classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
 	@$(BIN)/python -m lafq.classifier
+
+evidence: $(READY)  ## what takes longer than reproduce may: the noise floor (mini: about 15 minutes); made once, then loaded
+	@$(BIN)/python -m lafq.evidence $(if $(PROFILE),--profile $(PROFILE))
 
 benchmark: $(READY)  ## compare the quantizer with optimum-quanto and torchao (about 10 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt

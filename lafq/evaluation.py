@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from lafq import classifier, inception, metrics, paths, quantize, scoring, storage
 from lafq.data import REFERENCE
@@ -39,14 +40,13 @@ def evaluate(
     if images < 1:
         raise ValueError(f"{images} images asked for: at least one is needed")
     size = sizes(model, [c.plan for c in configurations])
-    features = _inception(profile, inception_reference)
+    features = inception_features(profile, inception_reference)
     score = scoring.scorer(images, seed, features.reference if features else None)
     against = f"{REFERENCE.stop - REFERENCE.start} test digits, 32x32"
     if features:
         against += f" (Inception: {inception_reference})"
     seen_by_inception = features and any(c.inception for c in configurations)
-    key = _key(model, images, steps, seed)
-    unquantized = _sampled(model, profile, key, images, steps, seed, "FP32 baseline")
+    key, unquantized = sampled(model, profile, images, steps, seed, "FP32 baseline")
     baseline = score(unquantized, features.of(key, unquantized) if seen_by_inception else None)
     losses = scoring.held_out_losses(model, seed)
     rows, samples = [], {}
@@ -55,8 +55,7 @@ def evaluate(
         quantized = quantize.pack(model, configuration.plan)
         bytes_row["peak_mib"] = _peak(quantized, model, profile)
         quantized = quantize.unpack(quantized)
-        key = _key(quantized, images, steps, seed)
-        generated = _sampled(quantized, profile, key, images, steps, seed, f"row {i} of {len(size)}")
+        key, generated = sampled(quantized, profile, images, steps, seed, f"row {i} of {len(size)}")
         samples[key] = generated[:, 0].numpy()
         scored = score(generated, features.of(key, generated) if features and configuration.inception else None)
         scores = scoring.compared(scored, baseline)
@@ -72,7 +71,7 @@ def quality(model: nn.Module, profile: str, *, images: int, block: int, steps: i
 
     One row for all and one a block: columns images (a range), n_images, fid_mnist, is_mnist, kid_mnist.
     """
-    generated = _sampled(model, profile, _key(model, images, steps, seed), images, steps, seed)
+    _, generated = sampled(model, profile, images, steps, seed)
     network = classifier.load()
     reference = metrics.mnist_reference(network)
     parts = {f"0-{images - 1}": generated} | {
@@ -83,12 +82,16 @@ def quality(model: nn.Module, profile: str, *, images: int, block: int, steps: i
     return pd.DataFrame(scores)
 
 
-class _Inception(NamedTuple):
+class SeenByInception(NamedTuple):
+    """The network, its reference features, and a function of (key, images) that gives features and keeps them by the key."""
+
+    extractor: FeatureExtractorInceptionV3
     reference: metrics.Reference
     of: Callable[[str, Tensor], Tensor]
 
 
-def _inception(profile: str, reference_images: int) -> _Inception | None:
+def inception_features(profile: str, reference_images: int) -> SeenByInception | None:
+    """Inception with its reference, or None where the profile asks for none or no weights are to be had; a line says which."""
     if not reference_images:
         print("Inception columns: left empty (this profile asks for no Inception reference)")
         return None
@@ -104,26 +107,28 @@ def _inception(profile: str, reference_images: int) -> _Inception | None:
             save_tensors(path, {"features": metrics.inception_features(extractor, images)})
         return load_tensors(path, "this notebook")[0]["features"]
 
-    return _Inception(metrics.inception_reference(extractor, reference_images, paths.BUILD / "inception"), features)
+    return SeenByInception(extractor, metrics.inception_reference(extractor, reference_images, paths.BUILD / "inception"), features)
 
 
-def _sampled(model: nn.Module, profile: str, key: str, images: int, steps: int, seed: int, label: str = "sampling") -> Tensor:
+def sampled(model: nn.Module, profile: str, images: int, steps: int, seed: int, label: str = "sampling") -> tuple[str, Tensor]:
+    """`diffusion.sample`, kept in build/<profile>/samples: a digest of weights and noise, and uint8 (images, 1, 32, 32)."""
+    key = _digest(model, images, steps, seed)
     path = paths.BUILD / profile / "samples" / f"{key}.npz"
     if path.is_file():
-        return torch.from_numpy(np.load(path)["images"])
+        return key, torch.from_numpy(np.load(path)["images"])
     generated = sample(model, images, steps, seed, label=label)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, images=generated.numpy())
-    return generated
+    return key, generated
 
 
-def _key(model: nn.Module, *drawn: int) -> str:
+def _digest(model: nn.Module, *drawn: int) -> str:
     return hashlib.sha256(f"{quantize.fingerprint(model)} {drawn}".encode()).hexdigest()[:16]
 
 
 def _peak(packed: nn.Module, model: nn.Module, profile: str) -> float:
     """Whole MiB: the measurement repeats to a few tenths."""
-    path = paths.BUILD / profile / "peaks" / f"{_key(packed)}.json"
+    path = paths.BUILD / profile / "peaks" / f"{_digest(packed)}.json"
     if not path.is_file():
         weights = path.with_suffix(".safetensors")
         storage.save(weights, packed, model)

@@ -47,16 +47,17 @@ def fid_draws(reference: Reference, indices: Tensor) -> Draws:
     covariance = torch.as_tensor(reference.statistics["sigma"]).double()
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    n = indices.shape[1]
 
     def draws(features: Tensor) -> Tensor:
         x = features.double() - mean
-        y, n = x @ root, len(x)
-        gram, square = y @ y.T, x.square().sum(1)
+        y, square = x @ root, x.square().sum(1)
+        gram = y @ y.T if n <= x.shape[1] else None
         found = []
         for chosen in indices.split(CHUNK):
             centre = x[chosen].mean(1).square().sum(1)
             trace = (square[chosen].sum(1) - n * centre) / (n - 1)
-            if n <= x.shape[1]:
+            if gram is not None:
                 product = gram[chosen[:, :, None], chosen[:, None, :]]
                 product = product - product.mean(1, keepdim=True)
                 product = product - product.mean(2, keepdim=True)

@@ -52,12 +52,17 @@ def mnist_reference(classifier: Classifier) -> Reference:
     return Reference(features, fid_features_to_statistics(features))
 
 
-def inception_reference(extractor: FeatureExtractorInceptionV3, images: int, cache: Path) -> Reference:
-    """The first `images` reference digits seen by Inception; their features are computed once and kept in `cache`."""
+def inception_reference(extractor: FeatureExtractorInceptionV3, images: int, cache: Path, padded: bool = True) -> Reference:
+    """The first `images` reference digits seen by Inception; their features are computed once and kept in `cache`.
+
+    padded: whether the digits have their zero padding to 32x32, as the generated images have, or are 28x28.
+    """
     digits = mnist(train=False)[0][REFERENCE][:images]
     if len(digits) < images:
         raise ValueError(f"{images} Inception reference images asked for: there are {len(digits)}")
-    path = cache / f"reference_{images}_{digest(extractor)}.safetensors"
+    if not padded:
+        digits = digits[:, :, 2:-2, 2:-2]
+    path = cache / f"reference_{images}{'' if padded else '_28x28'}_{digest(extractor)}.safetensors"
     if not path.is_file():
         save_tensors(path, {"features": inception_features(extractor, digits)})
     features = load_tensors(path, "the notebook")[0]["features"]

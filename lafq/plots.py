@@ -116,6 +116,26 @@ def ratio_sweep(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: s
     ax.legend(fontsize=9)
 
 
+def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[Published]) -> None:
+    """FID over N, a panel a feature extractor: blocks of real and of generated images, mean +- one standard deviation.
+
+    Dashed: extrapolated to infinite N. The published rows are drawn on Inception's panel, at their N.
+    """
+    fid = table[table["metric"] == "fid"]
+    for ax, (features, panel) in zip(axes, fid.groupby("features", sort=False), strict=True):
+        for colour, (images, rows) in zip(sns.color_palette(), panel.groupby("images", sort=False), strict=False):
+            at_n, beyond = rows[np.isfinite(rows["n"])], rows[np.isinf(rows["n"])]["mean"].item()
+            label = "real digits" if images == "real" else "FP32 model's images"
+            ax.errorbar(at_n["n"], at_n["mean"], at_n["sd"], marker="o", ms=5, capsize=3, color=colour, label=label)
+            ax.axhline(beyond, color=colour, ls="--", lw=1, label=f"{label}, N to infinity: {beyond:.1f}")
+        if features == "Inception":
+            for source, marker, n in (("poster", "x", 100), ("README", "+", 5000)):
+                fids = [row.fid for row in published if row.images == n]
+                ax.scatter([n] * len(fids), fids, marker=marker, color="black", zorder=3, label=f"published rows ({source})")
+        ax.set(xscale="log", yscale="log", xlabel="images N in a block", ylabel="FID", title=f"{features} features")
+        ax.legend(fontsize=8)
+
+
 def published_sweep(ax: Axes, rows: Sequence[Published]) -> None:
     """The paper's own figure: FID over the ratio, with its baseline."""
     ratio = [row for row in rows if row.method == "ratio"]

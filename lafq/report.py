@@ -48,6 +48,15 @@ def load_table(profile: str, name: str) -> pd.DataFrame:
     return pd.read_csv(path, dtype={"threshold": str}, keep_default_na=False, na_values=[""])
 
 
+def load_if_there(profile: str, name: str) -> pd.DataFrame | None:
+    """Read a table that `make evidence` makes; None, and a line saying so, where it has not been made."""
+    if not (paths.RESULTS / profile / f"{name}.csv").is_file():
+        print(f"{name}: not made for profile {profile} (`make evidence PROFILE={profile}` makes it)")
+        return None
+    print(f"{name}: loaded from results/{profile}, as the last `make evidence` wrote it")
+    return load_table(profile, name)
+
+
 def save_images(profile: str, name: str, images: dict[str, np.ndarray]) -> None:
     """Write generated images, uint8 (N, 32, 32) by key, to results/<profile>/<name>.npz."""
     with replacing(paths.RESULTS / profile / f"{name}.npz") as temporary, temporary.open("wb") as file:
