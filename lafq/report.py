@@ -13,6 +13,7 @@ from lafq.files import replacing
 from lafq.paper import KEY
 from lafq.unet import LAYERS, UNet
 
+pd.options.display.max_colwidth = None  # tables with sentences in them are shown whole
 METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
 SHOWN = [
     *("method", "threshold", "format", "unit", "kept_share", "mem_mib", "mem_share", "peak_mib"),
