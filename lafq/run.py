@@ -28,7 +28,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from papermill.exceptions import PapermillExecutionError
 
-from lafq import paths
+from lafq import changes, paths
 from lafq.files import replacing
 
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
@@ -50,7 +50,8 @@ def notebooks(only: str = "") -> list[Path]:
     """The numbered notebooks in order, or those whose name begins with `only`."""
     found = sorted(path for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb") if path.name.startswith(only))
     if not found:
-        raise ValueError(f"no notebook's name begins with {only!r}: see notebooks/")
+        names = ", ".join(sorted(path.stem for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")))
+        raise ValueError(f"no notebook's name begins with {only!r}: choose one of {names}")
     return found
 
 
@@ -90,6 +91,7 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
         if parameters["TRAIN"] and selected[0].stem == "01_train":
             (build / "checkpoint.safetensors").unlink(missing_ok=True)
     build.mkdir(parents=True, exist_ok=True)
+    before = changes.tables(profile)
     began = time.monotonic()
     for path in selected:
         used = {name: value for name, value in parameters.items() if name in declared(path)}
@@ -107,6 +109,8 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
     minutes = (time.monotonic() - began) / 60
     folders = f"tables in results/{profile}, figures in figures/{profile}, executed notebooks in build/{profile}"
     print(f"done in {minutes:.1f} minutes: {folders}")
+    print("\n".join(changes.summary(before, changes.tables(profile))))
+    print("`make publish` refreshes notebooks/ and README.md from these results")
 
 
 def publish(only: str = "") -> None:
@@ -114,12 +118,13 @@ def publish(only: str = "") -> None:
 
     The times of the last `make reproduce` of a profile, kept in build/, go to results/<profile>/timing.json.
     """
+    selected = notebooks(only)
     for timing in paths.BUILD.glob("*/timing.json"):
         if set(json.loads(timing.read_text())["notebooks"]) != {path.stem for path in notebooks()}:
             continue
         with replacing(paths.RESULTS / timing.parent.name / timing.name) as temporary:
             shutil.copy(timing, temporary)
-    for path in notebooks(only):
+    for path in selected:
         notebook = nbformat.read(path, as_version=4)
         client = NotebookClient(notebook, record_timing=False, extra_arguments=QUIET_KERNEL)
         client.resources = {"metadata": {"path": str(paths.NOTEBOOKS)}}

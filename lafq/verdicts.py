@@ -53,7 +53,7 @@ def later_steps(timesteps: pd.DataFrame, seed: int) -> Claim:
     early = timesteps["t_low"] < HALF
     sums = [_sums(timesteps[part]) for part in (early, ~early)]
     measured, low, high = _ratio(*sums, seed, together=True)
-    quantity = f"mean Fisher a weight at t < {HALF} over that at t >= {HALF}"
+    quantity = f"mean Fisher per weight at t < {HALF} over that at t >= {HALF}"
     return Claim(
         "C1",
         "later steps of the reverse process (t near 0) have higher Fisher values",
@@ -69,7 +69,7 @@ def front_layers(timesteps: pd.DataFrame, seed: int) -> Claim:
     """C2 on `parameter, layer, weights, fisher` rows; the interval resamples the weight tensors of each side."""
     front = timesteps["layer"].isin(FRONT)
     measured, low, high = _ratio(_sums(timesteps[front]), _sums(timesteps[~front]), seed, together=False)
-    quantity = "mean Fisher a weight of Layers 1-2 over that of Layers 3-6"
+    quantity = "mean Fisher per weight of Layers 1-2 over that of Layers 3-6"
     return Claim(
         "C2", "Layers 1 and 2 have notably higher Fisher values", quantity, measured, low, high, verdict(low, high, 1, True)
     )
