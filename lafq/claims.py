@@ -50,7 +50,7 @@ def training_quality(quality: pd.DataFrame) -> str:
     return (
         f"{whole['n_images']} images: is_mnist {whole['is_mnist']:.2f}, FID (MNIST features) {whole['fid_mnist']:.2f}. "
         f"In {len(blocks)} blocks of {blocks['n_images'].iloc[0]}: is_mnist {blocks['is_mnist'].mean():.2f} +- "
-        f"{blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- {blocks['fid_mnist'].std():.2f}; the first block, "
-        f"whose noise the tables' rows share, has {blocks['fid_mnist'].iloc[0]:.2f}, number "
+        f"{blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- {blocks['fid_mnist'].std():.2f}; the "
+        f"first block, whose noise the tables' rows share, has {blocks['fid_mnist'].iloc[0]:.2f}, number "
         f"{int((blocks['fid_mnist'] <= blocks['fid_mnist'].iloc[0]).sum())} from below."
     )
