@@ -20,8 +20,11 @@ from lafq import experiment, paths
 from lafq.data import HELD_OUT, mnist, unit_interval
 from lafq.diffusion import add_noise
 from lafq.files import replacing
-from lafq.quantize import pack, resident_bytes
+from lafq.formats import absmax, least_squares
+from lafq.precision import Precision
+from lafq.quantize import make_plan, pack, resident_bytes, rows_of
 from lafq.seeds import generator
+from lafq.thresholds import keep_ratio
 from lafq.unet import TIMESTEPS, UNet, quantizable
 
 ROUNDS = {16: 9, 64: 3}
@@ -154,15 +157,46 @@ def rows(width: int) -> list[dict]:
     return table
 
 
-def main() -> None:
-    """Write and print the table."""
-    torch.set_num_threads(THREADS)
-    table = pd.DataFrame(list(itertools.chain.from_iterable(rows(width) for width in ROUNDS)))
-    path = paths.RESULTS / "benchmarks" / "quantizers.csv"
+def packing(width: int) -> list[dict]:
+    """One row a plan and scale rule: seconds to pack a model of that width, the median of three."""
+    torch.manual_seed(0)
+    model = UNet(width).eval()
+    weights = quantizable(model)
+    scores = {n: torch.rand(w.shape) for n, w in weights.items()}
+    mixed = itertools.cycle(("int2", "int3", "int4", "int6", "int8", "fp16", "fp32"))
+    channels = {n: tuple(itertools.islice(mixed, rows_of(model, n).size[0])) for n in weights}
+    plans = {
+        **{low: dict.fromkeys(weights, low) for low in ("fp16", "int8", "int6", "int4", "int3", "int2")},
+        "channels in seven formats": {n: Precision(low) for n, low in channels.items()},
+        "35 % of single weights kept, int8": make_plan(keep_ratio(scores, 0.35), "int8"),
+        "both, 2 % kept in fp16": {n: Precision(channels[n], keep, "fp16") for n, keep in keep_ratio(scores, 0.02).items()},
+    }
+    table = []
+    for (name, plan), rule in itertools.product(plans.items(), (absmax, least_squares)):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            pack(model, plan, rule, scores if rule is least_squares else None)
+            times.append(time.perf_counter() - start)
+        scale = "absmax" if rule is absmax else "Fisher-weighted least squares"
+        table.append({"width": width, "plan": name, "scale": scale, "seconds": statistics.median(times)})
+    return table
+
+
+def write(name: str, rows: list[dict]) -> None:
+    """Write and print one table."""
+    table, path = pd.DataFrame(rows), paths.RESULTS / "benchmarks" / f"{name}.csv"
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.4g")
     print(table.to_string(index=False))
     print(f"written: {path.relative_to(paths.ROOT)}")
+
+
+def main() -> None:
+    """Write and print the two tables."""
+    torch.set_num_threads(THREADS)
+    write("packing", packing(64))
+    write("quantizers", list(itertools.chain.from_iterable(rows(width) for width in ROUNDS)))
 
 
 if __name__ == "__main__":
