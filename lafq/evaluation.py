@@ -82,6 +82,28 @@ def quality(model: nn.Module, profile: str, *, images: int, block: int, steps: i
     return pd.DataFrame(scores)
 
 
+def in_blocks(samples: dict[str, np.ndarray], baseline: str, block: int) -> pd.DataFrame:
+    """fid_mnist of disjoint blocks of images, as a paper of `block` images would have it: mean and standard deviation.
+
+    samples: uint8 (N, 32, 32) by digest; baseline: the digest of the unquantized model's. One row a sample, columns sample,
+    blocks, block_fid_mnist, block_fid_mnist_sd, and block_delta_fid_mnist(_sd), of the differences from the baseline's blocks.
+    """
+    network = classifier.load()
+    reference = metrics.mnist_reference(network)
+
+    def fids(images: np.ndarray) -> pd.Series:
+        features, _ = metrics.mnist_features(network, torch.from_numpy(images)[:, None])
+        return pd.Series([metrics.fid(part, reference) for part in features.split(block) if len(part) == block])
+
+    at_baseline, rows = fids(samples[baseline]), []
+    for key, images in samples.items():
+        found = fids(images)
+        spread = {"block_fid_mnist": found, "block_delta_fid_mnist": found - at_baseline}
+        numbers = {name: v for k, values in spread.items() for name, v in ((k, values.mean()), (f"{k}_sd", values.std()))}
+        rows.append({"sample": key, "blocks": len(found), **numbers})
+    return pd.DataFrame(rows)
+
+
 class SeenByInception(NamedTuple):
     """The network, its reference features, and a function of (key, images) that gives features and keeps them by the key."""
 
@@ -93,7 +115,7 @@ class SeenByInception(NamedTuple):
 def inception_features(profile: str, reference_images: int) -> SeenByInception | None:
     """Inception with its reference, or None where the profile asks for none or no weights are to be had; a line says which."""
     if not reference_images:
-        print("Inception columns: left empty (this profile asks for no Inception reference)")
+        print("Inception columns: left empty (no Inception reference is asked for)")
         return None
     extractor, source = inception.load()
     print(source)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lafq import paths
 from lafq.data import mnist
 from lafq.unet import UNet
 
@@ -19,3 +20,10 @@ def tiny():
 @pytest.fixture(scope="session")
 def digits():
     return mnist(train=False)[0][:64]
+
+
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch):
+    for name in ("RESULTS", "FIGURES", "BUILD"):
+        monkeypatch.setattr(paths, name, tmp_path / name.lower())
+    return tmp_path

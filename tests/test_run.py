@@ -35,13 +35,6 @@ def test_bad_input_stops_before_anything_is_touched(arguments, message):
 
 
 @pytest.fixture
-def sandbox(tmp_path, monkeypatch):
-    for name in ("RESULTS", "FIGURES", "BUILD"):
-        monkeypatch.setattr(paths, name, tmp_path / name.lower())
-    return tmp_path
-
-
-@pytest.fixture
 def sampled(monkeypatch):
     calls = []
 

@@ -1,0 +1,96 @@
+import math
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+from lafq import evaluation, evidence, experiment, paths, replicates, report
+from lafq.data import mnist
+from lafq.files import save_tensors
+from lafq.fisher import empirical_fisher
+from lafq.unet import quantizable
+
+
+def claims(name, values):
+    return pd.DataFrame([{"claim": name, "paper": "said", "measured": v} for v in values])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("C1", (90, 100, 110), "holds"),
+        ("C2", (0.4, 0.5, 0.6), "does not hold"),
+        ("C1", (0.2, 1, 5), "cannot be told"),
+        ("C3", (-1.1, -1, -0.9), "holds"),
+        ("C3", (0.9, 1, 1.1), "does not hold"),
+        ("C4 images", (-1, 0.1, 1), "cannot be told"),
+    ],
+)
+def test_verdict_over_training_runs(name, values, expected):
+    row = replicates.over_runs(claims(name, values)).iloc[0]
+    assert row["verdict"] == expected
+    assert row["low"] < row["measured"] < row["high"]
+
+
+def test_interval_over_training_runs_is_students():
+    values = [1.0, 2.0, 4.0]
+    row = replicates.over_runs(claims("C3", values)).iloc[0]
+    expected = stats.ttest_1samp(values, 0).confidence_interval()
+    assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
+    ratio = replicates.over_runs(claims("C1", [math.exp(v) for v in values])).iloc[0]
+    assert (ratio["low"], ratio["high"]) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
+
+
+def test_one_training_run_has_no_interval():
+    with pytest.raises(ValueError, match="needs at least two"):
+        replicates.over_runs(claims("C1", [2.0]))
+
+
+@pytest.fixture(autouse=True)
+def no_peaks(monkeypatch):
+    monkeypatch.setattr(evaluation, "_peak", lambda *_: 0.0)
+
+
+@pytest.fixture
+def smoke(sandbox, tiny):
+    save_tensors(paths.RESULTS / "smoke" / experiment.WEIGHTS, dict(tiny.named_parameters()), width=4)
+    fisher = empirical_fisher(tiny, list(quantizable(tiny)), mnist(train=True)[0], samples=20, bins=20, seed=0)
+    experiment.save_fisher("smoke", fisher, 4)
+
+
+def test_rows_have_blocks_and_claims(smoke):
+    found = evidence.rows("smoke", images=40)
+    rows = found["rows"]
+    assert rows["method"].value_counts().to_dict() == {"baseline": 1, "uniform": 2, "group": 1, "ratio": 8}
+    assert (rows["blocks"] == 10).all()
+    assert rows["block_delta_fid_mnist"][0] == 0
+    assert (rows["block_fid_mnist_sd"] > rows["block_delta_fid_mnist_sd"]).all()
+    assert found["rows_claims"]["claim"].tolist() == ["C3", "C4 images"]
+
+
+def test_training_runs_differ_and_are_not_done_twice(sandbox, monkeypatch):
+    once = evidence.runs("smoke", seeds=(1, 2), steps=6, decay=2)
+    rows = once["runs"]
+    assert rows.groupby("seed").size().to_dict() == {1: 12, 2: 12}
+    assert not set(rows[rows["seed"] == 1]["sample"]) & set(rows[rows["seed"] == 2]["sample"])
+    assert once["runs_claims"]["claim"].tolist() == ["C1", "C2", "C3", "C4 images"] * 2
+    assert len(once["runs_over"]) == 4
+    monkeypatch.setattr(evaluation, "sample", None)
+    again = evidence.runs("smoke", seeds=(1, 2), steps=6, decay=2)
+    for name, table in once.items():
+        pd.testing.assert_frame_equal(again[name], table)
+
+
+def test_steps_that_are_there_are_left_alone(sandbox, monkeypatch, capsys):
+    made = []
+
+    def step(name):
+        return lambda profile: made.append(name) or {name: pd.DataFrame({"x": [1]}), f"{name}_more": pd.DataFrame({"x": [2]})}
+
+    monkeypatch.setattr(evidence, "STEPS", {name: step(name) for name in ("first", "second")})
+    report.save_table("smoke", "first", pd.DataFrame({"x": [0]}))
+    monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke"])
+    evidence.main()
+    assert made == ["second"]
+    assert "first: there already" in capsys.readouterr().out
+    assert report.load_table("smoke", "second_more")["x"].tolist() == [2]
