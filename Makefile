@@ -43,9 +43,10 @@ classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes
 evidence: $(READY)  ## what takes longer than reproduce may: the noise floor (mini: about 15 minutes); made once, then loaded
 	@$(BIN)/python -m lafq.evidence $(if $(PROFILE),--profile $(PROFILE))
 
-benchmark: $(READY)  ## compare the quantizer with optimum-quanto and torchao (about 10 minutes)
+benchmark: $(READY)  ## compare the quantizer with optimum-quanto and torchao, Fisher with BackPACK (about 15 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
 	@$(BIN)/python benchmarks/quantizers.py
+	@$(BIN)/python benchmarks/fisher.py
 
 lint: $(READY)  ## ruff over code and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -3,8 +3,10 @@
 The notebooks tell the story; this package holds the few functions they call.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,3 +34,10 @@ def _torchvision_operators() -> torch.library.Library | None:
 
 
 _DECLARED = _torchvision_operators()
+
+
+def __getattr__(name: str) -> Any:
+    """`lafq.allocate` and `lafq.Allocation`, imported when first asked for: they bring scipy and pandas, needed nowhere else."""
+    if name not in ("allocate", "Allocation"):
+        raise AttributeError(f"module 'lafq' has no attribute {name!r}")
+    return getattr(import_module("lafq.allocation"), name)

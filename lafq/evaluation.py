@@ -15,6 +15,7 @@ from lafq import classifier, inception, metrics, paths, quantize, scoring, stora
 from lafq.data import REFERENCE
 from lafq.diffusion import sample
 from lafq.files import load_tensors, replacing, save_tensors
+from lafq.formats import ScaleRule, absmax
 from lafq.memory import sampling_peak_mib
 from lafq.plans import Configuration, sizes
 
@@ -28,6 +29,8 @@ def evaluate(
     steps: int,
     seed: int,
     inception_reference: int = 0,
+    scale: ScaleRule = absmax,
+    importance: dict[str, Tensor] | None = None,
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Sample every configuration from the same noise and score the images.
 
@@ -35,7 +38,8 @@ def evaluate(
     paired difference from the unquantized model's, rmse, delta_loss, n_images, sample) and the uint8 images (N, 32, 32) by
     `sample`, a digest of the quantized weights and the noise: equal plans are sampled once, and what an interrupted run had
     finished is taken from build/<profile>/samples. All plans are checked first.
-    inception_reference: number of reference digits for the Inception columns; 0 leaves them empty.
+    inception_reference: number of reference digits for the Inception columns; 0 leaves them empty. scale, importance: as for
+    `quantize.pack`.
     """
     if images < 1:
         raise ValueError(f"{images} images asked for: at least one is needed")
@@ -52,7 +56,7 @@ def evaluate(
     rows, samples = [], {}
     pairs = zip(configurations, size.to_dict("records"), strict=True)
     for i, (configuration, bytes_row) in enumerate(pairs, start=1):
-        quantized = quantize.pack(model, configuration.plan)
+        quantized = quantize.pack(model, configuration.plan, scale, importance)
         bytes_row["peak_mib"] = _peak(quantized, model, profile)
         quantized = quantize.unpack(quantized)
         key, generated = sampled(quantized, profile, images, steps, seed, f"row {i} of {len(size)}")

@@ -6,60 +6,15 @@ and training that was done before an interruption are kept in build/<profile>.
 
 import argparse
 
-import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
-from lafq import classifier, evaluation, experiment, intervals, metrics, paths, replicates, report
-from lafq.data import HELD_OUT, mnist
-from lafq.evaluation import inception_features, sampled
-from lafq.metrics import Reference
+from lafq import allocation, budget, evaluation, experiment, formats, paths, plans, replicates, report
+from lafq.noise_floor import noise_floor
 from lafq.run import profile_parameters
-from lafq.seeds import generator
 
-SIZES = (50, 100, 200, 500, 1000, 2000, 5000)
-BLOCKS = 20
-EXTRAPOLATED_FROM = 200
 IMAGES = 1000
-
-
-def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
-    """FID and KID of disjoint blocks of N of the features (M, d) against the reference: columns metric, n, mean, sd, blocks.
-
-    The row with n = inf is FID extrapolated to infinite N: the intercept of a line through the mean FID of N >= 200 over 1 / N
-    (Chong and Forsyth 2020, "Effectively Unbiased FID and Inception Score").
-    """
-    order = torch.randperm(len(features), generator=generator(seed))
-    rows = []
-    for n in (n for n in SIZES if n <= len(features)):
-        blocks = torch.stack([order[i * n : (i + 1) * n] for i in range(min(BLOCKS, len(features) // n))])
-        for metric, draws in (("fid", intervals.fid_draws), ("kid", intervals.kid_draws)):
-            values = draws(reference, blocks)(features)
-            rows.append((metric, n, values.mean().item(), values.std().item() if len(blocks) > 1 else np.nan, len(blocks)))
-    table = pd.DataFrame(rows, columns=["metric", "n", "mean", "sd", "blocks"])
-    line = table[(table["metric"] == "fid") & (table["n"] >= EXTRAPOLATED_FROM)]
-    _, intercept = np.polyfit(1 / line["n"], line["mean"], 1)
-    return pd.concat([table, pd.DataFrame([("fid", np.inf, intercept, np.nan, 1)], columns=table.columns)], ignore_index=True)
-
-
-def noise_floor(profile: str) -> pd.DataFrame:
-    """`floor` of real held-out digits and of the unquantized model's images, on MNIST and Inception features."""
-    p = profile_parameters(profile)
-    device = experiment.set_up(profile, p["THREADS"], p["DEVICE"])
-    model = experiment.load_model(profile, p["WIDTH"], device)
-    key, generated = sampled(model, profile, p["CHECK_IMAGES"], p["SAMPLING_STEPS"], p["SEED"])
-    digits = mnist(train=False)[0][HELD_OUT]
-    network = classifier.load()
-    seen = [
-        ("MNIST", images, metrics.mnist_features(network, x)[0], metrics.mnist_reference(network))
-        for images, x in (("real", digits), ("generated", generated))
-    ]
-    if eye := inception_features(profile, p["INCEPTION_REFERENCE"]):
-        sets = (("real", "held_out", digits), ("generated", key, generated))
-        seen += [("Inception", images, eye.of(name, x), eye.reference) for images, name, x in sets]
-    tables = [floor(f, reference, p["SEED"]).assign(features=name, images=images) for name, images, f, reference in seen]
-    return pd.concat(tables, ignore_index=True)[["features", "images", "metric", "n", "mean", "sd", "blocks"]]
+BUDGETS = (2.1, 2.5, 3.0, 4.0)
+UNIFORM = ("fp16", "int8", "int4", "int3")
 
 
 def rows(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
@@ -80,9 +35,27 @@ def runs(profile: str, seeds: tuple[int, ...] = replicates.SEEDS, **training: in
     return {"runs": table, "runs_claims": claims, "runs_over": replicates.over_runs(claims)}
 
 
+def budgets(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
+    """FID of the unquantized model, of uniform formats and of the allocator's plans (unit mixed) at some budgets of 06_budget."""
+    p = profile_parameters(profile)
+    device = experiment.set_up(profile, p["THREADS"], p["DEVICE"])
+    model, fisher = experiment.load_model(profile, p["WIDTH"], device), experiment.load_fisher(profile, p["WIDTH"], "true_fisher")
+    frontiers = allocation.frontiers_of(model, fisher, "mixed")
+    found = {bits: allocation.choose(model, frontiers, budget.mib_at(model, bits)).plan for bits in sorted(BUDGETS, reverse=True)}
+    chosen = [plans.Configuration("allocator", f"{bits}", "bits", "mixed", plan) for bits, plan in found.items()]
+    settings = {"images": images, "steps": p["SAMPLING_STEPS"], "seed": p["SEED"]}
+    ours, _ = evaluation.evaluate(model, chosen, profile, **settings, scale=formats.least_squares, importance=fisher)
+    baseline = plans.Configuration("baseline", "32.0", "fp32", "none", {})
+    others = [row._replace(threshold=f"{budget.bits_of(model, row.plan):.3f}") for row in plans.uniform(model, UNIFORM)]
+    theirs, _ = evaluation.evaluate(model, [baseline, *others], profile, **settings)
+    table = pd.concat([theirs, ours], ignore_index=True).rename(columns={"threshold": "budget_bits"})
+    return {"budget": table.drop(columns=["format", "sample"])}
+
+
 STEPS = {
     "noise_floor": lambda profile: {"noise_floor": noise_floor(profile)},
     "evidence_rows": lambda profile: {f"evidence_{name}": table for name, table in rows(profile).items()},
+    "evidence_budget": lambda profile: {f"evidence_{name}": table for name, table in budgets(profile).items()},
     "evidence_runs": lambda profile: {f"evidence_{name}": table for name, table in runs(profile).items()},
 }
 

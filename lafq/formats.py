@@ -64,6 +64,14 @@ def encode(values: Tensor, scale: Tensor, levels: int) -> Tensor:
     return (values / scale).round_().clamp_(-levels, levels).add_(levels).to(torch.uint8)
 
 
+def read_back(rows: Tensor, f: Format, scale: ScaleRule, importance: Tensor | None = None) -> Tensor:
+    """The rows (R, C) as they are read after being stored in a format: what rounding leaves of them."""
+    if not f.levels:
+        return rows.half().float() if f.bits == 16 else rows
+    scales = scale(rows, f.levels, importance).float()[:, None]
+    return (rows / scales).round_().clamp_(-f.levels, f.levels).mul_(scales)
+
+
 def to_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 codes (n,) below 2**bits (1 to 8 bits) into bytes, without gaps.
 

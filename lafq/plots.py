@@ -94,7 +94,7 @@ def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, ti
     kinds = rows.groupby(["method", "format", "unit"], sort=False)
     for i, ((kind, points), marker) in enumerate(zip(kinds, "osD^vP*X", strict=False)):
         apart = 0.02 * i  # MiB: rows of equal size stay visible
-        ax.errorbar(points["mem_mib"] + apart, points[metric], _bars(points, metric), fmt=marker, capsize=3, label=", ".join(kind))
+        ax.errorbar(points["mem_mib"] + apart, points[metric], bars(points, metric), fmt=marker, capsize=3, label=", ".join(kind))
     ax.set(xlabel="stored MiB", ylabel=label)
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=9)
@@ -111,8 +111,8 @@ def ratio_sweep(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: s
     ax.axhline(table[table["method"] == "baseline"][metric].item(), color="black", ls="--", lw=1, label="FP32 baseline")
     for i, ((low, unit), line) in enumerate(rows.groupby(["format", "unit"])):
         style = {"ls": "-" if unit == "weight" else ":", "marker": MARKERS.get(low, "."), "ms": 5, "lw": 1.2, "capsize": 2}
-        bars = _bars(line, metric) if f"{metric}_low" in line else None
-        ax.errorbar(line["ratio"] + 0.002 * (i - 1.5), line[metric], bars, **style, elinewidth=0.8, label=f"{low}, unit {unit}")
+        lengths = bars(line, metric) if f"{metric}_low" in line else None
+        ax.errorbar(line["ratio"] + 0.002 * (i - 1.5), line[metric], lengths, **style, elinewidth=0.8, label=f"{low}, unit {unit}")
     ax.set(xlabel="ratio r (share of a layer kept in FP32)", ylabel=label)
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=9)
@@ -167,5 +167,6 @@ def paired_digits(axes: Sequence[Axes], table: pd.DataFrame, samples: dict[str, 
     axes[0].set_title(f"images from the same noise   |   their difference from the first row, x {AMPLIFIED}", fontsize=10)
 
 
-def _bars(rows: pd.DataFrame, metric: str) -> np.ndarray:
+def bars(rows: pd.DataFrame, metric: str) -> np.ndarray:
+    """Lengths (2, rows) of the error bars from a value to the ends of its interval."""
     return np.stack([rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]]).clip(0)

@@ -22,7 +22,8 @@ SHOWN = [
 DIGITS = {
     **dict.fromkeys(("mem_mib", "fid_mnist", "is_mnist", "fid_inception", "fid_paper", "is_paper"), "{:.2f}"),
     **dict.fromkeys(("kept_share", "mem_share", "mem_share_paper", "kid_mnist"), "{:.3f}"),
-    **dict.fromkeys(("delta_fid_mnist", "delta_fid_inception"), "{:+.3f}"),
+    **dict.fromkeys(("delta_fid_mnist", "delta_fid_inception", "fid_mnist_delta"), "{:+.3f}"),
+    **dict.fromkeys(("predicted", "damage"), "{:.2e}"),
     "rmse": "{:.2g}",
     "delta_loss": "{:+.1e}",
 }
@@ -120,7 +121,7 @@ def note(images: int, steps: int, inception_reference: int) -> str:
     )
 
 
-def shown(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+def shown(table: pd.DataFrame, columns: list[str], with_interval: tuple[str, ...] = WITH_INTERVAL) -> pd.DataFrame:
     """Columns of a table as text: rounded, the 95 % interval in brackets where there is one, "" for no value."""
     result = table[columns].copy()
     for name in columns:
@@ -128,7 +129,7 @@ def shown(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
             continue
         write = DIGITS[name].format
         result[name] = [write(v) if pd.notna(v) else "" for v in table[name]]
-        if name in WITH_INTERVAL:
+        if name in with_interval:
             ends = zip(result[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
             result[name] = [f"{text} [{write(low)}, {write(high)}]" if text else "" for text, low, high in ends]
     return result
@@ -137,6 +138,14 @@ def shown(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 def tidy(table: pd.DataFrame) -> pd.DataFrame:
     """A table of `evaluation.evaluate` as it is shown."""
     return shown(table, [c for c in SHOWN if not table[c].isna().all()])
+
+
+def damages_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `budget.judged` as it is shown, intervals in brackets."""
+    columns = ["method", "unit", "budget_bits", "mem_mib", "mem_share", "predicted", "damage", "delta_loss", "fid_mnist_delta"]
+    return shown(
+        table, [c for c in columns if c in table and not table[c].isna().all()], with_interval=("damage", "fid_mnist_delta")
+    )
 
 
 def comparison(profile: str, *methods: str) -> pd.DataFrame:

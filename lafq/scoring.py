@@ -70,8 +70,8 @@ def damage(losses: Tensor, baseline: Tensor, generated: Tensor, unquantized: Ten
 
 
 @torch.inference_mode()
-def held_out_losses(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> Tensor:
-    """Denoising loss of each of the first held-out digits (digits,): mean over the pixels of (eps - eps_theta)^2.
+def held_out_outputs(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> tuple[Tensor, Tensor]:
+    """Predicted and true noise (digits, 1, 32, 32) of the first held-out digits.
 
     The timesteps are spread evenly over all of them, one a digit; the noise is that of the seed, whatever the model.
     """
@@ -80,11 +80,29 @@ def held_out_losses(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> T
     t = torch.arange(digits) * TIMESTEPS // digits
     noise = torch.randn(x0.shape, generator=generator(seed, HELD_OUT.start))
     noised = add_noise(x0, t, noise)
-    found = []
-    for x, steps, eps in zip(noised.split(100), t.split(100), noise.split(100), strict=True):
-        predicted = model(x.to(device).contiguous(memory_format=torch.channels_last), steps.to(device)).cpu()
-        found.append((predicted - eps).square().flatten(1).mean(1))
-    return torch.cat(found)
+    batches = zip(noised.split(100), t.split(100), strict=True)
+    outputs = [model(x.to(device).contiguous(memory_format=torch.channels_last), steps.to(device)).cpu() for x, steps in batches]
+    return torch.cat(outputs), noise
+
+
+def held_out_losses(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> Tensor:
+    """Denoising loss of each of the first held-out digits (digits,): mean over the pixels of (eps - eps_theta)^2."""
+    predicted, noise = held_out_outputs(model, seed, digits)
+    return (predicted - noise).square().flatten(1).mean(1)
+
+
+def output_damage(model: nn.Module, outputs: tuple[Tensor, Tensor], seed: int) -> dict[str, float]:
+    """`damage`: the mean squared difference of a model's output from the unquantized model's on the held-out digits, a
+    pixel, with its 95 % interval over the digits; and `delta_loss`, the rise of the denoising loss.
+
+    outputs: the unquantized model's, as `held_out_outputs` gives them.
+    """
+    expected, noise = outputs
+    predicted, _ = held_out_outputs(model, seed, len(noise))
+    off = (predicted - expected).square().flatten(1).mean(1)
+    rise = (predicted - noise).square().mean() - (expected - noise).square().mean()
+    draws = intervals.mean_draws(intervals.resamples(len(off), seed))(off)
+    return {**_columns("damage", off.mean().item(), draws), "delta_loss": rise.item()}
 
 
 def _columns(name: str, value: float, draws: Tensor) -> dict[str, float]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
-from lafq import audit, audit_protocol, evidence
+from lafq import audit, audit_protocol, noise_floor
 from lafq.data import HELD_OUT, mnist, unit_interval
 from lafq.diffusion import ALPHA_BAR
 from lafq.metrics import Reference
@@ -113,7 +113,7 @@ def test_protocol_choices():
 def test_floor_goes_down_with_n_and_its_extrapolation_near_nothing():
     g = torch.Generator().manual_seed(0)
     other = torch.randn(5000, 16, generator=g)
-    table = evidence.floor(torch.randn(5000, 16, generator=g), Reference(other, fid_features_to_statistics(other)), seed=0)
+    table = noise_floor.floor(torch.randn(5000, 16, generator=g), Reference(other, fid_features_to_statistics(other)), seed=0)
     fid = table[table["metric"] == "fid"].set_index("n")
     assert fid["mean"].is_monotonic_decreasing
     assert abs(fid.loc[math.inf, "mean"]) < 0.1 * fid.loc[100, "mean"]

@@ -55,7 +55,7 @@ def no_peaks(monkeypatch):
 def smoke(sandbox, tiny):
     save_tensors(paths.RESULTS / "smoke" / experiment.WEIGHTS, dict(tiny.named_parameters()), width=4)
     fisher = empirical_fisher(tiny, list(quantizable(tiny)), mnist(train=True)[0], samples=20, bins=20, seed=0)
-    experiment.save_fisher("smoke", fisher, 4)
+    experiment.save_fisher("smoke", fisher.weights, 4)
 
 
 def test_rows_have_blocks_and_claims(smoke):

@@ -1,0 +1,151 @@
+"""What the diagonal Fisher information costs, by method, over one ordinary batched forward and backward pass; and what an
+allocation of the width-64 model costs after it. Part of `make benchmark`.
+
+relative_error: of one pass over one batch, the mean over the weight tensors of |tensor's sum / exact sum - 1|. Exact is, for
+the empirical Fisher, the loop over single samples; for the true Fisher, the mean over 64 other draws on the same batch.
+"""
+
+import itertools
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from quantizers import THREADS, write
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from lafq import allocation, experiment
+from lafq.data import mnist, unit_interval
+from lafq.diffusion import add_noise
+from lafq.fisher import sample_loss
+from lafq.seeds import generator
+from lafq.true_fisher import signed_fisher, true_fisher
+from lafq.unet import TIMESTEPS, UNet, quantizable
+
+BATCH = {16: 32, 64: 8}
+ROUNDS = {16: 7, 64: 3}
+CHUNK = 8
+DRAWS = 64
+Method = Callable[[], dict[str, Tensor]]
+
+
+def batch(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Noised training digits (B, 1, 32, 32), their timesteps and the noise."""
+    x0 = unit_interval(mnist(train=True)[0][:size])
+    t = torch.linspace(0, TIMESTEPS - 1, size).long()
+    noise = torch.randn(x0.shape, generator=generator(0, 2))
+    return add_noise(x0, t, noise), t, noise
+
+
+def ordinary(model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """Forward and backward pass of the loss of the whole batch; what it gives is no Fisher information."""
+    loss = 0.5 * (noise - model(x, t)).square().sum()
+    return dict(zip(names, torch.autograd.grad(loss, [model.get_parameter(n) for n in names]), strict=True))
+
+
+def loop(model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """Squared gradients of single samples, one backward pass each."""
+    total = {n: torch.zeros_like(model.get_parameter(n)) for n in names}
+    for i in range(len(x)):
+        for n, g in ordinary(model, names, x[i : i + 1], t[i : i + 1], noise[i : i + 1]).items():
+            total[n].addcmul_(g, g)
+    return {n: v / len(x) for n, v in total.items()}
+
+
+def vmapped(model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """torch.func, samples in chunks."""
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    rest = {n: p for n, p in parameters.items() if n not in names}
+    single = vmap(grad(lambda part, *sample: sample_loss(model, part | rest, *sample)), in_dims=(None, 0, 0, 0))
+    total = {n: torch.zeros_like(parameters[n]) for n in names}
+    for part in torch.arange(len(x)).split(CHUNK):
+        with sdpa_kernel(SDPBackend.MATH):
+            for n, g in single({n: parameters[n] for n in names}, x[part], t[part], noise[part]).items():
+                total[n] += g.square().sum(0)
+    return {n: v / len(x) for n, v in total.items()}
+
+
+def with_backpack(names: list[str], width: int, state: dict[str, Tensor]) -> Callable[..., dict[str, Tensor]]:
+    """BackPACK's SumGradSquared, on a model of its own, since it leaves hooks behind."""
+    from backpack import backpack, extend
+    from backpack.extensions import SumGradSquared
+
+    model = UNet(width).eval().to(memory_format=torch.channels_last)
+    model.load_state_dict(state)
+    for name in names:
+        extend(model.get_submodule(name.removesuffix(".weight")))
+    for n, p in model.named_parameters():
+        p.requires_grad_(n in names)
+
+    def run(_: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        with backpack(SumGradSquared()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (0.5 * (noise - model(x, t)).square().sum()).backward()
+        return {n: model.get_parameter(n).sum_grad_squared / len(x) for n in names}
+
+    return run
+
+
+def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """As the module says."""
+    return statistics.mean(abs(found[n].sum().item() / exact[n].sum().item() - 1) for n in exact)
+
+
+def rows(width: int) -> list[dict]:
+    """One row a method; times are medians of ratios to an ordinary pass run just before."""
+    torch.manual_seed(0)
+    model = experiment.load_model("mini", width) if width == 16 else UNet(width).eval().to(memory_format=torch.channels_last)
+    names, data = list(quantizable(model)), batch(BATCH[width])
+    for n, p in model.named_parameters():
+        p.requires_grad_(n in names)
+    x, t, noise = data
+    exact = {"empirical": loop(model, names, *data), "true": true_fisher(model, names, itertools.repeat((x, t), DRAWS), seed=1)}
+    methods: dict[str, tuple[str, Callable[..., dict[str, Tensor]]]] = {
+        "true, one batched backward pass (lafq)": ("true", lambda *_: true_fisher(model, names, [(x, t)], seed=0)),
+        "empirical, random signs (lafq)": ("empirical", lambda *_: signed_fisher(model, names, [((x, t), noise)], seed=0)),
+        f"empirical, vmap(grad) in chunks of {CHUNK}": ("empirical", vmapped),
+        "empirical, loop over single samples": ("empirical", loop),
+        "empirical, BackPACK SumGradSquared": ("empirical", with_backpack(names, width, model.state_dict())),
+    }
+    table = []
+    for method, (kind, run) in tqdm(methods.items(), desc=f"width {width}"):
+        found = run(model, names, *data)
+        ratios = []
+        for _ in range(ROUNDS[width]):
+            seconds = []
+            for function in (ordinary, run):
+                start = time.perf_counter()
+                function(model, names, *data)
+                seconds.append(time.perf_counter() - start)
+            ratios.append(seconds[1] / seconds[0])
+        row = {"method": method, "width": width, "batch": BATCH[width], "cost_ratio": statistics.median(ratios)}
+        table.append(row | {"relative_error": error(found, exact[kind])})
+    return table
+
+
+def allocating() -> list[dict]:
+    """Seconds to allocate the width-64 model, frontiers included, at every unit (random Fisher values)."""
+    torch.manual_seed(0)
+    model, table = UNet(64).eval(), []
+    fisher = {n: torch.rand(w.shape) * torch.rand(()) for n, w in quantizable(model).items()}
+    for unit in allocation.UNITS:
+        start = time.perf_counter()
+        allocation.allocate(model, fisher, 17.0, unit, progress=False)
+        table.append({"width": 64, "unit": unit, "budget_mib": 17.0, "seconds": time.perf_counter() - start})
+    return table
+
+
+def main() -> None:
+    """Write and print the two tables."""
+    torch.set_num_threads(THREADS)
+    write("allocation", allocating())
+    write("fisher", pd.DataFrame([row for width in BATCH for row in rows(width)]).to_dict("records"))
+
+
+if __name__ == "__main__":
+    main()

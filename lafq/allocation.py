@@ -1,0 +1,167 @@
+"""Spend a byte budget where the Fisher information says: a format for every tensor, channel or weight of a model.
+
+Each parameter has a frontier of choices (bytes, predicted damage); one of each is to be taken, of least total damage within the
+budget: the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger 2004, chapter 11). The fast way is dynamic programming on
+rounded bytes, which exchanges then improve; `exactly` is an integer program.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import optimize, sparse
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lafq.formats import FORMATS, get_format
+from lafq.frontier import UNITS, Choice, frontier
+from lafq.precision import precision
+from lafq.quantize import Plan, check_plan, nbytes, rows_of
+
+MIB = 2**20
+EXCHANGES = 200
+GRID = 2**16
+
+
+class Allocation(NamedTuple):
+    """plan: for `quantize.pack`, with `formats.least_squares` and the same Fisher values as importance.
+
+    nbytes: of the whole model under the plan; damage: the predicted rise of half the squared error, summed over the output.
+    report: one row a parameter, columns parameter, weights, bits_per_weight, formats, kept (single weights in FP16), damage.
+    """
+
+    plan: Plan
+    nbytes: int
+    damage: float
+    report: pd.DataFrame
+
+
+def allocate(
+    model: nn.Module,
+    fisher: dict[str, Tensor],
+    budget_mib: float,
+    unit: str = "mixed",
+    formats: tuple[str, ...] = tuple(FORMATS),
+    progress: bool = True,
+) -> Allocation:
+    """The plan of least predicted damage that stores the whole model in `budget_mib` MiB (2**20 bytes) or less.
+
+    fisher: (true) Fisher values by parameter name, of the parameters' shapes; parameters not named stay in FP32.
+    unit: "tensor", "channel" or "mixed" (channels, and single weights in FP16 where that pays).
+    Raises ValueError as `quantize.check_plan`; for an unknown unit or format, Fisher values that do not fit, and a budget
+    below what is possible, naming the smallest.
+    """
+    frontiers = frontiers_of(model, fisher, unit, formats, progress)
+    return choose(model, frontiers, budget_mib)
+
+
+def frontiers_of(
+    model: nn.Module, fisher: dict[str, Tensor], unit: str, formats: tuple[str, ...] = tuple(FORMATS), progress: bool = True
+) -> dict[str, list[Choice]]:
+    """The frontier of every parameter that `fisher` names: made once, it serves any number of budgets."""
+    if unit not in UNITS:
+        raise ValueError(f"unknown unit {unit!r}: choose one of {', '.join(UNITS)}")
+    for name in formats:
+        get_format(name)
+    if not fisher or not {"fp32", "fp16"} & set(formats):
+        raise ValueError("give the Fisher values of one parameter at least, and fp32 or fp16 among the formats")
+    check_plan(model, dict.fromkeys(fisher, "fp16"))
+    parameters = dict(model.named_parameters())
+    for name, values in fisher.items():
+        if values.shape != parameters[name].shape or not (values >= 0).all():
+            raise ValueError(
+                f"the Fisher values of {name} must have its shape {tuple(parameters[name].shape)} and none below 0 or NaN"
+            )
+    return {
+        name: frontier(parameters[name].detach().cpu(), values.detach().cpu(), rows_of(model, name), unit, formats)
+        for name, values in tqdm(fisher.items(), desc="damage by format", unit="tensor", leave=False, disable=not progress)
+    }
+
+
+def choose(model: nn.Module, frontiers: dict[str, list[Choice]], budget_mib: float, exact: bool = False) -> Allocation:
+    """One choice of every frontier; exact: by an integer program (worth its time at unit "tensor" only)."""
+    rest = nbytes(model, dict.fromkeys(frontiers, "fp32")) - sum(4 * model.get_parameter(n).numel() for n in frontiers)
+    budget = round(budget_mib * MIB) - rest
+    least = sum(choices[0].nbytes for choices in frontiers.values())
+    if not budget >= least:
+        raise ValueError(f"a budget of {budget_mib} MiB cannot be met: the smallest possible is {(least + rest) / MIB:.4f} MiB")
+    lists = list(frontiers.values())
+    taken = exactly(lists, budget) if exact else exchanged(lists, on_grid(lists, budget), budget)
+    chosen = {name: choices[i] for (name, choices), i in zip(frontiers.items(), taken, strict=True)}
+    plan = {name: c.entry for name, c in chosen.items() if c.entry != "fp32"}
+    rows = [_report(name, model.get_parameter(name).numel(), c) for name, c in chosen.items()]
+    return Allocation(plan, nbytes(model, plan), sum(c.damage for c in chosen.values()), pd.DataFrame(rows))
+
+
+def on_grid(lists: list[list[Choice]], budget: float) -> list[int]:
+    """Dynamic programming over the bytes beyond the smallest choices, rounded up to 1/65,536 of what is left of the budget."""
+    cell = max(budget - sum(choices[0].nbytes for choices in lists), 1) / GRID
+    best = np.zeros(GRID + 1)
+    taken = []
+    for choices in lists:
+        cells = [math.ceil((c.nbytes - choices[0].nbytes) / cell) for c in choices]
+        options = np.full((len(choices), GRID + 1), np.inf)
+        for option, more, c in zip(options, cells, choices, strict=True):
+            if more <= GRID:
+                option[more:] = best[: GRID + 1 - more] + c.damage
+        taken.append((options.argmin(0), cells))
+        best = options.min(0)
+    left, found = GRID, []
+    for chosen, cells in reversed(taken):
+        found.append(int(chosen[left]))
+        left -= cells[found[-1]]
+    return found[::-1]
+
+
+def exchanged(lists: list[list[Choice]], taken: list[int], budget: float) -> list[int]:
+    """Improve a choice: while the damage falls, change one parameter, or two at once, within the budget."""
+    owner = np.repeat(np.arange(len(lists)), [len(choices) for choices in lists])
+    size = np.array([c.nbytes for choices in lists for c in choices], dtype=float)
+    damage = np.array([c.damage for choices in lists for c in choices])
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    current = starts + np.array(taken)
+    for _ in range(EXCHANGES):
+        more, change = size - size[current][owner], damage - damage[current][owner]
+        left = budget - size[current].sum()
+        moves = np.flatnonzero(np.abs(more) <= max(left, 0) + size[current].max())
+        both_more = more[moves][:, None] + more[moves]
+        both = np.where((both_more <= left) & (owner[moves][:, None] != owner[moves]), change[moves][:, None] + change[moves], 0)
+        pair = np.unravel_index(both.argmin(), both.shape)
+        single = np.where(more <= left, change, 0)
+        if min(single.min(), both[pair]) >= -1e-12 * damage[current].sum():
+            break
+        for j in [single.argmin()] if single.min() <= both[pair] else moves[list(pair)]:
+            current[owner[j]] = j
+    return (current - starts).tolist()
+
+
+def exactly(lists: list[list[Choice]], budget: float) -> list[int]:
+    """The optimum, by an integer program with a 0/1 variable for every choice (HiGHS through scipy)."""
+    owner = np.repeat(np.arange(len(lists)), [len(choices) for choices in lists])
+    damage = np.array([c.damage for choices in lists for c in choices])
+    size = np.array([[c.nbytes for choices in lists for c in choices]]) / max(budget, 1)
+    one_each = sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
+    constraints = [optimize.LinearConstraint(size, ub=1), optimize.LinearConstraint(one_each, 1, 1)]
+    # Scaled by what the fast way reaches, so that the solver's absolute tolerances are relative ones.
+    fast = exchanged(lists, on_grid(lists, budget), budget)
+    scale = sum(choices[i].damage for choices, i in zip(lists, fast, strict=True)) or 1
+    found = optimize.milp(
+        np.minimum(damage / scale, 10),
+        integrality=1,
+        bounds=optimize.Bounds(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": 1e-6},
+    )
+    if not found.success:
+        raise RuntimeError(f"the integer program was not solved: {found.message}")
+    return [int(np.round(found.x[owner == i]).argmax()) for i in range(len(lists))]
+
+
+def _report(name: str, weights: int, choice: Choice) -> dict:
+    low, kept, _ = precision(choice.entry)
+    rows = [low] if isinstance(low, str) else low
+    counts = {f: rows.count(f) for f in FORMATS if f in rows}
+    formats = next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} rows {f}" for f, n in counts.items())
+    row = {"parameter": name, "weights": weights, "bits_per_weight": 8 * choice.nbytes / weights, "formats": formats}
+    return row | {"kept": 0 if kept is None else int(kept.sum()), "damage": choice.damage}

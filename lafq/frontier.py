@@ -1,0 +1,112 @@
+"""What one weight tensor can be stored as: the entries worth choosing, each with its bytes and its predicted damage.
+
+The damage of storing w as w + dw is 1/2 * sum(F * dw^2): with the true Fisher information F half the expected squared change of
+the output, to second order (LeCun et al. 1990, "Optimal Brain Damage", with the Gauss-Newton diagonal). It is taken with the
+actual rounding error, row by row (one row an output channel), and with the scales that minimize it.
+
+Units: "tensor", one format for all rows; "channel", a format a row; "mixed", besides these a share of the
+single weights in FP16, those of the largest F * w^2.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lafq.formats import FORMATS, LARGEST, Format, least_squares, read_back
+from lafq.precision import CHANNEL_CODE, Precision, Rows, channels_by_format, layout
+from lafq.precision import nbytes as bytes_of
+
+UNITS = ("tensor", "channel", "mixed")
+SPARSE_SHARES = (0.004, 0.02)
+PRICES = 96
+
+
+class Choice(NamedTuple):
+    """An entry of a plan for one parameter, the bytes it takes and the damage it is predicted to do."""
+
+    nbytes: int
+    damage: float
+    entry: str | Precision
+
+
+class _Option(NamedTuple):
+    """With these weights kept: damage and bits, both (rows, formats), and the number of kept weights in every row.
+
+    kept: of the parameter's shape; all entries share it.
+    """
+
+    kept: Tensor | None
+    damage: Tensor
+    bits: Tensor
+    in_row: Tensor
+
+
+def frontier(weight: Tensor, fisher: Tensor, rows: Rows, unit: str, formats: tuple[str, ...] = tuple(FORMATS)) -> list[Choice]:
+    """The choices of one parameter that no other choice beats in both bytes and damage, smallest first.
+
+    weight and fisher have the parameter's shape; rows as `quantize.rows_of` gives them.
+    """
+    known = [f for f in (FORMATS[name] for name in formats) if not f.levels or len(rows.shape) > 1]
+    values, importance = rows.of(weight), rows.of(fisher)
+    options = [_option(values, importance, known)]
+    found = [_choice(rows, options[0], known, torch.full((len(values),), i)) for i in range(len(known))]
+    if unit == "mixed" and len(rows.shape) > 1:
+        saliency = (importance * values.square()).flatten().argsort(descending=True, stable=True)
+        for count in sorted({max(1, round(share * len(saliency))) for share in SPARSE_SHARES}):
+            kept = torch.zeros(len(saliency), dtype=torch.bool)
+            kept[saliency[:count]] = True
+            options.append(_option(values, importance, known, kept.view_as(values), rows))
+    if unit != "tensor":
+        for option in options:
+            # One price of a bit after another, from where the first row changes its format to where the last does.
+            found += [_choice(rows, option, known, chosen) for chosen in _by_price(option)]
+    return _undominated(found)
+
+
+def _option(
+    values: Tensor, importance: Tensor, known: list[Format], kept: Tensor | None = None, rows: Rows | None = None
+) -> _Option:
+    rest, share, own = values, importance, torch.zeros(len(values), dtype=torch.float64)
+    in_row, mask = torch.zeros(len(values), dtype=torch.int64), None
+    if kept is not None:
+        mask = rows.back(kept)
+        exact = values.clamp(-LARGEST, LARGEST).half().float()
+        own = 0.5 * (importance * (values - exact).square() * kept).double().sum(1)
+        rest, share, in_row = values.masked_fill(kept, 0), importance.masked_fill(kept, 0), kept.sum(1)
+    damage = [0.5 * (share * (rest - read_back(rest, f, least_squares, share)).square()).double().sum(1) + own for f in known]
+    length = values.shape[1]
+    bits = torch.tensor([f.bits for f in known]) * length + torch.tensor([16 if f.levels else 0 for f in known])
+    return _Option(mask, torch.stack(damage, 1), bits.double().expand(len(values), -1), in_row)
+
+
+def _by_price(option: _Option) -> list[Tensor]:
+    """For every price of a bit the format of least damage + price * bits, row by row."""
+    drop = (option.damage.amax(1) - option.damage.amin(1)) / (option.bits.amax(1) - option.bits.amin(1)).clamp_min(1)
+    drop = drop[drop > 0]
+    if not len(drop):
+        return []
+    prices = torch.logspace(drop.min().log10() - 7, drop.max().log10() + 2, PRICES, dtype=torch.float64)
+    return [(option.damage + price * option.bits).argmin(1) for price in prices.tolist()]
+
+
+def _choice(rows: Rows, option: _Option, known: list[Format], chosen: Tensor) -> Choice:
+    names = [known[i].name for i in chosen.tolist()]
+    low = names[0] if len(set(names)) == 1 else tuple(names)
+    by_format = channels_by_format(low, len(names))
+    total = bytes_of(CHANNEL_CODE, len(names)) if len(by_format) > 1 else 0
+    total += sum(2 * len(r) for f, r in by_format.items() if f.levels) + 2 * int(option.in_row.sum())
+    total += layout(by_format, option.in_row, rows.size[1])[1]
+    damage = option.damage.gather(1, chosen[:, None]).sum().item()
+    if option.kept is None:
+        return Choice(total, damage, low if isinstance(low, str) else Precision(low))
+    return Choice(total, damage, Precision(low, option.kept, "fp16"))
+
+
+def _undominated(choices: list[Choice]) -> list[Choice]:
+    best, found = float("inf"), []
+    for choice in sorted(choices, key=lambda c: (c.nbytes, c.damage)):
+        if choice.damage < best:
+            best = choice.damage
+            found.append(choice)
+    return found

@@ -1,0 +1,88 @@
+"""The diagonal of the true Fisher information at the price of a backward pass.
+
+A network with output f(x) (B, ...) and unit Gaussian noise on it has the true Fisher information E[J^T n n^T J] = J^T J of one
+sample, n ~ N(0, I): for the squared error also the Gauss-Newton matrix (Kunstner et al. 2019). No target is needed.
+
+One backward pass of a batch with n in the place of the residual gives g = sum over samples of J_b^T n_b. The n_b are
+independent and of mean zero, so E[g_i^2] = sum over samples of (J_b^T J_b)_ii: squares of batch gradients, which are wrong
+for the loss itself, are unbiased here. With the residuals themselves under independent random signs, one a sample, the same pass
+gives an unbiased sum of the squared per-sample gradients, the *empirical* Fisher of fisher.py.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lafq.data import unit_interval
+from lafq.diffusion import add_noise
+from lafq.seeds import generator
+from lafq.unet import TIMESTEPS
+
+BATCH = 8
+
+
+def true_fisher(model: nn.Module, names: list[str], batches: Iterable[tuple[Tensor, ...]], seed: int) -> dict[str, Tensor]:
+    """F_i = mean over samples of sum over outputs of (d output / d w_i)^2 for the named parameters, by name.
+
+    batches: arguments of the model, batch by batch, each first argument (B, ...). A pass has one draw, so the relative
+    standard deviation of a weight's estimate is sqrt(2 / number of batches): many small batches beat few large ones.
+    Needs the memory of training and one gradient more.
+    Raises ValueError for an unknown name, no batch, or a result that is not finite.
+    """
+    return _mean_squares(model, names, ((b, None) for b in batches), seed)
+
+
+def signed_fisher(
+    model: nn.Module, names: list[str], batches: Iterable[tuple[tuple[Tensor, ...], Tensor]], seed: int
+) -> dict[str, Tensor]:
+    """The empirical Fisher of l = 1/2 * sum (target - output)^2, as `fisher.empirical_fisher`, from batched passes.
+
+    batches: pairs of the model's arguments and the target (B, ...).
+    """
+    return _mean_squares(model, names, batches, seed)
+
+
+def noised_batches(images: Tensor, samples: int, seed: int, batch: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x_t, t) of `samples` uint8 images (N, 1, 32, 32), drawn with replacement, t spread evenly over all timesteps."""
+    g = generator(seed)
+    times = (torch.arange(samples) * TIMESTEPS // samples)[torch.randperm(samples, generator=g)]
+    for t in tqdm(times.split(batch), desc="true Fisher", unit="batch", leave=False):
+        x0 = unit_interval(images[torch.randint(len(images), t.shape, generator=g)])
+        yield add_noise(x0, t, torch.randn(x0.shape, generator=g)), t
+
+
+def _mean_squares(model: nn.Module, names: list[str], batches: Iterable, seed: int) -> dict[str, Tensor]:
+    available = dict(model.named_parameters())
+    if unknown := [n for n in names if n not in available]:
+        raise ValueError(f"the model has no parameter {unknown[0]!r}: names are those of model.named_parameters()")
+    model.eval()
+    chosen = [available[n] for n in names]
+    frozen = {n: p.requires_grad for n, p in available.items()}
+    total, count, g = [torch.zeros_like(p) for p in chosen], 0, generator(seed, 1)
+    try:
+        for n, p in available.items():
+            p.requires_grad_(n in set(names))
+        for arguments, target in batches:
+            output = model(*(a.to(chosen[0].device) for a in arguments))
+            residual = _residual(output.detach(), target, g)
+            for sum_, gradient in zip(total, torch.autograd.grad(output, chosen, residual), strict=True):
+                sum_.addcmul_(gradient, gradient)
+            count += len(output)
+    finally:
+        for n, p in available.items():
+            p.requires_grad_(frozen[n])
+    if not count:
+        raise ValueError("no batch was given: Fisher information needs at least one sample")
+    if bad := [n for n, f in zip(names, total, strict=True) if not torch.isfinite(f).all()]:
+        raise ValueError(f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged")
+    return {n: (sum_ / count).detach() for n, sum_ in zip(names, total, strict=True)}
+
+
+def _residual(output: Tensor, target: Tensor | None, g: torch.Generator) -> Tensor:
+    """What is sent back through the network: N(0, I), or the residual under one random sign a sample."""
+    if target is None:
+        return torch.randn(output.shape, generator=g, dtype=torch.float32).to(output)
+    signs = torch.randint(2, (len(output),), generator=g) * 2 - 1
+    return (output - target.to(output)) * signs.to(output).view(-1, *[1] * (output.ndim - 1))
