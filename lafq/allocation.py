@@ -21,11 +21,11 @@ from lafq.quantize import Plan, check_plan, nbytes, rows_of
 
 MIB = 2**20
 EXCHANGES = 200
-GRID = 2**16
+CELLS, WORK = 2**16, 2**24
 
 
 class Allocation(NamedTuple):
-    """plan: for `quantize.pack`, with `formats.least_squares` and the same Fisher values as importance.
+    """plan: for `quantize.pack`, with `formats.unbiased` and the same Fisher values as importance.
 
     nbytes: of the whole model under the plan; damage: the predicted rise of half the squared error, summed over the output.
     report: one row a parameter, columns parameter, weights, bits_per_weight, formats, kept (single weights in FP16), damage.
@@ -82,10 +82,11 @@ def frontiers_of(
 def choose(model: nn.Module, frontiers: dict[str, list[Choice]], budget_mib: float, exact: bool = False) -> Allocation:
     """One choice of every frontier; exact: by an integer program (worth its time at unit "tensor" only)."""
     rest = nbytes(model, dict.fromkeys(frontiers, "fp32")) - sum(4 * model.get_parameter(n).numel() for n in frontiers)
-    budget = round(budget_mib * MIB) - rest
+    budget = budget_mib * MIB + 0.5 - rest  # half a byte: MiB are not exact
     least = sum(choices[0].nbytes for choices in frontiers.values())
     if not budget >= least:
-        raise ValueError(f"a budget of {budget_mib} MiB cannot be met: the smallest possible is {(least + rest) / MIB:.4f} MiB")
+        smallest = math.ceil((least + rest) / MIB * 1e4) / 1e4
+        raise ValueError(f"a budget of {budget_mib} MiB cannot be met: the smallest possible is {smallest} MiB")
     lists = list(frontiers.values())
     taken = exactly(lists, budget) if exact else exchanged(lists, on_grid(lists, budget), budget)
     chosen = {name: choices[i] for (name, choices), i in zip(frontiers.items(), taken, strict=True)}
@@ -95,19 +96,20 @@ def choose(model: nn.Module, frontiers: dict[str, list[Choice]], budget_mib: flo
 
 
 def on_grid(lists: list[list[Choice]], budget: float) -> list[int]:
-    """Dynamic programming over the bytes beyond the smallest choices, rounded up to 1/65,536 of what is left of the budget."""
-    cell = max(budget - sum(choices[0].nbytes for choices in lists), 1) / GRID
-    best = np.zeros(GRID + 1)
+    """Dynamic programming over the bytes beyond the smallest choices, rounded up to cells of what is left of the budget."""
+    grid = min(CELLS, WORK // sum(len(choices) for choices in lists))
+    cell = max(budget - sum(choices[0].nbytes for choices in lists), 1) / grid
+    best = np.zeros(grid + 1)
     taken = []
     for choices in lists:
         cells = [math.ceil((c.nbytes - choices[0].nbytes) / cell) for c in choices]
-        options = np.full((len(choices), GRID + 1), np.inf)
+        options = np.full((len(choices), grid + 1), np.inf)
         for option, more, c in zip(options, cells, choices, strict=True):
-            if more <= GRID:
-                option[more:] = best[: GRID + 1 - more] + c.damage
+            if more <= grid:
+                option[more:] = best[: grid + 1 - more] + c.damage
         taken.append((options.argmin(0), cells))
         best = options.min(0)
-    left, found = GRID, []
+    left, found = grid, []
     for chosen, cells in reversed(taken):
         found.append(int(chosen[left]))
         left -= cells[found[-1]]

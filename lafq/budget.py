@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lafq import allocation, scoring
 from lafq.allocation import MIB
 from lafq.evaluation import sampled
-from lafq.formats import ScaleRule, absmax, least_squares
+from lafq.formats import ScaleRule, absmax, least_squares, unbiased
 from lafq.frontier import UNITS
 from lafq.precision import stored_bytes
 from lafq.quantize import Plan, make_plan, nbytes, pack, rows_of, unpack
@@ -62,7 +62,7 @@ def bits_of(model: nn.Module, plan: Plan) -> float:
 
 def uniform(model: nn.Module) -> list[Row]:
     """All weights in one format: scales as everywhere, and scales of least Fisher-weighted error."""
-    rules = {"uniform": absmax, "uniform, Fisher scales": least_squares}
+    rules = {"uniform": absmax, "uniform, Fisher scales": unbiased}
     plans = {low: dict.fromkeys(quantizable(model), low) for low in (*INTEGERS, "fp16")}
     return [
         Row(method, "tensor", bits_of(model, plan), plan, rule)
@@ -73,7 +73,10 @@ def uniform(model: nn.Module) -> list[Row]:
 
 
 def allocated(model: nn.Module, fisher: dict[str, Tensor], bits: list[float]) -> list[Row]:
-    """The allocator at every unit and budget; a budget below a unit's smallest size is left out."""
+    """The allocator at every unit and budget, and the plans of unit mixed with scales of least squares.
+
+    A budget below a unit's smallest size is left out, and a line says so.
+    """
     rows = []
     for unit in UNITS:
         frontiers = allocation.frontiers_of(model, fisher, unit)
@@ -83,7 +86,9 @@ def allocated(model: nn.Module, fisher: dict[str, Tensor], bits: list[float]) ->
             except ValueError:
                 print(f"allocator, unit {unit}: {b:.2f} bits a weight cannot be met")
                 continue
-            rows.append(Row("allocator", unit, b, found.plan, least_squares))
+            rows.append(Row("allocator", unit, b, found.plan, unbiased))
+            if unit == "mixed":
+                rows.append(Row("allocator, least squares", unit, b, found.plan, least_squares))
     return rows
 
 
@@ -151,7 +156,7 @@ def reports(model: nn.Module, fisher: dict[str, Tensor], rows: list[Row], unit: 
     found = [
         (round(row.bits, 3), name, fisher[name].mean().item(), bits(name, row.plan))
         for row in rows
-        if row.unit == unit
+        if row.method == "allocator" and row.unit == unit
         for name in quantizable(model)
     ]
     return pd.DataFrame(found, columns=["budget_bits", "parameter", "fisher", "bits_per_weight"])
@@ -164,14 +169,14 @@ def images(
 
     Returns a row a model, columns method, threshold, format, unit, mem_mib, sample, and uint8 images (7, 32, 32) by sample.
     """
-    chosen = [row for b in bits for row in rows if row.unit == "mixed" and abs(row.bits - b) < 1e-6]
+    chosen = [row for b in bits for row in rows if row.method == "allocator" and row.unit == "mixed" and abs(row.bits - b) < 1e-6]
     models = {"32 bits": (model, {})} | {f"{row.bits:g} bits": (quantized(model, row, fisher), row.plan) for row in chosen}
     found, samples = [], {}
     for name, (own, plan) in models.items():
         key, generated = sampled(own, profile, IMAGES, steps, seed, name)
         samples[key] = generated[:, 0].numpy()
-        method = "allocator" if plan else "baseline"
-        found.append((method, name, "", "", nbytes(model, plan) / MIB, key))
+        method, low = ("allocator", "mixed") if plan else ("baseline", "fp32")
+        found.append((method, name, low, low, nbytes(model, plan) / MIB, key))
     return pd.DataFrame(found, columns=["method", "threshold", "format", "unit", "mem_mib", "sample"]), samples
 
 

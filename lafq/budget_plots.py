@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from lafq.plots import bars
 from lafq.predictions import PROXIES
 
-NAMED = {"allocator": "D", "uniform": "s", "uniform, Fisher scales": "s"}
+NAMED = {"allocator": "D", "allocator, least squares": "x", "uniform": "s", "uniform, Fisher scales": "s"}
 STYLES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
 
 

@@ -13,8 +13,8 @@ from lafq.noise_floor import noise_floor
 from lafq.run import profile_parameters
 
 IMAGES = 1000
-BUDGETS = (2.1, 2.5, 3.0, 4.0)
-UNIFORM = ("fp16", "int8", "int4", "int3")
+BUDGETS = (2.5, 3.0, 4.0)
+UNIFORM = ("fp16", "int4")
 
 
 def rows(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
@@ -44,7 +44,7 @@ def budgets(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     found = {bits: allocation.choose(model, frontiers, budget.mib_at(model, bits)).plan for bits in sorted(BUDGETS, reverse=True)}
     chosen = [plans.Configuration("allocator", f"{bits}", "bits", "mixed", plan) for bits, plan in found.items()]
     settings = {"images": images, "steps": p["SAMPLING_STEPS"], "seed": p["SEED"]}
-    ours, _ = evaluation.evaluate(model, chosen, profile, **settings, scale=formats.least_squares, importance=fisher)
+    ours, _ = evaluation.evaluate(model, chosen, profile, **settings, scale=formats.unbiased, importance=fisher)
     baseline = plans.Configuration("baseline", "32.0", "fp32", "none", {})
     others = [row._replace(threshold=f"{budget.bits_of(model, row.plan):.3f}") for row in plans.uniform(model, UNIFORM)]
     theirs, _ = evaluation.evaluate(model, [baseline, *others], profile, **settings)
@@ -54,8 +54,8 @@ def budgets(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
 
 STEPS = {
     "noise_floor": lambda profile: {"noise_floor": noise_floor(profile)},
-    "evidence_rows": lambda profile: {f"evidence_{name}": table for name, table in rows(profile).items()},
     "evidence_budget": lambda profile: {f"evidence_{name}": table for name, table in budgets(profile).items()},
+    "evidence_rows": lambda profile: {f"evidence_{name}": table for name, table in rows(profile).items()},
     "evidence_runs": lambda profile: {f"evidence_{name}": table for name, table in runs(profile).items()},
 }
 

@@ -2,7 +2,7 @@
 
 The damage of storing w as w + dw is 1/2 * sum(F * dw^2): with the true Fisher information F half the expected squared change of
 the output, to second order (LeCun et al. 1990, "Optimal Brain Damage", with the Gauss-Newton diagonal). It is taken with the
-actual rounding error, row by row (one row an output channel), and with the scales that minimize it.
+actual rounding error, row by row (one row an output channel), with `formats.unbiased` scales.
 
 Units: "tensor", one format for all rows; "channel", a format a row; "mixed", besides these a share of the
 single weights in FP16, those of the largest F * w^2.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lafq.formats import FORMATS, LARGEST, Format, least_squares, read_back
+from lafq.formats import FORMATS, LARGEST, Format, read_back, unbiased
 from lafq.precision import CHANNEL_CODE, Precision, Rows, channels_by_format, layout
 from lafq.precision import nbytes as bytes_of
 
@@ -74,7 +74,7 @@ def _option(
         exact = values.clamp(-LARGEST, LARGEST).half().float()
         own = 0.5 * (importance * (values - exact).square() * kept).double().sum(1)
         rest, share, in_row = values.masked_fill(kept, 0), importance.masked_fill(kept, 0), kept.sum(1)
-    damage = [0.5 * (share * (rest - read_back(rest, f, least_squares, share)).square()).double().sum(1) + own for f in known]
+    damage = [0.5 * (share * (rest - read_back(rest, f, unbiased, share)).square()).double().sum(1) + own for f in known]
     length = values.shape[1]
     bits = torch.tensor([f.bits for f in known]) * length + torch.tensor([16 if f.levels else 0 for f in known])
     return _Option(mask, torch.stack(damage, 1), bits.double().expand(len(values), -1), in_row)

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from lafq import allocation, scoring
 from lafq.budget import HALF_PIXELS, Row, mib_at
-from lafq.formats import get_format, least_squares, read_back
+from lafq.formats import get_format, read_back, unbiased
 from lafq.frontier import Choice
 from lafq.precision import stored_bytes
 from lafq.quantize import pack, rows_of, unpack
@@ -26,8 +26,8 @@ def by_tensor(model: nn.Module, fisher: dict[str, Tensor], formats: tuple[str, .
     for name, low in tqdm([(n, f) for n in weights for f in formats], desc="one tensor at a time", unit="plan", leave=False):
         rows = rows_of(model, name)
         w, f = rows.of(weights[name]), rows.of(fisher[name])
-        change = (read_back(w, get_format(low), least_squares, f) - w).square()
-        small = unpack(pack(model, {name: low}, least_squares, fisher))
+        change = (read_back(w, get_format(low), unbiased, f) - w).square()
+        small = unpack(pack(model, {name: low}, unbiased, fisher))
         step = 4.0 ** -get_format(low).bits
         found.append(
             {
@@ -66,7 +66,7 @@ def by_proxy(model: nn.Module, points: pd.DataFrame, bits: float) -> list[Row]:
                     kept.append(choice)
             frontiers[name] = kept
         plan = allocation.choose(model, frontiers, mib_at(model, bits)).plan
-        rows.append(Row(f"by {proxy}", "tensor", bits, plan, least_squares))
+        rows.append(Row(f"by {proxy}", "tensor", bits, plan, unbiased))
     return rows
 
 

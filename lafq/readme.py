@@ -5,7 +5,7 @@ import re
 
 import pandas as pd
 
-from lafq import claims, paths, report
+from lafq import claims, paths, report, wanted
 from lafq.experiment import WEIGHTS
 from lafq.files import load_tensors, replacing
 from lafq.run import profile_parameters
@@ -36,6 +36,11 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     return {
         "comparison": f"{markdown(main_rows(report.comparison(profile)))}\n\n{report.note(*sampling)}",
         "claims": markdown(report.claims_shown(profile)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
+        "evidence": evidence(profile),
+        "budget": wanted.take_home(report.load_table(profile, "budget"))
+        + "\n\n"
+        + markdown(report.load_table(profile, "06_wanted")),
+        "fisher": markdown(fisher_cost(pd.read_csv(paths.RESULTS / "benchmarks" / "fisher.csv"))),
         "cost": (
             f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "
             "memory at most; setting up `.venv` comes on top, once."
@@ -54,6 +59,24 @@ def main_rows(comparison: pd.DataFrame) -> pd.DataFrame:
     """The rows of the poster's table: of the ratio sweep only the three it lists, at the unit of single weights."""
     listed = comparison["threshold"].isin(["0.35", "0.38", "0.40"]) & (comparison["unit"] == "weight")
     return comparison[(comparison["method"] != "ratio") | listed]
+
+
+def evidence(profile: str) -> str:
+    """The claims with more images and over other training runs, as far as `make evidence` has been run."""
+    tables = {"evidence_rows": "evidence_rows_claims", "evidence_runs": "evidence_runs_over"}
+    made = {step: name for step, name in tables.items() if (paths.RESULTS / profile / f"{step}.csv").is_file()}
+    lines = [f"Not made yet: {step} (`make evidence`)." for step in tables if step not in made]
+    if "evidence_runs" in made:
+        runs = report.load_table(profile, "evidence_runs_claims")
+        lines.append(f"The {runs['seed'].nunique()} training runs took {runs['steps'].iloc[0]:,} steps each.")
+    shown = [report.claims_shown(profile, name).drop(columns="paper") for name in made.values()]
+    return "\n".join([markdown(pd.concat(shown)), "", *lines]).strip() if shown else "\n".join(lines)
+
+
+def fisher_cost(table: pd.DataFrame) -> pd.DataFrame:
+    """The benchmark of Fisher methods as it is shown."""
+    digits = {"cost_ratio": "{:.2f}", "relative_error": "{:.2g}"}
+    return table.assign(**{c: table[c].map(f.format) for c, f in digits.items()})
 
 
 def quantizers(table: pd.DataFrame) -> pd.DataFrame:

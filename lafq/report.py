@@ -156,9 +156,9 @@ def comparison(profile: str, *methods: str) -> pd.DataFrame:
     return shown(table, [*KEY, "fid_paper", "is_paper", "mem_share_paper", *ours])
 
 
-def claims_shown(profile: str) -> pd.DataFrame:
-    """claims.csv as it is shown: the interval in brackets behind the measured value."""
-    table = load_table(profile, "claims")
+def claims_shown(profile: str, name: str = "claims") -> pd.DataFrame:
+    """A table of claims as it is shown: the interval in brackets behind the measured value."""
+    table = load_table(profile, name)
     ends = zip(table["measured"], table["low"], table["high"], strict=True)
     table["measured"] = [f"{v:.4g} [{low:.4g}, {high:.4g}]" if low < high else f"{v:.4g}" for v, low, high in ends]
     return table.drop(columns=["low", "high"])

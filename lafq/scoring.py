@@ -14,7 +14,7 @@ from lafq.seeds import generator
 from lafq.unet import TIMESTEPS
 
 METRICS = ("fid_mnist", "is_mnist", "kid_mnist", "fid_inception")
-LOSS_DIGITS = 500
+LOSS_DIGITS = 200
 
 
 class Scored(NamedTuple):

@@ -95,7 +95,7 @@ def test_protocol_choices():
     worse = worse // 2
     seen = features(mnist(train=False)[0][:500])
     reference = Reference(seen, fid_features_to_statistics(seen))
-    eye = audit_protocol.Eyes(features, reference, Reference(seen, fid_features_to_statistics(2 * seen)))
+    eye = audit_protocol.Eyes(features, reference, (reference, Reference(seen, fid_features_to_statistics(2 * seen))))
     table = audit_protocol.protocol_choices({"pixels": eye}, real, worse, other, seed=0).set_index("choice")
     assert len(table) == 4
     untouched = table[table.index.str.contains("R1")].iloc[0]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lafq import formats
-from lafq.formats import FORMATS, absmax, encode, from_bits, get_format, least_squares, nbytes, to_bits
+from lafq.formats import FORMATS, absmax, encode, from_bits, get_format, least_squares, nbytes, to_bits, unbiased
 
 INTEGERS = [f for f in FORMATS.values() if f.levels]
 
@@ -69,7 +69,22 @@ def test_the_importance_decides():
     assert least_squares(rows, 1, torch.zeros(1, 2)).item() == least_squares(rows, 1).item()
 
 
-@pytest.mark.parametrize("rule", [absmax, least_squares])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_unbiased_scales_shrink_rows_less(bits):
+    f = FORMATS[f"int{bits}"]
+    g = torch.Generator().manual_seed(3)
+    rows, importance = torch.randn(20, 500, generator=g), torch.rand(20, 500, generator=g) ** 4
+
+    def shrinking(rule):
+        change = formats.read_back(rows, f, rule, importance) - rows
+        return -(importance * rows * change).sum(1) / (importance * rows.square()).sum(1)
+
+    assert (shrinking(least_squares) > 0).all()
+    assert shrinking(unbiased).abs().mean() < 0.5 * shrinking(least_squares).mean()
+    assert torch.equal(unbiased(rows, f.levels, torch.zeros_like(rows)), unbiased(rows, f.levels))
+
+
+@pytest.mark.parametrize("rule", [absmax, least_squares, unbiased])
 def test_rows_of_zeros_and_of_tiny_weights(rule):
     rows = torch.zeros(2, 5)
     rows[1] = 1e-9

@@ -3,6 +3,7 @@ import re
 import pandas as pd
 import pytest
 import torch
+import torchvision
 import yaml
 
 from lafq import experiment, paper, paths, quantize, readme, report, run
@@ -56,7 +57,7 @@ def test_readme_names_the_two_commands():
 
 
 def test_readme_example_runs(digits, tmp_path):
-    own, diffusion = re.findall(r"```python\n(.*?)```", readme.PATH.read_text(), flags=re.DOTALL)
+    own, diffusion, sized = re.findall(r"```python\n(.*?)```", readme.PATH.read_text(), flags=re.DOTALL)
     assert len(own.strip().splitlines()) <= 11
     scope = {"path": tmp_path / "model.safetensors"}
     exec(own, scope)
@@ -68,6 +69,10 @@ def test_readme_example_runs(digits, tmp_path):
     scope = {"images": digits}
     exec(diffusion.replace("width=16", "width=4").replace("samples=200", "samples=20"), scope)
     assert quantize.resident_bytes(scope["small"]) == quantize.nbytes(scope["model"], scope["plan"])
+    assert len(sized.strip().splitlines()) <= 11
+    scope = {"model": torchvision.models.resnet18(num_classes=10).eval(), "inputs": torch.randn(16, 3, 32, 32)}
+    exec(sized, scope)
+    assert 0.99 * 5 < quantize.resident_bytes(scope["small"]) / 2**20 <= 5
 
 
 def test_shipped_weights_are_those_of_the_profile():

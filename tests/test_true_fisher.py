@@ -55,8 +55,8 @@ def test_true_fisher_is_unbiased(network, inputs):
 
 
 def test_square_of_the_plain_batch_gradient_is_another_quantity(network, inputs):
-    name = "3.weight"
-    target = torch.zeros(6, 3, dtype=torch.float64)
+    name = "3.bias"
+    target = torch.full((6, 3), 10.0, dtype=torch.float64)
     loss = 0.5 * (network(inputs) - target).square().sum()
     plain = torch.autograd.grad(loss, network.get_parameter(name))[0].square() / 6
     exact = exact_empirical(network, [name], inputs, target)[name]
