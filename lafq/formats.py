@@ -61,17 +61,18 @@ def least_squares(rows: Tensor, levels: int, importance: Tensor | None = None) -
 
 
 def unbiased(rows: Tensor, levels: int, importance: Tensor | None = None) -> Tensor:
-    """FP16 scales (R,) that hardly shrink a row: sum(F * w * (s * q - w)) = 0 for the codes q of `least_squares`.
+    """FP16 scales (R,) that hardly shrink a row: from `least_squares`, twice to sum(F * w * (s * q - w)) = 0 for its codes q.
 
-    (Storing rounds anew, to codes of this s, so a little of the shrinking is left.) The scale of least error shrinks the row,
-    since its error is orthogonal to q and not to w: as a whole and so coherently, which at 2 and 3 bits changes the output
-    by more than the diagonal of the Fisher information tells.
+    The scale of least error shrinks the row, since its error is orthogonal to q and not to w: as a whole and so coherently,
+    which at 2 and 3 bits changes the output by more than the diagonal of the Fisher information tells.
     """
     scales = least_squares(rows, levels, importance)[:, None].float()
     weight = rows if importance is None else torch.where(importance.sum(1, keepdim=True) > 0, importance, 1) * rows
-    codes = (rows / scales).round_().clamp_(-levels, levels)
-    along, square = (weight * codes).sum(1), (weight * rows).sum(1)
-    return _usable(torch.where(along > 0, square / along, scales[:, 0]))
+    square = (weight * rows).sum(1, keepdim=True)
+    for _ in range(2):
+        along = (rows / scales).round_().clamp_(-levels, levels).mul_(weight).sum(1, keepdim=True)
+        scales = torch.where(along > 0, square / along, scales)
+    return _usable(scales[:, 0])
 
 
 def encode(values: Tensor, scale: Tensor, levels: int) -> Tensor:

@@ -157,7 +157,7 @@ def test_smallest_possible_size_is_the_one_named(model, fisher):
     with pytest.raises(ValueError, match="smallest possible") as error:
         lafq.allocate(model, fisher, 0.01, progress=False)
     named = float(str(error.value).split()[-2])
-    assert lafq.allocate(model, fisher, named + 1e-4, progress=False).nbytes <= (named + 1e-4) * MIB
+    assert lafq.allocate(model, fisher, named + 1e-4, progress=False).nbytes <= (named + 1e-4) * MIB + 0.5
 
 
 def test_thresholds_fill_the_budget(model, fisher):

@@ -80,7 +80,7 @@ def test_unbiased_scales_shrink_rows_less(bits):
         return -(importance * rows * change).sum(1) / (importance * rows.square()).sum(1)
 
     assert (shrinking(least_squares) > 0).all()
-    assert shrinking(unbiased).abs().mean() < 0.5 * shrinking(least_squares).mean()
+    assert shrinking(unbiased).abs().mean() < 0.6 * shrinking(least_squares).mean()
     assert torch.equal(unbiased(rows, f.levels, torch.zeros_like(rows)), unbiased(rows, f.levels))
 
 
