@@ -53,24 +53,26 @@ def protocol_choices(seen: dict[str, Eyes], unquantized: Tensor, quantized: Tens
     unquantized, quantized: images from the same noise; other_noise: images of the quantized model from noise of another
     seed, which has no pairs to resample: that row stands without an interval.
     """
-    indices = intervals.resamples(len(unquantized), seed)
+    # The images as they are come first, then their resamples.
+    indices = torch.cat([torch.arange(len(unquantized))[None], intervals.resamples(len(unquantized), seed)])
     rows = []
     for name, eye in seen.items():
-        draws = intervals.fid_draws(eye.reference, indices)
-        plain, altered, low = (eye.features(x) for x in (unquantized, stretched(unquantized), quantized))
-        fid = {key: metrics.fid(f, eye.reference) for key, f in (("plain", plain), ("altered", altered), ("low", low))}
-        base = draws(plain)
-        rows.append((name, "FID, each image stretched to 0..255", fid["plain"], fid["altered"], draws(altered) - base))
+        fid = intervals.fid_draws(eye.reference, indices)
+        seen_plain = eye.features(unquantized)
+        plain, altered, low = fid(seen_plain), fid(eye.features(stretched(unquantized))), fid(eye.features(quantized))
+        rows.append((name, "FID, each image stretched to 0..255", plain, altered))
         if eye.sizes:
-            ours, theirs = (intervals.fid_draws(reference, indices)(plain) for reference in eye.sizes)
-            values = [metrics.fid(plain, reference) for reference in eye.sizes]
-            count = len(eye.sizes[0].features)
-            rows.append((name, f"FID, real digits 28x28 (R6; {count} of them)", *values, theirs - ours))
-        paired, unpaired = fid["low"] - fid["plain"], metrics.fid(eye.features(other_noise), eye.reference) - fid["plain"]
-        rows.append((name, "quantized less FP32, the EMA weights sampled untouched (R1)", paired, 0.0, base - draws(low)))
-        rows.append((name, "quantized less FP32, other noise in each row (R7)", paired, unpaired, None))
-    table = pd.DataFrame(rows, columns=["features", "choice", "here", "released", "draws"])
-    table["change"] = table["released"] - table["here"]
-    pairs = zip(table["change"], table["draws"], strict=True)
-    ends = [(math.nan, math.nan) if drawn is None else intervals.interval(change, drawn) for change, drawn in pairs]
-    return table.drop(columns="draws").assign(change_low=[low for low, _ in ends], change_high=[high for _, high in ends])
+            ours, theirs = (intervals.fid_draws(reference, indices)(seen_plain) for reference in eye.sizes)
+            rows.append((name, f"FID, real digits 28x28 (R6; {len(eye.sizes[0].features)} of them)", ours, theirs))
+        rows.append((name, "quantized less FP32, the EMA weights sampled untouched (R1)", low - plain, torch.zeros_like(low)))
+        other = fid(eye.features(other_noise))[:1] - plain[:1]
+        rows.append((name, "quantized less FP32, other noise in each row (R7)", (low - plain)[:1], other))
+    found = [(name, choice, *_change(here, released)) for name, choice, here, released in rows]
+    return pd.DataFrame(found, columns=["features", "choice", "here", "released", "change", "change_low", "change_high"])
+
+
+def _change(here: Tensor, released: Tensor) -> tuple[float, float, float, float, float]:
+    """Both values (first in each), their difference, and its interval where there are resamples."""
+    difference = released - here
+    ends = intervals.interval(difference[0].item(), difference[1:]) if len(difference) > 1 else (math.nan, math.nan)
+    return here[0].item(), released[0].item(), difference[0].item(), *ends

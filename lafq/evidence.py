@@ -5,6 +5,7 @@ and training that was done before an interruption are kept in build/<profile>.
 """
 
 import argparse
+import sys
 
 import pandas as pd
 
@@ -60,24 +61,29 @@ STEPS = {
 }
 
 
-def main() -> None:
-    """Make the steps that are missing."""
+def main() -> int:
+    """Make the steps that are missing; errors are one sentence and exit status 1, with the steps made before left as they were."""
     parser = argparse.ArgumentParser(prog="lafq.evidence")
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--anew", action="store_true", help="make every step again")
     parser.add_argument("--only", default="", choices=["", *STEPS])
     args = parser.parse_args()
-    for name, make in STEPS.items():
-        if args.only not in ("", name):
-            continue
-        if (paths.RESULTS / args.profile / f"{name}.csv").is_file() and not args.anew:
-            print(f"{name}: there already, in results/{args.profile}")
-            continue
-        # The step's own table comes last: where it is, the others are.
-        for table, content in sorted(make(args.profile).items(), key=lambda item: item[0] == name):
-            report.save_table(args.profile, table, content)
-            print(f"{table}: written to results/{args.profile}")
+    try:
+        for name, make in STEPS.items():
+            if args.only not in ("", name):
+                continue
+            if (paths.RESULTS / args.profile / f"{name}.csv").is_file() and not args.anew:
+                print(f"{name}: there already, in results/{args.profile}")
+                continue
+            # The step's own table comes last: where it is, the others are.
+            for table, content in sorted(make(args.profile).items(), key=lambda item: item[0] == name):
+                report.save_table(args.profile, table, content)
+                print(f"{table}: written to results/{args.profile}")
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

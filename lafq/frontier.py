@@ -18,7 +18,7 @@ from lafq.precision import CHANNEL_CODE, Precision, Rows, channels_by_format, la
 from lafq.precision import nbytes as bytes_of
 
 UNITS = ("tensor", "channel", "mixed")
-SPARSE_SHARES = (0.004, 0.02)
+SPARSE_SHARES = (0.01,)
 PRICES = 96
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from lafq import claims, paths, report, wanted
 from lafq.experiment import WEIGHTS
 from lafq.files import load_tensors, replacing
-from lafq.run import profile_parameters
+from lafq.run import notebooks, profile_parameters
 
 PATH = paths.ROOT / "README.md"
 
@@ -43,7 +43,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "fisher": markdown(fisher_cost(pd.read_csv(paths.RESULTS / "benchmarks" / "fisher.csv"))),
         "cost": (
             f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "
-            "memory at most; setting up `.venv` comes on top, once."
+            f"memory at most; setting up `.venv` comes on top, once.{untimed(timing)}"
         ),
         "model": f"{trained['steps']:,} training steps of batch {trained['batch_size']}. {claims.training_quality(quality)}",
         "classifier": (
@@ -53,6 +53,12 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "quantizers": markdown(quantizers(pd.read_csv(paths.RESULTS / "benchmarks" / "quantizers.csv"))),
         "deviations": markdown(deviations(parameters, profile_parameters("paper"))),
     }
+
+
+def untimed(timing: dict) -> str:
+    """A sentence on the notebooks that the timed run had not yet, "" where it had all."""
+    missing = [path.stem for path in notebooks() if path.stem not in timing]
+    return f" That run was before {' and '.join(missing)}, which take some minutes each." if missing else ""
 
 
 def main_rows(comparison: pd.DataFrame) -> pd.DataFrame:

@@ -91,7 +91,17 @@ def test_steps_that_are_there_are_left_alone(sandbox, monkeypatch, capsys):
     monkeypatch.setattr(evidence, "STEPS", {name: step(name) for name in ("first", "second")})
     report.save_table("smoke", "first", pd.DataFrame({"x": [0]}))
     monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke"])
-    evidence.main()
+    assert evidence.main() == 0
     assert made == ["second"]
     assert "first: there already" in capsys.readouterr().out
     assert report.load_table("smoke", "second_more")["x"].tolist() == [2]
+
+
+def test_missing_fisher_information_is_one_sentence(sandbox, monkeypatch, capsys, tiny):
+    save_tensors(paths.RESULTS / "smoke" / experiment.WEIGHTS, dict(tiny.named_parameters()), width=4)
+    monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke", "--only", "evidence_rows"])
+    assert evidence.main() == 1
+    said = capsys.readouterr().err.strip()
+    assert "fisher.safetensors" in said
+    assert "02_fisher with COMPUTE=True" in said
+    assert len(said.splitlines()) == 1
