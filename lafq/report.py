@@ -160,7 +160,7 @@ def claims_shown(profile: str, name: str = "claims") -> pd.DataFrame:
     """A table of claims as it is shown: the interval in brackets behind the measured value."""
     table = load_table(profile, name)
     ends = zip(table["measured"], table["low"], table["high"], strict=True)
-    table["measured"] = [f"{v:.4g} [{low:.4g}, {high:.4g}]" if low < high else f"{v:.4g}" for v, low, high in ends]
+    table["measured"] = [f"{v:.4g} [{low:.4g}, {high:.4g}]" if low < high else f"{v:.6g}" for v, low, high in ends]
     return table.drop(columns=["low", "high"])
 
 

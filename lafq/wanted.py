@@ -74,13 +74,11 @@ def take_home(table: pd.DataFrame) -> str:
     ours, int8 = _at(table, "allocator", "mixed", RATE), _uniform(table, "uniform").iloc[-1]
     rows = table[(table["method"] == "allocator") & (table["unit"] == "mixed")].sort_values("budget_bits")
     half = rows[rows["damage"] <= 0.5 * int8["damage"]]
-    from_there = (
-        f"Half of it or less from {half['budget_bits'].iloc[0]:g} bits a weight on." if len(half) else "Half of it nowhere."
-    )
+    from_there = f"from {half['budget_bits'].iloc[0]:g} bits a weight on" if len(half) else "nowhere"
     return (
         f"At {ours['mem_mib']:.2f} MiB ({ours['mem_share']:.1%} of FP32, 4 bits a weight) the allocator does {ratio:.2f} "
         f"[{low:.2f}, {high:.2f}] times the damage to the model's output that uniform INT8 does at {int8['mem_mib']:.2f} MiB. "
-        f"Half of that damage or less: {from_there}."
+        f"It does half of that damage or less {from_there}."
     )
 
 
