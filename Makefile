@@ -5,17 +5,19 @@ READY := .venv/.ready
 PROFILE ?=
 NOTEBOOK ?=
 TRAIN ?= 0
+SCHEDULER ?=
 # Idle worker threads sleep instead of spinning: other work on the same cores costs less then.
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN = $(BIN)/python -m lafq.run
 $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 to retrain, or 0))
-CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true)
+CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
+	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER))
 
 .PHONY: help setup reproduce resume publish classifier evidence benchmark test lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  options: PROFILE=smoke|mini|paper  TRAIN=1 (retrain)  NOTEBOOK=03 (only that one)"
+	@echo "  options: PROFILE=smoke|mini|paper  TRAIN=1 (retrain)  NOTEBOOK=03 (only that one)  SCHEDULER=tcp://host:8786 (sample on a Dask cluster)"
 
 setup: $(READY)  ## virtual environment .venv with the pinned packages
 

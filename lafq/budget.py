@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from lafq import allocation, scoring
 from lafq.allocation import MIB
-from lafq.evaluation import sampled
 from lafq.formats import ScaleRule, absmax, least_squares, unbiased
 from lafq.frontier import UNITS
 from lafq.precision import stored_bytes
 from lafq.quantize import Plan, make_plan, nbytes, pack, rows_of, unpack
+from lafq.samples import sampled
 from lafq.seeds import generator
 from lafq.thresholds import by_layer, keep_global, relative_to_group
 from lafq.unet import quantizable

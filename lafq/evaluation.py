@@ -1,6 +1,5 @@
 """Rows of the tables: sample every precision plan from the same noise, score the images, measure bytes and memory."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,11 +12,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from lafq import classifier, inception, metrics, paths, quantize, scoring, storage
 from lafq.data import REFERENCE
-from lafq.diffusion import sample
 from lafq.files import load_tensors, replacing, save_tensors
 from lafq.formats import ScaleRule, absmax
-from lafq.memory import sampling_peak_mib
+from lafq.memory import PeakMeter
 from lafq.plans import Configuration, sizes
+from lafq.samples import digest, draw_elsewhere, sampled
 
 
 def evaluate(
@@ -31,6 +30,7 @@ def evaluate(
     inception_reference: int = 0,
     scale: ScaleRule = absmax,
     importance: dict[str, Tensor] | None = None,
+    scheduler: str = "",
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Sample every configuration from the same noise and score the images.
 
@@ -39,7 +39,7 @@ def evaluate(
     `sample`, a digest of the quantized weights and the noise: equal plans are sampled once, and what an interrupted run had
     finished is taken from build/<profile>/samples. All plans are checked first.
     inception_reference: number of reference digits for the Inception columns; 0 leaves them empty. scale, importance: as for
-    `quantize.pack`.
+    `quantize.pack`. scheduler: address of a Dask scheduler whose workers shall sample; empty: this process does.
     """
     if images < 1:
         raise ValueError(f"{images} images asked for: at least one is needed")
@@ -49,27 +49,31 @@ def evaluate(
     against = f"{REFERENCE.stop - REFERENCE.start} test digits, 32x32"
     if features:
         against += f" (Inception: {inception_reference})"
+    if scheduler:
+        packed = (quantize.pack(model, c.plan, scale, importance) for c in configurations)
+        draw_elsewhere(scheduler, model, packed, len(configurations), profile, images, steps, seed)
     seen_by_inception = features and any(c.inception for c in configurations)
     key, unquantized = sampled(model, profile, images, steps, seed, "FP32 baseline")
     baseline = score(unquantized, features.of(key, unquantized) if seen_by_inception else None)
     losses = scoring.held_out_losses(model, seed)
     rows, samples, found = [], {}, {}
     pairs = zip(configurations, size.to_dict("records"), strict=True)
-    for i, (configuration, bytes_row) in enumerate(pairs, start=1):
-        quantized = quantize.pack(model, configuration.plan, scale, importance)
-        bytes_row["peak_mib"] = _peak(quantized, model, profile)
-        quantized = quantize.unpack(quantized)
-        key, generated = sampled(quantized, profile, images, steps, seed, f"row {i} of {len(size)}")
-        samples[key] = generated[:, 0].numpy()
-        if (key, configuration.inception) not in found:
-            scored = score(generated, features.of(key, generated) if features and configuration.inception else None)
-            after = scoring.held_out_losses(quantized, seed)
-            off = scoring.damage(after, losses, generated, unquantized, seed)
-            found[key, configuration.inception] = scoring.compared(scored, baseline) | off
-        scores = found[key, configuration.inception]
-        key_columns = {k: v for k, v in configuration._asdict().items() if k not in ("plan", "inception")}
-        rows.append({**key_columns, **bytes_row, **scores, "n_images": images, "reference": against, "sample": key})
-        print(f"{' '.join(key_columns.values())}: {rows[-1]['mem_mib']:.2f} MiB, FID (MNIST) {scores['fid_mnist']:.2f}")
+    with PeakMeter(next(model.parameters()).device) as meter:
+        for i, (configuration, bytes_row) in enumerate(pairs, start=1):
+            quantized = quantize.pack(model, configuration.plan, scale, importance)
+            bytes_row["peak_mib"] = _peak(quantized, model, profile, meter)
+            quantized = quantize.unpack(quantized)
+            key, generated = sampled(quantized, profile, images, steps, seed, f"row {i} of {len(size)}")
+            samples[key] = generated[:, 0].numpy()
+            if (key, configuration.inception) not in found:
+                scored = score(generated, features.of(key, generated) if features and configuration.inception else None)
+                after = scoring.held_out_losses(quantized, seed)
+                off = scoring.damage(after, losses, generated, unquantized, seed)
+                found[key, configuration.inception] = scoring.compared(scored, baseline) | off
+            scores = found[key, configuration.inception]
+            key_columns = {k: v for k, v in configuration._asdict().items() if k not in ("plan", "inception")}
+            rows.append({**key_columns, **bytes_row, **scores, "n_images": images, "reference": against, "sample": key})
+            print(f"{' '.join(key_columns.values())}: {rows[-1]['mem_mib']:.2f} MiB, FID (MNIST) {scores['fid_mnist']:.2f}")
     return pd.DataFrame(rows), samples
 
 
@@ -139,29 +143,13 @@ def inception_features(profile: str, reference_images: int) -> SeenByInception |
     return SeenByInception(extractor, metrics.inception_reference(extractor, reference_images, paths.BUILD / "inception"), features)
 
 
-def sampled(model: nn.Module, profile: str, images: int, steps: int, seed: int, label: str = "sampling") -> tuple[str, Tensor]:
-    """`diffusion.sample`, kept in build/<profile>/samples: a digest of weights and noise, and uint8 (images, 1, 32, 32)."""
-    key = _digest(model, images, steps, seed)
-    path = paths.BUILD / profile / "samples" / f"{key}.npz"
-    if path.is_file():
-        return key, torch.from_numpy(np.load(path)["images"])
-    generated = sample(model, images, steps, seed, label=label)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, images=generated.numpy())
-    return key, generated
-
-
-def _digest(model: nn.Module, *drawn: int) -> str:
-    return hashlib.sha256(f"{quantize.fingerprint(model)} {drawn}".encode()).hexdigest()[:16]
-
-
-def _peak(packed: nn.Module, model: nn.Module, profile: str) -> float:
+def _peak(packed: nn.Module, model: nn.Module, profile: str, meter: PeakMeter) -> float:
     """Whole MiB: the measurement repeats to a few tenths."""
-    path = paths.BUILD / profile / "peaks" / f"{_digest(packed)}.json"
+    path = paths.BUILD / profile / "peaks" / f"{digest(packed)}.json"
     if not path.is_file():
         weights = path.with_suffix(".safetensors")
         storage.save(weights, packed, model)
-        peak = round(sampling_peak_mib(weights, device=next(model.parameters()).device))
+        peak = round(meter.mib(weights))
         weights.unlink()
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(peak))

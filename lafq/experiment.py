@@ -23,6 +23,11 @@ def set_up(profile: str, threads: int, device: str = "auto") -> torch.device:
     known = sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
     if profile not in known:
         raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
+    return compute_on(threads, device)
+
+
+def compute_on(threads: int, device: str = "auto") -> torch.device:
+    """Fix the number of threads and how FP32 is computed; the device as in `set_up`."""
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("DEVICE is cuda, but no CUDA GPU is visible: set DEVICE to auto or cpu")
     torch.set_num_threads(threads)

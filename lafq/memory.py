@@ -4,12 +4,14 @@ The figure is what the process holds above the interpreter with its libraries lo
 resident set size over that after a tiny model has sampled, on a CUDA GPU `torch.cuda.max_memory_allocated`.
 """
 
-import argparse
+import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -21,19 +23,48 @@ from lafq.unet import UNet
 MIB = 2**20
 
 
-def sampling_peak_mib(path: Path, *, images: int = 1, steps: int = 4, device: torch.device | str = "cpu") -> float:
-    """Peak MiB while a U-Net written by `storage.save` is loaded and samples `images` digits, as one batch.
+class PeakMeter:
+    """Measures in one other process, started at the first question, one file after the other; a context manager."""
 
-    Takes a few seconds, most of them to start Python. The figure varies by some tenths of a MiB between runs.
-    Raises ValueError when the measuring process fails, with its last line.
-    """
-    command = [sys.executable, "-m", "lafq.memory", str(path), str(images), str(steps), str(device), str(torch.get_num_threads())]
-    # glibc then returns what is freed at once: the peak is of live memory, not of the allocator's habits.
-    allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **allocator})
-    if done.returncode:
-        raise ValueError(f"measuring the memory of {path} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return float(done.stdout)
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self._process: subprocess.Popen | None = None
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on leaving)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process:
+            self._process.communicate()
+        self._errors.close()
+
+    def mib(self, path: Path, *, images: int = 1, steps: int = 4) -> float:
+        """Peak MiB while a U-Net written by `storage.save` is loaded and samples `images` digits, as one batch.
+
+        The figure varies by some tenths of a MiB between runs.
+        Raises ValueError when the measuring process fails, with its last line.
+        """
+        self._process = self._process or self._start()
+        try:
+            self._process.stdin.write(json.dumps([str(path), images, steps]) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self._process.wait()
+            self._errors.seek(0)
+            last = (self._errors.read().strip().splitlines() or ["no message"])[-1]
+            raise ValueError(f"measuring the memory of {path} failed: {last}")
+        return json.loads(answer)
+
+    def _start(self) -> subprocess.Popen:
+        command = [sys.executable, "-m", "lafq.memory", str(self.device), str(torch.get_num_threads())]
+        # glibc then returns what is freed at once: the peak is of live memory, not of the allocator's habits.
+        allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0"}
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors, "text": True}
+        return subprocess.Popen(command, **streams, env={**os.environ, **allocator, "TQDM_DISABLE": "1"})
 
 
 def _resident(peak: bool) -> float:
@@ -54,23 +85,27 @@ def _forget_peak() -> None:
         forget.write_text("5")
 
 
-def _main() -> None:
-    parser = argparse.ArgumentParser()
-    for name, kind in (("path", Path), ("images", int), ("steps", int), ("device", torch.device), ("threads", int)):
-        parser.add_argument(name, type=kind)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    sample(UNet(4).to(args.device), 1, 2, seed=0)
+def _peak(path: Path, images: int, steps: int, device: torch.device) -> float:
+    gc.collect()
     _forget_peak()
     before = _resident(peak=False)
-    if args.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with torch.device("meta"):
-        skeleton = UNet(read_metadata(args.path)["width"])
-    model = storage.load(args.path, skeleton).to(args.device, memory_format=torch.channels_last)
+        skeleton = UNet(read_metadata(path)["width"])
+    model = storage.load(path, skeleton).to(device, memory_format=torch.channels_last)
     _forget_peak()
-    sample(model, args.images, args.steps, seed=0, batch_size=args.images)
-    print(json.dumps(torch.cuda.max_memory_allocated() / MIB if args.device.type == "cuda" else _resident(peak=True) - before))
+    sample(model, images, steps, seed=0, batch_size=images)
+    return torch.cuda.max_memory_allocated() / MIB if device.type == "cuda" else _resident(peak=True) - before
+
+
+def _main() -> None:
+    device = torch.device(sys.argv[1])
+    torch.set_num_threads(int(sys.argv[2]))
+    sample(UNet(4).to(device), 1, 2, seed=0)
+    for line in sys.stdin:
+        path, images, steps = json.loads(line)
+        print(json.dumps(_peak(Path(path), images, steps, device)), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,16 @@ from torch import Tensor
 
 from lafq import classifier, experiment, intervals, metrics
 from lafq.data import HELD_OUT, mnist
-from lafq.evaluation import inception_features, sampled
+from lafq.evaluation import inception_features
 from lafq.metrics import Reference
 from lafq.run import profile_parameters
+from lafq.samples import sampled
 from lafq.seeds import generator
 
 SIZES = (50, 100, 200, 500, 1000, 2000, 5000)
 BLOCKS = 20
 EXTRAPOLATED_FROM = 200
+INCEPTION_REFERENCE = 2000
 
 
 def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
@@ -37,7 +39,9 @@ def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
 
 
 def noise_floor(profile: str) -> pd.DataFrame:
-    """`floor` of real held-out digits and of the unquantized model's images, on MNIST and Inception features."""
+    """`floor` of real held-out digits and of the unquantized model's images, on MNIST and Inception features.
+
+    The references are 5,000 digits, for Inception 2,000 (none where the profile has no Inception columns)."""
     p = profile_parameters(profile)
     device = experiment.set_up(profile, p["THREADS"], p["DEVICE"])
     model = experiment.load_model(profile, p["WIDTH"], device)
@@ -48,7 +52,7 @@ def noise_floor(profile: str) -> pd.DataFrame:
         ("MNIST", images, metrics.mnist_features(network, x)[0], metrics.mnist_reference(network))
         for images, x in (("real", digits), ("generated", generated))
     ]
-    if eye := inception_features(profile, p["INCEPTION_REFERENCE"]):
+    if eye := inception_features(profile, INCEPTION_REFERENCE if p["INCEPTION_REFERENCE"] else 0):
         sets = (("real", "held_out", digits), ("generated", key, generated))
         seen += [("Inception", images, eye.of(name, x), eye.reference) for images, name, x in sets]
     tables = [floor(f, reference, p["SEED"]).assign(features=name, images=images) for name, images, f, reference in seen]

@@ -28,7 +28,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from papermill.exceptions import PapermillExecutionError
 
-from lafq import changes, paths
+from lafq import changes, cluster, paths
 from lafq.files import replacing
 
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
@@ -74,6 +74,8 @@ def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict
     for ratio in (*parameters["RATIOS"], *parameters["COARSE_RATIOS"]):
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio {ratio} is outside [0, 1]: it is the share of a layer's units to keep")
+    if parameters["SCHEDULER"]:
+        cluster.connect(parameters["SCHEDULER"]).close()
     return parameters
 
 

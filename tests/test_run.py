@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lafq import evaluation, experiment, paths, plans, quantize, report, run
+from lafq import evaluation, experiment, paths, plans, quantize, report, run, samples
 from lafq.unet import UNet, quantizable
 
 
@@ -41,8 +41,8 @@ def sampled(monkeypatch):
         calls.append(1)
         return original(*args, **kwargs)
 
-    original = evaluation.sample
-    monkeypatch.setattr(evaluation, "sample", counted)
+    original = samples.sample
+    monkeypatch.setattr(samples, "sample", counted)
     monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
     return calls
 
@@ -84,8 +84,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypat
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    original = evaluation.sample
-    monkeypatch.setattr(evaluation, "sample", killed_at_the_third)
+    original = samples.sample
+    monkeypatch.setattr(samples, "sample", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny, rows)
     resumed, _ = evaluate(tiny, rows)

@@ -1,0 +1,108 @@
+"""Sample the rows of a table on a Dask cluster that the user runs; the images are the same wherever they are drawn.
+
+A task is a packed model as the bytes of its file (`storage.save`) and the noise to start from. Tasks are independent: one
+whose worker is gone is given to another, and the images that have come back are kept, so `make resume` goes on from there.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lafq import experiment, storage
+from lafq.diffusion import sample
+from lafq.quantize import unpack
+from lafq.unet import UNet
+
+if TYPE_CHECKING:
+    # Imported where it is used: it takes half a second, and few runs need it.
+    from distributed import Client, Future
+
+REACH = "10s"
+AHEAD = 2
+
+
+def software() -> str:
+    """What decides the bytes of an image besides weights and noise: a digest of this package's code, and torch's version."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    return f"code {code.hexdigest()[:12]}, torch {torch.__version__}"
+
+
+def draw(packed: bytes, width: int, images: int, steps: int, seed: int, *, threads: int, device: str, expected: str) -> np.ndarray:
+    """Runs on a worker: uint8 images (N, 1, 32, 32) of the packed model in the file of these bytes.
+
+    Raises RuntimeError when the worker's software is not the `expected`, or it has not that device.
+    """
+    if (own := software()) != expected:
+        raise RuntimeError(f"a worker has {own}, this machine {expected}: install the same lafq and torch on both")
+    chosen = experiment.compute_on(threads, device)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "packed.safetensors"
+        path.write_bytes(packed)
+        model = unpack(storage.load(path, UNet(width)))
+    return sample(model.to(chosen), images, steps, seed).numpy()
+
+
+def connect(address: str) -> "Client":
+    """A client of the scheduler at an address such as tcp://host:8786.
+
+    Raises ValueError when none answers there or it has no workers.
+    """
+    from distributed import Client
+
+    try:
+        client = Client(address, timeout=REACH, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"no Dask scheduler answers at {address!r}: start one (`dask scheduler`) or leave SCHEDULER out"
+        ) from error
+    if not client.nthreads():
+        client.close()
+        raise ValueError(f"the Dask scheduler at {address} has no workers: start some (`dask worker {address} --nthreads 1`)")
+    return client
+
+
+def sample_all(
+    address: str,
+    tasks: Iterator[tuple[Path, bytes]],
+    total: int,
+    keep: Callable[[Path, np.ndarray], None],
+    *,
+    width: int,
+    images: int,
+    steps: int,
+    seed: int,
+    device: str,
+) -> None:
+    """Draw the images of packed models on the cluster at `address`, calling keep(path, images) as each comes back.
+
+    tasks: where the images belong, and the packed model as a file's bytes; taken as workers have room, two a thread ahead.
+    Raises ValueError as `connect`, RuntimeError for a worker of other software or one sentence of what failed there.
+    """
+    from distributed import as_completed
+
+    how = {"threads": torch.get_num_threads(), "device": device, "expected": software()}
+    with connect(address) as client, tqdm(total=total, desc="rows from the cluster", unit="row", leave=False) as bar:
+        paths: dict[Future, Path] = {}
+        waiting = as_completed([], loop=client.loop, with_results=True)
+
+        def submit() -> None:
+            for path, packed in tasks:
+                future = client.submit(draw, packed, width, images, steps, seed, **how, key=f"lafq-{path.stem}", pure=False)
+                paths[future] = path
+                waiting.add(future)
+                return
+
+        for _ in range(AHEAD * sum(client.nthreads().values())):
+            submit()
+        for future, generated in waiting:
+            keep(paths.pop(future), generated)
+            bar.update()
+            submit()

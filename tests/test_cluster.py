@@ -1,0 +1,78 @@
+import os
+import signal
+
+import numpy as np
+import pandas as pd
+import pytest
+from distributed import LocalCluster
+
+from lafq import cluster, evaluation, paths, plans, quantize, samples
+from lafq.run import check, notebooks
+from lafq.unet import quantizable
+
+DRAWN = {"images": 3, "steps": 2, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def two_workers():
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as found:
+        yield found
+
+
+def plans_of(model):
+    return [{}, *(dict.fromkeys(quantizable(model), low) for low in ("fp16", "int8", "int4", "int3", "int2"))]
+
+
+def test_rows_are_the_same_bytes_on_a_cluster(two_workers, sandbox, tiny, monkeypatch):
+    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
+    rows = [plans.Configuration("baseline", "none", "fp32", "none", {}), *plans.uniform(tiny, ("fp16", "int8"))]
+    here, images = evaluation.evaluate(tiny, rows, "smoke", **DRAWN)
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "BUILD", sandbox / "elsewhere")
+        patch.setattr(samples, "sample", None)
+        there, drawn = evaluation.evaluate(tiny, rows, "smoke", **DRAWN, scheduler=two_workers.scheduler_address)
+    pd.testing.assert_frame_equal(here, there, check_exact=True)
+    assert images.keys() == drawn.keys()
+    assert all(np.array_equal(images[key], drawn[key]) for key in images)
+
+
+def test_a_killed_worker_loses_no_row(two_workers, sandbox, tiny, monkeypatch):
+    packed = (quantize.pack(tiny, plan) for plan in plans_of(tiny))
+    kept, killed = {}, []
+
+    def keep(path, images):
+        if not kept:
+            worker = next(iter(two_workers.workers.values()))
+            os.kill(worker.pid, signal.SIGKILL)
+            killed.append(worker.pid)
+        kept[path.stem] = images
+
+    monkeypatch.setattr(samples, "_keep", keep)
+    samples.draw_elsewhere(two_workers.scheduler_address, tiny, packed, 6, "smoke", *DRAWN.values())
+    expected = [quantize.unpack(quantize.pack(tiny, plan)) for plan in plans_of(tiny)]
+    assert killed
+    assert kept.keys() == {samples.digest(model, *DRAWN.values()) for model in expected}
+    for model in expected:
+        assert np.array_equal(kept[samples.digest(model, *DRAWN.values())], samples.sample(model, *DRAWN.values()).numpy())
+
+
+def test_a_worker_of_other_software_is_refused(two_workers, sandbox, tiny, monkeypatch):
+    monkeypatch.setattr(cluster, "software", lambda: "code of another day")
+    rows = plans.uniform(tiny, ("fp16",))
+    with pytest.raises(RuntimeError, match="install the same lafq and torch on both"):
+        evaluation.evaluate(tiny, rows, "smoke", **DRAWN, scheduler=two_workers.scheduler_address)
+
+
+def test_no_scheduler_is_one_sentence_before_anything_runs():
+    with pytest.raises(ValueError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:1'"):
+        check("smoke", {"SCHEDULER": "tcp://127.0.0.1:1"}, notebooks())
+    with pytest.raises(ValueError, match="no Dask scheduler answers at 'nowhere'"):
+        cluster.connect("nowhere")
+
+
+def test_a_scheduler_without_workers_is_named():
+    with (
+        LocalCluster(n_workers=0, dashboard_address=":0", processes=False) as empty,
+        pytest.raises(ValueError, match="has no workers: start some"),
+    ):
+        cluster.connect(empty.scheduler_address)
