@@ -40,10 +40,10 @@ def reconstruction_fisher(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 
 def variants(model: UNet, fisher: dict[str, Tensor], images: Tensor, samples: int, seed: int) -> dict[str, dict[str, Tensor]]:
-    """Fisher values under each choice alone, the project's own first; images uint8 (N, 1, 32, 32)."""
+    """Fisher values (on the CPU) under each choice alone, the project's own first; images uint8 (N, 1, 32, 32)."""
     names, fresh = list(quantizable(model)), fresh_network(model, seed)
     together = reconstruction_fisher(fresh, images[0])
-    return {
+    found = {
         "this project": fisher,
         "untrained network (R2)": empirical_fisher(fresh, names, images, samples=samples, bins=20, seed=seed).weights,
         "loss against the input, one image, t = 1 (R3)": reconstruction_fisher(model, images[0]),
@@ -51,6 +51,7 @@ def variants(model: UNet, fisher: dict[str, Tensor], images: Tensor, samples: in
         "weight tensor as the unit (R4)": {n: f.mean().expand_as(f) for n, f in fisher.items()},
         "all of these, as released": {n: f.mean().expand_as(f) for n, f in together.items()},
     }
+    return {choice: {n: f.cpu() for n, f in values.items()} for choice, values in found.items()}
 
 
 def rank_correlation(ours: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:

@@ -184,7 +184,7 @@ def _rank_in_layer(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of every weight the share of its layer's weights with lower Fisher values: a cut of these is the ratio rule."""
     result = {}
     for layer in by_layer(fisher).values():
-        flat = torch.cat([f.flatten() for f in layer.values()])
+        flat = torch.cat([f.flatten() for f in layer.values()]).cpu()
         rank = torch.empty(len(flat), dtype=torch.float64)
         rank[flat.argsort(stable=True)] = torch.from_numpy(np.linspace(0, 1, len(flat)))
         parts = rank.split([f.numel() for f in layer.values()])

@@ -35,7 +35,9 @@ def software() -> str:
     return f"code {code.hexdigest()[:12]}, torch {torch.__version__}"
 
 
-def draw(packed: bytes, width: int, images: int, steps: int, seed: int, *, threads: int, device: str, expected: str) -> np.ndarray:
+def draw(
+    packed: bytes, width: int, images: int, steps: int, seed: int, batch: int, *, threads: int, device: str, expected: str
+) -> np.ndarray:
     """Runs on a worker: uint8 images (N, 1, 32, 32) of the packed model in the file of these bytes.
 
     Raises RuntimeError when the worker's software is not the `expected`, or it has not that device.
@@ -47,7 +49,7 @@ def draw(packed: bytes, width: int, images: int, steps: int, seed: int, *, threa
         path = Path(folder) / "packed.safetensors"
         path.write_bytes(packed)
         model = unpack(storage.load(path, UNet(width)))
-    return sample(model.to(chosen), images, steps, seed).numpy()
+    return sample(model.to(chosen), images, steps, seed, batch).numpy()
 
 
 def connect(address: str) -> "Client":
@@ -79,6 +81,7 @@ def sample_all(
     images: int,
     steps: int,
     seed: int,
+    batch: int,
     device: str,
 ) -> None:
     """Draw the images of packed models on the cluster at `address`, calling keep(path, images) as each comes back.
@@ -88,6 +91,7 @@ def sample_all(
     """
     from distributed import as_completed
 
+    drawn = (width, images, steps, seed, batch)
     how = {"threads": torch.get_num_threads(), "device": device, "expected": software()}
     with connect(address) as client, tqdm(total=total, desc="rows from the cluster", unit="row", leave=False) as bar:
         paths: dict[Future, Path] = {}
@@ -95,7 +99,7 @@ def sample_all(
 
         def submit() -> None:
             for path, packed in tasks:
-                future = client.submit(draw, packed, width, images, steps, seed, **how, key=f"lafq-{path.stem}", pure=False)
+                future = client.submit(draw, packed, *drawn, **how, key=f"lafq-{path.stem}", pure=False)
                 paths[future] = path
                 waiting.add(future)
                 return

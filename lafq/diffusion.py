@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lafq.batches import too_large
 from lafq.seeds import generator
 from lafq.unet import TIMESTEPS
 
@@ -49,13 +50,18 @@ def sample(model: nn.Module, images: int, steps: int, seed: int, batch_size: int
     Every image starts from and receives the noise of its own generator, drawn on the CPU, so that two models, or two
     batch sizes, see the same noise. `label` stands beside the progress bar.
     Returns uint8 (images, 1, 32, 32): clamped to [0, 1] and rounded.
-    Raises ValueError for no images or a number of steps out of range.
+    Raises ValueError for no images or a number of steps out of range, RuntimeError naming the batch that fits when this one does
+    not fit into the device's memory.
     """
     if images < 1:
         raise ValueError(f"{images} images asked for: at least one is needed")
     timesteps = strided(steps)
     device = next(model.parameters()).device
     model = model.eval().to(memory_format=torch.channels_last)
+
+    def predict(x: Tensor, t: int) -> Tensor:
+        return model(x, torch.full((len(x),), t, device=device))
+
     batches = range(0, images, batch_size)
     bar = tqdm(total=len(batches) * steps, desc=label, unit="step", leave=False)
     done = []
@@ -67,7 +73,10 @@ def sample(model: nn.Module, images: int, steps: int, seed: int, batch_size: int
 
         x = draw()
         for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
-            eps = model(x, torch.full((len(x),), t, device=device))
+            try:
+                eps = predict(x, t)
+            except torch.OutOfMemoryError as error:
+                raise too_large(len(x), "SAMPLING_BATCH", lambda size, x=x, t=t: predict(x[:size], t)) from error
             x = ancestral_step(x, eps, draw() if t_next >= 0 else torch.zeros_like(x), t, t_next)
             bar.update()
         done.append((x.clamp(0, 1) * 255).round().to(torch.uint8).cpu())

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,7 @@ def evaluate(
     inception_reference: int = 0,
     scale: ScaleRule = absmax,
     importance: dict[str, Tensor] | None = None,
+    batch: int = 100,
     scheduler: str = "",
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Sample every configuration from the same noise and score the images.
@@ -39,7 +40,8 @@ def evaluate(
     `sample`, a digest of the quantized weights and the noise: equal plans are sampled once, and what an interrupted run had
     finished is taken from build/<profile>/samples. All plans are checked first.
     inception_reference: number of reference digits for the Inception columns; 0 leaves them empty. scale, importance: as for
-    `quantize.pack`. scheduler: address of a Dask scheduler whose workers shall sample; empty: this process does.
+    `quantize.pack`. batch: images sampled at once. scheduler: address of a Dask scheduler whose workers shall sample; empty:
+    this process does.
     """
     if images < 1:
         raise ValueError(f"{images} images asked for: at least one is needed")
@@ -49,11 +51,12 @@ def evaluate(
     against = f"{REFERENCE.stop - REFERENCE.start} test digits, 32x32"
     if features:
         against += f" (Inception: {inception_reference})"
+    drawn = {"images": images, "steps": steps, "seed": seed, "batch": batch}
     if scheduler:
         packed = (quantize.pack(model, c.plan, scale, importance) for c in configurations)
-        draw_elsewhere(scheduler, model, packed, len(configurations), profile, images, steps, seed)
+        draw_elsewhere(scheduler, model, packed, len(configurations), profile, **drawn)
     seen_by_inception = features and any(c.inception for c in configurations)
-    key, unquantized = sampled(model, profile, images, steps, seed, "FP32 baseline")
+    key, unquantized = sampled(model, profile, **drawn, label="FP32 baseline")
     baseline = score(unquantized, features.of(key, unquantized) if seen_by_inception else None)
     losses = scoring.held_out_losses(model, seed)
     rows, samples, found = [], {}, {}
@@ -63,7 +66,7 @@ def evaluate(
             quantized = quantize.pack(model, configuration.plan, scale, importance)
             bytes_row["peak_mib"] = _peak(quantized, model, profile, meter)
             quantized = quantize.unpack(quantized)
-            key, generated = sampled(quantized, profile, images, steps, seed, f"row {i} of {len(size)}")
+            key, generated = sampled(quantized, profile, **drawn, label=f"row {i} of {len(size)}")
             samples[key] = generated[:, 0].numpy()
             if (key, configuration.inception) not in found:
                 scored = score(generated, features.of(key, generated) if features and configuration.inception else None)
@@ -75,6 +78,19 @@ def evaluate(
             rows.append({**key_columns, **bytes_row, **scores, "n_images": images, "reference": against, "sample": key})
             print(f"{' '.join(key_columns.values())}: {rows[-1]['mem_mib']:.2f} MiB, FID (MNIST) {scores['fid_mnist']:.2f}")
     return pd.DataFrame(rows), samples
+
+
+def in_many(
+    model: nn.Module, configurations: list[Configuration], profile: str, *, images: int, **settings: Any
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """`evaluate` with many images, the unquantized model first, and a tenth of them as a block of `in_blocks`.
+
+    settings: those of `evaluate`. Its columns and those of `in_blocks`.
+    """
+    baseline = Configuration("baseline", "none", "fp32", "none", {})
+    rows = [baseline, *(row for row in configurations if row.method != "baseline")]
+    table, samples = evaluate(model, rows, profile, images=images, **settings)
+    return table.merge(in_blocks(samples, table["sample"][0], images // 10), on="sample", how="left"), samples
 
 
 def quality(model: nn.Module, profile: str, *, images: int, block: int, steps: int, seed: int) -> pd.DataFrame:

@@ -14,8 +14,8 @@ from lafq.noise_floor import noise_floor
 from lafq.run import profile_parameters
 
 IMAGES = 1000
-BUDGETS = (2.5, 3.0, 4.0)
-UNIFORM = ("fp16", "int4")
+BUDGETS = (3.0, 4.0, 5.0, 6.0)
+UNIFORM = ("int4",)
 
 
 def rows(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
@@ -24,8 +24,7 @@ def rows(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     device = experiment.set_up(profile, p["THREADS"], p["DEVICE"])
     model, fisher = experiment.load_model(profile, p["WIDTH"], device), experiment.load_fisher(profile, p["WIDTH"])
     claimed = replicates.claimed_rows(model, fisher, p["CUTS"])
-    table, samples = evaluation.evaluate(model, claimed, profile, images=images, steps=p["SAMPLING_STEPS"], seed=p["SEED"])
-    table = table.merge(evaluation.in_blocks(samples, table["sample"][0], images // 10), on="sample", how="left")
+    table, samples = evaluation.in_many(model, claimed, profile, images=images, steps=p["SAMPLING_STEPS"], seed=p["SEED"])
     return {"rows": table, "rows_claims": pd.DataFrame(replicates.on_images(table, samples, p["SEED"]))}
 
 

@@ -6,13 +6,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lafq import paths, training
+from lafq import paths, storage, training
 from lafq.data import mnist
 from lafq.files import load_tensors, replacing, save_tensors, sha256
+from lafq.quantize import unpack
 from lafq.unet import UNet
 
 MADE_BY = {"fisher": "02_fisher", "true_fisher": "06_budget"}
-CHECKPOINT, WEIGHTS = "checkpoint.safetensors", "ema.safetensors"
+CHECKPOINT, WEIGHTS, PACKED = "checkpoint.safetensors", "ema.safetensors", "packed.safetensors"
 
 
 def set_up(profile: str, threads: int, device: str = "auto") -> torch.device:
@@ -58,11 +59,15 @@ def train(
 def load_model(profile: str, width: int, device: torch.device | str = "cpu") -> UNet:
     """The model of a profile with its trained EMA weights, in evaluation mode.
 
+    Where there is only what `budget.ship` packed of them, that is unpacked, and a line says so.
     Raises FileNotFoundError naming 01_train when there are none, ValueError when they are of another width or damaged.
     """
-    tensors, _ = load_tensors(paths.RESULTS / profile / WEIGHTS, "01_train with TRAIN=1", width=width)
-    model = UNet(width)
-    model.load_state_dict(tensors)
+    folder, model = paths.RESULTS / profile, UNet(width)
+    if (folder / PACKED).is_file() and not (folder / WEIGHTS).is_file():
+        print(f"weights: {PACKED}, quantized to be shipped (06_shipped.csv says at what loss); TRAIN=1 makes the unquantized ones")
+        model = unpack(storage.load(folder / PACKED, model))
+    else:
+        model.load_state_dict(load_tensors(folder / WEIGHTS, "01_train with TRAIN=1", width=width)[0])
     return model.eval().to(device, memory_format=torch.channels_last)
 
 

@@ -21,6 +21,7 @@ from lafq.classifier import Classifier
 from lafq.data import REFERENCE, mnist, unit_interval
 from lafq.files import load_tensors, save_tensors
 from lafq.inception import digest
+from lafq.quantize import fingerprint
 
 KID_SEED = 2020
 
@@ -30,6 +31,9 @@ class Reference(NamedTuple):
 
     features: Tensor
     statistics: dict[str, np.ndarray]
+
+
+_REFERENCES: dict[str, Reference] = {}
 
 
 @torch.inference_mode()
@@ -47,9 +51,12 @@ def inception_features(extractor: FeatureExtractorInceptionV3, images: Tensor) -
 
 
 def mnist_reference(classifier: Classifier) -> Reference:
-    """The reference digits seen by the classifier."""
-    features, _ = mnist_features(classifier, mnist(train=False)[0][REFERENCE])
-    return Reference(features, fid_features_to_statistics(features))
+    """The reference digits seen by the classifier; taken once in a process."""
+    key = fingerprint(classifier)
+    if key not in _REFERENCES:
+        features, _ = mnist_features(classifier, mnist(train=False)[0][REFERENCE])
+        _REFERENCES[key] = Reference(features, fid_features_to_statistics(features))
+    return _REFERENCES[key]
 
 
 def inception_reference(extractor: FeatureExtractorInceptionV3, images: int, cache: Path, padded: bool = True) -> Reference:

@@ -5,10 +5,11 @@ import re
 
 import pandas as pd
 
-from lafq import claims, paths, report, wanted
+from lafq import claims, paper, paths, report, wanted
 from lafq.experiment import WEIGHTS
 from lafq.files import load_tensors, replacing
 from lafq.run import notebooks, profile_parameters
+from lafq.unet import UNet
 
 PATH = paths.ROOT / "README.md"
 
@@ -27,11 +28,11 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     quality = report.load_table(profile, "training_quality")
     tables = [report.load_table(profile, name) for name in ("01_baseline", "03_global", "04_group", "05_ratio_sweep")]
     rows = pd.concat(tables, ignore_index=True)
-    timing = json.loads((folder / "timing.json").read_text())["notebooks"]
+    timed = json.loads((folder / "timing.json").read_text())["notebooks"]
     classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
-    seconds, peak = sum(n["seconds"] for n in timing.values()), max(n["peak_mib_so_far"] for n in timing.values())
+    seconds, peak = sum(n["seconds"] for n in timed.values()), max(n["peak_mib_so_far"] for n in timed.values())
     sampling = (parameters["IMAGES"], parameters["SAMPLING_STEPS"], parameters["INCEPTION_REFERENCE"])
-    times = [f"{name} {n['seconds'] / 60:.1f} min" for name, n in timing.items()]
+    times = [f"{name} {n['seconds'] / 60:.1f} min" for name, n in timed.items()]
     said = [claims.published_ratio_sizes(), claims.against_baseline(rows)]
     return {
         "comparison": f"{markdown(main_rows(report.comparison(profile)))}\n\n{report.note(*sampling)}",
@@ -43,7 +44,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "fisher": markdown(fisher_cost(pd.read_csv(paths.RESULTS / "benchmarks" / "fisher.csv"))),
         "cost": (
             f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "
-            f"memory at most; setting up `.venv` comes on top, once.{untimed(timing)}"
+            f"memory at most; setting up `.venv` comes on top, once.{untimed(timed)}"
         ),
         "model": f"{trained['steps']:,} training steps of batch {trained['batch_size']}. {claims.training_quality(quality)}",
         "classifier": (
@@ -51,13 +52,14 @@ def blocks(profile: str = "mini") -> dict[str, str]:
             f"`{classifier['sha256']}`"
         ),
         "quantizers": markdown(quantizers(pd.read_csv(paths.RESULTS / "benchmarks" / "quantizers.csv"))),
-        "deviations": markdown(deviations(parameters, profile_parameters("paper"))),
+        "deviations": markdown(deviations()),
+        "timing": markdown(timing()),
     }
 
 
-def untimed(timing: dict) -> str:
+def untimed(timed: dict) -> str:
     """A sentence on the notebooks that the timed run had not yet, "" where it had all."""
-    missing = [path.stem for path in notebooks() if path.stem not in timing]
+    missing = [path.stem for path in notebooks() if path.stem not in timed]
     return f" That run was before {' and '.join(missing)}, which take some minutes each." if missing else ""
 
 
@@ -96,24 +98,50 @@ def quantizers(table: pd.DataFrame) -> pd.DataFrame:
     return shown[["width", "format", "library", *digits, "layers_left_fp32"]]
 
 
-def deviations(ours: dict, paper: dict) -> pd.DataFrame:
-    """What this profile does otherwise than the paper, as the two profiles say: setting, paper, ours."""
-    training, published = ours["TRAINING"], paper["TRAINING"]
-    rows = [
-        ("groups of each GroupNorm", f"{paper['WIDTH'] // 2}", f"{ours['WIDTH'] // 2}"),
-        ("width of the model", f"{paper['WIDTH']} (134.20 MiB)", f"{ours['WIDTH']} (8.41 MiB)"),
-        ("training steps of batch 64", f"{published['steps']:,} (15 epochs)", f"{training['steps']:,}"),
-        (
-            "Adam learning rate",
-            f"{published['peak']:g}, constant",
-            f"{training['peak']:g}, {training['warmup']} steps of warm-up, linear decay over the last {training['decay']:,}",
-        ),
-        ("dropout", published["dropout"], training["dropout"]),
-        ("EMA decay", published["ema_decay"], f"{training['ema_decay']}, warmed up"),
-        ("compute in training", "FP32", "bfloat16 autocast" if training["bf16"] else "FP32"),
-        ("sampling steps", f"{paper['SAMPLING_STEPS']:,}", f"{ours['SAMPLING_STEPS']} (trailing stride)"),
-    ]
-    return pd.DataFrame(rows, columns=["setting", "paper", f"here ({ours['PROFILE']})"])
+def deviations() -> pd.DataFrame:
+    """What the profiles mini and paper do otherwise than the paper: setting, paper, and a column a profile."""
+    published = [paper.TRAINING["peak"], *(paper.TRAINING[k] for k in ("dropout", "ema_decay"))]
+    settings = {
+        "width of the model": f"{paper.WIDTH} ({paper.BASELINE_MIB:.2f} MiB)",
+        "groups of each GroupNorm": f"{paper.WIDTH // 2}",
+        "training steps of batch 64": f"{paper.TRAINING['steps']:,} (15 epochs)",
+        "Adam learning rate": f"{published[0]:g}, constant",
+        "dropout": f"{published[1]}",
+        "EMA decay": f"{published[2]}",
+        "compute in training": "FP32",
+        "sampling steps": f"{paper.SAMPLING_STEPS:,}",
+    }
+    table = pd.DataFrame({"setting": settings.keys(), "paper": settings.values()})
+    for name in ("mini", "paper"):
+        p, training = profile_parameters(name), profile_parameters(name)["TRAINING"]
+        rate = f"{training['peak']:g}, {training['warmup']} steps of warm-up, linear decay over the last {training['decay']:,}"
+        many = f"; {p['MANY']['steps']} where rows have {p['MANY']['images']:,} images" if p["MANY"]["images"] else ""
+        table[f"profile {name}"] = [
+            f"{p['WIDTH']} ({4 * sum(t.numel() for t in UNet(p['WIDTH']).parameters()) / 2**20:.2f} MiB)",
+            f"{p['WIDTH'] // 2}",
+            f"{training['steps']:,}",
+            rate,
+            f"{training['dropout']}",
+            f"{training['ema_decay']}, warmed up",
+            "bfloat16 autocast" if training["bf16"] else "FP32",
+            f"{p['SAMPLING_STEPS']:,} (trailing stride){many}" if p["SAMPLING_STEPS"] < paper.SAMPLING_STEPS else f"1,000{many}",
+        ]
+    return table
+
+
+def timing(profiles: tuple[str, ...] = ("mini", "paper")) -> pd.DataFrame:
+    """Minutes, and the largest memory up to then, of every notebook in each profile's last timed run; "not run" without one."""
+    table = pd.DataFrame({"notebook": [path.stem for path in notebooks()]})
+    for profile in profiles:
+        path = paths.RESULTS / profile / "timing.json"
+        record = json.loads(path.read_text()) if path.is_file() else {"gpu": None, "notebooks": {}}
+        device = record["gpu"] or ("one GPU" if profile == "paper" else "two CPU cores")
+        cells = [record["notebooks"].get(name) for name in table["notebook"]]
+        table[f"{profile}, {device}"] = [
+            f"{cell['seconds'] / 60:.1f} min, {cell['peak_mib_so_far'] / 1024:.1f} GiB so far" if cell else "not run"
+            for cell in cells
+        ]
+    return table
 
 
 def filled(text: str, profile: str = "mini") -> str:

@@ -59,6 +59,15 @@ def load_if_there(profile: str, name: str) -> pd.DataFrame | None:
     return load_table(profile, name)
 
 
+def many_shown(profile: str, name: str) -> pd.DataFrame | None:
+    """Rows of `evaluation.in_many` as they are shown; None, and a line, where the profile asks for none."""
+    if not (paths.RESULTS / profile / f"{name}.csv").is_file():
+        print(f"{name}: profile {profile} has none (MANY has 0 images); `make evidence` makes those that the claims speak of")
+        return None
+    blocks = ["block_delta_fid_mnist", "block_delta_fid_mnist_sd"]
+    return shown(load_table(profile, name), [*KEY, "n_images", "mem_mib", "fid_mnist", "delta_fid_mnist", *blocks])
+
+
 def save_images(profile: str, name: str, images: dict[str, np.ndarray]) -> None:
     """Write generated images, uint8 (N, 32, 32) by key, to results/<profile>/<name>.npz."""
     with replacing(paths.RESULTS / profile / f"{name}.npz") as temporary, temporary.open("wb") as file:
@@ -102,7 +111,8 @@ def gather(profile: str, rows: pd.DataFrame) -> pd.DataFrame:
     path = paths.RESULTS / profile / "paper_comparison.csv"
     if path.is_file():
         old = load_table(profile, "paper_comparison")
-        rows = pd.concat([old[~old["method"].isin(rows["method"])], rows])
+        # The file's own columns may be in another order, or fewer, where an earlier version wrote it.
+        rows = pd.concat([old[~old["method"].isin(rows["method"])], rows])[list(rows.columns)]
     rows = rows.drop_duplicates(KEY, keep="last")
     order = [METHODS.index(m) for m in rows["method"]]
     rows = rows.assign(order=order).sort_values(["order", "threshold", "format", "unit"], kind="stable")

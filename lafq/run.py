@@ -28,7 +28,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from papermill.exceptions import PapermillExecutionError
 
-from lafq import changes, cluster, paths
+from lafq import changes, cluster, cost, paths
 from lafq.files import replacing
 
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
@@ -93,6 +93,7 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
         if parameters["TRAIN"] and selected[0].stem == "01_train":
             (build / "checkpoint.safetensors").unlink(missing_ok=True)
     build.mkdir(parents=True, exist_ok=True)
+    print(cost.estimate(parameters, [path.stem for path in selected]), flush=True)
     before = changes.tables(profile)
     began = time.monotonic()
     for path in selected:

@@ -14,17 +14,28 @@ from lafq.diffusion import sample
 from lafq.files import replacing
 
 
-def sampled(model: nn.Module, profile: str, images: int, steps: int, seed: int, label: str = "sampling") -> tuple[str, Tensor]:
+def sampled(
+    model: nn.Module, profile: str, images: int, steps: int, seed: int, label: str = "sampling", batch: int = 100
+) -> tuple[str, Tensor]:
     """`diffusion.sample`, drawn or taken from build/<profile>/samples: the digest, and uint8 (images, 1, 32, 32)."""
     key = digest(model, images, steps, seed)
     path = _path(profile, key)
     if not path.is_file():
-        _keep(path, sample(model, images, steps, seed, label=label).numpy())
+        _keep(path, sample(model, images, steps, seed, batch, label).numpy())
     return key, torch.from_numpy(np.load(path)["images"])
 
 
 def draw_elsewhere(
-    scheduler: str, model: nn.Module, packed: Iterator[nn.Module], total: int, profile: str, images: int, steps: int, seed: int
+    scheduler: str,
+    model: nn.Module,
+    packed: Iterator[nn.Module],
+    total: int,
+    profile: str,
+    *,
+    images: int,
+    steps: int,
+    seed: int,
+    batch: int = 100,
 ) -> None:
     """Have the workers of a Dask cluster draw what is not yet in build/<profile>/samples, each of the `total` plans once.
 
@@ -42,7 +53,7 @@ def draw_elsewhere(
                     asked.add(path)
                     yield path, file.read_bytes()
 
-    drawn = {"width": model.width, "images": images, "steps": steps, "seed": seed}
+    drawn = {"width": model.width, "images": images, "steps": steps, "seed": seed, "batch": batch}
     cluster.sample_all(scheduler, tasks(), total, _keep, **drawn, device=next(model.parameters()).device.type)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from lafq.batches import too_large
 from lafq.data import unit_interval
 from lafq.diffusion import add_noise
 from lafq.files import load_tensors, save_tensors
@@ -63,16 +64,28 @@ def train(
         t = torch.randint(TIMESTEPS, (batch_size,), generator=g).to(device)
         noise = torch.randn(batch_size, 1, 32, 32, generator=g).to(device)
         x = add_noise(unit_interval(images[chosen]).to(device), t, noise).to(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            eps = model(x, t)
-        loss = (noise - eps.float()).square().mean()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, peak, steps, warmup, decay)
         optimizer.zero_grad()
-        loss.backward()
+        try:
+            loss = _backward(model, x, t, noise, bf16)
+        except torch.OutOfMemoryError as error:
+            fitting = too_large(
+                batch_size, "TRAINING's batch_size", lambda n, b=(x, t, noise): _backward(model, *(v[:n] for v in b), bf16)
+            )
+            raise fitting from error
         optimizer.step()
         ema.update_parameters(model)
         yield step, loss.item()
+
+
+def _backward(model: nn.Module, x: Tensor, t: Tensor, noise: Tensor, bf16: bool) -> Tensor:
+    """The loss of a batch, its gradient added to that of the weights."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        eps = model(x, t)
+    loss = (noise - eps.float()).square().mean()
+    loss.backward()
+    return loss.detach()
 
 
 def fit(

@@ -48,7 +48,7 @@ def test_a_killed_worker_loses_no_row(two_workers, sandbox, tiny, monkeypatch):
         kept[path.stem] = images
 
     monkeypatch.setattr(samples, "_keep", keep)
-    samples.draw_elsewhere(two_workers.scheduler_address, tiny, packed, 6, "smoke", *DRAWN.values())
+    samples.draw_elsewhere(two_workers.scheduler_address, tiny, packed, 6, "smoke", **DRAWN)
     expected = [quantize.unpack(quantize.pack(tiny, plan)) for plan in plans_of(tiny)]
     assert killed
     assert kept.keys() == {samples.digest(model, *DRAWN.values()) for model in expected}
@@ -63,7 +63,8 @@ def test_a_worker_of_other_software_is_refused(two_workers, sandbox, tiny, monke
         evaluation.evaluate(tiny, rows, "smoke", **DRAWN, scheduler=two_workers.scheduler_address)
 
 
-def test_no_scheduler_is_one_sentence_before_anything_runs():
+def test_no_scheduler_is_one_sentence_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(cluster, "REACH", "1s")
     with pytest.raises(ValueError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:1'"):
         check("smoke", {"SCHEDULER": "tcp://127.0.0.1:1"}, notebooks())
     with pytest.raises(ValueError, match="no Dask scheduler answers at 'nowhere'"):

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lafq import evaluation, evidence, experiment, paper, paths, replicates, report
+from lafq import evaluation, evidence, experiment, paper, paths, replicates, report, samples
 from lafq.data import mnist
 from lafq.files import save_tensors
 from lafq.fisher import empirical_fisher
@@ -76,7 +76,7 @@ def test_training_runs_differ_and_are_not_done_twice(sandbox, monkeypatch):
     assert not set(rows[rows["seed"] == 1]["sample"]) & set(rows[rows["seed"] == 2]["sample"])
     assert once["runs_claims"]["claim"].tolist() == ["C1", "C2", "C3", "C4 images"] * 2
     assert len(once["runs_over"]) == 4
-    monkeypatch.setattr(evaluation, "sample", None)
+    monkeypatch.setattr(samples, "sample", None)
     again = evidence.runs("smoke", seeds=(1, 2), steps=6, decay=2)
     for name, table in once.items():
         pd.testing.assert_frame_equal(again[name], table)

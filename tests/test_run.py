@@ -26,11 +26,18 @@ def lafq_run(*arguments):
         (["resume", "--profile", "smoke", "--only", "09"], "no notebook's name begins with '09'"),
     ],
 )
-def test_bad_input_stops_before_anything_is_touched(arguments, message):
-    done = lafq_run(*arguments)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_bad_input_stops_before_anything_is_touched(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lafq.run", *arguments])
+    assert run.main() == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_the_exit_status_of_a_process_with_bad_input():
+    done = lafq_run("reproduce", "--profile", "huge")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "stopped: unknown profile 'huge': choose one of mini, paper, smoke\n"
 
 
 @pytest.fixture
@@ -164,6 +171,9 @@ def test_gather_replaces_only_the_methods_it_is_given(sandbox):
     report.gather("smoke", row("baseline", "none", 2.0))
     table = report.gather("smoke", row("ratio", "0.40", 3.0))
     assert table[["method", "threshold", "fid"]].to_numpy().tolist() == [["baseline", "none", 2.0], ["ratio", "0.40", 3.0]]
+    # A file of an earlier version: its columns are in another order.
+    report.save_table("smoke", "paper_comparison", table[table.columns[::-1]].assign(gone=1))
+    assert list(report.gather("smoke", row("ratio", "0.40", 3.0)).columns) == list(table.columns)
 
 
 def test_tables_and_images_come_back(sandbox):

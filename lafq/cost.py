@@ -1,0 +1,91 @@
+"""What a run will cost: floating-point operations counted stage by stage, over the speed of this machine as measured.
+
+Counted are the passes through the networks (a backward pass as two forward ones); a multiplication with its addition is two.
+What comes on top, scores, allocation and figures, is minutes on a laptop at any width.
+"""
+
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lafq.experiment import compute_on
+from lafq.unet import UNet, layer_of, quantizable
+
+INCEPTION = 11.4e9  # operations for one image of 299x299: Szegedy et al. 2016, "Rethinking the Inception Architecture"
+ROWS = {"01_train": 1, "03_global": 6, "04_group": 3, "07_audit": 6}
+
+
+def forward_flop(width: int) -> int:
+    """Operations of the U-Net for one image."""
+    with torch.device("meta"):
+        model, x, t = UNet(width).eval().to("meta"), torch.empty(1, 1, 32, 32), torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x, t)
+    return counter.get_total_flops()
+
+
+@torch.inference_mode()
+def measured_rate(width: int, device: torch.device) -> float:
+    """Operations a second of the U-Net's forward pass in FP32, the best of three."""
+    batch = 100 if device.type == "cuda" else 8
+    model = UNet(width).eval().to(device, memory_format=torch.channels_last)
+    x, t = torch.zeros(batch, 1, 32, 32, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        model(x, t).sum().item()
+        seconds.append(time.perf_counter() - began)
+    return batch * forward_flop(width) / min(seconds[1:])
+
+
+def sampled_rows(parameters: dict[str, Any]) -> dict[str, int]:
+    """Plans that each notebook samples first: equal ones once, as ratios that keep as many tensors of every layer are."""
+    ratios = parameters["RATIOS"]
+    layers = Counter(layer_of(name) for name in quantizable(UNet(4)))
+    by_tensor = {tuple(int(r * count) for count in layers.values()) for r in ratios}
+    between = sum(0 < r < 1 for r in parameters["COARSE_RATIOS"])
+    return {**ROWS, "05_ratio_sweep": 2 + 2 * (len(by_tensor) + len(ratios) + between)}
+
+
+def work(parameters: dict[str, Any]) -> dict[str, float]:
+    """Operations of every notebook under these parameters."""
+    p, one = parameters, forward_flop(parameters["WIDTH"])
+    image = p["SAMPLING_STEPS"] * one
+    seen = INCEPTION if p["INCEPTION_REFERENCE"] else 0
+    by_vision = {"01_train": 1, "03_global": 5, "04_group": 3, "05_ratio_sweep": 2 + len(p["RATIOS"])}
+    found = {}
+    for name, rows in sampled_rows(p).items():
+        many = p["MANY"]["images"] * p["MANY"]["steps"] * one if name in ("03_global", "04_group", "05_ratio_sweep") else 0
+        found[name] = p["IMAGES"] * by_vision.get(name, 0) * seen + rows * (p["IMAGES"] * image + many)
+    found["01_train"] += p["INCEPTION_REFERENCE"] * seen
+    if p["TRAIN"]:
+        training = p["TRAINING"]
+        found["01_train"] += 3 * one * training["steps"] * training["batch_size"] + p["CHECK_IMAGES"] * p["MANY"]["steps"] * one
+    found["02_fisher"] = 3 * one * p["FISHER_SAMPLES"]
+    judged = 11 + 10 * len(p["BUDGET_BITS"]) + 34 * 6 / 2
+    found["06_budget"] = 3 * one * p["TRUE_FISHER_SAMPLES"] + judged * p["DAMAGE_DIGITS"] * one + 5 * 7 * image
+    found["07_audit"] += 3 * one * 4 * p["AUDIT_SAMPLES"] + 500 * 2 * seen
+    return dict(sorted(found.items()))
+
+
+def estimate(parameters: dict[str, Any], selected: list[str]) -> str:
+    """A sentence for the notebooks selected: how fast this machine was found to be, and how long it will take them."""
+    device = compute_on(parameters["THREADS"], parameters["DEVICE"])
+    rate = measured_rate(parameters["WIDTH"], device)
+    seconds = {name: flop / rate for name, flop in work(parameters).items() if name in selected}
+    stages = ", ".join(f"{name} {spoken(s)}" for name, s in seconds.items())
+    return (
+        f"estimate: {spoken(sum(seconds.values()))} in the networks ({stages}) at {rate / 1e9:,.0f} GFLOP/s, as just measured on "
+        f"{device.type}; scores, allocation and figures come on top"
+    )
+
+
+def spoken(seconds: float) -> str:
+    """A duration in the unit a reader would choose."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
