@@ -49,7 +49,7 @@ def budgets(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     others = [row._replace(threshold=f"{budget.bits_of(model, row.plan):.3f}") for row in plans.uniform(model, UNIFORM)]
     theirs, _ = evaluation.evaluate(model, [baseline, *others], profile, **settings)
     table = pd.concat([theirs, ours], ignore_index=True).rename(columns={"threshold": "budget_bits"})
-    return {"budget": table.drop(columns=["format", "sample"])}
+    return {"budget": table.drop(columns=["format", "sample", "peak_mib"])}
 
 
 STEPS = {

@@ -4,12 +4,12 @@ The figure is what the process holds above the interpreter with its libraries lo
 resident set size over that after a tiny model has sampled, on a CUDA GPU `torch.cuda.max_memory_allocated`.
 """
 
-import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Self
 
@@ -18,13 +18,14 @@ import torch
 from lafq import storage
 from lafq.diffusion import sample
 from lafq.files import read_metadata
-from lafq.unet import UNet
+from lafq.quantize import pack
+from lafq.unet import UNet, quantizable
 
 MIB = 2**20
 
 
 class PeakMeter:
-    """Measures in one other process, started at the first question, one file after the other; a context manager."""
+    """Measures in forks of one other process, which is started at the first question; a context manager."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = device
@@ -86,7 +87,6 @@ def _forget_peak() -> None:
 
 
 def _peak(path: Path, images: int, steps: int, device: torch.device) -> float:
-    gc.collect()
     _forget_peak()
     before = _resident(peak=False)
     if device.type == "cuda":
@@ -99,13 +99,31 @@ def _peak(path: Path, images: int, steps: int, device: torch.device) -> float:
     return torch.cuda.max_memory_allocated() / MIB if device.type == "cuda" else _resident(peak=True) - before
 
 
+def _warm_up(path: Path, device: torch.device) -> None:
+    """Do once with a tiny model all that is measured, so that the libraries' own pages are there before."""
+    tiny = UNet(4)
+    storage.save(path, pack(tiny, dict.fromkeys(quantizable(tiny), "int8")), tiny)
+    sample(storage.load(path, tiny).to(device, memory_format=torch.channels_last), 1, 2, seed=0)
+    path.unlink()
+
+
 def _main() -> None:
-    device = torch.device(sys.argv[1])
-    torch.set_num_threads(int(sys.argv[2]))
-    sample(UNet(4).to(device), 1, 2, seed=0)
+    """Answer every line of stdin from a fork: what one measurement leaves in memory would be missing from the next."""
+    device, threads = torch.device(sys.argv[1]), int(sys.argv[2])
     for line in sys.stdin:
-        path, images, steps = json.loads(line)
-        print(json.dumps(_peak(Path(path), images, steps, device)), flush=True)
+        if child := os.fork():
+            if os.waitpid(child, 0)[1]:
+                sys.exit(1)
+            continue
+        try:
+            torch.set_num_threads(threads)
+            path, images, steps = json.loads(line)
+            _warm_up(Path(path).with_suffix(".warm"), device)
+            print(json.dumps(_peak(Path(path), images, steps, device)), flush=True)
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
 
 
 if __name__ == "__main__":

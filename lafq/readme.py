@@ -44,7 +44,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "fisher": markdown(fisher_cost(pd.read_csv(paths.RESULTS / "benchmarks" / "fisher.csv"))),
         "cost": (
             f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "
-            f"memory at most; setting up `.venv` comes on top, once.{untimed(timed)}"
+            f"memory at most, at the speed of that machine; setting up `.venv` comes on top, once.{untimed(timed)}"
         ),
         "model": f"{trained['steps']:,} training steps of batch {trained['batch_size']}. {claims.training_quality(quality)}",
         "classifier": (

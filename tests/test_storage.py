@@ -56,7 +56,9 @@ def test_sampling_from_packed_weights_takes_less_memory(path, tmp_path):
     packed, full = saved(path, model, dict.fromkeys(quantizable(model), "int8")), saved(other, model, {})
     with PeakMeter() as meter:
         saving = meter.mib(other, steps=2) - meter.mib(path, steps=2)
-        assert meter.mib(path, steps=2) == pytest.approx(meter.mib(path, steps=2), abs=1)
+        # The order of the questions does not matter.
+        with PeakMeter() as another:
+            assert another.mib(path, steps=2) == pytest.approx(meter.mib(path, steps=2), abs=1)
     # What is not saved of the stored bytes: one layer at a time is FP32, of at most 9 MiB, while it is used.
     assert saving > 0.7 * (q.resident_bytes(full) - q.resident_bytes(packed)) / 2**20
 
