@@ -32,7 +32,7 @@ def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame)
 def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
     """A number of every row with its 95 % interval over stored MiB, a line a (method, unit); rows without it are left out."""
     rows = table[table[metric].notna()]
-    colours = dict(zip(rows["method"].unique(), sns.color_palette(n_colors=10), strict=False))
+    colours = dict(zip(table["method"].unique(), sns.color_palette(n_colors=10), strict=False))
     for (method, unit), line in rows.groupby(["method", "unit"], sort=False):
         line = line.sort_values("mem_mib")
         style = {"marker": NAMED.get(method, "."), "ls": STYLES[unit], "color": colours[method], "ms": 4, "lw": 1.2, "capsize": 2}
