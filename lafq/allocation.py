@@ -75,7 +75,9 @@ def frontiers_of(
             )
     return {
         name: frontier(parameters[name].detach().cpu(), values.detach().cpu(), rows_of(model, name), unit, formats)
-        for name, values in tqdm(fisher.items(), desc="damage by format", unit="tensor", leave=False, disable=not progress)
+        for name, values in tqdm(
+            fisher.items(), desc="damage by format", unit="tensor", leave=False, **({} if progress else {"disable": True})
+        )
     }
 
 
