@@ -5,7 +5,11 @@ budget: the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger 2004,
 rounded bytes, which exchanges then improve; `exactly` is an integer program.
 """
 
+import ctypes
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -140,6 +144,21 @@ def exchanged(lists: list[list[Choice]], taken: list[int], budget: float) -> lis
     return (current - starts).tolist()
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS prints a line of its own, past Python, at times: it would stand in the notebook, or not, from run to run."""
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 1)
+        yield
+    finally:
+        # What C still holds back must go where the line was meant to go.
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
+
+
 def exactly(lists: list[list[Choice]], budget: float) -> list[int]:
     """The optimum, by an integer program with a 0/1 variable for every choice (HiGHS through scipy)."""
     owner = np.repeat(np.arange(len(lists)), [len(choices) for choices in lists])
@@ -150,13 +169,14 @@ def exactly(lists: list[list[Choice]], budget: float) -> list[int]:
     # Scaled by what the fast way reaches, so that the solver's absolute tolerances are relative ones.
     fast = exchanged(lists, on_grid(lists, budget), budget)
     scale = sum(choices[i].damage for choices, i in zip(lists, fast, strict=True)) or 1
-    found = optimize.milp(
-        np.minimum(damage / scale, 10),
-        integrality=1,
-        bounds=optimize.Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 1e-6},
-    )
+    with _quiet():
+        found = optimize.milp(
+            np.minimum(damage / scale, 10),
+            integrality=1,
+            bounds=optimize.Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 1e-6},
+        )
     if not found.success:
         raise RuntimeError(f"the integer program was not solved: {found.message}")
     return [int(np.round(found.x[owner == i]).argmax()) for i in range(len(lists))]
