@@ -60,4 +60,5 @@ def bits_map(axes: Sequence[Axes], report: pd.DataFrame) -> None:
     sns.heatmap(grid, ax=axes[1], norm=norm, cmap="viridis", annot=True, fmt=".1f", annot_kws={"size": 6}, cbar_kws=bar)
     short = [name.removesuffix(".weight").replace("attention", "attn") for name in names]
     axes[1].set_xticks(np.arange(len(names)) + 0.5, short, rotation=75, ha="right", fontsize=8)
+    axes[1].tick_params(axis="y", rotation=0)
     axes[1].set(xlabel="", ylabel="budget (bits a weight)")

@@ -5,7 +5,7 @@ import re
 
 import pandas as pd
 
-from lafq import claims, paper, paths, report, wanted
+from lafq import claims, cost, paper, paths, report, wanted
 from lafq.experiment import WEIGHTS
 from lafq.files import load_tensors, replacing
 from lafq.run import notebooks, profile_parameters
@@ -53,6 +53,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         ),
         "quantizers": markdown(quantizers(pd.read_csv(paths.RESULTS / "benchmarks" / "quantizers.csv"))),
         "deviations": markdown(deviations()),
+        "counted": counted(),
         "timing": markdown(timing()),
     }
 
@@ -100,14 +101,14 @@ def quantizers(table: pd.DataFrame) -> pd.DataFrame:
 
 def deviations() -> pd.DataFrame:
     """What the profiles mini and paper do otherwise than the paper: setting, paper, and a column a profile."""
-    published = [paper.TRAINING["peak"], *(paper.TRAINING[k] for k in ("dropout", "ema_decay"))]
+    published = paper.TRAINING
     settings = {
         "width of the model": f"{paper.WIDTH} ({paper.BASELINE_MIB:.2f} MiB)",
         "groups of each GroupNorm": f"{paper.WIDTH // 2}",
-        "training steps of batch 64": f"{paper.TRAINING['steps']:,} (15 epochs)",
-        "Adam learning rate": f"{published[0]:g}, constant",
-        "dropout": f"{published[1]}",
-        "EMA decay": f"{published[2]}",
+        "training steps of batch 64": f"{published['steps']:,} (15 epochs)",
+        "Adam learning rate": f"{published['peak']:g}, constant",
+        "dropout": f"{published['dropout']}",
+        "EMA decay": f"{published['ema_decay']}",
         "compute in training": "FP32",
         "sampling steps": f"{paper.SAMPLING_STEPS:,}",
     }
@@ -127,6 +128,19 @@ def deviations() -> pd.DataFrame:
             f"{p['SAMPLING_STEPS']:,} (trailing stride){many}" if p["SAMPLING_STEPS"] < paper.SAMPLING_STEPS else f"1,000{many}",
         ]
     return table
+
+
+def counted() -> str:
+    """The operations of the profile paper, and how many rows they are for."""
+    p = profile_parameters("paper")
+    one, training = cost.forward_flop(p["WIDTH"]), p["TRAINING"]
+    full, many = (images * steps * one / 1e15 for images, steps in ((p["IMAGES"], p["SAMPLING_STEPS"]), p["MANY"].values()))
+    trained, rows = 3 * one * training["steps"] * training["batch_size"] / 1e15, sum(cost.sampled_rows(p).values())
+    return (
+        f"Counted, that is {trained:.1f} PFLOP of training (bfloat16 autocast), {full:.2f} PFLOP a row for {p['IMAGES']} images at "
+        f"{p['SAMPLING_STEPS']:,} steps, {rows} rows, and {many:.2f} for a row with {p['MANY']['images']:,} images at "
+        f"{p['MANY']['steps']} steps."
+    )
 
 
 def timing(profiles: tuple[str, ...] = ("mini", "paper")) -> pd.DataFrame:

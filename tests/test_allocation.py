@@ -1,3 +1,4 @@
+import ctypes
 import itertools
 
 import numpy as np
@@ -227,3 +228,12 @@ def test_wanted_figures_follow_from_the_table(ratio, delta_high, reached, share)
     assert found["measured"][4] == "1.00%"
     assert "not measured" in wanted.wanted(table(ratio, delta_high), gaps, None)["measured"][3]
     assert f"{ratio:.2f}" in wanted.take_home(table(ratio, delta_high))
+
+
+def test_the_solvers_own_line_is_kept_out(capfd):
+    c = ctypes.CDLL(None)
+    with allocation._quiet():
+        c.printf(b"hidden\n")
+    c.printf(b"shown\n")
+    c.fflush(None)
+    assert capfd.readouterr().out == "shown\n"

@@ -8,7 +8,7 @@ from lafq import paths, run
 
 NOTEBOOKS = run.notebooks()
 PROFILES = sorted(paths.PROFILES.glob("*.yaml"))
-MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|usr|Users|mnt|opt)/")
+MACHINE_PATH = re.compile(r"(?<![\w.:/<])/[A-Za-z][\w.-]*/[\w.-]")  # any absolute path of two parts or more
 
 
 def code(path):
