@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lafq.formats import FORMATS, get_format
 from lafq.frontier import UNITS, Choice, frontier
 from lafq.precision import precision
-from lafq.quantize import Plan, check_plan, nbytes, rows_of
+from lafq.quantize import Plan, check_curvature, check_plan, nbytes, rows_of
 
 MIB = 2**20
 EXCHANGES = 200
@@ -29,7 +29,7 @@ CELLS, WORK = 2**16, 2**24
 
 
 class Allocation(NamedTuple):
-    """plan: for `quantize.pack`, with `formats.unbiased` and the same Fisher values as importance.
+    """plan: for `quantize.pack`, with `formats.unbiased`, the same Fisher values as importance, and the curvature if it had one.
 
     nbytes: of the whole model under the plan; damage: the predicted rise of half the squared error, summed over the output.
     report: one row a parameter, columns parameter, weights, bits_per_weight, formats, kept (single weights in FP16), damage.
@@ -48,20 +48,27 @@ def allocate(
     unit: str = "mixed",
     formats: tuple[str, ...] = tuple(FORMATS),
     progress: bool = True,
+    curvature: dict[str, Tensor] | None = None,
 ) -> Allocation:
     """The plan of least predicted damage that stores the whole model in `budget_mib` MiB (2**20 bytes) or less.
 
     fisher: (true) Fisher values by parameter name, of the parameters' shapes; parameters not named stay in FP32.
-    unit: "tensor", "channel" or "mixed" (channels, and single weights in FP16 where that pays).
+    unit: "tensor", "channel" or "mixed" (channels, and single weights in FP16 where that pays). curvature: by parameter name,
+    as `true_fisher.fisher_and_curvature` gives it with the Fisher values; then plan for `quantize.pack` with the same curvature.
     Raises ValueError as `quantize.check_plan`; for an unknown unit or format, Fisher values that do not fit, and a budget
     below what is possible, naming the smallest.
     """
-    frontiers = frontiers_of(model, fisher, unit, formats, progress)
+    frontiers = frontiers_of(model, fisher, unit, formats, progress, curvature)
     return choose(model, frontiers, budget_mib)
 
 
 def frontiers_of(
-    model: nn.Module, fisher: dict[str, Tensor], unit: str, formats: tuple[str, ...] = tuple(FORMATS), progress: bool = True
+    model: nn.Module,
+    fisher: dict[str, Tensor],
+    unit: str,
+    formats: tuple[str, ...] = tuple(FORMATS),
+    progress: bool = True,
+    curvature: dict[str, Tensor] | None = None,
 ) -> dict[str, list[Choice]]:
     """The frontier of every parameter that `fisher` names: made once, it serves any number of budgets."""
     if unit not in UNITS:
@@ -77,12 +84,14 @@ def frontiers_of(
             raise ValueError(
                 f"the Fisher values of {name} must have its shape {tuple(parameters[name].shape)} and none below 0 or NaN"
             )
-    return {
-        name: frontier(parameters[name].detach().cpu(), values.detach().cpu(), rows_of(model, name), unit, formats)
-        for name, values in tqdm(
-            fisher.items(), desc="damage by format", unit="tensor", leave=False, **({} if progress else {"disable": True})
-        )
-    }
+    check_curvature(model, curvature or {})
+    bar = tqdm(fisher.items(), desc="damage by format", unit="tensor", leave=False, **({} if progress else {"disable": True}))
+    found = {}
+    for name, values in bar:
+        common = (curvature or {}).get(name)
+        sides = (parameters[name].detach().cpu(), values.detach().cpu(), rows_of(model, name))
+        found[name] = frontier(*sides, unit, formats, None if common is None else common.cpu())
+    return found
 
 
 def choose(model: nn.Module, frontiers: dict[str, list[Choice]], budget_mib: float, exact: bool = False) -> Allocation:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from lafq import allocation, scoring
 from lafq.allocation import MIB
-from lafq.formats import ScaleRule, absmax, least_squares, unbiased
+from lafq.feedback import damage
+from lafq.formats import ScaleRule, absmax, unbiased
 from lafq.frontier import UNITS
 from lafq.precision import stored_bytes
 from lafq.quantize import Plan, make_plan, nbytes, pack, rows_of, unpack
@@ -26,6 +27,7 @@ from lafq.unet import quantizable
 HALF_PIXELS = 512
 IMAGES = 7
 INTEGERS = ("int2", "int3", "int4", "int6", "int8")
+FEEDBACK = "error feedback"
 COLUMNS = [
     *("method", "unit", "budget_bits", "budget_mib", "mem_mib", "mem_share", "bits_per_weight", "predicted"),
     *("damage", "damage_low", "damage_high", "delta_loss"),
@@ -33,18 +35,27 @@ COLUMNS = [
 
 
 class Row(NamedTuple):
-    """A plan to judge: which method made it, at which unit and for how many bits a weight, and its scale rule."""
+    """A plan to judge: which method made it, at which unit and for how many bits a weight, its scale rule, and whether
+    weights are rounded with error feedback."""
 
     method: str
     unit: str
     bits: float
     plan: Plan
     scale: ScaleRule = absmax
+    feedback: bool = False
 
 
-def quantized(model: nn.Module, row: Row, fisher: dict[str, Tensor]) -> nn.Module:
+class Sensitivity(NamedTuple):
+    """What `true_fisher.fisher_and_curvature` gives: both by parameter name."""
+
+    fisher: dict[str, Tensor]
+    curvature: dict[str, Tensor]
+
+
+def quantized(model: nn.Module, row: Row, known: Sensitivity) -> nn.Module:
     """The model under a row's plan, in FP32 with the quantized values."""
-    return unpack(pack(model, row.plan, row.scale, fisher))
+    return unpack(pack(model, row.plan, row.scale, known.fisher, known.curvature if row.feedback else None))
 
 
 def mib_at(model: nn.Module, bits: float) -> float:
@@ -61,34 +72,31 @@ def bits_of(model: nn.Module, plan: Plan) -> float:
 
 
 def uniform(model: nn.Module) -> list[Row]:
-    """All weights in one format: scales as everywhere, and scales of least Fisher-weighted error."""
-    rules = {"uniform": absmax, "uniform, Fisher scales": unbiased}
+    """All weights in one format: rounded as everywhere, and with the allocator's scales and error feedback."""
     plans = {low: dict.fromkeys(quantizable(model), low) for low in (*INTEGERS, "fp16")}
-    return [
-        Row(method, "tensor", bits_of(model, plan), plan, rule)
-        for method, rule in rules.items()
-        for low, plan in plans.items()
-        if rule is absmax or low != "fp16"
-    ]
+    found = [Row("uniform", "tensor", bits_of(model, plan), plan) for plan in plans.values()]
+    fed_back = [Row(f"uniform, {FEEDBACK}", "tensor", bits_of(model, plans[f]), plans[f], unbiased, True) for f in INTEGERS]
+    return found + fed_back
 
 
-def allocated(model: nn.Module, fisher: dict[str, Tensor], bits: list[float]) -> list[Row]:
-    """The allocator at every unit and budget, and the plans of unit mixed with scales of least squares.
+def allocated(model: nn.Module, known: Sensitivity, bits: list[float]) -> list[Row]:
+    """The allocator at every unit and budget, and at unit mixed without error feedback.
 
     A budget below a unit's smallest size is left out, and a line says so.
     """
     rows = []
-    for unit in UNITS:
-        frontiers = allocation.frontiers_of(model, fisher, unit)
+    for method, unit, curvature in (
+        *(("allocator", unit, known.curvature) for unit in UNITS),
+        ("allocator, nearest code", "mixed", None),
+    ):
+        frontiers = allocation.frontiers_of(model, known.fisher, unit, curvature=curvature)
         for b in bits:
             try:
                 found = allocation.choose(model, frontiers, mib_at(model, b))
             except ValueError:
-                print(f"allocator, unit {unit}: {b:.2f} bits a weight cannot be met")
+                print(f"{method}, unit {unit}: {b:.2f} bits a weight cannot be met")
                 continue
-            rows.append(Row("allocator", unit, b, found.plan, unbiased))
-            if unit == "mixed":
-                rows.append(Row("allocator, least squares", unit, b, found.plan, least_squares))
+            rows.append(Row(method, unit, b, found.plan, unbiased, curvature is not None))
     return rows
 
 
@@ -128,19 +136,27 @@ def at_bytes(model: nn.Module, scores: dict[str, Tensor], low: str, high: str, b
     return make_plan(keep_global(scores, cut), low, high)
 
 
-def judged(model: nn.Module, rows: list[Row], fisher: dict[str, Tensor], seed: int, digits: int) -> pd.DataFrame:
+def judged(model: nn.Module, rows: list[Row], known: Sensitivity, seed: int, digits: int) -> pd.DataFrame:
     """Bytes, predicted and measured damage of every row, columns as COLUMNS; measured on so many held-out digits."""
     outputs, full, found = scoring.held_out_outputs(model, seed, digits), nbytes(model, {}), []
-    weights = quantizable(model)
     for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
-        small = quantized(model, row, fisher)
-        after = quantizable(small)
-        predicted = sum((fisher[n] * (after[n] - w).square()).sum().item() for n, w in weights.items()) / (2 * HALF_PIXELS)
+        small = quantized(model, row, known)
         size = nbytes(model, row.plan)
         key = {"method": row.method, "unit": row.unit, "budget_bits": round(row.bits, 3), "budget_mib": mib_at(model, row.bits)}
         stored = {"mem_mib": size / MIB, "mem_share": size / full, "bits_per_weight": bits_of(model, row.plan)}
-        found.append(key | stored | {"predicted": predicted} | scoring.output_damage(small, outputs, seed))
+        damages = {"predicted": predicted(model, small, known)} | scoring.output_damage(small, outputs, seed)
+        found.append(key | stored | damages)
     return pd.DataFrame(found)[COLUMNS]
+
+
+def predicted(model: nn.Module, small: nn.Module, known: Sensitivity) -> float:
+    """Predicted damage of a quantized model whose weights are unpacked, a pixel."""
+    after, total = quantizable(small), 0.0
+    for name, weight in quantizable(model).items():
+        rows = rows_of(model, name)
+        change, fisher = rows.of(after[name] - weight).cpu(), rows.of(known.fisher[name]).cpu()
+        total += damage(change, fisher, known.curvature[name].cpu()).sum().item()
+    return total / HALF_PIXELS
 
 
 def reports(model: nn.Module, fisher: dict[str, Tensor], rows: list[Row], unit: str = "mixed") -> pd.DataFrame:
@@ -163,14 +179,14 @@ def reports(model: nn.Module, fisher: dict[str, Tensor], rows: list[Row], unit: 
 
 
 def images(
-    model: nn.Module, fisher: dict[str, Tensor], rows: list[Row], profile: str, *, bits: list[float], steps: int, seed: int
+    model: nn.Module, known: Sensitivity, rows: list[Row], profile: str, *, bits: list[float], steps: int, seed: int
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """A few images of the unquantized model and of the allocator's plans (unit mixed) for these bits, from the same noise.
 
     Returns a row a model, columns method, threshold, format, unit, mem_mib, sample, and uint8 images (7, 32, 32) by sample.
     """
     chosen = [row for b in bits for row in rows if row.method == "allocator" and row.unit == "mixed" and abs(row.bits - b) < 1e-6]
-    models = {"32 bits": (model, {})} | {f"{row.bits:g} bits": (quantized(model, row, fisher), row.plan) for row in chosen}
+    models = {"32 bits": (model, {})} | {f"{row.bits:g} bits": (quantized(model, row, known), row.plan) for row in chosen}
     found, samples = [], {}
     for name, (own, plan) in models.items():
         key, generated = sampled(own, profile, IMAGES, steps, seed, name)

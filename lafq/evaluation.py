@@ -30,6 +30,7 @@ def evaluate(
     inception_reference: int = 0,
     scale: ScaleRule = absmax,
     importance: dict[str, Tensor] | None = None,
+    curvature: dict[str, Tensor] | None = None,
     batch: int = 100,
     scheduler: str = "",
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
@@ -39,9 +40,9 @@ def evaluate(
     paired difference from the unquantized model's, rmse, delta_loss, n_images, sample) and the uint8 images (N, 32, 32) by
     `sample`, a digest of the quantized weights and the noise: equal plans are sampled once, and what an interrupted run had
     finished is taken from build/<profile>/samples. All plans are checked first.
-    inception_reference: number of reference digits for the Inception columns; 0 leaves them empty. scale, importance: as for
-    `quantize.pack`. batch: images sampled at once. scheduler: address of a Dask scheduler whose workers shall sample; empty:
-    this process does.
+    inception_reference: number of reference digits for the Inception columns; 0 leaves them empty. scale, importance,
+    curvature: as for `quantize.pack`. batch: images sampled at once. scheduler: address of a Dask scheduler whose workers shall
+    sample; empty: this process does.
     """
     if images < 1:
         raise ValueError(f"{images} images asked for: at least one is needed")
@@ -53,7 +54,7 @@ def evaluate(
         against += f" (Inception: {inception_reference})"
     drawn = {"images": images, "steps": steps, "seed": seed, "batch": batch}
     if scheduler:
-        packed = (quantize.pack(model, c.plan, scale, importance) for c in configurations)
+        packed = (quantize.pack(model, c.plan, scale, importance, curvature) for c in configurations)
         draw_elsewhere(scheduler, model, packed, len(configurations), profile, **drawn)
     seen_by_inception = features and any(c.inception for c in configurations)
     key, unquantized = sampled(model, profile, **drawn, label="FP32 baseline")
@@ -63,7 +64,7 @@ def evaluate(
     pairs = zip(configurations, size.to_dict("records"), strict=True)
     with PeakMeter(next(model.parameters()).device) as meter:
         for i, (configuration, bytes_row) in enumerate(pairs, start=1):
-            quantized = quantize.pack(model, configuration.plan, scale, importance)
+            quantized = quantize.pack(model, configuration.plan, scale, importance, curvature)
             bytes_row["peak_mib"] = _peak(quantized, model, profile, meter)
             quantized = quantize.unpack(quantized)
             key, generated = sampled(quantized, profile, **drawn, label=f"row {i} of {len(size)}")

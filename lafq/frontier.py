@@ -1,8 +1,9 @@
 """What one weight tensor can be stored as: the entries worth choosing, each with its bytes and its predicted damage.
 
 The damage of storing w as w + dw is 1/2 * sum(F * dw^2): with the true Fisher information F half the expected squared change of
-the output, to second order (LeCun et al. 1990, "Optimal Brain Damage", with the Gauss-Newton diagonal). It is taken with the
-actual rounding error, row by row (one row an output channel), with `formats.unbiased` scales.
+the output, to second order (LeCun et al. 1990, "Optimal Brain Damage", with the Gauss-Newton diagonal); with the curvature
+of `true_fisher.fisher_and_curvature`, `feedback.damage`. It is taken with the actual rounding error, row by row (one row an
+output channel), with `formats.unbiased` scales and, with the curvature, error feedback.
 
 Units: "tensor", one format for all rows; "channel", a format a row; "mixed", besides these a share of the
 single weights in FP16, those of the largest F * w^2.
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lafq.feedback import damage, fed_back
 from lafq.formats import FORMATS, LARGEST, Format, read_back, unbiased
 from lafq.precision import CHANNEL_CODE, Precision, Rows, channels_by_format, layout
 from lafq.precision import nbytes as bytes_of
@@ -42,21 +44,28 @@ class _Option(NamedTuple):
     in_row: Tensor
 
 
-def frontier(weight: Tensor, fisher: Tensor, rows: Rows, unit: str, formats: tuple[str, ...] = tuple(FORMATS)) -> list[Choice]:
+def frontier(
+    weight: Tensor,
+    fisher: Tensor,
+    rows: Rows,
+    unit: str,
+    formats: tuple[str, ...] = tuple(FORMATS),
+    curvature: Tensor | None = None,
+) -> list[Choice]:
     """The choices of one parameter that no other choice beats in both bytes and damage, smallest first.
 
-    weight and fisher have the parameter's shape; rows as `quantize.rows_of` gives them.
+    weight and fisher have the parameter's shape; rows as `quantize.rows_of` gives them; curvature (C, C) for its columns.
     """
     known = [f for f in (FORMATS[name] for name in formats) if not f.levels or len(rows.shape) > 1]
     values, importance = rows.of(weight), rows.of(fisher)
-    options = [_option(values, importance, known)]
+    options = [_option(values, importance, known, curvature)]
     found = [_choice(rows, options[0], known, torch.full((len(values),), i)) for i in range(len(known))]
     if unit == "mixed" and len(rows.shape) > 1:
         saliency = (importance * values.square()).flatten().argsort(descending=True, stable=True)
         for count in sorted({max(1, round(share * len(saliency))) for share in SPARSE_SHARES}):
             kept = torch.zeros(len(saliency), dtype=torch.bool)
             kept[saliency[:count]] = True
-            options.append(_option(values, importance, known, kept.view_as(values), rows))
+            options.append(_option(values, importance, known, curvature, kept.view_as(values), rows))
     if unit != "tensor":
         for option in options:
             # One price of a bit after another, from where the first row changes its format to where the last does.
@@ -65,19 +74,39 @@ def frontier(weight: Tensor, fisher: Tensor, rows: Rows, unit: str, formats: tup
 
 
 def _option(
-    values: Tensor, importance: Tensor, known: list[Format], kept: Tensor | None = None, rows: Rows | None = None
+    values: Tensor,
+    importance: Tensor,
+    known: list[Format],
+    curvature: Tensor | None,
+    kept: Tensor | None = None,
+    rows: Rows | None = None,
 ) -> _Option:
-    rest, share, own = values, importance, torch.zeros(len(values), dtype=torch.float64)
-    in_row, mask = torch.zeros(len(values), dtype=torch.int64), None
-    if kept is not None:
-        mask = rows.back(kept)
-        exact = values.clamp(-LARGEST, LARGEST).half().float()
-        own = 0.5 * (importance * (values - exact).square() * kept).double().sum(1)
-        rest, share, in_row = values.masked_fill(kept, 0), importance.masked_fill(kept, 0), kept.sum(1)
-    damage = [0.5 * (share * (rest - read_back(rest, f, unbiased, share)).square()).double().sum(1) + own for f in known]
+    stored = _stored(values, importance, known, curvature, kept)
+    of_format = torch.stack([damage(s - values, importance, curvature) for s in stored], 1)
     length = values.shape[1]
     bits = torch.tensor([f.bits for f in known]) * length + torch.tensor([16 if f.levels else 0 for f in known])
-    return _Option(mask, torch.stack(damage, 1), bits.double().expand(len(values), -1), in_row)
+    in_row = torch.zeros(len(values), dtype=torch.int64) if kept is None else kept.sum(1)
+    mask = None if kept is None else rows.back(kept)
+    return _Option(mask, of_format, bits.double().expand(len(values), -1), in_row)
+
+
+def _stored(values: Tensor, importance: Tensor, known: list[Format], curvature: Tensor | None, kept: Tensor | None) -> list[Tensor]:
+    """What each format leaves of the rows; kept weights are FP16."""
+    rest, share = (values, importance) if kept is None else (values.masked_fill(kept, 0), importance.masked_fill(kept, 0))
+    integers = [f for f in known if f.levels and curvature is not None]
+    found = {f: read_back(rest, f, unbiased, share) for f in known if f not in integers}
+    exact = dict.fromkeys(known, values)
+    if integers:
+        # All formats at once: the weights of a row are rounded one after another, and rows cost little more than one.
+        scales = torch.cat([unbiased(rest, f.levels, share).float() for f in integers])
+        levels = torch.tensor([f.levels for f in integers]).repeat_interleave(len(values))
+        many = None if kept is None else kept.repeat(len(integers), 1)
+        parts = fed_back(values.repeat(len(integers), 1), scales, levels, curvature, many).split(len(values))
+        found |= dict(zip(integers, parts, strict=True))
+        exact |= found
+    if kept is None:
+        return [found[f] for f in known]
+    return [torch.where(kept, exact[f].clamp(-LARGEST, LARGEST).half().float(), found[f]) for f in known]
 
 
 def _by_price(option: _Option) -> list[Tensor]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lafq.feedback import fed_back
 from lafq.formats import FORMATS, Format, ScaleRule, encode, from_bits, get_format, to_bits
 from lafq.precision import CHANNEL_CODE, ORDER, Precision, Rows, channels_by_format, index_dtype, layout, precision
 
@@ -25,28 +26,46 @@ class Packed(nn.Module):
             self.register_buffer(name, tensor)
 
     @classmethod
-    def of(cls, weight: Tensor, entry: str | Precision, rows: Rows, scale: ScaleRule, importance: Tensor | None) -> "Packed":
-        """Quantize a weight whose plan entry has been checked; importance as for the scale rule, of the weight's shape."""
+    def of(
+        cls,
+        weight: Tensor,
+        entry: str | Precision,
+        rows: Rows,
+        scale: ScaleRule,
+        importance: Tensor | None,
+        curvature: Tensor | None = None,
+    ) -> "Packed":
+        """Quantize a weight whose plan entry has been checked; importance as for the scale rule, of the weight's shape.
+
+        curvature: as for `feedback.fed_back`; without it every weight goes to its nearest code.
+        """
         low, kept, high = precision(entry)
         values, parts = rows.of(weight), {}
         importance = None if importance is None else rows.of(importance.to(weight.device))
         by_format = channels_by_format(low, rows.size[0], weight.device)
+        mask = rows.of(kept.to(weight.device)) if kept is not None and kept.any() else None
+        rest, share = values, importance
+        if mask is not None:
+            rest = values.masked_fill(mask, 0)
+            share = None if importance is None else importance.masked_fill(mask, 0)
+        scales, levels = torch.ones(len(values), device=weight.device), torch.zeros(len(values), device=weight.device)
+        for f, r in by_format.items():
+            if f.levels:
+                parts[f"{f.name}_scale"] = scale(rest[r], f.levels, None if share is None else share[r])
+                scales[r], levels[r] = parts[f"{f.name}_scale"].float(), float(f.levels)
+        if curvature is not None and levels.any():
+            values = fed_back(values, scales, levels, curvature.to(weight.device), mask)
+            rest = values if mask is None else values.masked_fill(mask, 0)
         free = None
-        if kept is not None and kept.any():
-            mask = rows.of(kept.to(weight.device))
+        if mask is not None:
             in_row = mask.sum(1)
             parts["kept"] = values[mask].to(_dtype(get_format(high)))
             if layout(by_format, in_row, rows.size[1])[0] == "mask":
                 free, parts["mask"] = ~mask, to_bits(mask.flatten().to(torch.uint8), 1)
             else:
                 parts["counts"], parts["columns"] = in_row.int(), mask.nonzero()[:, 1].to(index_dtype(rows.size[1]))
-            values = values.masked_fill(mask, 0)
-            importance = None if importance is None else importance.masked_fill(mask, 0)
         for f, r in by_format.items():
-            chosen = values[r]
-            if f.levels:
-                parts[f"{f.name}_scale"] = scale(chosen, f.levels, None if importance is None else importance[r])
-                chosen = encode(chosen, parts[f"{f.name}_scale"].float()[:, None], f.levels)
+            chosen = encode(rest[r], scales[r][:, None], f.levels) if f.levels else rest[r]
             chosen = chosen.flatten() if free is None else chosen[free[r]]
             parts[f.name] = to_bits(chosen, f.bits) if f.levels else chosen.to(_dtype(f))
         if len(by_format) > 1:

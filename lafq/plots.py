@@ -18,6 +18,8 @@ sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={"
 AMPLIFIED = 8  # differences of images are drawn this many times as bright
 MARKED = 50  # a line of more points than this is drawn without markers
 MARKERS = {"fp16": "o", "int8": "s"}
+KIND = (("format", "{}"), ("unit", "unit {}"))
+RUN = (("seed", "training seed {}"),)
 
 
 def digits(ax: Axes, images: np.ndarray, columns: int, title: str) -> None:
@@ -100,21 +102,42 @@ def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, ti
     ax.legend(fontsize=9)
 
 
-def ratio_sweep(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: str) -> None:
-    """A metric over the ratio kept, with its 95 % interval where it has one, a line a (format, unit).
+def ratio_sweep(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: str, by: tuple[tuple[str, str], ...] = KIND) -> None:
+    """A metric over the ratio kept, with its 95 % interval where it has one; the range that the paper calls best is shaded,
+    the baseline dashed.
 
-    The range that the paper calls best is shaded, the baseline dashed. Lines are set apart a little, so that bars do not overlap.
+    by: the columns whose values make a line, each with how its value is written in the legend. Lines are set apart a little, so
+    that bars do not overlap.
     """
     rows = table[table["method"] == "ratio"]
     rows = rows.assign(ratio=rows["threshold"].astype(float)).sort_values("ratio")
     ax.axvspan(*BEST_RATIOS, color="0.85", label="best in the paper")
-    ax.axhline(table[table["method"] == "baseline"][metric].item(), color="black", ls="--", lw=1, label="FP32 baseline")
-    for i, ((low, unit), line) in enumerate(rows.groupby(["format", "unit"])):
+    ax.axhline(table[table["method"] == "baseline"][metric].iloc[0], color="black", ls="--", lw=1, label="FP32 baseline")
+    lines = rows.groupby([column for column, _ in by])
+    for i, (kind, line) in enumerate(lines):
+        low, unit = line[["format", "unit"]].iloc[0]
         style = {"ls": "-" if unit == "weight" else ":", "marker": MARKERS.get(low, "."), "ms": 5, "lw": 1.2, "capsize": 2}
         lengths = bars(line, metric) if f"{metric}_low" in line else None
-        ax.errorbar(line["ratio"] + 0.002 * (i - 1.5), line[metric], lengths, **style, elinewidth=0.8, label=f"{low}, unit {unit}")
+        name = ", ".join(write.format(value) for (_, write), value in zip(by, kind, strict=True))
+        apart = 0.002 * (i - (len(lines) - 1) / 2)
+        ax.errorbar(line["ratio"] + apart, line[metric], lengths, **style, elinewidth=0.8, label=name)
     ax.set(xlabel="ratio r (share of a layer kept in FP32)", ylabel=label)
     ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=9)
+
+
+def in_blocks(ax: Axes, table: pd.DataFrame) -> None:
+    """On the axes of `ratio_sweep`: mean and standard deviation of a block's difference from the baseline, over disjoint blocks."""
+    rows = table[table["method"] == "ratio"]
+    style = {"fmt": "D", "ms": 4, "color": "0.45", "mfc": "white", "capsize": 2, "elinewidth": 0.8}
+    label = f"{rows['blocks'].iloc[0]} blocks of {rows['n_images'].iloc[0] // rows['blocks'].iloc[0]}: mean and sd"
+    ax.errorbar(
+        rows["threshold"].astype(float) + 0.004,
+        rows["block_delta_fid_mnist"],
+        rows["block_delta_fid_mnist_sd"],
+        **style,
+        label=label,
+    )
     ax.legend(fontsize=9)
 
 

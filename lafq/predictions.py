@@ -1,12 +1,16 @@
-"""What predicts the damage of quantizing a tensor: Fisher information times rounding error, beside what it must beat."""
+"""What predicts the damage of quantizing a tensor: Fisher information times rounding error, beside what it must beat.
+
+Weights go to their nearest code here, with `formats.unbiased` scales.
+"""
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from lafq import allocation, scoring
-from lafq.budget import HALF_PIXELS, Row, mib_at
+from lafq.budget import HALF_PIXELS, Row, Sensitivity, mib_at
+from lafq.feedback import damage
 from lafq.formats import get_format, read_back, unbiased
 from lafq.frontier import Choice
 from lafq.precision import stored_bytes
@@ -14,10 +18,10 @@ from lafq.quantize import pack, rows_of, unpack
 from lafq.seeds import generator
 from lafq.unet import quantizable
 
-PROXIES = ("Fisher x error", "rounding error", "Fisher", "magnitude", "random")
+PROXIES = ("curvature x error", "Fisher x error", "rounding error", "Fisher", "magnitude", "random")
 
 
-def by_tensor(model: nn.Module, fisher: dict[str, Tensor], formats: tuple[str, ...], seed: int, digits: int) -> pd.DataFrame:
+def by_tensor(model: nn.Module, known: Sensitivity, formats: tuple[str, ...], seed: int, digits: int) -> pd.DataFrame:
     """One tensor at a time in one format, the rest FP32: measured damage beside what would predict it.
 
     Columns parameter, format, nbytes, measured, and the predictions of PROXIES.
@@ -25,9 +29,9 @@ def by_tensor(model: nn.Module, fisher: dict[str, Tensor], formats: tuple[str, .
     outputs, weights, found, g = scoring.held_out_outputs(model, seed, digits), quantizable(model), [], generator(seed, 2)
     for name, low in tqdm([(n, f) for n in weights for f in formats], desc="one tensor at a time", unit="plan", leave=False):
         rows = rows_of(model, name)
-        w, f = rows.of(weights[name]), rows.of(fisher[name])
-        change = (read_back(w, get_format(low), unbiased, f) - w).square()
-        small = unpack(pack(model, {name: low}, unbiased, fisher))
+        w, f = rows.of(weights[name]), rows.of(known.fisher[name])
+        change = read_back(w, get_format(low), unbiased, f) - w
+        small = unpack(pack(model, {name: low}, unbiased, known.fisher))
         step = 4.0 ** -get_format(low).bits
         found.append(
             {
@@ -35,8 +39,9 @@ def by_tensor(model: nn.Module, fisher: dict[str, Tensor], formats: tuple[str, .
                 "format": low,
                 "nbytes": stored_bytes(rows, low),
                 "measured": scoring.output_damage(small, outputs, seed)["damage"],
-                "Fisher x error": (f * change).sum().item() / (2 * HALF_PIXELS),
-                "rounding error": change.sum().item(),
+                "curvature x error": damage(change, f, known.curvature[name].to(f)).sum().item() / HALF_PIXELS,
+                "Fisher x error": damage(change, f).sum().item() / HALF_PIXELS,
+                "rounding error": change.square().sum().item(),
                 "Fisher": f.mean().item() * step,
                 "magnitude": w.square().sum().item() * step,
                 "random": torch.rand((), generator=g).item() * step,
@@ -70,9 +75,9 @@ def by_proxy(model: nn.Module, points: pd.DataFrame, bits: float) -> list[Row]:
     return rows
 
 
-def gaps(model: nn.Module, fisher: dict[str, Tensor], bits: list[float]) -> pd.DataFrame:
+def gaps(model: nn.Module, known: Sensitivity, bits: list[float]) -> pd.DataFrame:
     """The fast allocation's damage over the integer program's, unit tensor: columns budget_bits, fast, exact, gap."""
-    frontiers, found = allocation.frontiers_of(model, fisher, "tensor"), []
+    frontiers, found = allocation.frontiers_of(model, known.fisher, "tensor", curvature=known.curvature), []
     for b in bits:
         try:
             found_by = [allocation.choose(model, frontiers, mib_at(model, b), exact=e) for e in (False, True)]

@@ -58,6 +58,16 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         rows_of(model, name).check(name, entry)
 
 
+def check_curvature(model: nn.Module, curvature: dict[str, Tensor]) -> None:
+    """Raise ValueError, in one sentence, for a curvature that does not fit its parameter's columns or is not finite."""
+    for name, values in curvature.items():
+        columns = rows_of(model, name).size[1]
+        if values.shape != (columns, columns) or not torch.isfinite(values).all():
+            raise ValueError(
+                f"the curvature of {name} must be finite and of shape {(columns, columns)}, it has {tuple(values.shape)}"
+            )
+
+
 def nbytes(model: nn.Module, plan: Plan) -> int:
     """Bytes that must be stored for the model under the plan: all parameters and persistent buffers, scales and masks."""
     check_plan(model, plan)
@@ -66,15 +76,23 @@ def nbytes(model: nn.Module, plan: Plan) -> int:
 
 
 @torch.no_grad()
-def pack(model: nn.Module, plan: Plan, scale: ScaleRule = formats.absmax, importance: dict[str, Tensor] | None = None) -> nn.Module:
+def pack(
+    model: nn.Module,
+    plan: Plan,
+    scale: ScaleRule = formats.absmax,
+    importance: dict[str, Tensor] | None = None,
+    curvature: dict[str, Tensor] | None = None,
+) -> nn.Module:
     """A copy of `model`, in evaluation mode, whose planned weights exist in their stored form only.
 
-    scale: `formats.absmax` or `formats.least_squares`; the latter weights the error by `importance`, the Fisher values
-    by parameter name (each of its weight's shape), where given.
-    Raises ValueError as `check_plan`, for importance of another shape or below 0, and for weights that are NaN, infinite, or
-    beyond FP16's range.
+    scale: `formats.absmax`, `least_squares` or `unbiased`; the last two weight the error by `importance`, the Fisher values
+    by parameter name (each of its weight's shape), where given. curvature: from `true_fisher.fisher_and_curvature`, by
+    parameter name; the weights named are rounded with error feedback (`feedback.fed_back`), the others to the nearest code.
+    Raises ValueError as `check_plan`, for importance of another shape or below 0, curvature of another shape, and for weights
+    that are NaN, infinite, or beyond FP16's range.
     """
     check_plan(model, plan)
+    check_curvature(model, curvature or {})
     packed = {}
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
@@ -86,7 +104,7 @@ def pack(model: nn.Module, plan: Plan, scale: ScaleRule = formats.absmax, import
         share = (importance or {}).get(name)
         if share is not None and (share.shape != p.shape or not (share >= 0).all()):
             raise ValueError(f"the importance of {name} must have the shape {tuple(p.shape)} and no value below 0 or NaN")
-        packed[name] = Packed.of(p.detach(), plan[name], rows_of(model, name), scale, share)
+        packed[name] = Packed.of(p.detach(), plan[name], rows_of(model, name), scale, share, (curvature or {}).get(name))
     return with_packed(model, packed)
 
 

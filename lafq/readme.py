@@ -72,14 +72,13 @@ def main_rows(comparison: pd.DataFrame) -> pd.DataFrame:
 
 def evidence(profile: str) -> str:
     """The claims with more images and over other training runs, as far as `make evidence` has been run."""
-    tables = {"evidence_rows": "evidence_rows_claims", "evidence_runs": "evidence_runs_over"}
-    made = {step: name for step, name in tables.items() if (paths.RESULTS / profile / f"{step}.csv").is_file()}
-    lines = [f"Not made yet: {step} (`make evidence`)." for step in tables if step not in made]
-    if "evidence_runs" in made:
-        runs = report.load_table(profile, "evidence_runs_claims")
+    steps, table = ("evidence_rows", "evidence_runs"), report.evidence_claims(profile)
+    missing = [step for step in steps if not (paths.RESULTS / profile / f"{step}.csv").is_file()]
+    lines = [f"Not made yet: {step} (`make evidence`)." for step in missing]
+    if "evidence_runs" not in missing:
+        runs = report.load_table(profile, "evidence_runs")
         lines.append(f"The {runs['seed'].nunique()} training runs took {runs['steps'].iloc[0]:,} steps each.")
-    shown = [report.claims_shown(profile, name).drop(columns="paper") for name in made.values()]
-    return "\n".join([markdown(pd.concat(shown)), "", *lines]).strip() if shown else "\n".join(lines)
+    return "\n".join(([markdown(table), ""] if table is not None else []) + lines)
 
 
 def fisher_cost(table: pd.DataFrame) -> pd.DataFrame:

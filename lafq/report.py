@@ -174,6 +174,13 @@ def claims_shown(profile: str, name: str = "claims") -> pd.DataFrame:
     return table.drop(columns=["low", "high"])
 
 
+def evidence_claims(profile: str) -> pd.DataFrame | None:
+    """The claims with more images and over other training runs, as they are shown; None where `make evidence` made neither."""
+    names = ("evidence_rows_claims", "evidence_runs_over")
+    made = [claims_shown(profile, name) for name in names if (paths.RESULTS / profile / f"{name}.csv").is_file()]
+    return pd.concat(made, ignore_index=True).drop(columns="paper") if made else None
+
+
 def extremes(table: pd.DataFrame) -> pd.DataFrame:
     """The baseline, the uniform rows and, for every format and unit, the smallest and the largest ratio sampled."""
     ratio = table[(table["method"] == "ratio") & ~table["threshold"].isin(["0.00", "1.00"])]

@@ -3,9 +3,10 @@
 from typing import Any
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from lafq import allocation, evaluation, paths, report, storage
+from lafq.budget import Sensitivity
 from lafq.experiment import PACKED
 from lafq.formats import unbiased
 from lafq.plans import Configuration
@@ -14,18 +15,21 @@ from lafq.quantize import pack
 HEADER = 1.005
 
 
-def ship(model: nn.Module, fisher: dict[str, Tensor], profile: str, budget_mib: float, **settings: Any) -> pd.DataFrame:
+def ship(model: nn.Module, known: Sensitivity, profile: str, budget_mib: float, **settings: Any) -> pd.DataFrame:
     """Write results/<profile>/packed.safetensors, at most `budget_mib` MiB, and measure what that costs.
 
-    fisher: the true Fisher information; settings: those of `evaluation.in_many`. Returns its rows, of the unquantized and of
+    settings: those of `evaluation.in_many`. Returns its rows, of the unquantized and of
     the packed model (`delta_fid_mnist` with its interval is what shipping costs).
     Raises ValueError, as `allocation.choose`, for a budget below the smallest possible size.
     """
     # A hundredth of a percent to two thousandths of a file are its header.
-    found = allocation.choose(model, allocation.frontiers_of(model, fisher, "mixed"), budget_mib / HEADER)
+    found = allocation.choose(
+        model, allocation.frontiers_of(model, known.fisher, "mixed", curvature=known.curvature), budget_mib / HEADER
+    )
     row = Configuration("shipped", f"{budget_mib:g} MiB", "mixed", "mixed", found.plan)
-    table, _ = evaluation.in_many(model, [row], profile, scale=unbiased, importance=fisher, **settings)
-    storage.save(paths.RESULTS / profile / PACKED, pack(model, found.plan, unbiased, fisher), model)
+    how = {"scale": unbiased, "importance": known.fisher, "curvature": known.curvature}
+    table, _ = evaluation.in_many(model, [row], profile, **how, **settings)
+    storage.save(paths.RESULTS / profile / PACKED, pack(model, found.plan, **how), model)
     return table
 
 

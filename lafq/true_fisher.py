@@ -9,7 +9,7 @@ for the loss itself, are unbiased here. With the residuals themselves under inde
 gives an unbiased sum of the squared per-sample gradients, the *empirical* Fisher of fisher.py.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lafq.data import unit_interval
 from lafq.diffusion import add_noise
+from lafq.quantize import rows_of
 from lafq.seeds import generator
 from lafq.unet import TIMESTEPS
 
@@ -32,6 +33,31 @@ def true_fisher(model: nn.Module, names: list[str], batches: Iterable[tuple[Tens
     Raises ValueError for an unknown name, no batch, or a result that is not finite.
     """
     return _mean_squares(model, names, ((b, None) for b in batches), seed)
+
+
+def fisher_and_curvature(
+    model: nn.Module, names: list[str], batches: Iterable[tuple[Tensor, ...]], seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`true_fisher`, and from the same passes the curvature that the output channels of each weight tensor share.
+
+    The weights of a channel r have the Gauss-Newton matrix E[g_r g_r^T], g_r (C,) their gradient in one pass; a channel alone gives
+    too few draws of it. The channels share H, the mean over passes and channels of g_r g_r^T / mean(g_r^2), (C, C) with a mean
+    diagonal of 1: up to each channel's mean Fisher value that is its matrix, if the tensor's is a Kronecker product (Martens and
+    Grosse 2015, "K-FAC"). Columns are those of `quantize.rows_of`. The channels of a grouped convolution share one H as well,
+    though each group has inputs of its own. Needs C^2 numbers a tensor besides.
+    """
+    rows = {n: rows_of(model, n) for n in names if model.get_parameter(n).ndim > 1}
+    shared = {n: torch.zeros(r.size[1], r.size[1]) for n, r in rows.items()}
+
+    def add(name: str, gradient: Tensor) -> None:
+        if name in rows:
+            g = rows[name].of(gradient)
+            scale = g.square().mean(1, keepdim=True).sqrt()
+            g = torch.where(scale > 0, g / scale, 0)
+            shared[name] = shared[name].to(g).addmm_(g.T, g)
+
+    fisher = _mean_squares(model, names, ((b, None) for b in batches), seed, add)
+    return fisher, {n: h / h.diagonal().mean().clamp_min(1e-30) for n, h in shared.items()}
 
 
 def signed_fisher(
@@ -53,7 +79,9 @@ def noised_batches(images: Tensor, samples: int, seed: int, batch: int = BATCH) 
         yield add_noise(x0, t, torch.randn(x0.shape, generator=g)), t
 
 
-def _mean_squares(model: nn.Module, names: list[str], batches: Iterable, seed: int) -> dict[str, Tensor]:
+def _mean_squares(
+    model: nn.Module, names: list[str], batches: Iterable, seed: int, also: Callable[[str, Tensor], None] | None = None
+) -> dict[str, Tensor]:
     available = dict(model.named_parameters())
     if unknown := [n for n in names if n not in available]:
         raise ValueError(f"the model has no parameter {unknown[0]!r}: names are those of model.named_parameters()")
@@ -67,8 +95,10 @@ def _mean_squares(model: nn.Module, names: list[str], batches: Iterable, seed: i
         for arguments, target in batches:
             output = model(*(a.to(chosen[0].device) for a in arguments))
             residual = _residual(output.detach(), target, g)
-            for sum_, gradient in zip(total, torch.autograd.grad(output, chosen, residual), strict=True):
+            for name, sum_, gradient in zip(names, total, torch.autograd.grad(output, chosen, residual), strict=True):
                 sum_.addcmul_(gradient, gradient)
+                if also:
+                    also(name, gradient)
             count += len(output)
     finally:
         for n, p in available.items():

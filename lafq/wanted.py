@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from lafq import paths
+from lafq.budget import FEEDBACK
 
 RISE = 0.03  # of the baseline's FID
 COLUMNS = ["figure", "wanted", "measured", "reached"]
@@ -47,7 +48,7 @@ def wanted(table: pd.DataFrame, gaps: pd.DataFrame, evidence: pd.DataFrame | Non
     """Rows of COLUMNS; a figure that has not been measured says so."""
     ratio, low, high = over_int8(table)
     rows = [("damage at 4.0 bits a weight over uniform INT8's", 0.5, f"{ratio:.2f} [{low:.2f}, {high:.2f}]", ratio)]
-    for method, name in (("uniform", "best uniform format"), ("uniform, Fisher scales", "best uniform format with Fisher scales")):
+    for method, name in (("uniform", "best uniform format"), (f"uniform, {FEEDBACK}", f"best uniform format with {FEEDBACK}")):
         ratios = over_best_uniform(table, method)
         text = f"{ratios.max():.2g}, at {ratios.idxmax()} bits a weight"
         rows.append((f"damage over that of the {name} that fits, at most (budgets up to INT8's)", 0.4, text, ratios.max()))

@@ -1,0 +1,61 @@
+"""Rounding with error feedback: what rounding one weight does to the output, the weights after it make good.
+
+To second order an error dw of an output channel's weights does the damage c/2 * dw^T H dw, c its mean Fisher value and H the
+channels' common curvature (`true_fisher.fisher_and_curvature`). By its diagonal alone every weight goes to its nearest code. By
+all of H the weights are rounded one after another, and the error e of each is passed on to those still free: dw = -e * U_k / U_kk,
+with H^-1 = U^T U, makes the damage least (Hassibi and Stork 1993, "Optimal Brain Surgeon"; one order for all channels, and U
+once for all: Frantar et al. 2023, "GPTQ").
+"""
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01  # of the mean diagonal
+BLOCK = 128
+
+
+def fed_back(values: Tensor, scales: Tensor, levels: Tensor, curvature: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Rows (R, C) whose integer weights lie on the grid of their row, scales[r] * (-levels[r]..levels[r]).
+
+    scales, levels: (R,), levels 0 for a row that is not rounded. curvature: H, (C, C). kept: boolean (R, C), weights that are not
+    rounded; they take up errors of others as well.
+    Weights of large H_kk come first, while many are left to make their errors good.
+    """
+    order = curvature.diagonal().argsort(descending=True, stable=True)
+    inverse = _inverse_root(curvature[order][:, order])
+    free = (levels == 0)[:, None].expand_as(values) if kept is None else kept | (levels == 0)[:, None]
+    rows, free, limit = values[:, order], free[:, order], levels.to(values)
+    for start in range(0, rows.shape[1], BLOCK):
+        stop = min(start + BLOCK, rows.shape[1])
+        errors = torch.zeros(len(rows), stop - start).to(values)
+        for k in range(start, stop):
+            grid = (rows[:, k] / scales).round_().clamp_(-limit, limit).mul_(scales)
+            grid = torch.where(free[:, k], rows[:, k], grid)
+            errors[:, k - start] = rows[:, k] - grid
+            rows[:, k] = grid
+            rows[:, k + 1 : stop].addr_(errors[:, k - start], inverse[k, k + 1 : stop], alpha=-1)
+        rows[:, stop:].addmm_(errors, inverse[start:stop, stop:], alpha=-1)
+    return rows[:, order.argsort()]
+
+
+def damage(change: Tensor, fisher: Tensor, curvature: Tensor | None = None) -> Tensor:
+    """Predicted damage of each row (R,): half the squared error summed over the output, to second order.
+
+    change, fisher: (R, C); curvature: (C, C), or None for the diagonal alone, 1/2 * sum(F * dw^2).
+    """
+    if curvature is None:
+        return 0.5 * (fisher * change.square()).double().sum(1)
+    return 0.5 * (fisher.mean(1) * ((change @ curvature) * change).sum(1)).double().clamp_min(0)
+
+
+def _inverse_root(curvature: Tensor) -> Tensor:
+    """U / diag(U), U upper triangular with H^-1 = U^T U, H damped.
+
+    With P the reversal of the order and P H P = L L^T, U is P L^-1 P.
+    """
+    damped = curvature.double().flip(0, 1)
+    mean = damped.diagonal().mean()
+    damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    one = torch.eye(len(damped)).to(damped)
+    root = torch.linalg.solve_triangular(torch.linalg.cholesky(damped), one, upper=False).flip(0, 1)
+    return (root / root.diagonal()[:, None]).to(curvature.dtype)
