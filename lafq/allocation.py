@@ -54,7 +54,7 @@ def allocate(
 
     fisher: (true) Fisher values by parameter name, of the parameters' shapes; parameters not named stay in FP32.
     unit: "tensor", "channel" or "mixed" (channels, and single weights in FP16 where that pays). curvature: by parameter name,
-    as `true_fisher.fisher_and_curvature` gives it with the Fisher values; then plan for `quantize.pack` with the same curvature.
+    as `true_fisher.sensitivity` gives it with the Fisher values; then plan for `quantize.pack` with the same curvature.
     Raises ValueError as `quantize.check_plan`; for an unknown unit or format, Fisher values that do not fit, and a budget
     below what is possible, naming the smallest.
     """

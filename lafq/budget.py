@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lafq import allocation, scoring
 from lafq.allocation import MIB
+from lafq.data import mnist
 from lafq.feedback import damage
 from lafq.formats import ScaleRule, absmax, unbiased
 from lafq.frontier import UNITS
@@ -22,6 +23,7 @@ from lafq.quantize import Plan, make_plan, nbytes, pack, rows_of, unpack
 from lafq.samples import sampled
 from lafq.seeds import generator
 from lafq.thresholds import by_layer, keep_global, relative_to_group
+from lafq.true_fisher import Sensitivity, noised_batches, sensitivity
 from lafq.unet import quantizable
 
 HALF_PIXELS = 512
@@ -46,11 +48,9 @@ class Row(NamedTuple):
     feedback: bool = False
 
 
-class Sensitivity(NamedTuple):
-    """What `true_fisher.fisher_and_curvature` gives: both by parameter name."""
-
-    fisher: dict[str, Tensor]
-    curvature: dict[str, Tensor]
+def measured_sensitivity(model: nn.Module, samples: int, seed: int) -> Sensitivity:
+    """`true_fisher.sensitivity` of the six layers' weights, on so many noised training digits."""
+    return sensitivity(model, list(quantizable(model)), noised_batches(mnist(train=True)[0], samples, seed), seed)
 
 
 def quantized(model: nn.Module, row: Row, known: Sensitivity) -> nn.Module:
@@ -79,16 +79,14 @@ def uniform(model: nn.Module) -> list[Row]:
     return found + fed_back
 
 
-def allocated(model: nn.Module, known: Sensitivity, bits: list[float]) -> list[Row]:
-    """The allocator at every unit and budget, and at unit mixed without error feedback.
+def allocated(model: nn.Module, known: Sensitivity, bits: list[float], units: tuple[str, ...] = UNITS) -> list[Row]:
+    """The allocator at these units and budgets, and at unit mixed without error feedback.
 
     A budget below a unit's smallest size is left out, and a line says so.
     """
     rows = []
-    for method, unit, curvature in (
-        *(("allocator", unit, known.curvature) for unit in UNITS),
-        ("allocator, nearest code", "mixed", None),
-    ):
+    methods = [("allocator", unit, known.curvature) for unit in units]
+    for method, unit, curvature in [*methods, ("allocator, nearest code", "mixed", None)]:
         frontiers = allocation.frontiers_of(model, known.fisher, unit, curvature=curvature)
         for b in bits:
             try:

@@ -8,10 +8,11 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
+from lafq.budget import FEEDBACK
 from lafq.plots import bars
 from lafq.predictions import PROXIES
 
-NAMED = {"allocator": "D", "allocator, least squares": "x", "uniform": "s", "uniform, Fisher scales": "s"}
+NAMED = {"allocator": "D", "allocator, nearest code": "x", "uniform": "s", f"uniform, {FEEDBACK}": "s"}
 STYLES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
 
 
@@ -36,7 +37,7 @@ def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
     for (method, unit), line in rows.groupby(["method", "unit"], sort=False):
         line = line.sort_values("mem_mib")
         style = {"marker": NAMED.get(method, "."), "ls": STYLES[unit], "color": colours[method], "ms": 4, "lw": 1.2, "capsize": 2}
-        if "Fisher scales" in method:
+        if FEEDBACK in method:
             style |= {"mfc": "white"}
         ax.errorbar(line["mem_mib"], line[metric], bars(line, metric), **style, elinewidth=0.8, label=f"{method}, {unit}")
     ax.set(xlabel="stored MiB", ylabel=label, xscale="log")

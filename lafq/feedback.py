@@ -1,7 +1,7 @@
 """Rounding with error feedback: what rounding one weight does to the output, the weights after it make good.
 
 To second order an error dw of an output channel's weights does the damage c/2 * dw^T H dw, c its mean Fisher value and H the
-channels' common curvature (`true_fisher.fisher_and_curvature`). By its diagonal alone every weight goes to its nearest code. By
+channels' common curvature (`true_fisher.sensitivity`). By its diagonal alone every weight goes to its nearest code. By
 all of H the weights are rounded one after another, and the error e of each is passed on to those still free: dw = -e * U_k / U_kk,
 with H^-1 = U^T U, makes the damage least (Hassibi and Stork 1993, "Optimal Brain Surgeon"; one order for all channels, and U
 once for all: Frantar et al. 2023, "GPTQ").

@@ -2,7 +2,7 @@
 
 The damage of storing w as w + dw is 1/2 * sum(F * dw^2): with the true Fisher information F half the expected squared change of
 the output, to second order (LeCun et al. 1990, "Optimal Brain Damage", with the Gauss-Newton diagonal); with the curvature
-of `true_fisher.fisher_and_curvature`, `feedback.damage`. It is taken with the actual rounding error, row by row (one row an
+of `true_fisher.sensitivity`, `feedback.damage`. It is taken with the actual rounding error, row by row (one row an
 output channel), with `formats.unbiased` scales and, with the curvature, error feedback.
 
 Units: "tensor", one format for all rows; "channel", a format a row; "mixed", besides these a share of the

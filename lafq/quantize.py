@@ -86,7 +86,7 @@ def pack(
     """A copy of `model`, in evaluation mode, whose planned weights exist in their stored form only.
 
     scale: `formats.absmax`, `least_squares` or `unbiased`; the last two weight the error by `importance`, the Fisher values
-    by parameter name (each of its weight's shape), where given. curvature: from `true_fisher.fisher_and_curvature`, by
+    by parameter name (each of its weight's shape), where given. curvature: from `true_fisher.sensitivity`, by
     parameter name; the weights named are rounded with error feedback (`feedback.fed_back`), the others to the nearest code.
     Raises ValueError as `check_plan`, for importance of another shape or below 0, curvature of another shape, and for weights
     that are NaN, infinite, or beyond FP16's range.

@@ -23,7 +23,7 @@ from lafq.unet import UNet, quantizable
 from lafq.verdicts import Claim
 
 SEEDS = (1, 2, 3)
-STEPS, DECAY = 1000, 300
+STEPS, DECAY = 600, 200
 RATIOS_OF_MEANS = ("C1", "C2")
 
 

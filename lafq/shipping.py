@@ -6,11 +6,11 @@ import pandas as pd
 from torch import nn
 
 from lafq import allocation, evaluation, paths, report, storage
-from lafq.budget import Sensitivity
 from lafq.experiment import PACKED
 from lafq.formats import unbiased
 from lafq.plans import Configuration
 from lafq.quantize import pack
+from lafq.true_fisher import Sensitivity
 
 HEADER = 1.005
 

@@ -10,6 +10,7 @@ gives an unbiased sum of the squared per-sample gradients, the *empirical* Fishe
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,13 @@ from lafq.unet import TIMESTEPS
 BATCH = 8
 
 
+class Sensitivity(NamedTuple):
+    """By parameter name: the true Fisher values, of its shape, and the curvature (C, C) of the C weights of an output channel."""
+
+    fisher: dict[str, Tensor]
+    curvature: dict[str, Tensor]
+
+
 def true_fisher(model: nn.Module, names: list[str], batches: Iterable[tuple[Tensor, ...]], seed: int) -> dict[str, Tensor]:
     """F_i = mean over samples of sum over outputs of (d output / d w_i)^2 for the named parameters, by name.
 
@@ -35,9 +43,7 @@ def true_fisher(model: nn.Module, names: list[str], batches: Iterable[tuple[Tens
     return _mean_squares(model, names, ((b, None) for b in batches), seed)
 
 
-def fisher_and_curvature(
-    model: nn.Module, names: list[str], batches: Iterable[tuple[Tensor, ...]], seed: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def sensitivity(model: nn.Module, names: list[str], batches: Iterable[tuple[Tensor, ...]], seed: int) -> Sensitivity:
     """`true_fisher`, and from the same passes the curvature that the output channels of each weight tensor share.
 
     The weights of a channel r have the Gauss-Newton matrix E[g_r g_r^T], g_r (C,) their gradient in one pass; a channel alone gives
@@ -57,7 +63,7 @@ def fisher_and_curvature(
             shared[name] = shared[name].to(g).addmm_(g.T, g)
 
     fisher = _mean_squares(model, names, ((b, None) for b in batches), seed, add)
-    return fisher, {n: h / h.diagonal().mean().clamp_min(1e-30) for n, h in shared.items()}
+    return Sensitivity(fisher, {n: h / h.diagonal().mean().clamp_min(1e-30) for n, h in shared.items()})
 
 
 def signed_fisher(

@@ -173,21 +173,28 @@ def test_thresholds_fill_the_budget(model, fisher):
     assert 0 < np.mean(kept) < 1
 
 
-def test_judged_rows_measure_the_plan(model, fisher):
-    rows = [*budget.uniform(model)[:5], *budget.allocated(model, fisher, [4.0])]
-    table = budget.judged(model, rows, fisher, seed=0, digits=20)
+@pytest.fixture(scope="module")
+def known(model):
+    return budget.measured_sensitivity(model, 64, seed=0)
+
+
+def test_judged_rows_measure_the_plan(model, known):
+    rows = [*budget.uniform(model)[:5], *budget.allocated(model, known, [4.0])]
+    table = budget.judged(model, rows, known, seed=0, digits=20)
     assert list(table.columns) == budget.COLUMNS
     uniform = table[table["method"] == "uniform"]
     assert (uniform["damage"].diff().dropna() < 0).all()
     assert (table["damage_low"] <= table["damage"]).all()
     assert uniform["bits_per_weight"].round().tolist() == [2, 3, 4, 6, 8]
+    mixed = table[table["unit"] == "mixed"].set_index("method")["damage"]
+    assert mixed["allocator"] < mixed["allocator, nearest code"] < uniform["damage"].iloc[1]
     before = scoring.held_out_outputs(model, 0, 20)
     assert scoring.output_damage(model, before, 0)["damage"] == 0
 
 
-def test_points_and_allocations_by_every_prediction(model, fisher):
-    points = predictions.by_tensor(model, fisher, ("int2", "int8"), seed=0, digits=10)
-    assert len(points) == 2 * len(fisher)
+def test_points_and_allocations_by_every_prediction(model, known):
+    points = predictions.by_tensor(model, known, ("int2", "int8"), seed=0, digits=10)
+    assert len(points) == 2 * len(known.fisher)
     ranks = predictions.rank_correlations(points)
     assert ranks["prediction"].tolist() == list(predictions.PROXIES)
     assert ranks["all formats"].between(-1, 1).all()
@@ -200,7 +207,7 @@ def table(ratio, delta_high):
     columns = {"unit": "tensor", "damage_low": 0, "damage_high": 0, "fid_mnist_delta_high": np.nan, "n_images": 1000}
     uniform = [
         {"method": m, "budget_bits": b, "damage": 2.0**-b, "mem_mib": b}
-        for m in ("uniform", "uniform, Fisher scales")
+        for m in ("uniform", f"uniform, {budget.FEEDBACK}")
         for b in (2, 4, 8)
     ]
     ours = [

@@ -10,7 +10,7 @@ from lafq.feedback import damage, fed_back
 from lafq.formats import absmax, unbiased
 from lafq.quantize import nbytes, pack, resident_bytes, rows_of, unpack
 from lafq.seeds import generator
-from lafq.true_fisher import fisher_and_curvature, noised_batches, true_fisher
+from lafq.true_fisher import noised_batches, sensitivity, true_fisher
 from lafq.unet import quantizable
 
 
@@ -102,7 +102,7 @@ def test_curvature_of_a_kronecker_product_is_its_factor():
     expected = inputs.T @ inputs / 8
     expected = expected / expected.diagonal().mean()
     batches = [(x[None],) for x in inputs] * 500
-    _, found = fisher_and_curvature(network, ["0.weight"], batches, seed=0)
+    _, found = sensitivity(network, ["0.weight"], batches, seed=0)
     direction = inputs / inputs.norm(dim=1, keepdim=True)  # every pass counts alike
     expected = direction.T @ direction
     assert torch.allclose(found["0.weight"], expected / expected.diagonal().mean(), atol=1e-6)
@@ -110,7 +110,7 @@ def test_curvature_of_a_kronecker_product_is_its_factor():
 
 def test_fisher_is_that_of_true_fisher(tiny, digits):
     names = list(quantizable(tiny))
-    fisher, curvature = fisher_and_curvature(tiny, names, noised_batches(digits, 16, 0), 0)
+    fisher, curvature = sensitivity(tiny, names, noised_batches(digits, 16, 0), 0)
     alone = true_fisher(tiny, names, noised_batches(digits, 16, 0), 0)
     for n in names:
         assert torch.equal(fisher[n], alone[n])
@@ -129,7 +129,7 @@ def test_predicted_damage_is_the_rise_of_a_linear_networks_error():
     exact = 0.5 * (moved - layer(x)).square().sum().item()
     jacobian = jacrev(lambda w: functional_call(layer, {"weight": w}, (x,)))(layer.weight.detach()).flatten(0, 3)
     rows = rows_of(layer, "weight")
-    _, curvature = fisher_and_curvature(layer, ["weight"], [(x,)], seed=0)
+    _, curvature = sensitivity(layer, ["weight"], [(x,)], seed=0)
     found = damage(rows.of(change), rows.of(jacobian.square().sum(0)), curvature["weight"])
     assert found.sum().item() == pytest.approx(exact, rel=1e-9)
 
@@ -137,7 +137,7 @@ def test_predicted_damage_is_the_rise_of_a_linear_networks_error():
 @pytest.fixture
 def trained_like(tiny, digits):
     names = list(quantizable(tiny))
-    return tiny, fisher_and_curvature(tiny, names, noised_batches(digits, 128, 0), 0)
+    return tiny, sensitivity(tiny, names, noised_batches(digits, 128, 0), 0)
 
 
 def test_pack_with_feedback_takes_the_same_bytes_and_less_damage(trained_like, digits):
@@ -181,7 +181,7 @@ def test_every_layer_kind_keeps_its_shape_and_other_weights(digits):
     inputs = digits[:4, :, :6, :6].float() / 255
     network(inputs)
     names = ["0.weight", "1.weight", "3.weight"]
-    fisher, curvature = fisher_and_curvature(network, names, itertools.repeat((inputs,), 8), 0)
+    fisher, curvature = sensitivity(network, names, itertools.repeat((inputs,), 8), 0)
     fed = unpack(pack(network, dict.fromkeys(names, "int4"), unbiased, fisher, curvature))
     stored = dict(fed.named_parameters())
     for n, p in network.named_parameters():

@@ -1,24 +1,22 @@
 import pytest
 
 from lafq import evaluation, experiment, paths, report, shipping
-from lafq.data import mnist
+from lafq.budget import measured_sensitivity
 from lafq.files import save_tensors
 from lafq.quantize import fingerprint, nbytes
-from lafq.true_fisher import noised_batches, true_fisher
-from lafq.unet import quantizable
 
 MANY = {"images": 20, "steps": 2, "seed": 0}
 
 
 @pytest.fixture
-def fisher(tiny):
-    return true_fisher(tiny, list(quantizable(tiny)), noised_batches(mnist(train=True)[0], 20, 0), 0)
+def known(tiny):
+    return measured_sensitivity(tiny, 20, seed=0)
 
 
-def test_packed_weights_are_loaded_where_there_are_no_others(sandbox, tiny, fisher, monkeypatch, capsys):
+def test_packed_weights_are_loaded_where_there_are_no_others(sandbox, tiny, known, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
     budget = 0.3 * nbytes(tiny, {}) / 2**20
-    table = shipping.ship(tiny, fisher, "smoke", budget, **MANY)
+    table = shipping.ship(tiny, known, "smoke", budget, **MANY)
     report.save_table("smoke", "06_shipped", table)
     path = paths.RESULTS / "smoke" / experiment.PACKED
     assert table["mem_mib"].iloc[1] * 2**20 <= path.stat().st_size
@@ -31,9 +29,9 @@ def test_packed_weights_are_loaded_where_there_are_no_others(sandbox, tiny, fish
     assert fingerprint(experiment.load_model("smoke", 4)) == fingerprint(tiny)
 
 
-def test_too_small_a_size_to_ship(sandbox, tiny, fisher):
+def test_too_small_a_size_to_ship(sandbox, tiny, known):
     with pytest.raises(ValueError, match="the smallest"):
-        shipping.ship(tiny, fisher, "smoke", 0.01, **MANY)
+        shipping.ship(tiny, known, "smoke", 0.01, **MANY)
     assert not (paths.RESULTS / "smoke" / experiment.PACKED).exists()
 
 
