@@ -23,8 +23,9 @@ from lafq import allocation, experiment
 from lafq.data import mnist, unit_interval
 from lafq.diffusion import add_noise
 from lafq.fisher import sample_loss
+from lafq.quantize import rows_of
 from lafq.seeds import generator
-from lafq.true_fisher import signed_fisher, true_fisher
+from lafq.true_fisher import sensitivity, signed_fisher, true_fisher
 from lafq.unet import TIMESTEPS, UNet, quantizable
 
 BATCH = {16: 32, 64: 8}
@@ -107,6 +108,7 @@ def rows(width: int) -> list[dict]:
     exact = {"empirical": loop(model, names, *data), "true": true_fisher(model, names, itertools.repeat((x, t), DRAWS), seed=1)}
     methods: dict[str, tuple[str, Callable[..., dict[str, Tensor]]]] = {
         "true, one batched backward pass (lafq)": ("true", lambda *_: true_fisher(model, names, [(x, t)], seed=0)),
+        "true, the same with the curvature (lafq)": ("true", lambda *_: sensitivity(model, names, [(x, t)], seed=0).fisher),
         "empirical, random signs (lafq)": ("empirical", lambda *_: signed_fisher(model, names, [((x, t), noise)], seed=0)),
         f"empirical, vmap(grad) in chunks of {CHUNK}": ("empirical", vmapped),
         "empirical, loop over single samples": ("empirical", loop),
@@ -130,15 +132,23 @@ def rows(width: int) -> list[dict]:
 
 
 def allocating() -> list[dict]:
-    """Seconds to allocate the width-64 model, frontiers included, at every unit (random Fisher values)."""
+    """Seconds to allocate the width-64 model, frontiers included: at every unit by random Fisher values, then with a curvature."""
     torch.manual_seed(0)
     model, table = UNet(64).eval(), []
     fisher = {n: torch.rand(w.shape) * torch.rand(()) for n, w in quantizable(model).items()}
-    for unit in allocation.UNITS:
+    for unit, fed_back in [*((unit, False) for unit in allocation.UNITS), ("mixed", True)]:
+        curvature = {n: correlated(rows_of(model, n).size[1]) for n in fisher} if fed_back else None
         start = time.perf_counter()
-        allocation.allocate(model, fisher, 17.0, unit, progress=False)
-        table.append({"width": 64, "unit": unit, "budget_mib": 17.0, "seconds": time.perf_counter() - start})
+        allocation.allocate(model, fisher, 17.0, unit, progress=False, curvature=curvature)
+        seconds = time.perf_counter() - start
+        table.append({"width": 64, "unit": unit, "curvature": fed_back, "budget_mib": 17.0, "seconds": seconds})
     return table
+
+
+def correlated(size: int) -> Tensor:
+    """A positive definite matrix (size, size) with a mean diagonal of 1."""
+    factor = torch.randn(size, 64)
+    return factor @ factor.T / 128 + torch.eye(size) / 2
 
 
 def main() -> None:

@@ -24,18 +24,20 @@ def fed_back(values: Tensor, scales: Tensor, levels: Tensor, curvature: Tensor, 
     order = curvature.diagonal().argsort(descending=True, stable=True)
     inverse = _inverse_root(curvature[order][:, order])
     free = (levels == 0)[:, None].expand_as(values) if kept is None else kept | (levels == 0)[:, None]
-    rows, free, limit = values[:, order], free[:, order], levels.to(values)
-    for start in range(0, rows.shape[1], BLOCK):
-        stop = min(start + BLOCK, rows.shape[1])
-        errors = torch.zeros(len(rows), stop - start).to(values)
+    # Columns as rows: what is worked on at a time then lies together in memory.
+    columns, free, limit = values[:, order].T.contiguous(), free[:, order].T.contiguous(), levels.to(values)
+    for start in range(0, len(columns), BLOCK):
+        stop = min(start + BLOCK, len(columns))
+        errors = torch.empty(stop - start, len(values)).to(values)
         for k in range(start, stop):
-            grid = (rows[:, k] / scales).round_().clamp_(-limit, limit).mul_(scales)
-            grid = torch.where(free[:, k], rows[:, k], grid)
-            errors[:, k - start] = rows[:, k] - grid
-            rows[:, k] = grid
-            rows[:, k + 1 : stop].addr_(errors[:, k - start], inverse[k, k + 1 : stop], alpha=-1)
-        rows[:, stop:].addmm_(errors, inverse[start:stop, stop:], alpha=-1)
-    return rows[:, order.argsort()]
+            column = columns[k]
+            grid = (column / scales).round_().clamp_(-limit, limit).mul_(scales)
+            grid = torch.where(free[k], column, grid)
+            torch.sub(column, grid, out=errors[k - start])
+            columns[k] = grid
+            columns[k + 1 : stop].addr_(inverse[k, k + 1 : stop], errors[k - start], alpha=-1)
+        columns[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1)
+    return columns[order.argsort()].T
 
 
 def damage(change: Tensor, fisher: Tensor, curvature: Tensor | None = None) -> Tensor:
