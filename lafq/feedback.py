@@ -7,6 +7,8 @@ with H^-1 = U^T U, makes the damage least (Hassibi and Stork 1993, "Optimal Brai
 once for all: Frantar et al. 2023, "GPTQ").
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,15 +16,34 @@ DAMPING = 0.01  # of the mean diagonal
 BLOCK = 128
 
 
-def fed_back(values: Tensor, scales: Tensor, levels: Tensor, curvature: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Rows (R, C) whose integer weights lie on the grid of their row, scales[r] * (-levels[r]..levels[r]).
+class Factor(NamedTuple):
+    """Of a curvature H: the order (C,) in which columns are rounded, and U / diag(U) (C, C), U upper triangular, H^-1 = U^T U."""
 
-    scales, levels: (R,), levels 0 for a row that is not rounded. curvature: H, (C, C). kept: boolean (R, C), weights that are not
-    rounded; they take up errors of others as well.
-    Weights of large H_kk come first, while many are left to make their errors good.
+    order: Tensor
+    inverse: Tensor
+
+
+def factor(curvature: Tensor) -> Factor:
+    """The factor of H (C, C), damped; weights of large H_kk come first, while many are left to make their errors good.
+
+    With P the reversal of the order and P H P = L L^T, U is P L^-1 P.
     """
     order = curvature.diagonal().argsort(descending=True, stable=True)
-    inverse = _inverse_root(curvature[order][:, order])
+    damped = curvature[order][:, order].double().flip(0, 1)
+    mean = damped.diagonal().mean()
+    damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    one = torch.eye(len(damped)).to(damped)
+    root = torch.linalg.solve_triangular(torch.linalg.cholesky(damped), one, upper=False).flip(0, 1)
+    return Factor(order, (root / root.diagonal()[:, None]).to(curvature.dtype))
+
+
+def fed_back(values: Tensor, scales: Tensor, levels: Tensor, factor: Factor, kept: Tensor | None = None) -> Tensor:
+    """Rows (R, C) whose integer weights lie on the grid of their row, scales[r] * (-levels[r]..levels[r]).
+
+    scales, levels: (R,), levels 0 for a row that is not rounded. kept: boolean (R, C), weights that are not rounded; they take up
+    errors of others as well.
+    """
+    order, inverse = factor
     free = (levels == 0)[:, None].expand_as(values) if kept is None else kept | (levels == 0)[:, None]
     # Columns as rows: what is worked on at a time then lies together in memory.
     columns, free, limit = values[:, order].T.contiguous(), free[:, order].T.contiguous(), levels.to(values)
@@ -48,16 +69,3 @@ def damage(change: Tensor, fisher: Tensor, curvature: Tensor | None = None) -> T
     if curvature is None:
         return 0.5 * (fisher * change.square()).double().sum(1)
     return 0.5 * (fisher.mean(1) * ((change @ curvature) * change).sum(1)).double().clamp_min(0)
-
-
-def _inverse_root(curvature: Tensor) -> Tensor:
-    """U / diag(U), U upper triangular with H^-1 = U^T U, H damped.
-
-    With P the reversal of the order and P H P = L L^T, U is P L^-1 P.
-    """
-    damped = curvature.double().flip(0, 1)
-    mean = damped.diagonal().mean()
-    damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
-    one = torch.eye(len(damped)).to(damped)
-    root = torch.linalg.solve_triangular(torch.linalg.cholesky(damped), one, upper=False).flip(0, 1)
-    return (root / root.diagonal()[:, None]).to(curvature.dtype)

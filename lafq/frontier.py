@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lafq.feedback import damage, fed_back
+from lafq.feedback import Factor, damage, factor, fed_back
 from lafq.formats import FORMATS, LARGEST, Format, read_back, unbiased
 from lafq.precision import CHANNEL_CODE, Precision, Rows, channels_by_format, layout
 from lafq.precision import nbytes as bytes_of
@@ -30,6 +30,13 @@ class Choice(NamedTuple):
     nbytes: int
     damage: float
     entry: str | Precision
+
+
+class Curvature(NamedTuple):
+    """H (C, C) and its factor, which all choices of a parameter share."""
+
+    matrix: Tensor
+    factor: Factor
 
 
 class _Option(NamedTuple):
@@ -58,14 +65,15 @@ def frontier(
     """
     known = [f for f in (FORMATS[name] for name in formats) if not f.levels or len(rows.shape) > 1]
     values, importance = rows.of(weight), rows.of(fisher)
-    options = [_option(values, importance, known, curvature)]
+    shared = None if curvature is None else Curvature(curvature, factor(curvature))
+    options = [_option(values, importance, known, shared)]
     found = [_choice(rows, options[0], known, torch.full((len(values),), i)) for i in range(len(known))]
     if unit == "mixed" and len(rows.shape) > 1:
         saliency = (importance * values.square()).flatten().argsort(descending=True, stable=True)
         for count in sorted({max(1, round(share * len(saliency))) for share in SPARSE_SHARES}):
             kept = torch.zeros(len(saliency), dtype=torch.bool)
             kept[saliency[:count]] = True
-            options.append(_option(values, importance, known, curvature, kept.view_as(values), rows))
+            options.append(_option(values, importance, known, shared, kept.view_as(values), rows))
     if unit != "tensor":
         for option in options:
             # One price of a bit after another, from where the first row changes its format to where the last does.
@@ -77,12 +85,13 @@ def _option(
     values: Tensor,
     importance: Tensor,
     known: list[Format],
-    curvature: Tensor | None,
+    shared: Curvature | None,
     kept: Tensor | None = None,
     rows: Rows | None = None,
 ) -> _Option:
-    stored = _stored(values, importance, known, curvature, kept)
-    of_format = torch.stack([damage(s - values, importance, curvature) for s in stored], 1)
+    stored = _stored(values, importance, known, shared, kept)
+    matrix = shared.matrix if shared else None
+    of_format = torch.stack([damage(s - values, importance, matrix) for s in stored], 1)
     length = values.shape[1]
     bits = torch.tensor([f.bits for f in known]) * length + torch.tensor([16 if f.levels else 0 for f in known])
     in_row = torch.zeros(len(values), dtype=torch.int64) if kept is None else kept.sum(1)
@@ -90,10 +99,10 @@ def _option(
     return _Option(mask, of_format, bits.double().expand(len(values), -1), in_row)
 
 
-def _stored(values: Tensor, importance: Tensor, known: list[Format], curvature: Tensor | None, kept: Tensor | None) -> list[Tensor]:
+def _stored(values: Tensor, importance: Tensor, known: list[Format], shared: Curvature | None, kept: Tensor | None) -> list[Tensor]:
     """What each format leaves of the rows; kept weights are FP16."""
     rest, share = (values, importance) if kept is None else (values.masked_fill(kept, 0), importance.masked_fill(kept, 0))
-    integers = [f for f in known if f.levels and curvature is not None]
+    integers = [f for f in known if f.levels and shared]
     found = {f: read_back(rest, f, unbiased, share) for f in known if f not in integers}
     exact = dict.fromkeys(known, values)
     if integers:
@@ -101,7 +110,7 @@ def _stored(values: Tensor, importance: Tensor, known: list[Format], curvature: 
         scales = torch.cat([unbiased(rest, f.levels, share).float() for f in integers])
         levels = torch.tensor([f.levels for f in integers]).repeat_interleave(len(values))
         many = None if kept is None else kept.repeat(len(integers), 1)
-        parts = fed_back(values.repeat(len(integers), 1), scales, levels, curvature, many).split(len(values))
+        parts = fed_back(values.repeat(len(integers), 1), scales, levels, shared.factor, many).split(len(values))
         found |= dict(zip(integers, parts, strict=True))
         exact |= found
     if kept is None:

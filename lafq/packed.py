@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lafq.feedback import fed_back
+from lafq.feedback import factor, fed_back
 from lafq.formats import FORMATS, Format, ScaleRule, encode, from_bits, get_format, to_bits
 from lafq.precision import CHANNEL_CODE, ORDER, Precision, Rows, channels_by_format, index_dtype, layout, precision
 
@@ -37,7 +37,7 @@ class Packed(nn.Module):
     ) -> "Packed":
         """Quantize a weight whose plan entry has been checked; importance as for the scale rule, of the weight's shape.
 
-        curvature: as for `feedback.fed_back`; without it every weight goes to its nearest code.
+        curvature: as for `feedback.factor`; without it every weight goes to its nearest code.
         """
         low, kept, high = precision(entry)
         values, parts = rows.of(weight), {}
@@ -54,7 +54,7 @@ class Packed(nn.Module):
                 parts[f"{f.name}_scale"] = scale(rest[r], f.levels, None if share is None else share[r])
                 scales[r], levels[r] = parts[f"{f.name}_scale"].float(), float(f.levels)
         if curvature is not None and levels.any():
-            values = fed_back(values, scales, levels, curvature.to(weight.device), mask)
+            values = fed_back(values, scales, levels, factor(curvature.to(weight.device)), mask)
             rest = values if mask is None else values.masked_fill(mask, 0)
         free = None
         if mask is not None:

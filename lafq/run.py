@@ -215,7 +215,7 @@ def main() -> int:
             from lafq import readme
 
             readme.refresh()
-            print("README.md: numbers refreshed from results/")
+            print("README.md and results/MODEL_CARD.md: numbers refreshed from results/")
             return 0
         asked = {
             "profile": arguments.profile,

@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from lafq import allocation, quantize
-from lafq.feedback import damage, fed_back
+from lafq.feedback import damage, factor, fed_back
 from lafq.formats import absmax, unbiased
 from lafq.quantize import nbytes, pack, resident_bytes, rows_of, unpack
 from lafq.seeds import generator
@@ -30,7 +30,7 @@ def nearest(values, scales, levels):
 
 def test_weights_lie_on_the_grid_of_their_row():
     values, scales, levels, curvature = problem()
-    codes = fed_back(values, scales, levels, curvature) / scales[:, None]
+    codes = fed_back(values, scales, levels, factor(curvature)) / scales[:, None]
     assert torch.allclose(codes, codes.round(), atol=1e-9)
     assert codes.abs().max() <= 3 + 1e-9
 
@@ -38,12 +38,14 @@ def test_weights_lie_on_the_grid_of_their_row():
 def test_uncorrelated_weights_go_to_their_nearest_code():
     values, scales, levels, _ = problem()
     diagonal = torch.diag(torch.rand(12, generator=generator(2), dtype=torch.float64) + 0.1)
-    assert torch.equal(fed_back(values, scales, levels, diagonal), nearest(values, scales, levels))
+    assert torch.equal(fed_back(values, scales, levels, factor(diagonal)), nearest(values, scales, levels))
 
 
 def test_no_curvature_at_all_is_nearest_rounding():
     values, scales, levels, _ = problem()
-    assert torch.equal(fed_back(values, scales, levels, torch.zeros(12, 12, dtype=torch.float64)), nearest(values, scales, levels))
+    assert torch.equal(
+        fed_back(values, scales, levels, factor(torch.zeros(12, 12, dtype=torch.float64))), nearest(values, scales, levels)
+    )
 
 
 def test_first_error_is_made_good_as_well_as_it_can_be():
@@ -52,7 +54,7 @@ def test_first_error_is_made_good_as_well_as_it_can_be():
     k = curvature.diagonal().argmax().item()
     kept = torch.ones(1, 12, dtype=torch.bool)
     kept[0, k] = False
-    change = (fed_back(values, torch.ones(1).double(), torch.full((1,), 3.0).double(), curvature, kept) - values)[0]
+    change = (fed_back(values, torch.ones(1).double(), torch.full((1,), 3.0).double(), factor(curvature), kept) - values)[0]
     damped = curvature + 0.01 * curvature.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     others = [i for i in range(12) if i != k]
     best = torch.linalg.solve(damped[others][:, others], -damped[others, k] * change[k])
@@ -63,7 +65,7 @@ def test_first_error_is_made_good_as_well_as_it_can_be():
 @pytest.mark.parametrize(("rank", "share"), [(4, 0.3), (24, 0.9)])
 def test_correlated_weights_are_rounded_with_less_damage_than_nearest(rank, share):
     values, scales, levels, curvature = problem(rows=40, rank=rank)
-    rounded = (fed_back(values, scales, levels, curvature), nearest(values, scales, levels))
+    rounded = (fed_back(values, scales, levels, factor(curvature)), nearest(values, scales, levels))
     ours, theirs = (damage(q - values, torch.ones_like(values), curvature).sum() for q in rounded)
     assert ours < share * theirs
 
@@ -73,7 +75,7 @@ def test_rows_without_levels_and_kept_weights_are_left_unrounded():
     levels[1] = 0
     kept = torch.zeros(5, 12, dtype=torch.bool)
     kept[0, 3] = True
-    found = fed_back(values, scales, levels, curvature, kept)
+    found = fed_back(values, scales, levels, factor(curvature), kept)
     assert torch.equal(found[1], values[1])
     codes = found[0] / scales[0]
     off = (codes - codes.round()).abs() > 1e-6
@@ -82,8 +84,8 @@ def test_rows_without_levels_and_kept_weights_are_left_unrounded():
 
 def test_rows_do_not_see_each_other():
     values, scales, levels, curvature = problem()
-    alone = torch.cat([fed_back(values[i : i + 1], scales[i : i + 1], levels[i : i + 1], curvature) for i in range(5)])
-    assert torch.allclose(fed_back(values, scales, levels, curvature), alone, atol=1e-12)
+    alone = torch.cat([fed_back(values[i : i + 1], scales[i : i + 1], levels[i : i + 1], factor(curvature)) for i in range(5)])
+    assert torch.allclose(fed_back(values, scales, levels, factor(curvature)), alone, atol=1e-12)
 
 
 def test_damage_of_a_diagonal_curvature_is_that_of_the_fisher_values():

@@ -6,10 +6,11 @@ import torch
 import torchvision
 import yaml
 
-from lafq import experiment, paper, paths, quantize, readme, report, run
+from lafq import experiment, paper, paths, quantize, readme, report, run, summary
 from lafq.files import load_tensors
 
 ROOT = paths.ROOT
+PAGES = (readme.PATH, readme.CARD)
 
 
 def pins(text):
@@ -37,12 +38,51 @@ def test_environment_is_yaml():
     assert yaml.safe_load((ROOT / "environment.yml").read_text())["channels"] == ["conda-forge", "nodefaults"]
 
 
-def test_readme_numbers_are_those_of_results():
-    text = readme.PATH.read_text()
+@pytest.fixture(scope="module")
+def blocks():
+    return summary.blocks()
+
+
+@pytest.fixture
+def known_blocks(monkeypatch, blocks):
+    monkeypatch.setattr(readme, "blocks", lambda profile: blocks)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_numbers_on_a_page_are_those_of_results(path, known_blocks):
+    text = path.read_text()
     assert readme.filled(text) == text
 
 
-def test_a_changed_number_is_noticed():
+def test_every_block_is_on_one_page(blocks):
+    marks = [name for path in PAGES for name in re.findall(r"<!-- (\w+) -->", path.read_text())]
+    assert sorted(marks) == sorted(blocks)
+
+
+@pytest.mark.parametrize("text", ["<!-- nonsense -->\n<!-- /nonsense -->", "<!-- claims -->\n"], ids=["unknown", "not closed"])
+def test_marks_that_make_no_block(text, known_blocks):
+    with pytest.raises(ValueError, match=r"nonsense|marks make 0 blocks"):
+        readme.filled(text)
+
+
+TEXTS = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "results/README.md", "data/README.md"))]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_headings_that_a_page_names_are_there(path):
+    text = path.read_text()
+    anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)}
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif "://" not in link:
+            assert (path.parent / link).exists(), link
+    committed = r"`((?:lafq|tests|notebooks|figures|results/mini)/[\w./-]+)`"
+    for name in re.findall(committed, text):
+        assert (ROOT / name).exists(), name
+
+
+def test_a_changed_number_is_noticed(known_blocks):
     text = readme.PATH.read_text()
     assert "| 59.30 |" in text
     changed = text.replace("| 59.30 |", "| 59.31 |")
@@ -70,7 +110,7 @@ def test_readme_example_runs(digits, tmp_path):
     exec(diffusion.replace("width=16", "width=4").replace("samples=200", "samples=20"), scope)
     assert quantize.resident_bytes(scope["small"]) == quantize.nbytes(scope["model"], scope["plan"])
     assert len(sized.strip().splitlines()) <= 11
-    scope = {"model": torchvision.models.resnet18(num_classes=10).eval(), "inputs": torch.randn(16, 3, 32, 32)}
+    scope = {"model": torchvision.models.mobilenet_v3_small(num_classes=10).eval(), "inputs": torch.randn(16, 3, 32, 32)}
     exec(sized, scope)
     assert 0.99 * 5 < quantize.resident_bytes(scope["small"]) / 2**20 <= 5
 

@@ -1,0 +1,195 @@
+"""The tables and sentences that the README and the model card show, each computed from the committed results."""
+
+import json
+
+import pandas as pd
+
+from lafq import claims, cost, paper, paths, report, wanted
+from lafq.experiment import WEIGHTS
+from lafq.files import load_tensors, sha256
+from lafq.run import notebooks, profile_parameters
+from lafq.unet import UNet
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as GitHub shows it, cells as they are printed."""
+    lines = [table.columns.tolist(), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def blocks(profile: str = "mini") -> dict[str, str]:
+    """The text of every marked block, computed from the committed results of a profile."""
+    folder = paths.RESULTS / profile
+    parameters = profile_parameters(profile)
+    _, trained = load_tensors(folder / WEIGHTS, "01_train")
+    quality = report.load_table(profile, "training_quality")
+    tables = [report.load_table(profile, name) for name in ("01_baseline", "03_global", "04_group", "05_ratio_sweep")]
+    rows = pd.concat(tables, ignore_index=True)
+    timed = json.loads((folder / "timing.json").read_text())["notebooks"]
+    classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
+    seconds, peak = sum(n["seconds"] for n in timed.values()), max(n["peak_mib_so_far"] for n in timed.values())
+    sampling = (parameters["IMAGES"], parameters["SAMPLING_STEPS"], parameters["INCEPTION_REFERENCE"])
+    times = [f"{name} {n['seconds'] / 60:.1f} min" for name, n in timed.items()]
+    said = [claims.published_ratio_sizes(), claims.against_baseline(rows)]
+    return {
+        "headline": headline(profile, rows),
+        "comparison": f"{markdown(main_rows(report.comparison(profile)))}\n\n{report.note(*sampling)}",
+        "claims": markdown(report.claims_shown(profile)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
+        "evidence": evidence(profile),
+        "budget": wanted.take_home(report.load_table(profile, "budget"))
+        + "\n\n"
+        + markdown(report.load_table(profile, "06_wanted")),
+        "fisher": markdown(fisher_cost(pd.read_csv(paths.RESULTS / "benchmarks" / "fisher.csv"))),
+        "cost": (
+            f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "
+            f"memory at most, at the speed of that machine; setting up `.venv` comes on top, once.{untimed(timed)}"
+        ),
+        "model": f"{trained['steps']:,} training steps of batch {trained['batch_size']}. {claims.training_quality(quality)}",
+        "classifier": (
+            f"test accuracy {classifier['test_accuracy']:.2%}, {classifier['parameters']:,} parameters, sha256 "
+            f"`{classifier['sha256']}`"
+        ),
+        "quantizers": markdown(quantizers(pd.read_csv(paths.RESULTS / "benchmarks" / "quantizers.csv"))),
+        "deviations": markdown(deviations()),
+        "counted": counted(),
+        "timing": markdown(timing()),
+        "card": card(profile),
+    }
+
+
+def untimed(timed: dict) -> str:
+    """A sentence on the notebooks that the timed run had not yet, "" where it had all."""
+    missing = [path.stem for path in notebooks() if path.stem not in timed]
+    return f" That run was before {' and '.join(missing)}, which take some minutes each." if missing else ""
+
+
+def headline(profile: str, rows: pd.DataFrame) -> str:
+    """The poster's rows in short, as the paper and as we have them (FP16, single weights), and what FID can tell at this N."""
+    table, base = report.load_table(profile, "paper_comparison"), paper.POSTER[0]
+    ours = table[(table["unit"] == "weight") & (table["format"] == "fp16") & table["mem_paper_mib"].notna()]
+    cells = [
+        (
+            f"{row.method} {row.threshold if row.method == 'ratio' else ''}".strip(),
+            f"{row.fid_paper - base.fid:+.2f}",
+            f"{row.delta_fid_mnist:+.3f} [{row.delta_fid_mnist_low:+.3f}, {row.delta_fid_mnist_high:+.3f}]",
+            f"{row.mem_share_paper:.1%}",
+            f"{row.mem_share:.1%}",
+        )
+        for row in ours.itertuples()
+    ]
+    columns = ["row", "FID less the baseline's: paper", "ours, from the same noise", "stored share of FP32: paper", "ours"]
+    noise = claims.noise_of_fid(rows, report.load_table(profile, "training_quality"))
+    largest = max(abs(p.fid - base.fid) for p in paper.POSTER if p.source == "poster")
+    return (
+        f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n{ours['n_images'].iloc[0]} images a row. The largest of the poster's "
+        f"differences is {largest:.2f}; two draws of the noise alone set one unquantized model's FID apart by "
+        f"{2**0.5 * paper.FID_NOISE:.1f} (1 sd, on the published images; {2**0.5 * noise:.1f} on the features used here)."
+    )
+
+
+def main_rows(comparison: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the poster's table: of the ratio sweep only the three it lists, at the unit of single weights."""
+    listed = comparison["threshold"].isin(["0.35", "0.38", "0.40"]) & (comparison["unit"] == "weight")
+    return comparison[(comparison["method"] != "ratio") | listed]
+
+
+def evidence(profile: str) -> str:
+    """The claims with more images and over other training runs, as far as `make evidence` has been run."""
+    steps, table = ("evidence_rows", "evidence_runs"), report.evidence_claims(profile)
+    missing = [step for step in steps if not (paths.RESULTS / profile / f"{step}.csv").is_file()]
+    lines = [f"Not made yet: {step} (`make evidence`)." for step in missing]
+    if "evidence_runs" not in missing:
+        runs = report.load_table(profile, "evidence_runs")
+        lines.append(f"The {runs['seed'].nunique()} training runs took {runs['steps'].iloc[0]:,} steps each.")
+    return "\n".join(([markdown(table), ""] if table is not None else []) + lines)
+
+
+def fisher_cost(table: pd.DataFrame) -> pd.DataFrame:
+    """The benchmark of Fisher methods as it is shown."""
+    digits = {"cost_ratio": "{:.2f}", "relative_error": "{:.2g}"}
+    return table.assign(**{c: table[c].map(f.format) for c, f in digits.items()})
+
+
+def quantizers(table: pd.DataFrame) -> pd.DataFrame:
+    """The benchmark as it is shown: the integer formats that at least two libraries have."""
+    shared = table.groupby(["width", "format"])["library"].transform("nunique") > 1
+    shown = table[shared].assign(order=table["format"].str[3:].astype(int)).sort_values(["width", "order"], ascending=[True, False])
+    digits = {"bytes_ratio": "{:.3f}", "output_mse": "{:.2g}", "time_ratio": "{:.2f}"}
+    shown = shown.assign(
+        library=shown["library"] + " " + shown["version"], **{c: shown[c].map(f.format) for c, f in digits.items()}
+    )
+    return shown[["width", "format", "library", *digits, "layers_left_fp32"]]
+
+
+def deviations() -> pd.DataFrame:
+    """What the profiles mini and paper do otherwise than the paper: setting, paper, and a column a profile."""
+    published = paper.TRAINING
+    settings = {
+        "width of the model": f"{paper.WIDTH} ({paper.BASELINE_MIB:.2f} MiB)",
+        "groups of each GroupNorm": f"{paper.WIDTH // 2}",
+        "training steps of batch 64": f"{published['steps']:,} (15 epochs)",
+        "Adam learning rate": f"{published['peak']:g}, constant",
+        "dropout": f"{published['dropout']}",
+        "EMA decay": f"{published['ema_decay']}",
+        "compute in training": "FP32",
+        "sampling steps": f"{paper.SAMPLING_STEPS:,}",
+    }
+    table = pd.DataFrame({"setting": settings.keys(), "paper": settings.values()})
+    for name in ("mini", "paper"):
+        p, training = profile_parameters(name), profile_parameters(name)["TRAINING"]
+        rate = f"{training['peak']:g}, {training['warmup']} steps of warm-up, linear decay over the last {training['decay']:,}"
+        many = f"; {p['MANY']['steps']} where rows have {p['MANY']['images']:,} images" if p["MANY"]["images"] else ""
+        table[f"profile {name}"] = [
+            f"{p['WIDTH']} ({4 * sum(t.numel() for t in UNet(p['WIDTH']).parameters()) / 2**20:.2f} MiB)",
+            f"{p['WIDTH'] // 2}",
+            f"{training['steps']:,}",
+            rate,
+            f"{training['dropout']}",
+            f"{training['ema_decay']}, warmed up",
+            "bfloat16 autocast" if training["bf16"] else "FP32",
+            f"{p['SAMPLING_STEPS']:,} (trailing stride){many}" if p["SAMPLING_STEPS"] < paper.SAMPLING_STEPS else f"1,000{many}",
+        ]
+    return table
+
+
+def counted() -> str:
+    """The operations of the profile paper, and how many rows they are for."""
+    p = profile_parameters("paper")
+    one, training = cost.forward_flop(p["WIDTH"]), p["TRAINING"]
+    full, many = (images * steps * one / 1e15 for images, steps in ((p["IMAGES"], p["SAMPLING_STEPS"]), p["MANY"].values()))
+    trained, rows = 3 * one * training["steps"] * training["batch_size"] / 1e15, sum(cost.sampled_rows(p).values())
+    return (
+        f"Counted, that is {trained:.1f} PFLOP of training (bfloat16 autocast), {full:.2f} PFLOP a row for {p['IMAGES']} images at "
+        f"{p['SAMPLING_STEPS']:,} steps, {rows} rows, and {many:.2f} for a row with {p['MANY']['images']:,} images at "
+        f"{p['MANY']['steps']} steps."
+    )
+
+
+def timing(profiles: tuple[str, ...] = ("mini", "paper")) -> pd.DataFrame:
+    """Minutes, and the largest memory up to then, of every notebook in each profile's last timed run; "not run" without one."""
+    table = pd.DataFrame({"notebook": [path.stem for path in notebooks()]})
+    for profile in profiles:
+        path = paths.RESULTS / profile / "timing.json"
+        record = json.loads(path.read_text()) if path.is_file() else {"gpu": None, "notebooks": {}}
+        device = record["gpu"] or ("one GPU" if profile == "paper" else "two CPU cores")
+        cells = [record["notebooks"].get(name) for name in table["notebook"]]
+        table[f"{profile}, {device}"] = [
+            f"{cell['seconds'] / 60:.1f} min, {cell['peak_mib_so_far'] / 1024:.1f} GiB so far" if cell else "not run"
+            for cell in cells
+        ]
+    return table
+
+
+def card(profile: str) -> str:
+    """The shipped weights: file, what it is, size, sha256."""
+    _, trained = load_tensors(paths.RESULTS / profile / WEIGHTS, "01_train")
+    classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
+    count = sum(p.numel() for p in UNet(trained["width"]).parameters())
+    model = f"diffusion model, width {trained['width']}, {count:,} parameters, EMA, FP32, {trained['steps']:,} training steps"
+    judge = f"digit classifier, {classifier['parameters']:,} parameters, test accuracy {classifier['test_accuracy']:.2%}"
+    files = {f"{profile}/{WEIGHTS}": model, "classifier/classifier.safetensors": judge}
+    rows = [
+        (f"`{name}`", what, f"{(paths.RESULTS / name).stat().st_size:,}", f"`{sha256(paths.RESULTS / name)}`")
+        for name, what in files.items()
+    ]
+    return markdown(pd.DataFrame(rows, columns=["file", "weights of", "bytes", "sha256"]))
