@@ -49,8 +49,9 @@ class Row(NamedTuple):
 
 
 def measured_sensitivity(model: nn.Module, samples: int, seed: int) -> Sensitivity:
-    """`true_fisher.sensitivity` of the six layers' weights, on so many noised training digits."""
-    return sensitivity(model, list(quantizable(model)), noised_batches(mnist(train=True)[0], samples, seed), seed)
+    """`true_fisher.sensitivity` of all weights, the input and output convolutions' too, on so many noised training digits."""
+    names = [name for name, p in model.named_parameters() if p.ndim > 1]
+    return sensitivity(model, names, noised_batches(mnist(train=True)[0], samples, seed), seed)
 
 
 def quantized(model: nn.Module, row: Row, known: Sensitivity) -> nn.Module:
@@ -80,14 +81,18 @@ def uniform(model: nn.Module) -> list[Row]:
 
 
 def allocated(model: nn.Module, known: Sensitivity, bits: list[float], units: tuple[str, ...] = UNITS) -> list[Row]:
-    """The allocator at these units and budgets, and at unit mixed without error feedback.
+    """The allocator at these units and budgets; at unit mixed also without error feedback, and with all weights to choose from.
 
     A budget below a unit's smallest size is left out, and a line says so.
     """
-    rows = []
-    methods = [("allocator", unit, known.curvature) for unit in units]
-    for method, unit, curvature in [*methods, ("allocator, nearest code", "mixed", None)]:
-        frontiers = allocation.frontiers_of(model, known.fisher, unit, curvature=curvature)
+    rows, layers = [], {name: known.fisher[name] for name in quantizable(model)}
+    methods = [("allocator", unit, layers, known.curvature) for unit in units]
+    methods += [
+        ("allocator, nearest code", "mixed", layers, None),
+        ("allocator, all weights", "mixed", known.fisher, known.curvature),
+    ]
+    for method, unit, fisher, curvature in methods:
+        frontiers = allocation.frontiers_of(model, fisher, unit, curvature=curvature)
         for b in bits:
             try:
                 found = allocation.choose(model, frontiers, mib_at(model, b))
@@ -103,7 +108,7 @@ def thresholds(model: nn.Module, fisher: dict[str, Tensor], bits: list[float], s
 
     What is not kept goes to the largest integer format below the budget, what is kept stays FP16 (FP32 where even all FP16 fits).
     """
-    g = generator(seed)
+    g, fisher = generator(seed), {name: fisher[name] for name in quantizable(model)}
     scores = {
         "global": fisher,
         "group": relative_to_group(fisher),
@@ -149,11 +154,11 @@ def judged(model: nn.Module, rows: list[Row], known: Sensitivity, seed: int, dig
 
 def predicted(model: nn.Module, small: nn.Module, known: Sensitivity) -> float:
     """Predicted damage of a quantized model whose weights are unpacked, a pixel."""
-    after, total = quantizable(small), 0.0
-    for name, weight in quantizable(model).items():
+    total = 0.0
+    for name, values in known.fisher.items():
         rows = rows_of(model, name)
-        change, fisher = rows.of(after[name] - weight).cpu(), rows.of(known.fisher[name]).cpu()
-        total += damage(change, fisher, known.curvature[name].cpu()).sum().item()
+        change = rows.of(small.get_parameter(name).detach() - model.get_parameter(name).detach()).cpu()
+        total += damage(change, rows.of(values).cpu(), known.curvature[name].cpu()).sum().item()
     return total / HALF_PIXELS
 
 

@@ -12,7 +12,13 @@ from lafq.budget import FEEDBACK
 from lafq.plots import bars
 from lafq.predictions import PROXIES
 
-NAMED = {"allocator": "D", "allocator, nearest code": "x", "uniform": "s", f"uniform, {FEEDBACK}": "s"}
+NAMED = {
+    "allocator": "D",
+    "allocator, nearest code": "x",
+    "allocator, all weights": "P",
+    "uniform": "s",
+    f"uniform, {FEEDBACK}": "s",
+}
 STYLES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
 
 

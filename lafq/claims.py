@@ -41,7 +41,7 @@ def noise_of_fid(table: pd.DataFrame, quality: pd.DataFrame) -> float:
 def scale(table: pd.DataFrame, quality: pd.DataFrame) -> str:
     """One line for a figure: how much a draw of other noise moves the FID of one model, beside what the axis shows."""
     noise = noise_of_fid(table, quality)
-    return "one draw of the noise" if pd.isna(noise) else f"same noise in every row; other noise moves FID by +-{noise:.1f} (1 sd)"
+    return "one draw of the noise" if pd.isna(noise) else f"same noise in every row; other noise moves FID by ±{noise:.1f} (1 sd)"
 
 
 def training_quality(quality: pd.DataFrame) -> str:

@@ -1,5 +1,8 @@
 """What the notebooks do again and again: set up, train or load the weights, keep their Fisher information."""
 
+import math
+import os
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -27,11 +30,23 @@ def set_up(profile: str, threads: int, device: str = "auto") -> torch.device:
     return compute_on(threads, device)
 
 
+def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """CPU cores that this process may use: of the machine, or fewer where its container limits them (cgroup, CPU_LIMIT)."""
+    limits = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
+    if quota.is_file() and not (words := quota.read_text().split())[0].startswith("max"):
+        limits.append(int(words[0]) / int(words[1]))
+    if named := os.environ.get("CPU_LIMIT"):
+        limits.append(float(named))
+    return max(1, math.floor(min(limits)))
+
+
 def compute_on(threads: int, device: str = "auto") -> torch.device:
-    """Fix the number of threads and how FP32 is computed; the device as in `set_up`."""
+    """Fix the number of threads (fewer where there are fewer cores) and how FP32 is computed; the device as in `set_up`."""
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("DEVICE is cuda, but no CUDA GPU is visible: set DEVICE to auto or cpu")
-    torch.set_num_threads(threads)
+    if (available := cores()) < threads:
+        print(f"threads: {available} in the place of {threads}, as many as there are cores to use")
+    torch.set_num_threads(min(threads, available))
     chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     # Quantization is judged in FP32 compute: TF32 keeps 10 mantissa bits, as FP16 does.
     torch.backends.cudnn.deterministic = True

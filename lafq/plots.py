@@ -20,6 +20,9 @@ MARKED = 50  # a line of more points than this is drawn without markers
 MARKERS = {"fp16": "o", "int8": "s"}
 KIND = (("format", "{}"), ("unit", "unit {}"))
 RUN = (("seed", "training seed {}"),)
+PAIRED = "bars: 95 % intervals of the difference, paired bootstrap over the images"
+DIGITS = "bars: 95 % intervals, bootstrap over the digits"
+SPREAD = "bars: one standard deviation over the blocks"
 
 
 def digits(ax: Axes, images: np.ndarray, columns: int, title: str) -> None:

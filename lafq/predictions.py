@@ -78,7 +78,8 @@ def by_proxy(model: nn.Module, points: pd.DataFrame, bits: float) -> list[Row]:
 
 def gaps(model: nn.Module, known: Sensitivity, bits: list[float]) -> pd.DataFrame:
     """The fast allocation's damage over the integer program's, unit tensor: columns budget_bits, fast, exact, gap."""
-    frontiers, found = allocation.frontiers_of(model, known.fisher, "tensor", curvature=known.curvature), []
+    layers = {name: known.fisher[name] for name in quantizable(model)}
+    frontiers, found = allocation.frontiers_of(model, layers, "tensor", curvature=known.curvature), []
     for b in bits:
         try:
             found_by = [allocation.choose(model, frontiers, mib_at(model, b), exact=e) for e in (False, True)]

@@ -95,8 +95,12 @@ def load_rows(profile: str, name: str, with_baseline: bool = False) -> tuple[pd.
     return table, images
 
 
-def save_figure(profile: str, name: str, figure: Figure) -> None:
-    """Write figures/<profile>/<name>.png and .svg, without dates so that equal figures are equal bytes."""
+def save_figure(profile: str, name: str, figure: Figure, note: str = "") -> None:
+    """Write figures/<profile>/<name>.png and .svg, without dates so that equal figures are equal bytes.
+
+    Below stands the profile, and the note: what the bars of the figure are.
+    """
+    figure.text(1, -0.01, f"profile {profile}" + (f"; {note}" if note else ""), ha="right", va="top", fontsize=8, color="0.35")
     with matplotlib.rc_context({"svg.hashsalt": name}):
         for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             with replacing(paths.FIGURES / profile / f"{name}.{suffix}") as temporary:

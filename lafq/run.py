@@ -180,7 +180,12 @@ def _peak_mib() -> float:
 def _update(path: Path, key: str, value: Any) -> None:
     record = json.loads(path.read_text()) if path.is_file() else {}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    record |= {"python": platform.python_version(), "gpu": gpu, **{name: version(name) for name in PACKAGES}}
+    record |= {
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        **{name: version(name) for name in PACKAGES},
+    }
     record.setdefault("notebooks", {})[key] = value
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")

@@ -187,14 +187,16 @@ def test_judged_rows_measure_the_plan(model, known):
     assert (table["damage_low"] <= table["damage"]).all()
     assert uniform["bits_per_weight"].round().tolist() == [2, 3, 4, 6, 8]
     mixed = table[table["unit"] == "mixed"].set_index("method")["damage"]
-    assert mixed["allocator"] < mixed["allocator, nearest code"] < uniform["damage"].iloc[1]
+    assert mixed["allocator, all weights"] < mixed["allocator"] < mixed["allocator, nearest code"] < uniform["damage"].iloc[1]
+    sizes = table[table["unit"] == "mixed"]["mem_mib"]
+    assert sizes.between(0.98 * budget.mib_at(model, 4.0), budget.mib_at(model, 4.0)).all()
     before = scoring.held_out_outputs(model, 0, 20)
     assert scoring.output_damage(model, before, 0)["damage"] == 0
 
 
 def test_points_and_allocations_by_every_prediction(model, known):
     points = predictions.by_tensor(model, known, ("int2", "int8"), seed=0, digits=10)
-    assert len(points) == 2 * len(known.fisher)
+    assert len(points) == 2 * len(quantizable(model))
     ranks = predictions.rank_correlations(points)
     assert ranks["prediction"].tolist() == list(predictions.PROXIES)
     assert ranks["all formats"].between(-1, 1).all()

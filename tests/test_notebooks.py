@@ -70,6 +70,15 @@ def test_committed_notebook_is_executed_clean_and_small(path):
     assert sum("parameters" in c.metadata.get("tags", []) for c in notebook.cells) == 1
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_first_cell_links_the_other_notebooks(path):
+    first = nbformat.read(path, as_version=4).cells[0].source
+    assert first.startswith(f"# {path.stem[:2]} ")
+    links = re.findall(r"\]\(([^)]+)\)", first)
+    assert [name for name in links if name.endswith(".ipynb")] == [p.name for p in NOTEBOOKS if p != path]
+    assert "../README.md" in links
+
+
 def test_the_path_pattern_sees_a_path():
     assert MACHINE_PATH.search("in " + "/".join(("", "home", "someone", "lafq")))
     assert not MACHINE_PATH.search("results/mini/home/x.csv")
