@@ -93,7 +93,7 @@ def panel(subject: Subject, first: Outcome) -> ipywidgets.VBox:
             with redirect_stderr(io.StringIO()):
                 show(outcome(subject, Setting(rule.value, amount.value, unit.value, low.value)))
         except (ValueError, OSError, RuntimeError) as error:
-            text.value = html.escape(f"{error}; the picture is still that of the last setting")
+            text.value = html.escape(f"Not possible: {error}; the picture is still that of the last setting")
 
     for control in (rule, amount, unit, low):
         control.observe(changed, "value")
