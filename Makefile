@@ -13,10 +13,10 @@ $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 t
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
 	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER))
 
-.PHONY: help setup reproduce resume publish classifier evidence benchmark test lint clean
+.PHONY: help setup reproduce resume publish classifier evidence benchmark test test-browser lint clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  options: PROFILE=smoke|mini|paper  TRAIN=1 (retrain)  NOTEBOOK=03 (only that one)  SCHEDULER=tcp://host:8786 (sample on a Dask cluster)"
 
 setup: $(READY)  ## virtual environment .venv with the pinned packages
@@ -61,6 +61,11 @@ test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of
 	$$nbval build/smoke; \
 	$$nbval notebooks
 	@echo "all passed: ruff, unit tests, the notebooks with smoke (twice, equal numbers), the committed notebooks"
+	@echo "not run: the sliders of 00_explore in a browser (make test-browser)"
+
+test-browser: $(READY)  ## 00_explore in JupyterLab, driven in headless Chromium: one slider is moved (a minute; installs Playwright)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-browser.txt
+	@$(BIN)/python -m pytest -q tests/browser
 
 clean:  ## remove .venv and build (results/ stays)
 	@rm -rf .venv build

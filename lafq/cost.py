@@ -15,6 +15,7 @@ from lafq.experiment import compute_on
 from lafq.unet import UNet, layer_of, quantizable
 
 INCEPTION = 11.4e9  # operations for one image of 299x299: Szegedy et al. 2016, "Rethinking the Inception Architecture"
+EXPLORED = 3 * (256 + 128) + 2 * 8 * 20  # images that 00_explore sends through the network, a backward pass as two
 ROWS = {"01_train": 1, "03_global": 6, "04_group": 3, "07_audit": 6}
 
 
@@ -67,6 +68,7 @@ def work(parameters: dict[str, Any]) -> dict[str, float]:
     found["02_fisher"] = 3 * one * p["FISHER_SAMPLES"]
     judged = 11 + 10 * len(p["BUDGET_BITS"]) + 34 * 6 / 2
     found["06_budget"] = 3 * one * p["TRUE_FISHER_SAMPLES"] + judged * p["DAMAGE_DIGITS"] * one + 5 * 7 * image
+    found["00_explore"] = EXPLORED * one
     found["07_audit"] += 3 * one * 4 * p["AUDIT_SAMPLES"] + 500 * 2 * seen
     return dict(sorted(found.items()))
 

@@ -34,6 +34,8 @@ from lafq.files import replacing
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
 LEAST = {"WIDTH": 4, "IMAGES": 2, "SAMPLING_STEPS": 1, "CHECK_IMAGES": 20, "THREADS": 1, "INCEPTION_REFERENCE": 0}
 LAST = "last_run.json"
+EXPLORER = "00_explore"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 QUIET_KERNEL = ["--IPKernelApp.log_level=40"]
 
 
@@ -47,11 +49,11 @@ def profile_parameters(profile: str) -> dict[str, Any]:
 
 
 def notebooks(only: str = "") -> list[Path]:
-    """The numbered notebooks in order, or those whose name begins with `only`."""
-    found = sorted(path for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb") if path.name.startswith(only))
+    """The numbered notebooks in order, or those whose name begins with `only`; 00 last, as it opens what 01 makes."""
+    every = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"), key=lambda path: (path.stem == EXPLORER, path.name))
+    found = [path for path in every if path.name.startswith(only)]
     if not found:
-        names = ", ".join(sorted(path.stem for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")))
-        raise ValueError(f"no notebook's name begins with {only!r}: choose one of {names}")
+        raise ValueError(f"no notebook's name begins with {only!r}: choose one of {', '.join(path.stem for path in every)}")
     return found
 
 
@@ -123,7 +125,8 @@ def publish(only: str = "") -> None:
     """
     selected = notebooks(only)
     for timing in paths.BUILD.glob("*/timing.json"):
-        if set(json.loads(timing.read_text())["notebooks"]) != {path.stem for path in notebooks()}:
+        # A run before 00_explore was there has timed all that takes long.
+        if {path.stem for path in notebooks()} - set(json.loads(timing.read_text())["notebooks"]) - {EXPLORER}:
             continue
         with replacing(paths.RESULTS / timing.parent.name / timing.name) as temporary:
             shutil.copy(timing, temporary)
@@ -159,14 +162,17 @@ def published() -> Path:
 
 
 def _clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:
-    """Write a notebook without what names this run or machine: papermill's record, times, progress bars, versions."""
+    """Write a notebook without what names this run or machine: papermill's record, times, progress bars, versions.
+
+    Widgets go too: their state is not kept, and a page that shows the notebook could not draw them without it.
+    """
     notebook = notebook or nbformat.read(path, as_version=4)
     notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec",) if k in notebook.metadata}
     notebook.metadata["language_info"] = {"name": "python"}
     for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
     with replacing(path) as temporary, temporary.open("w") as file:
         nbformat.write(notebook, file)
 

@@ -7,7 +7,7 @@ import pandas as pd
 from lafq import claims, cost, paper, paths, report, wanted
 from lafq.experiment import WEIGHTS
 from lafq.files import load_tensors, sha256
-from lafq.run import notebooks, profile_parameters
+from lafq.run import EXPLORER, notebooks, profile_parameters
 from lafq.unet import UNet
 
 
@@ -59,7 +59,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
 
 def untimed(timed: dict) -> str:
     """A sentence on the notebooks that the timed run had not yet, "" where it had all."""
-    missing = [path.stem for path in notebooks() if path.stem not in timed]
+    missing = [path.stem for path in notebooks() if path.stem not in timed and path.stem != EXPLORER]
     return f" That run was before {' and '.join(missing)}, which take some minutes each." if missing else ""
 
 

@@ -63,6 +63,7 @@ def test_committed_notebook_is_executed_clean_and_small(path):
         for output in cell.outputs:
             assert output.output_type != "error"
             assert output.get("name") != "stderr"
+            assert run.WIDGET not in output.get("data", {})
             assert not MACHINE_PATH.search(str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", "")))
     notebook = nbformat.read(path, as_version=4)
     assert "widgets" not in notebook.metadata
