@@ -20,6 +20,7 @@ help:  ## this list
 	@echo "  options: PROFILE=smoke|mini|paper  TRAIN=1 (retrain)  NOTEBOOK=03 (only that one)  SCHEDULER=tcp://host:8786 (sample on a Dask cluster)"
 
 setup: $(READY)  ## virtual environment .venv with the pinned packages
+	@echo "ready: .venv"
 
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
@@ -42,13 +43,14 @@ publish: $(READY)  ## refresh notebooks/ from results/, without computing anythi
 classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
 	@$(BIN)/python -m lafq.classifier
 
-evidence: $(READY)  ## what takes longer than reproduce may: the noise floor (mini: about 15 minutes); made once, then loaded
+evidence: $(READY)  ## what takes longer than reproduce may: noise floor, 1,000 images a row, other training runs (mini: about two hours)
 	@$(BIN)/python -m lafq.evidence $(if $(PROFILE),--profile $(PROFILE))
 
-benchmark: $(READY)  ## compare the quantizer with optimum-quanto and torchao, Fisher with BackPACK (about 15 minutes)
+benchmark: $(READY)  ## the quantizer beside optimum-quanto and torchao, Fisher beside BackPACK, the notebooks in 2 GiB (about 20 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
 	@$(BIN)/python benchmarks/quantizers.py
 	@$(BIN)/python benchmarks/fisher.py
+	@$(BIN)/python benchmarks/binder.py
 
 lint: $(READY)  ## ruff over code and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -66,6 +68,8 @@ test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of
 test-browser: $(READY)  ## 00_explore in JupyterLab, driven in headless Chromium: one slider is moved (a minute; installs Playwright)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-browser.txt
 	@$(BIN)/python -m pytest -q tests/browser
+	@echo "passed: the slider of 00_explore, moved in a browser, changed the picture and the bytes"
 
 clean:  ## remove .venv and build (results/ stays)
 	@rm -rf .venv build
+	@echo "removed: .venv, build"
