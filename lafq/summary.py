@@ -104,8 +104,8 @@ def evidence(profile: str) -> str:
         fids = runs[runs["method"] == "baseline"]["fid_mnist"]
         shipped = report.load_table(profile, "01_baseline")["fid_mnist"].item()
         lines.append(
-            f"The {len(fids)} training runs took {runs['steps'].iloc[0]:,} steps each. The FID of their unquantized models (MNIST "
-            f"features, N = {runs['n_images'].iloc[0]}) is {fids.min():,.0f} to {fids.max():,.0f}, the shipped one's {shipped:.0f}: "
+            f"The {len(fids)} training runs took {runs['steps'].iloc[0]:,} steps each. FID of their unquantized models (MNIST "
+            f"features, N = {runs['n_images'].iloc[0]}) is {fids.min():,.0f} to {fids.max():,.0f}, here {shipped:.0f}: "
             "on C3 and C4 they speak of far worse images."
         )
     return "\n".join(([markdown(table), ""] if table is not None else []) + lines)
