@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lafq import evaluation, evidence, experiment, paper, paths, replicates, report, samples
+from lafq import budget, evaluation, evidence, experiment, paper, paths, replicates, report, samples, wanted
 from lafq.data import mnist
 from lafq.files import save_tensors
 from lafq.fisher import empirical_fisher
@@ -105,3 +105,18 @@ def test_missing_fisher_information_is_one_sentence(sandbox, monkeypatch, capsys
     assert "fisher.safetensors" in said
     assert "02_fisher with COMPUTE=True" in said
     assert len(said.splitlines()) == 1
+
+
+def test_budget_rows_join_those_of_06(smoke, tiny):
+    found = evidence.budgets("smoke", images=20)["budget"]
+    assert found["method"].tolist()[0] == "baseline"
+    assert set(found["method"]) == {
+        *("baseline", "uniform", f"uniform, {budget.FEEDBACK}", "allocator", "allocator, nearest code", "allocator, all weights"),
+        *("global", "group", "ratio", "magnitude", "random"),
+    }
+    known = budget.measured_sensitivity(tiny, 20, seed=0)
+    rows = [*budget.uniform(tiny), *budget.allocated(tiny, known, list(evidence.ALLOCATED), units=("mixed",))]
+    table = wanted.with_fid(budget.judged(tiny, rows, known, seed=0, digits=10), found)
+    joined = table[table["n_images"] == 20]
+    assert len(joined) == (~found["method"].isin(["baseline", "global", "group", "ratio", "magnitude", "random"])).sum()
+    assert joined["fid_mnist_delta"].notna().all()
