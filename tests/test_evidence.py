@@ -111,7 +111,7 @@ def test_budget_rows_join_those_of_06(smoke, tiny):
     found = evidence.budgets("smoke", images=20)["budget"]
     assert found["method"].tolist()[0] == "baseline"
     assert set(found["method"]) == {
-        *("baseline", "uniform", f"uniform, {budget.FEEDBACK}", "allocator", "allocator, nearest code", "allocator, all weights"),
+        *("baseline", "uniform", "allocator", "allocator, nearest code", "allocator, all weights"),
         *("global", "group", "ratio", "magnitude", "random"),
     }
     known = budget.measured_sensitivity(tiny, 20, seed=0)
