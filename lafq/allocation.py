@@ -31,7 +31,8 @@ CELLS, WORK = 2**16, 2**24
 class Allocation(NamedTuple):
     """plan: for `quantize.pack`, with `formats.unbiased`, the same Fisher values as importance, and the curvature if it had one.
 
-    nbytes: of the whole model under the plan; damage: the predicted rise of half the squared error, summed over the output.
+    nbytes: of the whole model under the plan; damage: the predicted rise of half the squared error, summed over the output. It is
+    too low where plan and rounding fit the noise of few draws (`budget.judged` predicts from others).
     report: one row a parameter, columns parameter, weights, bits_per_weight, formats, kept (single weights in FP16), damage.
     """
 

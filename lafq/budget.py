@@ -139,15 +139,19 @@ def at_bytes(model: nn.Module, scores: dict[str, Tensor], low: str, high: str, b
     return make_plan(keep_global(scores, cut), low, high)
 
 
-def judged(model: nn.Module, rows: list[Row], known: Sensitivity, seed: int, digits: int) -> pd.DataFrame:
-    """Bytes, predicted and measured damage of every row, columns as COLUMNS; measured on so many held-out digits."""
+def judged(model: nn.Module, rows: list[Row], known: Sensitivity, judge: Sensitivity, seed: int, digits: int) -> pd.DataFrame:
+    """Bytes, predicted and measured damage of every row, columns as COLUMNS; measured on so many held-out digits.
+
+    known: what plans and rounding are made from; judge: from other draws, what damage is predicted from, since by the draws that a
+    plan is fitted to it looks better than it is.
+    """
     outputs, full, found = scoring.held_out_outputs(model, seed, digits), nbytes(model, {}), []
     for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
         small = quantized(model, row, known)
         size = nbytes(model, row.plan)
         key = {"method": row.method, "unit": row.unit, "budget_bits": round(row.bits, 3), "budget_mib": mib_at(model, row.bits)}
         stored = {"mem_mib": size / MIB, "mem_share": size / full, "bits_per_weight": bits_of(model, row.plan)}
-        damages = {"predicted": predicted(model, small, known)} | scoring.output_damage(small, outputs, seed)
+        damages = {"predicted": predicted(model, small, judge)} | scoring.output_damage(small, outputs, seed)
         found.append(key | stored | damages)
     return pd.DataFrame(found)[COLUMNS]
 

@@ -180,7 +180,7 @@ def known(model):
 
 def test_judged_rows_measure_the_plan(model, known):
     rows = [*budget.uniform(model)[:5], *budget.allocated(model, known, [4.0])]
-    table = budget.judged(model, rows, known, seed=0, digits=20)
+    table = budget.judged(model, rows, known, known, seed=0, digits=20)
     assert list(table.columns) == budget.COLUMNS
     uniform = table[table["method"] == "uniform"]
     assert (uniform["damage"].diff().dropna() < 0).all()

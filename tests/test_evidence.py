@@ -116,7 +116,7 @@ def test_budget_rows_join_those_of_06(smoke, tiny):
     }
     known = budget.measured_sensitivity(tiny, 20, seed=0)
     rows = [*budget.uniform(tiny), *budget.allocated(tiny, known, list(evidence.ALLOCATED), units=("mixed",))]
-    table = wanted.with_fid(budget.judged(tiny, rows, known, seed=0, digits=10), found)
+    table = wanted.with_fid(budget.judged(tiny, rows, known, known, seed=0, digits=10), found)
     joined = table[table["n_images"] == 20]
     assert len(joined) == (~found["method"].isin(["baseline", "global", "group", "ratio", "magnitude", "random"])).sum()
     assert joined["fid_mnist_delta"].notna().all()
