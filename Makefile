@@ -55,7 +55,7 @@ benchmark: $(READY)  ## the quantizer beside optimum-quanto and torchao, Fisher 
 lint: $(READY)  ## ruff over code and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (about 12 minutes on two cores)
+test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (about ten minutes on two cores)
 	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; nbval="$(BIN)/python -m pytest -q --nbval --nbval-current-env"; \
 	$(BIN)/python -m pytest -q; \
 	$(RUN) reproduce --profile smoke; \

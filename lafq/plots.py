@@ -16,6 +16,7 @@ from lafq.paper import BEST_RATIOS, Published
 
 sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={"figure.constrained_layout.use": True})
 AMPLIFIED = 8  # differences of images are drawn this many times as bright
+SWEPT = (0.28, 0.5)  # the ratios that the paper swept
 MARKED = 50  # a line of more points than this is drawn without markers
 MARKERS = {"fp16": "o", "int8": "s"}
 KIND = (("format", "{}"), ("unit", "unit {}"))
@@ -100,7 +101,7 @@ def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, ti
     for i, ((kind, points), marker) in enumerate(zip(kinds, "osD^vP*X", strict=False)):
         apart = 0.02 * i  # MiB: rows of equal size stay visible
         ax.errorbar(points["mem_mib"] + apart, points[metric], bars(points, metric), fmt=marker, capsize=3, label=", ".join(kind))
-    ax.set(xlabel="stored MiB", ylabel=label)
+    ax.set(xlabel="stored MiB (kinds set apart by 0.02)", ylabel=label)
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=9)
 
@@ -174,7 +175,7 @@ def published_sweep(ax: Axes, rows: Sequence[Published]) -> None:
         ax.plot(*zip(*points, strict=True), "o", ms=5, color="C0", mfc=face, label=label)
     ax.plot([float(row.threshold) for row in ratio], [row.fid for row in ratio], color="C0", lw=1, zorder=0)
     ax.axhline(rows[0].fid, color="black", ls="--", lw=1, label="FP32 baseline (poster)")
-    ax.set(xlabel="ratio r", ylabel="FID (Inception, N = 100, 1,000 steps)", title="Published", xlim=(0, 1))
+    ax.set(xlabel="ratio r", ylabel="FID (Inception, N = 100, 1,000 steps)", title="Published", xlim=SWEPT)
     ax.legend(fontsize=9)
 
 
