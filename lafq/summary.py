@@ -90,8 +90,8 @@ def headline(profile: str, rows: pd.DataFrame) -> str:
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
         "Paper: width 64, 1,000 steps, Inception features. Ours: a quarter of the width, 50 steps, features of a digit classifier, "
         f"FP16, single weights, 95 % intervals. {ours['n_images'].iloc[0]} images a row in both. The largest of the poster's "
-        f"differences is {largest:.2f}; FID of one model varies by {noise:.1f} (1 sd) over draws of the noise here, so two draws differ "
-        f"by {2**0.5 * noise:.1f}; on the authors' published images by {paper.FID_NOISE} and {2**0.5 * paper.FID_NOISE:.1f}."
+        f"differences is {largest:.2f}; FID of one model varies by {noise:.1f} (1 sd) over draws of the noise here, so two draws "
+        f"differ by {2**0.5 * noise:.1f}; on the authors' published images by {paper.FID_NOISE} and {2**0.5 * paper.FID_NOISE:.1f}."
     )
 
 
