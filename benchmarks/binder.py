@@ -14,7 +14,8 @@ import time
 import pandas as pd
 from quantizers import write
 
-from lafq import paths, run
+from lafq import paths
+from lafq.notebooks import notebooks
 
 LIMIT = 2 * 2**30
 EXECUTE = """
@@ -50,7 +51,7 @@ def main() -> None:
     """Write and print results/benchmarks/binder.csv."""
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(paths.RESULTS, os.path.join(folder, "results"))
-        table = [measured(path.name, folder) for path in run.notebooks()]
+        table = [measured(path.name, folder) for path in notebooks()]
     write("binder", pd.DataFrame(table).round(1).to_dict("records"))
 
 

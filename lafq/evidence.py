@@ -11,7 +11,7 @@ import pandas as pd
 
 from lafq import budget, evaluation, experiment, paths, plans, replicates, report
 from lafq.noise_floor import noise_floor
-from lafq.run import profile_parameters
+from lafq.notebooks import profile_parameters
 
 IMAGES = 1000
 ALLOCATED, RULES = (3.5, 4.0, 5.0, 6.0), (6.0,)

@@ -9,7 +9,7 @@ from lafq import classifier, experiment, intervals, metrics
 from lafq.data import HELD_OUT, mnist
 from lafq.evaluation import inception_features
 from lafq.metrics import Reference
-from lafq.run import profile_parameters
+from lafq.notebooks import profile_parameters
 from lafq.samples import sampled
 from lafq.seeds import generator
 

@@ -15,8 +15,8 @@ from lafq import evaluation, experiment, paper, paths, plans, training, verdicts
 from lafq.data import mnist
 from lafq.fisher import empirical_fisher
 from lafq.intervals import LEVEL
+from lafq.notebooks import profile_parameters
 from lafq.plans import Configuration
-from lafq.run import profile_parameters
 from lafq.seeds import generator
 from lafq.thresholds import relative_to_group
 from lafq.unet import UNet, quantizable

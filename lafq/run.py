@@ -6,60 +6,31 @@ Executed notebooks and timing.json go to build/<profile>/, the parameters and ve
 """
 
 import argparse
-import io
 import json
 import os
 import platform
 import resource
 import shutil
-import subprocess
 import sys
-import tarfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import papermill
 import torch
 import yaml
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from papermill.exceptions import PapermillExecutionError
 
 from lafq import changes, cluster, cost, paths
 from lafq.files import replacing
+from lafq.notebooks import QUIET_KERNEL, clean, declared, notebooks, profile_parameters
+from lafq.publishing import publish, published
 
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
 LEAST = {"WIDTH": 4, "IMAGES": 2, "SAMPLING_STEPS": 1, "CHECK_IMAGES": 20, "THREADS": 1, "INCEPTION_REFERENCE": 0}
 LAST = "last_run.json"
-EXPLORER = "00_explore"
-WIDGET = "application/vnd.jupyter.widget-view+json"
-QUIET_KERNEL = ["--IPKernelApp.log_level=40"]
-
-
-def profile_parameters(profile: str) -> dict[str, Any]:
-    """The parameters of a profile; ValueError, naming the known ones, for an unknown profile."""
-    path = paths.PROFILES / f"{profile}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
-        raise ValueError(f"unknown profile {profile!r}: choose one of {known}")
-    return yaml.safe_load(path.read_text())
-
-
-def notebooks(only: str = "") -> list[Path]:
-    """The numbered notebooks in order, or those whose name begins with `only`; 00 last, as it opens what 01 makes."""
-    every = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"), key=lambda path: (path.stem == EXPLORER, path.name))
-    found = [path for path in every if path.name.startswith(only)]
-    if not found:
-        raise ValueError(f"no notebook's name begins with {only!r}: choose one of {', '.join(path.stem for path in every)}")
-    return found
-
-
-def declared(notebook: Path) -> dict[str, Any]:
-    """The parameters a notebook's `parameters` cell declares, with their defaults as source text."""
-    return {name: info["default"] for name, info in papermill.inspect_notebook(str(notebook)).items()}
 
 
 def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict[str, Any]:
@@ -105,7 +76,7 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
         output = build / path.name
         streams = {"progress_bar": False, "stderr_file": sys.stderr, "extra_arguments": QUIET_KERNEL}
         papermill.execute_notebook(path, output, used, cwd=paths.NOTEBOOKS, **streams)
-        _clean(output)
+        clean(output)
         seconds, peak = time.monotonic() - start, _peak_mib()
         _update(paths.RESULTS / profile / "record.json", path.stem, used)
         if anew:
@@ -116,65 +87,6 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
     print(f"done in {minutes:.1f} minutes: {folders}")
     print("\n".join(changes.summary(before, changes.tables(profile))))
     print("`make publish` refreshes notebooks/ and README.md from these results")
-
-
-def publish(only: str = "") -> None:
-    """Execute notebooks/ in place as they are committed: COMPUTE false, everything loaded from results/.
-
-    The times of the last `make reproduce` of a profile, kept in build/, go to results/<profile>/timing.json.
-    """
-    selected = notebooks(only)
-    for timing in paths.BUILD.glob("*/timing.json"):
-        # A run before 00_explore was there has timed all that takes long.
-        if {path.stem for path in notebooks()} - set(json.loads(timing.read_text())["notebooks"]) - {EXPLORER}:
-            continue
-        with replacing(paths.RESULTS / timing.parent.name / timing.name) as temporary:
-            shutil.copy(timing, temporary)
-    for path in selected:
-        notebook = nbformat.read(path, as_version=4)
-        client = NotebookClient(notebook, record_timing=False, extra_arguments=QUIET_KERNEL)
-        client.resources = {"metadata": {"path": str(paths.NOTEBOOKS)}}
-        client.execute()
-        _clean(path, notebook)
-        print(f"notebooks/{path.name}: refreshed from results/")
-
-
-def published() -> Path:
-    """The folder whose results/ the committed notebooks and README were published from.
-
-    That is the repository itself, unless results/ was computed anew since and not published: then a copy of what the last
-    commit holds, in build/published, and one line says so.
-    """
-
-    def changed(*names: str) -> bool:
-        git = ["git", "diff", "--quiet", "HEAD", "--", *names]
-        return subprocess.run(git, cwd=paths.ROOT, capture_output=True, check=False).returncode == 1
-
-    if not changed("results") or changed("notebooks", "README.md"):
-        return paths.ROOT
-    folder = paths.BUILD / "published"
-    shutil.rmtree(folder, ignore_errors=True)
-    archive = subprocess.run(["git", "archive", "HEAD", "results"], cwd=paths.ROOT, capture_output=True, check=True)
-    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-        tar.extractall(folder, filter="data")
-    print("results/ was computed anew and not published: notebooks/ and README are held against the last commit's", file=sys.stderr)
-    return folder
-
-
-def _clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:
-    """Write a notebook without what names this run or machine: papermill's record, times, progress bars, versions.
-
-    Widgets go too: their state is not kept, and a page that shows the notebook could not draw them without it.
-    """
-    notebook = notebook or nbformat.read(path, as_version=4)
-    notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec",) if k in notebook.metadata}
-    notebook.metadata["language_info"] = {"name": "python"}
-    for cell in notebook.cells:
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
-    with replacing(path) as temporary, temporary.open("w") as file:
-        nbformat.write(notebook, file)
 
 
 def _peak_mib() -> float:

@@ -7,7 +7,7 @@ import pandas as pd
 from lafq import claims, cost, paper, paths, report, wanted
 from lafq.experiment import WEIGHTS
 from lafq.files import load_tensors, sha256
-from lafq.run import EXPLORER, notebooks, profile_parameters
+from lafq.notebooks import EXPLORER, notebooks, profile_parameters
 from lafq.unet import UNet
 
 
@@ -83,12 +83,14 @@ def headline(profile: str, rows: pd.DataFrame) -> str:
         f"{row.claim} {row.verdict}"
         for row in report.load_table(profile, "claims").drop_duplicates(["claim", "verdict"]).itertuples()
     ]
+    p = profile_parameters(profile)
     noise = claims.noise_of_fid(rows, report.load_table(profile, "training_quality"))
     largest = max(abs(p.fid - base.fid) for p in paper.POSTER if p.source == "poster")
     return (
         f"**In short**: {'; '.join(told)} ([how](#the-papers-claims-tested)).\n\n"
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
-        "Paper: width 64, 1,000 steps, Inception features. Ours: a quarter of the width, 50 steps, features of a digit classifier, "
+        f"Paper: width {paper.WIDTH}, {paper.SAMPLING_STEPS:,} steps, Inception features. Ours: width {p['WIDTH']}, "
+        f"{p['SAMPLING_STEPS']} steps, features of a digit classifier, "
         f"FP16, single weights, 95 % intervals. {ours['n_images'].iloc[0]} images a row in both. The largest of the poster's "
         f"differences is {largest:.2f}; FID of one model varies by {noise:.1f} (1 sd) over draws of the noise here, so two draws "
         f"differ by {2**0.5 * noise:.1f}; on the authors' published images by {paper.FID_NOISE} and {2**0.5 * paper.FID_NOISE:.1f}."

@@ -7,7 +7,8 @@ import pytest
 from distributed import LocalCluster
 
 from lafq import cluster, evaluation, paths, plans, quantize, samples
-from lafq.run import check, notebooks
+from lafq.notebooks import notebooks
+from lafq.run import check
 from lafq.unet import quantizable
 
 DRAWN = {"images": 3, "steps": 2, "seed": 0}

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from lafq import batches, cost, diffusion, paths, training
-from lafq.run import check, notebooks
+from lafq.notebooks import notebooks
+from lafq.run import check
 from lafq.unet import UNet
 
 SAMPLING = ("01_baseline", "03_global", "04_group", "05_ratio_sweep", "07_audit")

@@ -6,7 +6,7 @@ import papermill
 import pytest
 import torch
 
-from lafq import cost, diffusion, explore, panel, paths, quantize, run, thresholds
+from lafq import cost, diffusion, explore, notebooks, panel, paths, quantize, thresholds
 from lafq.explore import Setting
 from lafq.files import save_tensors
 from lafq.true_fisher import noised_batches, sensitivity
@@ -151,17 +151,19 @@ def test_only_the_weights_are_needed(tiny, sandbox, capsys):
 def test_no_widget_is_written_to_a_notebook(tmp_path):
     path = tmp_path / "x.ipynb"
     seen = nbformat.v4.new_output("display_data", {"image/png": "", "text/plain": "figure"})
-    widget = nbformat.v4.new_output("execute_result", {run.WIDGET: {"model_id": "1"}, "text/plain": "VBox()"}, execution_count=1)
+    widget = nbformat.v4.new_output(
+        "execute_result", {notebooks.WIDGET: {"model_id": "1"}, "text/plain": "VBox()"}, execution_count=1
+    )
     cell = nbformat.v4.new_code_cell("x", outputs=[seen, widget], execution_count=1)
-    run._clean(path, nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"state": {}}}))
+    notebooks.clean(path, nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"state": {}}}))
     notebook = nbformat.read(path, as_version=4)
     assert notebook.cells[0].outputs == [seen]
     assert "widgets" not in notebook.metadata
 
 
 def test_the_explorer_runs_last_and_costs_what_is_counted():
-    names = [path.stem for path in run.notebooks()]
-    assert (names[0], names[-1]) == ("01_train", run.EXPLORER)
+    names = [path.stem for path in notebooks.notebooks()]
+    assert (names[0], names[-1]) == ("01_train", notebooks.EXPLORER)
     declared = papermill.inspect_notebook(str(paths.NOTEBOOKS / "00_explore.ipynb"))
     samples, digits, steps = (int(declared[name]["default"]) for name in ("FEW_SAMPLES", "FEW_DIGITS", "FEW_STEPS"))
     assert 3 * samples * 3 // 2 + 2 * digits * steps == cost.EXPLORED

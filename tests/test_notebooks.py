@@ -4,9 +4,9 @@ import re
 import nbformat
 import pytest
 
-from lafq import paths, run
+from lafq import notebooks, paths
 
-NOTEBOOKS = run.notebooks()
+NOTEBOOKS = notebooks.notebooks()
 PROFILES = sorted(paths.PROFILES.glob("*.yaml"))
 MACHINE_PATH = re.compile(r"(?<![\w.:/<])/[A-Za-z][\w.-]*/[\w.-]")  # any absolute path of two parts or more
 
@@ -27,8 +27,8 @@ def used(path):
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
 def test_every_parameter_of_a_profile_is_declared_where_it_is_used(profile):
-    parameters = run.profile_parameters(profile.stem)
-    declared = {path.stem: set(run.declared(path)) for path in NOTEBOOKS}
+    parameters = notebooks.profile_parameters(profile.stem)
+    declared = {path.stem: set(notebooks.declared(path)) for path in NOTEBOOKS}
     assert parameters["PROFILE"] == profile.stem
     assert not set(parameters) - set().union(*declared.values())
     for path in NOTEBOOKS:
@@ -36,14 +36,14 @@ def test_every_parameter_of_a_profile_is_declared_where_it_is_used(profile):
 
 
 def test_profiles_name_the_same_parameters():
-    names = {profile.stem: set(run.profile_parameters(profile.stem)) for profile in PROFILES}
+    names = {profile.stem: set(notebooks.profile_parameters(profile.stem)) for profile in PROFILES}
     assert names["mini"] == names["paper"] == names["smoke"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_committed_defaults_are_minis(path):
-    mini = run.profile_parameters("mini")
-    values = {name: ast.literal_eval(text) for name, text in run.declared(path).items() if name != "TRAINING"}
+    mini = notebooks.profile_parameters("mini")
+    values = {name: ast.literal_eval(text) for name, text in notebooks.declared(path).items() if name != "TRAINING"}
     assert values["COMPUTE"] is False
     assert {n: v for n, v in values.items() if n in mini} == {n: mini[n] for n in values if n in mini}
     for cell in code(path):
@@ -63,7 +63,7 @@ def test_committed_notebook_is_executed_clean_and_small(path):
         for output in cell.outputs:
             assert output.output_type != "error"
             assert output.get("name") != "stderr"
-            assert run.WIDGET not in output.get("data", {})
+            assert notebooks.WIDGET not in output.get("data", {})
             assert not MACHINE_PATH.search(str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", "")))
     notebook = nbformat.read(path, as_version=4)
     assert "widgets" not in notebook.metadata
@@ -82,4 +82,4 @@ def test_first_cell_links_the_other_notebooks(path):
 
 def test_the_path_pattern_sees_a_path():
     assert MACHINE_PATH.search("in " + "/".join(("", "home", "someone", "lafq")))
-    assert not MACHINE_PATH.search("results/mini/home/x.csv")
+    assert not MACHINE_PATH.search("results/mini/samples/x.csv")

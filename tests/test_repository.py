@@ -6,7 +6,7 @@ import torch
 import torchvision
 import yaml
 
-from lafq import experiment, paper, paths, quantize, readme, report, run, summary
+from lafq import experiment, notebooks, paper, paths, quantize, readme, report, summary
 from lafq.files import load_tensors
 
 ROOT = paths.ROOT
@@ -117,7 +117,7 @@ def test_readme_example_runs(digits, tmp_path):
 
 def test_shipped_weights_are_those_of_the_profile():
     _, metadata = load_tensors(paths.RESULTS / "mini" / experiment.WEIGHTS, "01_train")
-    mini = run.profile_parameters("mini")
+    mini = notebooks.profile_parameters("mini")
     assert metadata == mini["TRAINING"] | {"width": mini["WIDTH"], "seed": mini["SEED"]}
 
 
