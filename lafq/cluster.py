@@ -58,10 +58,13 @@ def connect(address: str) -> "Client":
     Raises ValueError when none answers there or it has no workers.
     """
     from distributed import Client
+    from distributed.comm.addressing import get_address_host_port
 
     try:
+        # First, since a Client that fails on this stays half open, and its collection can wait for ever on a lock of dask's.
+        get_address_host_port(address)
         client = Client(address, timeout=REACH, set_as_default=False)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"no Dask scheduler answers at {address!r}: start one (`dask scheduler`) or leave SCHEDULER out"
         ) from error

@@ -1,10 +1,11 @@
+import gc
 import os
 import signal
 
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
 
 from lafq import cluster, evaluation, paths, plans, quantize, samples
 from lafq.notebooks import notebooks
@@ -68,13 +69,19 @@ def test_no_scheduler_is_one_sentence_before_anything_runs(monkeypatch):
     monkeypatch.setattr(cluster, "REACH", "1s")
     with pytest.raises(ValueError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:1'"):
         check("smoke", {"SCHEDULER": "tcp://127.0.0.1:1"}, notebooks())
-    with pytest.raises(ValueError, match="no Dask scheduler answers at 'nowhere'"):
-        cluster.connect("nowhere")
+
+
+@pytest.mark.parametrize("address", ["nowhere", "ftp://127.0.0.1:1", "tcp://127.0.0.1:1"])
+def test_no_half_open_client_is_left(address, monkeypatch):
+    monkeypatch.setattr(cluster, "REACH", "1s")
+    with pytest.raises(ValueError, match=f"no Dask scheduler answers at '{address}'"):
+        cluster.connect(address)
+    assert not [found for found in gc.get_objects() if type(found) is Client and found.status == "connecting"]
 
 
 def test_a_scheduler_without_workers_is_named():
     with (
-        LocalCluster(n_workers=0, dashboard_address=":0", processes=False) as empty,
+        LocalCluster(n_workers=0, dashboard_address=":0", processes=False, protocol="tcp://") as empty,
         pytest.raises(ValueError, match="has no workers: start some"),
     ):
         cluster.connect(empty.scheduler_address)
