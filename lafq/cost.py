@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lafq import tuning
 from lafq.experiment import compute_on
 from lafq.unet import UNet, layer_of, quantizable
 
@@ -66,8 +67,9 @@ def work(parameters: dict[str, Any]) -> dict[str, float]:
         training = p["TRAINING"]
         found["01_train"] += 3 * one * training["steps"] * training["batch_size"] + p["CHECK_IMAGES"] * p["MANY"]["steps"] * one
     found["02_fisher"] = 3 * one * p["FISHER_SAMPLES"]
-    judged = 11 + 10 * len(p["BUDGET_BITS"]) + 34 * 6 / 2
+    judged = 11 + 10 * len(p["BUDGET_BITS"]) + len(p["TUNED"]["bits"]) + 34 * 6 / 2
     found["06_budget"] = 6 * one * p["TRUE_FISHER_SAMPLES"] + judged * p["DAMAGE_DIGITS"] * one + 5 * 7 * image
+    found["06_budget"] += 4 * one * len(p["TUNED"]["bits"]) * p["TUNED"]["steps"] * tuning.BATCH
     found["00_explore"] = EXPLORED * one
     found["07_audit"] += 3 * one * 4 * p["AUDIT_SAMPLES"] + 500 * 2 * seen
     return dict(sorted(found.items()))

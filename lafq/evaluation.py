@@ -13,7 +13,6 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from lafq import classifier, inception, metrics, paths, quantize, scoring, storage
 from lafq.data import REFERENCE
 from lafq.files import load_tensors, replacing, save_tensors
-from lafq.formats import ScaleRule, absmax
 from lafq.memory import PeakMeter
 from lafq.plans import Configuration, sizes
 from lafq.samples import digest, draw_elsewhere, sampled
@@ -28,9 +27,7 @@ def evaluate(
     steps: int,
     seed: int,
     inception_reference: int = 0,
-    scale: ScaleRule = absmax,
-    importance: dict[str, Tensor] | None = None,
-    curvature: dict[str, Tensor] | None = None,
+    store: Callable[[Configuration], nn.Module] | None = None,
     batch: int = 100,
     scheduler: str = "",
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
@@ -40,13 +37,14 @@ def evaluate(
     paired difference from the unquantized model's, rmse, delta_loss, n_images, sample) and the uint8 images (N, 32, 32) by
     `sample`, a digest of the quantized weights and the noise: equal plans are sampled once, and what an interrupted run had
     finished is taken from build/<profile>/samples. All plans are checked first.
-    inception_reference: number of reference digits for the Inception columns; 0 leaves them empty. scale, importance,
-    curvature: as for `quantize.pack`. batch: images sampled at once. scheduler: address of a Dask scheduler whose workers shall
-    sample; empty: this process does.
+    inception_reference: number of reference digits for the Inception columns; 0 leaves them empty. store: makes a
+    configuration's packed copy of the model; None: `quantize.pack` of its plan. batch: images sampled at once. scheduler: address
+    of a Dask scheduler whose workers shall sample; empty: this process does.
     """
     if images < 1:
         raise ValueError(f"{images} images asked for: at least one is needed")
     size = sizes(model, [c.plan for c in configurations])
+    store = store or (lambda c: quantize.pack(model, c.plan))
     features = inception_features(profile, inception_reference)
     score = scoring.scorer(images, seed, features.reference if features else None)
     against = f"{REFERENCE.stop - REFERENCE.start} test digits, 32x32"
@@ -54,7 +52,7 @@ def evaluate(
         against += f" (Inception: {inception_reference})"
     drawn = {"images": images, "steps": steps, "seed": seed, "batch": batch}
     if scheduler:
-        packed = (quantize.pack(model, c.plan, scale, importance, curvature) for c in configurations)
+        packed = (store(c) for c in configurations)
         draw_elsewhere(scheduler, model, packed, len(configurations), profile, **drawn)
     seen_by_inception = features and any(c.inception for c in configurations)
     key, unquantized = sampled(model, profile, **drawn, label="FP32 baseline")
@@ -64,7 +62,7 @@ def evaluate(
     pairs = zip(configurations, size.to_dict("records"), strict=True)
     with PeakMeter(next(model.parameters()).device) as meter:
         for i, (configuration, bytes_row) in enumerate(pairs, start=1):
-            quantized = quantize.pack(model, configuration.plan, scale, importance, curvature)
+            quantized = store(configuration)
             bytes_row["peak_mib"] = _peak(quantized, model, profile, meter)
             quantized = quantize.unpack(quantized)
             key, generated = sampled(quantized, profile, **drawn, label=f"row {i} of {len(size)}")

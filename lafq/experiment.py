@@ -15,8 +15,7 @@ from lafq.files import load_tensors, replacing, save_tensors, sha256
 from lafq.quantize import unpack
 from lafq.unet import UNet
 
-MADE_BY = {"fisher": "02_fisher", "true_fisher": "06_budget"}
-CHECKPOINT, WEIGHTS, PACKED = "checkpoint.safetensors", "ema.safetensors", "packed.safetensors"
+CHECKPOINT, WEIGHTS, PACKED, FISHER = "checkpoint.safetensors", "ema.safetensors", "packed.safetensors", "fisher.safetensors"
 
 
 def set_up(profile: str, threads: int, device: str = "auto") -> torch.device:
@@ -86,21 +85,18 @@ def load_model(profile: str, width: int, device: torch.device | str = "cpu") -> 
     return model.eval().to(device, memory_format=torch.channels_last)
 
 
-def save_fisher(profile: str, values: dict[str, Tensor], width: int, name: str = "fisher") -> None:
-    """Write every weight's Fisher value to results/<profile>/<name>.safetensors (not committed: its notebook makes it).
-
-    name: "fisher", the empirical one of 02_fisher, or "true_fisher", that of 06_budget.
-    """
-    save_tensors(paths.RESULTS / profile / f"{name}.safetensors", values, weights=_weights(profile), width=width)
+def save_fisher(profile: str, values: dict[str, Tensor], width: int) -> None:
+    """Write every weight's Fisher value to results/<profile>/fisher.safetensors (not committed: 02_fisher makes it)."""
+    save_tensors(paths.RESULTS / profile / FISHER, values, weights=_weights(profile), width=width)
 
 
-def load_fisher(profile: str, width: int, name: str = "fisher") -> dict[str, Tensor]:
+def load_fisher(profile: str, width: int) -> dict[str, Tensor]:
     """The Fisher value of every weight, by parameter name, as `save_fisher` wrote them.
 
     Raises FileNotFoundError when there are none, ValueError when they are of other weights than the profile's.
     """
-    path = paths.RESULTS / profile / f"{name}.safetensors"
-    return load_tensors(path, f"{MADE_BY[name]} with COMPUTE=True", weights=_weights(profile), width=width)[0]
+    path = paths.RESULTS / profile / FISHER
+    return load_tensors(path, "02_fisher with COMPUTE=True", weights=_weights(profile), width=width)[0]
 
 
 def _weights(profile: str) -> str:

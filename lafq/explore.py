@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from lafq import experiment
 from lafq.allocation import MIB, choose, frontiers_of
-from lafq.budget import Row, bits_of, measured_sensitivity, predicted, quantized
+from lafq.budget import predicted
 from lafq.formats import FORMATS, absmax, unbiased
 from lafq.frontier import Choice
+from lafq.methods import Row, bits_of, measured_sensitivity, packed
 from lafq.plans import kept_share
 from lafq.precision import stored_bytes
-from lafq.quantize import kept_weights, make_plan, nbytes, rows_of
+from lafq.quantize import kept_weights, make_plan, nbytes, rows_of, unpack
 from lafq.samples import sampled
 from lafq.thresholds import UNITS, by_unit, keep_global, keep_ratio, relative_to_group, standardized
 from lafq.true_fisher import Sensitivity
@@ -106,7 +107,8 @@ def subject_of(
     """The subject of a model whose sensitivity is at hand."""
     drawn = {"profile": profile, "images": digits, "steps": steps, "seed": seed}
     images = sampled(model, **drawn)[1]
-    int8 = quantized(model, Row("uniform", "tensor", 8, dict.fromkeys(quantizable(model), "int8")), known)
+    uniform = Row("uniform", "tensor", 8, dict.fromkeys(quantizable(model), "int8"))
+    int8 = unpack(packed(model, uniform, known))
     return Subject(model, known, judge, drawn, images[:, 0].numpy(), predicted(model, int8, judge), {})
 
 
@@ -156,7 +158,7 @@ def outcome(subject: Subject, setting: Setting) -> Outcome:
     """Everything that is shown of a setting; raises as `row`."""
     words, chosen = row(subject, setting)
     model = subject.model
-    small = quantized(model, chosen, subject.known)
+    small = unpack(packed(model, chosen, subject.known))
     images = sampled(small, **subject.drawn)[1]
     stored, damage = nbytes(model, chosen.plan), predicted(model, small, subject.judge)
     share, tensors = kept_share(model, chosen.plan), by_tensor(model, chosen)

@@ -1,10 +1,11 @@
 """Rounding with error feedback: what rounding one weight does to the output, the weights after it make good.
 
 To second order an error dw of an output channel's weights does the damage c/2 * dw^T H dw, c its mean Fisher value and H the
-channels' common curvature (`true_fisher.sensitivity`). By its diagonal alone every weight goes to its nearest code. By
-all of H the weights are rounded one after another, and the error e of each is passed on to those still free: dw = -e * U_k / U_kk,
-with H^-1 = U^T U, makes the damage least (Hassibi and Stork 1993, "Optimal Brain Surgeon"; one order for all channels, and U
-once for all: Frantar et al. 2023, "GPTQ").
+channels' common curvature (`true_fisher.sensitivity`). By its diagonal alone every weight goes to its nearest code. With
+H = U D U^T, U upper triangular with ones on its diagonal, it is a sum over weights, c/2 * D_k * (dw_k + sum_{j<k} U_jk dw_j)^2:
+the weights are rounded one after another, each to the code nearest to w_k - sum_{j<k} U_jk dw_j, which makes its term least
+(Chee et al. 2023, "QuIP", who show it to be what Frantar et al. 2023, "GPTQ", do with H^-1; the idea is that of
+Hassibi and Stork 1993, "Optimal Brain Surgeon").
 """
 
 from typing import NamedTuple
@@ -17,24 +18,23 @@ BLOCK = 128
 
 
 class Factor(NamedTuple):
-    """Of a curvature H: the order (C,) in which columns are rounded, and U / diag(U) (C, C), U upper triangular, H^-1 = U^T U."""
+    """Of a curvature H: the order (C,) in which columns are rounded, and U (C, C) of H = U D U^T in that order."""
 
     order: Tensor
-    inverse: Tensor
+    upper: Tensor
 
 
 def factor(curvature: Tensor) -> Factor:
     """The factor of H (C, C), damped; weights of large H_kk come first, while many are left to make their errors good.
 
-    With P the reversal of the order and P H P = L L^T, U is P L^-1 P.
+    With P the reversal of the order and P H P = L L^T, the columns of P L P over its diagonal are U.
     """
     order = curvature.diagonal().argsort(descending=True, stable=True)
     damped = curvature[order][:, order].double().flip(0, 1)
     mean = damped.diagonal().mean()
     damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
-    one = torch.eye(len(damped)).to(damped)
-    root = torch.linalg.solve_triangular(torch.linalg.cholesky(damped), one, upper=False).flip(0, 1)
-    return Factor(order, (root / root.diagonal()[:, None]).to(curvature.dtype))
+    root = torch.linalg.cholesky(damped).flip(0, 1)
+    return Factor(order, (root / root.diagonal()).to(curvature.dtype))
 
 
 def fed_back(values: Tensor, scales: Tensor, levels: Tensor, factor: Factor, kept: Tensor | None = None) -> Tensor:
@@ -43,22 +43,22 @@ def fed_back(values: Tensor, scales: Tensor, levels: Tensor, factor: Factor, kep
     scales, levels: (R,), levels 0 for a row that is not rounded. kept: boolean (R, C), weights that are not rounded; they take up
     errors of others as well.
     """
-    order, inverse = factor
+    order, upper = factor
     free = (levels == 0)[:, None].expand_as(values) if kept is None else kept | (levels == 0)[:, None]
     # Columns as rows: what is worked on at a time then lies together in memory.
-    columns, free, limit = values[:, order].T.contiguous(), free[:, order].T.contiguous(), levels.to(values)
-    for start in range(0, len(columns), BLOCK):
-        stop = min(start + BLOCK, len(columns))
+    exact, free, limit = values[:, order].T.contiguous(), free[:, order].T.contiguous(), levels.to(values)
+    wanted = exact.clone()
+    for start in range(0, len(wanted), BLOCK):
+        stop = min(start + BLOCK, len(wanted))
         errors = torch.empty(stop - start, len(values)).to(values)
         for k in range(start, stop):
-            column = columns[k]
+            column = wanted[k]
             grid = (column / scales).round_().clamp_(-limit, limit).mul_(scales)
-            grid = torch.where(free[k], column, grid)
-            torch.sub(column, grid, out=errors[k - start])
-            columns[k] = grid
-            columns[k + 1 : stop].addr_(inverse[k, k + 1 : stop], errors[k - start], alpha=-1)
-        columns[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1)
-    return columns[order.argsort()].T
+            column.copy_(torch.where(free[k], column, grid))
+            torch.sub(exact[k], column, out=errors[k - start])
+            wanted[k + 1 : stop].addr_(upper[k, k + 1 : stop], errors[k - start])
+        wanted[stop:].addmm_(upper[start:stop, stop:].T, errors)
+    return wanted[order.argsort()].T
 
 
 def damage(change: Tensor, fisher: Tensor, curvature: Tensor | None = None) -> Tensor:

@@ -53,7 +53,7 @@ def draw(figure: Figure, subject: Subject, found: Outcome) -> None:
     for ax, images, title in zip(below.subplots(1, 3), (before, after, off), titles, strict=True):
         plots.digits(ax, images, len(images) // (2 - len(images) % 2), title)
     drawn = subject.drawn
-    said = f"Profile {drawn['profile']}, {len(before)} digits, {drawn['steps']} sampling steps"
+    said = f"{len(before)} digits, {drawn['steps']} sampling steps"
     below.supxlabel(said, fontsize=9)
 
 

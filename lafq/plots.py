@@ -158,9 +158,8 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[P
             ax.errorbar(at_n["n"], at_n["mean"], at_n["sd"], marker="o", ms=5, capsize=3, color=colour, label=label)
             ax.axhline(beyond, color=colour, ls="--", lw=1, label=f"{label}, N to infinity: {beyond:.1f}")
         if features == "Inception":
-            for source, marker, n in (("poster", "x", 100), ("README", "+", 5000)):
-                fids = [row.fid for row in published if row.images == n]
-                ax.scatter([n] * len(fids), fids, marker=marker, color="black", zorder=3, label=f"published rows ({source})")
+            sizes, fids = zip(*((row.images, row.fid) for row in published if row.images in (100, 5000)), strict=True)
+            ax.scatter(sizes, fids, marker="_", s=120, lw=0.8, color="black", zorder=3, label="published rows (poster, README)")
         ax.set(xscale="log", yscale="log", xlabel="images N in a block", ylabel="FID", title=f"{features} features")
         ax.legend(fontsize=8)
 

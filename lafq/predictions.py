@@ -9,10 +9,11 @@ from torch import nn
 from tqdm import tqdm
 
 from lafq import allocation, scoring
-from lafq.budget import HALF_PIXELS, Row, mib_at
+from lafq.budget import HALF_PIXELS
 from lafq.feedback import damage
 from lafq.formats import get_format, read_back, unbiased
 from lafq.frontier import Choice
+from lafq.methods import Row, mib_at
 from lafq.precision import stored_bytes
 from lafq.quantize import pack, rows_of, unpack
 from lafq.seeds import generator

@@ -1,5 +1,6 @@
 """Scores of generated images with error bars, alone and against the FP32 model's images from the same noise."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -95,7 +96,8 @@ def held_out_losses(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> T
 
 def output_damage(model: nn.Module, outputs: tuple[Tensor, Tensor], seed: int) -> dict[str, float]:
     """`damage`: the mean squared difference of a model's output from the unquantized model's on the held-out digits, a
-    pixel, with its 95 % interval over the digits; and `delta_loss`, the rise of the denoising loss.
+    pixel, with its 95 % interval over the digits (of its logarithm: a few digits have most of the damage, and on the number's
+    own scale the interval reaches below zero); and `delta_loss`, the rise of the denoising loss.
 
     outputs: the unquantized model's, as `held_out_outputs` gives them.
     """
@@ -103,8 +105,11 @@ def output_damage(model: nn.Module, outputs: tuple[Tensor, Tensor], seed: int) -
     predicted, _ = held_out_outputs(model, seed, len(noise))
     off = (predicted - expected).square().flatten(1).mean(1)
     rise = (predicted - noise).square().mean() - (expected - noise).square().mean()
-    draws = intervals.mean_draws(intervals.resamples(len(off), seed))(off)
-    return {**_columns("damage", off.mean().item(), draws), "delta_loss": rise.item()}
+    value, low, high = off.mean().item(), 0.0, 0.0
+    if off.any():
+        draws = intervals.mean_draws(intervals.resamples(len(off), seed))(off)
+        low, high = (math.exp(end) for end in intervals.interval(math.log(value), draws.log()))
+    return {"damage": value, "damage_low": low, "damage_high": high, "delta_loss": rise.item()}
 
 
 def _columns(name: str, value: float, draws: Tensor) -> dict[str, float]:

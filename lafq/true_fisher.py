@@ -80,7 +80,7 @@ def noised_batches(images: Tensor, samples: int, seed: int, batch: int = BATCH) 
     """(x_t, t) of `samples` uint8 images (N, 1, 32, 32), drawn with replacement, t spread evenly over all timesteps."""
     g = generator(seed)
     times = (torch.arange(samples) * TIMESTEPS // samples)[torch.randperm(samples, generator=g)]
-    for t in tqdm(times.split(batch), desc="true Fisher", unit="batch", leave=False):
+    for t in tqdm(times.split(batch), desc="noised digits", unit="batch", leave=False):
         x0 = unit_interval(images[torch.randint(len(images), t.shape, generator=g)])
         yield add_noise(x0, t, torch.randn(x0.shape, generator=g)), t
 

@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 import lafq
-from lafq import allocation, budget, predictions, scoring, wanted
+from lafq import allocation, budget, methods, predictions, scoring, wanted
 from lafq.formats import unbiased
 from lafq.frontier import UNITS, Choice, frontier
 from lafq.precision import stored_bytes
@@ -70,7 +70,7 @@ def test_budget_is_kept_and_more_bytes_do_less_damage(model, fisher, unit):
 
 
 def test_finer_units_do_less_damage(model, fisher):
-    damages = [lafq.allocate(model, fisher, budget.mib_at(model, 4), unit, progress=False).damage for unit in UNITS]
+    damages = [lafq.allocate(model, fisher, methods.mib_at(model, 4), unit, progress=False).damage for unit in UNITS]
     assert damages[0] > damages[1] >= damages[2] * (1 - 1e-3)
 
 
@@ -162,12 +162,12 @@ def test_smallest_possible_size_is_the_one_named(model, fisher):
 
 
 def test_thresholds_fill_the_budget(model, fisher):
-    rows = budget.thresholds(model, fisher, [3.5, 12.0, 20.0], seed=0)
+    rows = methods.thresholds(model, fisher, [3.5, 12.0, 20.0], seed=0)
     assert {r.method for r in rows} == {"global", "group", "ratio", "magnitude", "random"}
     assert len(rows) == 15
     for row in rows:
         size = nbytes(model, row.plan) / MIB
-        assert 0.97 * budget.mib_at(model, row.bits) < size <= budget.mib_at(model, row.bits)
+        assert 0.97 * methods.mib_at(model, row.bits) < size <= methods.mib_at(model, row.bits)
     ratio = next(r for r in rows if r.method == "ratio" and r.bits == 12)
     kept = [p.kept.float().mean().item() for n, p in ratio.plan.items() if n.startswith("Layer1")]
     assert 0 < np.mean(kept) < 1
@@ -175,11 +175,11 @@ def test_thresholds_fill_the_budget(model, fisher):
 
 @pytest.fixture(scope="module")
 def known(model):
-    return budget.measured_sensitivity(model, 64, seed=0)
+    return methods.measured_sensitivity(model, 64, seed=0)
 
 
 def test_judged_rows_measure_the_plan(model, known):
-    rows = [*budget.uniform(model)[:5], *budget.allocated(model, known, [4.0])]
+    rows = [*methods.uniform(model)[:5], *methods.allocated(model, known, [4.0])]
     table = budget.judged(model, rows, known, known, seed=0, digits=20)
     assert list(table.columns) == budget.COLUMNS
     uniform = table[table["method"] == "uniform"]
@@ -189,9 +189,20 @@ def test_judged_rows_measure_the_plan(model, known):
     mixed = table[table["unit"] == "mixed"].set_index("method")["damage"]
     assert mixed["allocator, all weights"] < mixed["allocator"] < mixed["allocator, nearest code"] < uniform["damage"].iloc[1]
     sizes = table[table["unit"] == "mixed"]["mem_mib"]
-    assert sizes.between(0.98 * budget.mib_at(model, 4.0), budget.mib_at(model, 4.0)).all()
+    assert sizes.between(0.98 * methods.mib_at(model, 4.0), methods.mib_at(model, 4.0)).all()
     before = scoring.held_out_outputs(model, 0, 20)
     assert scoring.output_damage(model, before, 0)["damage"] == 0
+
+
+def test_tuned_rows_are_the_allocators_with_less_damage(model, known):
+    allocated = methods.allocated(model, known, [3.0, 4.0], units=("tensor", "mixed"))
+    rows = methods.tuned(allocated, [4.0], steps=20)
+    assert [(r.method, r.unit, r.bits, r.tuned) for r in rows] == [("allocator, tuned", "mixed", 4.0, 20)]
+    before = next(r for r in allocated if (r.method, r.unit, r.bits) == ("allocator", "mixed", 4.0))
+    table = budget.judged(model, [before, *rows], known, known, seed=0, digits=50)
+    assert table["mem_mib"].nunique() == table["predicted"].nunique() == 1
+    assert table["damage"][1] < table["damage"][0]
+    assert table["damage_low"].gt(0).all()
 
 
 def test_points_and_allocations_by_every_prediction(model, known):
@@ -202,14 +213,14 @@ def test_points_and_allocations_by_every_prediction(model, known):
     assert ranks["all formats"].between(-1, 1).all()
     rows = predictions.by_proxy(model, points, 4.0)
     assert [r.method for r in rows] == [f"by {p}" for p in (*predictions.PROXIES, "measured")]
-    assert all(budget.bits_of(model, r.plan) <= 4.0 for r in rows)
+    assert all(methods.bits_of(model, r.plan) <= 4.0 for r in rows)
 
 
 def table(ratio, delta_high):
     columns = {"unit": "tensor", "damage_low": 0, "damage_high": 0, "fid_mnist_delta_high": np.nan, "n_images": 1000}
     uniform = [
         {"method": m, "budget_bits": b, "damage": 2.0**-b, "mem_mib": b}
-        for m in ("uniform", f"uniform, {budget.FEEDBACK}")
+        for m in ("uniform", f"uniform, {methods.FEEDBACK}")
         for b in (2, 4, 8)
     ]
     ours = [

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lafq import budget, evaluation, evidence, experiment, paper, paths, replicates, report, samples, wanted
+from lafq import budget, evaluation, evidence, experiment, methods, paper, paths, replicates, report, samples, wanted
 from lafq.data import mnist
 from lafq.files import save_tensors
 from lafq.fisher import empirical_fisher
@@ -111,11 +111,12 @@ def test_budget_rows_join_those_of_06(smoke, tiny):
     found = evidence.budgets("smoke", images=20)["budget"]
     assert found["method"].tolist()[0] == "baseline"
     assert set(found["method"]) == {
-        *("baseline", "uniform", "allocator", "allocator, nearest code", "allocator, all weights"),
+        *("baseline", "uniform", "allocator", "allocator, tuned", "allocator, nearest code", "allocator, all weights"),
         *("global", "group", "ratio", "magnitude", "random"),
     }
-    known = budget.measured_sensitivity(tiny, 20, seed=0)
-    rows = [*budget.uniform(tiny), *budget.allocated(tiny, known, list(evidence.ALLOCATED), units=("mixed",))]
+    known = methods.measured_sensitivity(tiny, 20, seed=0)
+    allocated = methods.allocated(tiny, known, list(evidence.ALLOCATED), units=("mixed",))
+    rows = [*methods.uniform(tiny), *allocated, *methods.tuned(allocated, [4.0], 2)]
     table = wanted.with_fid(budget.judged(tiny, rows, known, known, seed=0, digits=10), found)
     joined = table[table["n_images"] == 20]
     assert len(joined) == (~found["method"].isin(["baseline", "global", "group", "ratio", "magnitude", "random"])).sum()

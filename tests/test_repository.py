@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -99,6 +101,8 @@ def test_readme_names_the_two_commands():
 def test_readme_example_runs(digits, tmp_path):
     own, diffusion, sized = re.findall(r"```python\n(.*?)```", readme.PATH.read_text(), flags=re.DOTALL)
     assert len(own.strip().splitlines()) <= 11
+    imports = "\n".join(line for line in own.splitlines() if "import " in line)
+    subprocess.run([sys.executable, "-c", imports], check=True)  # in the page's order, in an interpreter of its own
     scope = {"path": tmp_path / "model.safetensors"}
     exec(own, scope)
     stored = scope["nbytes"](scope["model"], scope["plan"])

@@ -1,8 +1,8 @@
 import pytest
 
 from lafq import evaluation, experiment, paths, report, shipping
-from lafq.budget import measured_sensitivity
 from lafq.files import save_tensors
+from lafq.methods import measured_sensitivity
 from lafq.quantize import fingerprint, nbytes
 
 MANY = {"images": 20, "steps": 2, "seed": 0}
