@@ -27,9 +27,12 @@ def ship(model: nn.Module, known: Sensitivity, profile: str, budget_mib: float, 
         model, allocation.frontiers_of(model, known.fisher, "mixed", curvature=known.curvature), budget_mib / HEADER
     )
     row = Configuration("shipped", f"{budget_mib:g} MiB", "mixed", "mixed", found.plan)
-    how = {"scale": unbiased, "importance": known.fisher, "curvature": known.curvature}
-    table, _ = evaluation.in_many(model, [row], profile, **how, **settings)
-    storage.save(paths.RESULTS / profile / PACKED, pack(model, found.plan, **how), model)
+
+    def store(configuration: Configuration) -> nn.Module:
+        return pack(model, configuration.plan, unbiased, known.fisher, known.curvature)
+
+    table, _ = evaluation.in_many(model, [row], profile, store=store, **settings)
+    storage.save(paths.RESULTS / profile / PACKED, store(row), model)
     return table
 
 
