@@ -257,3 +257,11 @@ def test_the_solvers_own_line_is_kept_out(capfd):
     c.printf(b"shown\n")
     c.fflush(None)
     assert capfd.readouterr().out == "shown\n"
+
+
+def test_a_tuned_row_counts_for_the_rise_of_fid():
+    rows = table(0.3, 4)
+    row = rows[(rows["method"] == "allocator") & (rows["budget_bits"] == 4)]
+    rows = pd.concat([rows, row.assign(method="allocator, tuned", fid_mnist_delta_high=2.9)])
+    assert wanted.smallest_with_fid(rows, 100.0)["method"] == "allocator, tuned"
+    assert wanted.smallest_with_fid(rows, 90.0)["budget_bits"] == 8
