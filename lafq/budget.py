@@ -85,7 +85,7 @@ def images(
     models |= {f"{row.bits:g} bits": (unpack(packed(model, row, known, seed)), row.plan) for row in chosen}
     found, samples = [], {}
     for name, (own, plan) in models.items():
-        key, generated = sampled(own, profile, IMAGES, steps, seed, name)
+        key, generated, _ = sampled(own, profile, IMAGES, steps, seed, name)
         samples[key] = generated[:, 0].numpy()
         method, low = ("allocator", "mixed") if plan else ("baseline", "fp32")
         found.append((method, name, low, low, nbytes(model, plan) / MIB, key))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lafq import experiment, storage
 from lafq.diffusion import sample
+from lafq.experiment import kind_of_machine
 from lafq.quantize import unpack
 from lafq.unet import UNet
 
@@ -37,8 +38,8 @@ def software() -> str:
 
 def draw(
     packed: bytes, width: int, images: int, steps: int, seed: int, batch: int, *, threads: int, device: str, expected: str
-) -> np.ndarray:
-    """Runs on a worker: uint8 images (N, 1, 32, 32) of the packed model in the file of these bytes.
+) -> tuple[np.ndarray, str]:
+    """Runs on a worker: uint8 images (N, 1, 32, 32) of the packed model in the file of these bytes, and the kind of machine.
 
     Raises RuntimeError when the worker's software is not the `expected`, or it has not that device.
     """
@@ -49,7 +50,7 @@ def draw(
         path = Path(folder) / "packed.safetensors"
         path.write_bytes(packed)
         model = unpack(storage.load(path, UNet(width)))
-    return sample(model.to(chosen), images, steps, seed, batch).numpy()
+    return sample(model.to(chosen), images, steps, seed, batch).numpy(), kind_of_machine()
 
 
 def connect(address: str) -> "Client":
@@ -76,9 +77,9 @@ def connect(address: str) -> "Client":
 
 def sample_all(
     address: str,
-    tasks: Iterator[tuple[Path, bytes]],
+    tasks: Iterator[tuple[str, bytes]],
     total: int,
-    keep: Callable[[Path, np.ndarray], None],
+    keep: Callable[[str, np.ndarray, str], None],
     *,
     width: int,
     images: int,
@@ -87,9 +88,9 @@ def sample_all(
     batch: int,
     device: str,
 ) -> None:
-    """Draw the images of packed models on the cluster at `address`, calling keep(path, images) as each comes back.
+    """Draw the images of packed models on the cluster at `address`, calling keep(key, images, kind of machine) as each comes back.
 
-    tasks: where the images belong, and the packed model as a file's bytes; taken as workers have room, two a thread ahead.
+    tasks: the key of a row, and its packed model as a file's bytes; taken as workers have room, two a thread ahead.
     Raises ValueError as `connect`, RuntimeError for a worker of other software or one sentence of what failed there.
     """
     from distributed import as_completed
@@ -97,19 +98,19 @@ def sample_all(
     drawn = (width, images, steps, seed, batch)
     how = {"threads": torch.get_num_threads(), "device": device, "expected": software()}
     with connect(address) as client, tqdm(total=total, desc="rows from the cluster", unit="row", leave=False) as bar:
-        paths: dict[Future, Path] = {}
+        keys: dict[Future, str] = {}
         waiting = as_completed([], loop=client.loop, with_results=True)
 
         def submit() -> None:
-            for path, packed in tasks:
-                future = client.submit(draw, packed, *drawn, **how, key=f"lafq-{path.stem}", pure=False)
-                paths[future] = path
+            for key, packed in tasks:
+                future = client.submit(draw, packed, *drawn, **how, key=f"lafq-{key}", pure=False)
+                keys[future] = key
                 waiting.add(future)
                 return
 
         for _ in range(AHEAD * sum(client.nthreads().values())):
             submit()
-        for future, generated in waiting:
-            keep(paths.pop(future), generated)
+        for future, (generated, machine) in waiting:
+            keep(keys.pop(future), generated, machine)
             bar.update()
             submit()

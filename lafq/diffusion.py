@@ -44,8 +44,12 @@ def ancestral_step(x: Tensor, eps: Tensor, noise: Tensor, t: int, t_next: int) -
 
 
 @torch.inference_mode()
-def sample(model: nn.Module, images: int, steps: int, seed: int, batch_size: int = 100, label: str = "sampling") -> Tensor:
-    """Generate `images` digits from the model as it is (pass the EMA weights); image i depends on (seed, i) alone.
+def sample(
+    model: nn.Module, images: int, steps: int, seed: int, batch_size: int = 100, label: str = "sampling", first: int = 0
+) -> Tensor:
+    """Generate the images first, ..., first + images - 1 from the model as it is (pass the EMA weights).
+
+    Image i depends on (seed, i) alone.
 
     Every image starts from and receives the noise of its own generator, drawn on the CPU, so that two models, or two
     batch sizes, see the same noise. `label` stands beside the progress bar.
@@ -62,11 +66,11 @@ def sample(model: nn.Module, images: int, steps: int, seed: int, batch_size: int
     def predict(x: Tensor, t: int) -> Tensor:
         return model(x, torch.full((len(x),), t, device=device))
 
-    batches = range(0, images, batch_size)
+    batches = range(first, first + images, batch_size)
     bar = tqdm(total=len(batches) * steps, desc=label, unit="step", leave=False)
     done = []
     for start in batches:
-        streams = [generator(seed, i) for i in range(start, min(start + batch_size, images))]
+        streams = [generator(seed, i) for i in range(start, min(start + batch_size, first + images))]
 
         def draw(streams: list[torch.Generator] = streams) -> Tensor:
             return torch.stack([torch.randn(1, 32, 32, generator=g) for g in streams]).to(device)

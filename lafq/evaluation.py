@@ -1,7 +1,9 @@
 """Rows of the tables: sample every precision plan from the same noise, score the images, measure bytes and memory."""
 
+import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from lafq import classifier, inception, metrics, paths, quantize, scoring, storage
+from lafq import classifier, experiment, inception, metrics, paths, quantize, samples, scoring, storage
 from lafq.data import REFERENCE
 from lafq.files import load_tensors, replacing, save_tensors
 from lafq.memory import PeakMeter
 from lafq.plans import Configuration, sizes
+from lafq.paper import KEY
 from lafq.samples import digest, draw_elsewhere, sampled
 
 
@@ -30,16 +33,18 @@ def evaluate(
     store: Callable[[Configuration], nn.Module] | None = None,
     batch: int = 100,
     scheduler: str = "",
+    keep: bool = False,
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Sample every configuration from the same noise and score the images.
 
     Returns one row a configuration (its key, kept_share, mem_mib, mem_share, peak_mib, every metric with its interval and its
-    paired difference from the unquantized model's, rmse, delta_loss, n_images, sample) and the uint8 images (N, 32, 32) by
-    `sample`, a digest of the quantized weights and the noise: equal plans are sampled once, and what an interrupted run had
-    finished is taken from build/<profile>/samples. All plans are checked first.
+    paired difference from the unquantized model's, rmse, delta_loss, n_images, steps, same_machine, reference, sample) and the uint8
+    images (N, 32, 32) by `sample`, the key of `samples.sampled`: equal plans are sampled once, and images that are kept are not
+    sampled again. same_machine: whether one kind of machine drew the row and its baseline. All plans are checked first.
     inception_reference: number of reference digits for the Inception columns; 0 leaves them empty. store: makes a
     configuration's packed copy of the model; None: `quantize.pack` of its plan. batch: images sampled at once. scheduler: address
-    of a Dask scheduler whose workers shall sample; empty: this process does.
+    of a Dask scheduler whose workers shall sample; empty: this process does. keep: images are kept by their recipe, in
+    results/<profile>/samples (the module `samples` says how).
     """
     if images < 1:
         raise ValueError(f"{images} images asked for: at least one is needed")
@@ -51,32 +56,48 @@ def evaluate(
     if features:
         against += f" (Inception: {inception_reference})"
     drawn = {"images": images, "steps": steps, "seed": seed, "batch": batch}
+    recipe_of = _recipes(model, profile) if keep else lambda *_: None
     if scheduler:
-        packed = (store(c) for c in configurations)
+        packed = ((store(c), partial(recipe_of, c)) for c in configurations)
         draw_elsewhere(scheduler, model, packed, len(configurations), profile, **drawn)
     seen_by_inception = features and any(c.inception for c in configurations)
-    key, unquantized = sampled(model, profile, **drawn, label="FP32 baseline")
-    baseline = score(unquantized, features.of(key, unquantized) if seen_by_inception else None)
+    nothing = Configuration("baseline", "none", "fp32", "none", {})
+    unquantized = sampled(model, profile, **drawn, label="FP32 baseline", recipe=recipe_of(nothing, model))
+    baseline = score(unquantized.images, features.of(unquantized.images) if seen_by_inception else None)
     losses = scoring.held_out_losses(model, seed)
-    rows, samples, found = [], {}, {}
+    rows, images_of, found = [], {}, {}
     pairs = zip(configurations, size.to_dict("records"), strict=True)
     with PeakMeter(next(model.parameters()).device) as meter:
         for i, (configuration, bytes_row) in enumerate(pairs, start=1):
             quantized = store(configuration)
             bytes_row["peak_mib"] = _peak(quantized, model, profile, meter)
             quantized = quantize.unpack(quantized)
-            key, generated = sampled(quantized, profile, **drawn, label=f"row {i} of {len(size)}")
-            samples[key] = generated[:, 0].numpy()
-            if (key, configuration.inception) not in found:
-                scored = score(generated, features.of(key, generated) if features and configuration.inception else None)
+            label = f"row {i} of {len(size)}"
+            row = sampled(quantized, profile, **drawn, label=label, recipe=recipe_of(configuration, quantized))
+            images_of[row.key] = row.images[:, 0].numpy()
+            if (row.key, configuration.inception) not in found:
+                scored = score(row.images, features.of(row.images) if features and configuration.inception else None)
                 after = scoring.held_out_losses(quantized, seed)
-                off = scoring.damage(after, losses, generated, unquantized, seed)
-                found[key, configuration.inception] = scoring.compared(scored, baseline) | off
-            scores = found[key, configuration.inception]
-            key_columns = {k: v for k, v in configuration._asdict().items() if k not in ("plan", "inception")}
-            rows.append({**key_columns, **bytes_row, **scores, "n_images": images, "reference": against, "sample": key})
+                off = scoring.damage(after, losses, row.images, unquantized.images, seed)
+                found[row.key, configuration.inception] = scoring.compared(scored, baseline) | off
+            scores = found[row.key, configuration.inception]
+            key_columns = {name: getattr(configuration, name) for name in KEY}
+            drawn_columns = {"n_images": images, "steps": steps, "same_machine": len(row.machines | unquantized.machines) == 1}
+            rows.append({**key_columns, **bytes_row, **scores, **drawn_columns, "reference": against, "sample": row.key})
             print(f"{' '.join(key_columns.values())}: {rows[-1]['mem_mib']:.2f} MiB, FID (MNIST) {scores['fid_mnist']:.2f}")
-    return pd.DataFrame(rows), samples
+    return pd.DataFrame(rows), images_of
+
+
+def _recipes(model: nn.Module, profile: str) -> Callable[[Configuration, nn.Module], samples.Recipe]:
+    """A function of a row and its quantized model: the row's recipe, or that of an earlier row with the very same weights."""
+    weights, first = quantize.fingerprint(model), {}
+
+    def recipe_of(configuration: Configuration, quantized: nn.Module) -> samples.Recipe:
+        fisher = experiment.fisher_settings(profile) if configuration.method not in ("baseline", "uniform") else {}
+        own = samples.recipe(model, configuration, weights, fisher)
+        return first.setdefault(quantize.fingerprint(quantized), own)
+
+    return recipe_of
 
 
 def in_many(
@@ -97,7 +118,7 @@ def quality(model: nn.Module, profile: str, *, images: int, block: int, steps: i
 
     One row for all and one a block: columns images (a range), n_images, fid_mnist, is_mnist, kid_mnist.
     """
-    _, generated = sampled(model, profile, images, steps, seed)
+    generated = sampled(model, profile, images, steps, seed).images
     network = classifier.load()
     reference = metrics.mnist_reference(network)
     parts = {f"0-{images - 1}": generated} | {
@@ -131,11 +152,11 @@ def in_blocks(samples: dict[str, np.ndarray], baseline: str, block: int) -> pd.D
 
 
 class SeenByInception(NamedTuple):
-    """The network, its reference features, and a function of (key, images) that gives features and keeps them by the key."""
+    """The network, its reference features, and a function of images that gives their features and keeps them."""
 
     extractor: FeatureExtractorInceptionV3
     reference: metrics.Reference
-    of: Callable[[str, Tensor], Tensor]
+    of: Callable[[Tensor], Tensor]
 
 
 def inception_features(profile: str, reference_images: int) -> SeenByInception | None:
@@ -149,8 +170,8 @@ def inception_features(profile: str, reference_images: int) -> SeenByInception |
         return None
     suffix = f"{inception.digest(extractor)}.safetensors"
 
-    def features(key: str, images: Tensor) -> Tensor:
-        path = paths.BUILD / profile / "samples" / f"{key}.{suffix}"
+    def features(images: Tensor) -> Tensor:
+        path = paths.BUILD / profile / "features" / f"{hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]}.{suffix}"
         if not path.is_file():
             save_tensors(path, {"features": metrics.inception_features(extractor, images)})
         return load_tensors(path, "this notebook")[0]["features"]

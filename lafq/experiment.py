@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lafq import paths, storage, training
+from lafq import paths, training
 from lafq.data import mnist
-from lafq.files import load_tensors, replacing, save_tensors, sha256
-from lafq.quantize import unpack
+from lafq.files import load_tensors, read_metadata, replacing, save_tensors, sha256
 from lafq.unet import UNet
 
 CHECKPOINT, WEIGHTS, PACKED, FISHER = "checkpoint.safetensors", "ema.safetensors", "packed.safetensors", "fisher.safetensors"
@@ -53,6 +53,20 @@ def compute_on(threads: int, device: str = "auto") -> torch.device:
     return torch.device(chosen)
 
 
+def kind_of_machine() -> str:
+    """Processor, its vector instructions as torch uses them, threads and torch: what decides the last bits of an image."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    words, cpuinfo = {}, Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []:
+        name, _, value = line.partition(":")
+        words.setdefault(name.strip(), value.strip())
+    number = f"{words['cpu family']}/{words['model']}" if "cpu family" in words else ""
+    processor = " ".join(filter(None, (words.get("model name") or platform.processor() or platform.machine(), number)))
+    instructions = torch.backends.cpu.get_cpu_capability() + (" AMX" if "amx_tile" in words.get("flags", "").split() else "")
+    return f"{processor}, {instructions}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
 def train(
     profile: str, width: int, device: torch.device, *, seed: int, steps: int, dropout: float, window: int = 50, **settings: Any
 ) -> None:
@@ -73,21 +87,24 @@ def train(
 def load_model(profile: str, width: int, device: torch.device | str = "cpu") -> UNet:
     """The model of a profile with its trained EMA weights, in evaluation mode.
 
-    Where there is only what `budget.ship` packed of them, that is unpacked, and a line says so.
-    Raises FileNotFoundError naming 01_train when there are none, ValueError when they are of another width or damaged.
+    Raises FileNotFoundError naming the two ways to get them when there are none, ValueError when they are of another width or damaged.
     """
-    folder, model = paths.RESULTS / profile, UNet(width)
-    if (folder / PACKED).is_file() and not (folder / WEIGHTS).is_file():
-        print(f"weights: {PACKED}, quantized to be shipped (06_shipped.csv says at what loss); TRAIN=1 makes the unquantized ones")
-        model = unpack(storage.load(folder / PACKED, model))
-    else:
-        model.load_state_dict(load_tensors(folder / WEIGHTS, "01_train with TRAIN=1", width=width)[0])
+    model = UNet(width)
+    model.load_state_dict(load_tensors(paths.RESULTS / profile / WEIGHTS, "01_train with TRAIN=1", width=width)[0])
     return model.eval().to(device, memory_format=torch.channels_last)
 
 
-def save_fisher(profile: str, values: dict[str, Tensor], width: int) -> None:
-    """Write every weight's Fisher value to results/<profile>/fisher.safetensors (not committed: 02_fisher makes it)."""
-    save_tensors(paths.RESULTS / profile / FISHER, values, weights=_weights(profile), width=width)
+def save_fisher(profile: str, values: dict[str, Tensor], width: int, **settings: int) -> None:
+    """Write every weight's Fisher value to results/<profile>/fisher.safetensors (not committed: 02_fisher makes it).
+
+    settings: how it was estimated (samples, bins, seed), kept in the file.
+    """
+    save_tensors(paths.RESULTS / profile / FISHER, values, weights=_weights(profile), width=width, settings=settings)
+
+
+def fisher_settings(profile: str) -> dict[str, int]:
+    """The settings that `save_fisher` was given."""
+    return read_metadata(paths.RESULTS / profile / FISHER)["settings"]
 
 
 def load_fisher(profile: str, width: int) -> dict[str, Tensor]:

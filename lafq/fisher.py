@@ -25,6 +25,7 @@ from lafq.seeds import generator
 from lafq.unet import TIMESTEPS
 
 GRADIENT_BYTES = 2**29
+BLOCKS = 10
 
 
 class Fisher(NamedTuple):
@@ -32,10 +33,14 @@ class Fisher(NamedTuple):
 
     timesteps: mean F of a tensor within a timestep bin, one row a bin and tensor, columns `parameter, layer, weights,
     t_low, t_high, fisher` (weights: their number in the tensor; t_high inclusive).
+
+    blocks: the same by block of samples (BLOCKS of each bin), from which intervals resample: one row a tensor, bin and block, columns
+    `parameter, t_low, block, samples, fisher`.
     """
 
     weights: dict[str, Tensor]
     timesteps: pd.DataFrame
+    blocks: pd.DataFrame
 
 
 def sample_loss(model: nn.Module, parameters: dict[str, Tensor], x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ def empirical_fisher(
     total = {n: torch.zeros_like(p) for n, p in chosen.items()}
     edges = [round(b * TIMESTEPS / bins) for b in range(bins + 1)]
     counts = [samples // bins + (b < samples % bins) for b in range(bins)]
-    rows = []
+    rows, blocks = [], []
     bar = tqdm(total=samples, desc="Fisher", unit="sample", leave=False)
     for b, count in enumerate(counts):
         g = generator(seed, b)
@@ -87,19 +92,24 @@ def empirical_fisher(
         x0 = unit_interval(images[torch.randint(len(images), (count,), generator=g)]).to(first)
         noise = torch.randn(x0.shape, generator=g, dtype=torch.float32).to(first)
         x, t = add_noise(x0, t.to(first.device), noise), t.to(first.device)
-        in_bin = dict.fromkeys(names, 0.0)
+        in_bin, by_sample = dict.fromkeys(names, 0.0), {n: torch.empty(count) for n in names}
         for part in torch.arange(count).split(chunk):
             with sdpa_kernel(SDPBackend.MATH):
-                squared = {n: v.detach().square().sum(0) for n, v in gradients(chosen, x[part], t[part], noise[part]).items()}
-            for name, value in squared.items():
+                squares = {n: v.detach().square() for n, v in gradients(chosen, x[part], t[part], noise[part]).items()}
+            for name, square in squares.items():
+                by_sample[name][part] = square.flatten(1).mean(1).cpu()
+                value = square.sum(0)
                 total[name] += value
                 in_bin[name] += value.mean().item()
             bar.update(len(part))
         for name, value in in_bin.items():
             layer, size = name.split(".", 1)[0], chosen[name].numel()
             rows.append((name, layer, size, edges[b], edges[b + 1] - 1, value / count))
+            parts = [part for part in by_sample[name].tensor_split(BLOCKS) if len(part)]
+            blocks += [(name, edges[b], i, len(part), part.mean().item()) for i, part in enumerate(parts)]
     bar.close()
     weights = {n: value / samples for n, value in total.items()}
     if bad := [n for n, f in weights.items() if not torch.isfinite(f).all()]:
         raise ValueError(f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged")
-    return Fisher(weights, pd.DataFrame(rows, columns=["parameter", "layer", "weights", "t_low", "t_high", "fisher"]))
+    timesteps = pd.DataFrame(rows, columns=["parameter", "layer", "weights", "t_low", "t_high", "fisher"])
+    return Fisher(weights, timesteps, pd.DataFrame(blocks, columns=["parameter", "t_low", "block", "samples", "fisher"]))

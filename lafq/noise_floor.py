@@ -45,7 +45,7 @@ def noise_floor(profile: str) -> pd.DataFrame:
     p = profile_parameters(profile)
     device = experiment.set_up(profile, p["THREADS"], p["DEVICE"])
     model = experiment.load_model(profile, p["WIDTH"], device)
-    key, generated = sampled(model, profile, p["CHECK_IMAGES"], p["SAMPLING_STEPS"], p["SEED"])
+    generated = sampled(model, profile, p["CHECK_IMAGES"], p["SAMPLING_STEPS"], p["SEED"]).images
     digits = mnist(train=False)[0][HELD_OUT]
     network = classifier.load()
     seen = [
@@ -53,7 +53,7 @@ def noise_floor(profile: str) -> pd.DataFrame:
         for images, x in (("real", digits), ("generated", generated))
     ]
     if eye := inception_features(profile, INCEPTION_REFERENCE if p["INCEPTION_REFERENCE"] else 0):
-        sets = (("real", "held_out", digits), ("generated", key, generated))
-        seen += [("Inception", images, eye.of(name, x), eye.reference) for images, name, x in sets]
+        sets = (("real", digits), ("generated", generated))
+        seen += [("Inception", images, eye.of(x), eye.reference) for images, x in sets]
     tables = [floor(f, reference, p["SEED"]).assign(features=name, images=images) for name, images, f, reference in seen]
     return pd.concat(tables, ignore_index=True)[["features", "images", "metric", "n", "mean", "sd", "blocks"]]

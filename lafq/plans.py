@@ -13,7 +13,10 @@ MIB = 2**20
 
 
 class Configuration(NamedTuple):
-    """A row to evaluate: its key in every table, its precision plan, and whether Inception shall see its images."""
+    """A row to evaluate: its key in every table, its precision plan, and whether Inception shall see its images.
+
+    target: what picks the threshold, where it is found from the Fisher values ("" where the threshold itself is given).
+    """
 
     method: str
     threshold: str
@@ -21,6 +24,7 @@ class Configuration(NamedTuple):
     unit: str
     plan: Plan
     inception: bool = False
+    target: str = ""
 
 
 def sizes(model: nn.Module, plans: list[Plan]) -> pd.DataFrame:
@@ -39,9 +43,14 @@ def sweep(model: nn.Module, scores: dict[str, Tensor], low: str, unit: str, coun
 
 
 def nearest(sweeps: pd.DataFrame, share: float) -> pd.DataFrame:
-    """Of every (format, unit) the row of `sweep` whose share of the baseline's bytes is nearest to `share`."""
-    distance = (sweeps["mem_share"] - share).abs()
-    return sweeps.loc[distance.groupby([sweeps["format"], sweeps["unit"]]).idxmin()].reset_index(drop=True)
+    """Of every (format, unit) the row of `sweep` whose share of the baseline's bytes is nearest to `share`.
+
+    A column `target` says so in words.
+    """
+    kinds = [sweeps["format"], sweeps["unit"]]
+    found = sweeps.loc[(sweeps["mem_share"] - share).abs().groupby(kinds).idxmin()]
+    counts = sweeps.groupby(kinds)["cut"].transform("size")[found.index]
+    return found.assign(target=[f"nearest to {share:.4f} of FP32 of {n} cuts" for n in counts]).reset_index(drop=True)
 
 
 def at_cuts(
@@ -56,6 +65,7 @@ def at_cuts(
             row.unit,
             make_plan(keep_global(scores[row.unit], row.cut), row.format),
             inception,
+            row.target,
         )
         for row in chosen.itertuples()
     ]

@@ -1,9 +1,23 @@
-"""Generated images, kept in build/<profile>/samples by a digest of the weights and the noise they were drawn from."""
+"""Generated images, kept in files of one batch each, together with a record of where they come from.
+
+A profile that keeps its images (KEEP) has them in results/<profile>/samples, found by their *recipe*; any other has them in
+build/<profile>/samples, found by the weights they were drawn from.
+
+The recipe says in words how the weights were made: sha256 of the FP32 weights, rule, threshold, format, granularity, format of
+the weights kept, rounding, and the settings of the Fisher information (`recipe`). The key of a row is the first 16 hexadecimal digits
+of the sha256 of the JSON of recipe, steps, seed and batch, its keys sorted. A file is named <key>_<first image>-<last image>.npz. Fisher
+values computed on another machine differ in their last bits and flip some masks; the recipe finds the images all the same, and
+the record in the file says which weights, processor, threads and torch drew them. Keys must not change: images take hours.
+"""
 
 import hashlib
-from collections.abc import Iterator
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,24 +25,123 @@ from torch import Tensor, nn
 
 from lafq import cluster, paths, quantize, storage
 from lafq.diffusion import sample
+from lafq.experiment import kind_of_machine
 from lafq.files import replacing
+from lafq.plans import Configuration
+from lafq.unet import quantizable
+
+Recipe = dict[str, Any]
+ROUNDING = "nearest code, scale of the largest weight"
+
+
+class Sampled(NamedTuple):
+    """Images of one row: its key, uint8 (N, 1, 32, 32), and the kinds of machine that drew them."""
+
+    key: str
+    images: Tensor
+    machines: frozenset[str]
+
+
+def recipe(model: nn.Module, configuration: Configuration, weights: str, fisher: dict[str, int]) -> Recipe:
+    """How the weights of a row are made from the FP32 weights with the sha256 `weights` (`quantize.fingerprint`).
+
+    A plan that stores all weights alike is the uniform row, or the baseline, whatever rule made it.
+    fisher: samples, bins and seed of the empirical Fisher information.
+    """
+    method, threshold, low, unit, plan = configuration[:5]
+    formats = {entry for entry in plan.values() if isinstance(entry, str)}
+    if not plan:
+        method, threshold, low, unit = "baseline", "none", "fp32", "none"
+    elif len(formats) == 1 and plan == dict.fromkeys(quantizable(model), (entry := formats.pop())):
+        method, threshold, low, unit = "uniform", "all", entry, "tensor"
+    found = {"weights": weights, "rule": method, "threshold": configuration.target or threshold, "format": low, "granularity": unit}
+    if method in ("baseline", "uniform"):
+        return found | {"threshold": threshold, "rounding": ROUNDING}
+    return found | {"kept": "fp32", "rounding": ROUNDING, "fisher": {"kind": "empirical", **fisher}}
+
+
+def recipe_key(recipe: Recipe, steps: int, seed: int, batch: int) -> str:
+    """The key of a row, as this module's docstring says it."""
+    words = json.dumps({"recipe": recipe, "steps": steps, "seed": seed, "batch": batch}, sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def digest(model: nn.Module, *drawn: int) -> str:
+    """Sixteen hexadecimal digits for a model's weights and the numbers that say what was drawn from it."""
+    return hashlib.sha256(f"{quantize.fingerprint(model)} {drawn}".encode()).hexdigest()[:16]
 
 
 def sampled(
-    model: nn.Module, profile: str, images: int, steps: int, seed: int, label: str = "sampling", batch: int = 100
-) -> tuple[str, Tensor]:
-    """`diffusion.sample`, drawn or taken from build/<profile>/samples: the digest, and uint8 (images, 1, 32, 32)."""
-    key = digest(model, images, steps, seed)
-    path = _path(profile, key)
-    if not path.is_file():
-        _keep(path, sample(model, images, steps, seed, batch, label).numpy())
-    return key, torch.from_numpy(np.load(path)["images"])
+    model: nn.Module,
+    profile: str,
+    images: int,
+    steps: int,
+    seed: int,
+    label: str = "sampling",
+    batch: int = 100,
+    recipe: Recipe | None = None,
+) -> Sampled:
+    """`diffusion.sample`, batch by batch drawn or taken from where images are kept; with a recipe, from results/<profile>/samples.
+
+    Raises ValueError for a file that is damaged, holds other images than its name says, or was drawn on this kind of machine from
+    other weights than the recipe now gives.
+    """
+    key, files = _place(model, profile, images, steps, seed, batch, recipe)
+    drawn = {"recipe": recipe, "steps": steps, "seed": seed, "batch": batch}
+    weights, found, machines = quantize.fingerprint(model), [], set()
+    for part, path in files.items():
+        if not path.is_file():
+            named = label if len(files) == 1 else f"{label}, images {part.start}-{part.stop - 1}"
+            pixels = sample(model, len(part), steps, seed, batch, named, first=part.start).numpy()
+            _keep(path, pixels, {**drawn, "drawn_from": weights, "machine": kind_of_machine()})
+        pixels, record = read(path)
+        if {name: record[name] for name in drawn} != drawn or len(pixels) != len(part):
+            raise ValueError(f"{path} holds the images of another row: delete it, and the next run draws these anew")
+        if record["drawn_from"] != weights and record["machine"] == kind_of_machine():
+            raise ValueError(
+                f"{path} was drawn on this kind of machine from other weights than its recipe gives now, so a setting or the code behind "
+                "it has changed: delete it, and the next run draws these images anew"
+            )
+        found.append(torch.from_numpy(pixels))
+        machines.add(record["machine"])
+    return Sampled(key, torch.cat(found), frozenset(machines))
+
+
+def read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The images of a file, uint8 (N, 1, 32, 32), and its record; ValueError when it is damaged."""
+    try:
+        with np.load(path) as file:
+            pixels, record = file["images"], json.loads(str(file["record"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it, and the next run draws its images anew") from None
+    if hashlib.sha256(pixels.tobytes()).hexdigest() != record["sha256"]:
+        raise ValueError(f"{path} is damaged (its images are not those recorded): delete it, and the next run draws them anew")
+    return pixels, record
+
+
+def kept(profile: str, key: str, images: int) -> np.ndarray:
+    """The first `images` images of a row from results/<profile>/samples, uint8 (N, 32, 32), by the `sample` column of its table.
+
+    Raises FileNotFoundError when there are fewer, ValueError as `read`.
+    """
+    parts = [read(path)[0][:, 0] for path in sorted(kept_folder(profile).glob(f"{key}_*.npz"))]
+    if sum(map(len, parts)) < images:
+        raise FileNotFoundError(
+            f"{images} images of row {key} are needed, {kept_folder(profile)} has {sum(map(len, parts))}: "
+            f"`make reproduce PROFILE={profile}` draws the others"
+        )
+    return np.concatenate(parts)[:images]
+
+
+def kept_folder(profile: str) -> Path:
+    """Where a profile that keeps its images has them."""
+    return paths.RESULTS / profile / "samples"
 
 
 def draw_elsewhere(
     scheduler: str,
     model: nn.Module,
-    packed: Iterator[nn.Module],
+    packed: Iterator[tuple[nn.Module, Callable[[nn.Module], Recipe | None]]],
     total: int,
     profile: str,
     *,
@@ -37,35 +150,49 @@ def draw_elsewhere(
     seed: int,
     batch: int = 100,
 ) -> None:
-    """Have the workers of a Dask cluster draw what is not yet in build/<profile>/samples, each of the `total` plans once.
+    """Have the workers of a Dask cluster draw what is not yet kept, each of the `total` plans once.
 
-    packed: packed copies of `model`, taken one by one as workers have room. Errors are those of `cluster.sample_all`.
+    packed: packed copies of `model`, each with a function that gives the recipe of its weights once they are unpacked; taken one by
+    one as workers have room. Errors are those of `cluster.sample_all`.
     """
+    waiting: dict[str, tuple[dict[range, Path], dict[str, Any]]] = {}
 
-    def tasks() -> Iterator[tuple[Path, bytes]]:
-        asked = set()
-        for small in packed:
+    def tasks() -> Iterator[tuple[str, bytes]]:
+        for small, recipe_of in packed:
             with TemporaryDirectory() as folder:
                 file = Path(folder) / "packed.safetensors"
                 storage.save(file, small, model)
-                path = _path(profile, digest(quantize.unpack(small), images, steps, seed))
-                if path not in asked and not path.is_file():
-                    asked.add(path)
-                    yield path, file.read_bytes()
+                whole = quantize.unpack(small)
+                recipe = recipe_of(whole)
+                key, files = _place(whole, profile, images, steps, seed, batch, recipe)
+                if key not in waiting and not all(path.is_file() for path in files.values()):
+                    record = {"recipe": recipe, "steps": steps, "seed": seed, "batch": batch, "drawn_from": quantize.fingerprint(whole)}
+                    waiting[key] = files, record
+                    yield key, file.read_bytes()
+
+    def keep(key: str, drawn: np.ndarray, machine: str) -> None:
+        files, record = waiting[key]
+        for part, path in files.items():
+            if not path.is_file():
+                _keep(path, drawn[part.start : part.stop], {**record, "machine": machine})
 
     drawn = {"width": model.width, "images": images, "steps": steps, "seed": seed, "batch": batch}
-    cluster.sample_all(scheduler, tasks(), total, _keep, **drawn, device=next(model.parameters()).device.type)
+    cluster.sample_all(scheduler, tasks(), total, keep, **drawn, device=next(model.parameters()).device.type)
 
 
-def digest(model: nn.Module, *drawn: int) -> str:
-    """Sixteen hexadecimal digits for a model's weights and the numbers that say what was drawn from it."""
-    return hashlib.sha256(f"{quantize.fingerprint(model)} {drawn}".encode()).hexdigest()[:16]
+def _place(
+    model: nn.Module, profile: str, images: int, steps: int, seed: int, batch: int, recipe: Recipe | None
+) -> tuple[str, dict[range, Path]]:
+    """The key of a row, and the file of every batch of its images."""
+    if recipe is None:
+        folder, key = paths.BUILD / profile / "samples", digest(model, images, steps, seed)
+    else:
+        folder, key = kept_folder(profile), recipe_key(recipe, steps, seed, batch)
+    parts = [range(start, min(start + batch, images)) for start in range(0, images, batch)]
+    return key, {part: folder / f"{key}_{part.start:05d}-{part.stop - 1:05d}.npz" for part in parts}
 
 
-def _path(profile: str, key: str) -> Path:
-    return paths.BUILD / profile / "samples" / f"{key}.npz"
-
-
-def _keep(path: Path, images: np.ndarray) -> None:
+def _keep(path: Path, images: np.ndarray, record: dict[str, Any]) -> None:
+    record = {**record, "sha256": hashlib.sha256(images.tobytes()).hexdigest()}
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, images=images)
+        np.savez_compressed(file, images=images, record=np.array(json.dumps(record, sort_keys=True)))
