@@ -6,18 +6,19 @@ PROFILE ?=
 NOTEBOOK ?=
 TRAIN ?= 0
 SCHEDULER ?=
+WEIGHTS ?=
 # Idle worker threads sleep instead of spinning: other work on the same cores costs less then.
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN = $(BIN)/python -m lafq.run
 $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 to retrain, or 0))
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
-	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER))
+	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-.PHONY: help setup reproduce resume publish classifier evidence benchmark test test-browser lint clean
+.PHONY: help setup reproduce resume publish classifier evidence benchmark packed verify test test-browser lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  options: PROFILE=smoke|mini|paper  TRAIN=1 (retrain)  NOTEBOOK=03 (only that one)  SCHEDULER=tcp://host:8786 (sample on a Dask cluster)"
+	@echo "  options: PROFILE=smoke|mini|paper  TRAIN=1 (retrain)  NOTEBOOK=03 (only that one)  WEIGHTS=path (trained weights)  SCHEDULER=tcp://host:8786 (sample on a Dask cluster)"
 
 setup: $(READY)  ## virtual environment .venv with the pinned packages
 	@echo "ready: .venv"
@@ -51,6 +52,12 @@ benchmark: $(READY)  ## the quantizer beside optimum-quanto and torchao, Fisher 
 	@$(BIN)/python benchmarks/quantizers.py
 	@$(BIN)/python benchmarks/fisher.py
 	@$(BIN)/python benchmarks/binder.py
+
+packed: $(READY)  ## pack the paper profile's weights by the allocator, to be committed (about an hour on two cores)
+	@$(BIN)/python -m lafq.shipping $(if $(PROFILE),--profile $(PROFILE))
+
+verify: $(READY)  ## check the committed results of profile paper, without its weights (minutes); WEIGHTS=path checks more
+	@$(BIN)/python -m lafq.verify $(if $(PROFILE),--profile $(PROFILE)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 lint: $(READY)  ## ruff over code and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -16,8 +16,8 @@ from lafq import classifier, experiment, inception, metrics, paths, quantize, sa
 from lafq.data import REFERENCE
 from lafq.files import load_tensors, replacing, save_tensors
 from lafq.memory import PeakMeter
-from lafq.plans import Configuration, sizes
 from lafq.paper import KEY
+from lafq.plans import Configuration, sizes
 from lafq.samples import digest, draw_elsewhere, sampled
 
 
@@ -38,9 +38,9 @@ def evaluate(
     """Sample every configuration from the same noise and score the images.
 
     Returns one row a configuration (its key, kept_share, mem_mib, mem_share, peak_mib, every metric with its interval and its
-    paired difference from the unquantized model's, rmse, delta_loss, n_images, steps, same_machine, reference, sample) and the uint8
-    images (N, 32, 32) by `sample`, the key of `samples.sampled`: equal plans are sampled once, and images that are kept are not
-    sampled again. same_machine: whether one kind of machine drew the row and its baseline. All plans are checked first.
+    paired difference from the unquantized model's, rmse, delta_loss, n_images, steps, same_machine, reference, sample) and the
+    uint8 images (N, 32, 32) by `sample`, the key of `samples.sampled`: equal plans are sampled once, and images that are kept are
+    not sampled again. same_machine: whether one kind of machine drew the row and its baseline. All plans are checked first.
     inception_reference: number of reference digits for the Inception columns; 0 leaves them empty. store: makes a
     configuration's packed copy of the model; None: `quantize.pack` of its plan. batch: images sampled at once. scheduler: address
     of a Dask scheduler whose workers shall sample; empty: this process does. keep: images are kept by their recipe, in
@@ -93,7 +93,8 @@ def _recipes(model: nn.Module, profile: str) -> Callable[[Configuration, nn.Modu
     weights, first = quantize.fingerprint(model), {}
 
     def recipe_of(configuration: Configuration, quantized: nn.Module) -> samples.Recipe:
-        fisher = experiment.fisher_settings(profile) if configuration.method not in ("baseline", "uniform") else {}
+        known = configuration.method in ("baseline", "uniform") or configuration.made
+        fisher = {} if known else experiment.fisher_settings(profile)
         own = samples.recipe(model, configuration, weights, fisher)
         return first.setdefault(quantize.fingerprint(quantized), own)
 

@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,38 @@ def train(
         loss.rename_axis("step").rename("loss").to_csv(temporary, float_format="%.6f")
 
 
+def check_weights(profile: str, width: int, seed: int, training: dict[str, Any], path: Path | None = None) -> None:
+    """Check the weights of a profile, or those in the file `path`, without reading their tensors.
+
+    Raises FileNotFoundError naming the two ways to get them when there are none, ValueError when they are damaged or were
+    trained with other settings than the profile's (`width`, `seed` and `training`).
+    """
+    path = path or paths.RESULTS / profile / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the trained weights {path} are missing: give a file that has them with WEIGHTS=path, or train them anew with TRAIN=1"
+        )
+    found = read_metadata(path)
+    for name, value in {"width": width, "seed": seed, **training}.items():
+        # Weights made before a setting was there do not name it.
+        if found.get(name, value) != value:
+            raise ValueError(
+                f"{path} was trained with {name}={found[name]}, profile {profile} has {value}: give the weights of this profile "
+                "with WEIGHTS=path, or train them anew with TRAIN=1"
+            )
+
+
+def take_weights(path: Path, profile: str, width: int, seed: int, training: dict[str, Any]) -> None:
+    """Copy trained weights into results/<profile>/, where the notebooks look; errors as `check_weights`."""
+    check_weights(profile, width, seed, training, path)
+    with replacing(paths.RESULTS / profile / WEIGHTS) as temporary:
+        shutil.copyfile(path, temporary)
+
+
 def load_model(profile: str, width: int, device: torch.device | str = "cpu") -> UNet:
     """The model of a profile with its trained EMA weights, in evaluation mode.
 
-    Raises FileNotFoundError naming the two ways to get them when there are none, ValueError when they are of another width or damaged.
+    Raises FileNotFoundError naming what makes them when there are none, ValueError when they are of another width or damaged.
     """
     model = UNet(width)
     model.load_state_dict(load_tensors(paths.RESULTS / profile / WEIGHTS, "01_train with TRAIN=1", width=width)[0])

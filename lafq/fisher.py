@@ -34,8 +34,8 @@ class Fisher(NamedTuple):
     timesteps: mean F of a tensor within a timestep bin, one row a bin and tensor, columns `parameter, layer, weights,
     t_low, t_high, fisher` (weights: their number in the tensor; t_high inclusive).
 
-    blocks: the same by block of samples (BLOCKS of each bin), from which intervals resample: one row a tensor, bin and block, columns
-    `parameter, t_low, block, samples, fisher`.
+    blocks: the same by block of samples (BLOCKS of each bin), so that intervals can resample them: one row per tensor, bin and
+    block, columns `parameter, t_low, block, samples, fisher`.
     """
 
     weights: dict[str, Tensor]

@@ -21,13 +21,20 @@ def profile_parameters(profile: str) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
         raise ValueError(f"unknown profile {profile!r}: choose one of {known}")
-    return yaml.safe_load(path.read_text())
+    return {name: value for name, value in yaml.safe_load(path.read_text()).items() if name.isupper()}
 
 
-def notebooks(only: str = "") -> list[Path]:
-    """The numbered notebooks in order, or those whose name begins with `only`; 00 last, as it opens what 01 makes."""
+def notebooks(only: str = "", profile: str = "") -> list[Path]:
+    """The numbered notebooks in order, or those whose name begins with `only`; 00 last, as it opens what 01 makes.
+
+    profile: without `only`, those that this profile runs (its file's `notebooks`; all, where it names none).
+    """
     every = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"), key=lambda path: (path.stem == EXPLORER, path.name))
     found = [path for path in every if path.name.startswith(only)]
+    if profile and not only:
+        profile_parameters(profile)
+        chosen = yaml.safe_load((paths.PROFILES / f"{profile}.yaml").read_text()).get("notebooks")
+        found = [path for path in every if not chosen or path.stem in chosen]
     if not found:
         raise ValueError(f"no notebook's name begins with {only!r}: choose one of {', '.join(path.stem for path in every)}")
     return found

@@ -58,10 +58,22 @@ TARGET_SHARE = {
 }
 KEY = ["method", "threshold", "format", "unit"]
 COLUMNS = [
-    *("profile", *KEY, "fid_paper", "is_paper", "mem_paper_mib", "mem_share_paper", "mem_mib", "mem_share", "n_images"),
+    *(
+        "profile",
+        *KEY,
+        "fid_paper",
+        "is_paper",
+        "mem_paper_mib",
+        "mem_share_paper",
+        "mem_mib",
+        "mem_share",
+        "n_images",
+        "steps",
+        "same_machine",
+    ),
     *(
         f"{name}{end}"
-        for metric in ("fid_inception", "fid_mnist", "is_mnist", "kid_mnist")
+        for metric in ("fid_inception", "kid_inception", "fid_mnist", "is_mnist", "kid_mnist")
         for name in (metric, f"delta_{metric}")
         for end in ("", "_low", "_high")
     ),

@@ -1,12 +1,15 @@
 """From thresholds to the rows of a table: how large each plan is, which to sample, and what they are called."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
-from lafq.quantize import Plan, kept_weights, make_plan, nbytes
-from lafq.thresholds import by_unit, cuts, keep_global, keep_ratio
+from lafq.paper import TARGET_SHARE
+from lafq.precision import counted_bytes
+from lafq.quantize import Plan, kept_weights, make_plan, nbytes, rows_of
+from lafq.thresholds import by_unit, cuts, keep_global, keep_ratio, relative_to_group, standardized
 from lafq.unet import quantizable
 
 MIB = 2**20
@@ -15,7 +18,9 @@ MIB = 2**20
 class Configuration(NamedTuple):
     """A row to evaluate: its key in every table, its precision plan, and whether Inception shall see its images.
 
-    target: what picks the threshold, where it is found from the Fisher values ("" where the threshold itself is given).
+    target: what picks the threshold, where it is found from the Fisher values ("" where the threshold itself is given). made:
+    what the recipe of its images says of rounding and Fisher information, where that is not as in the paper's rows (see
+    `samples.recipe`).
     """
 
     method: str
@@ -25,6 +30,7 @@ class Configuration(NamedTuple):
     plan: Plan
     inception: bool = False
     target: str = ""
+    made: dict[str, Any] | None = None
 
 
 def sizes(model: nn.Module, plans: list[Plan]) -> pd.DataFrame:
@@ -36,10 +42,27 @@ def sizes(model: nn.Module, plans: list[Plan]) -> pd.DataFrame:
 
 
 def sweep(model: nn.Module, scores: dict[str, Tensor], low: str, unit: str, count: int) -> pd.DataFrame:
-    """Size of the plan at every threshold of `thresholds.cuts`: columns format, unit, cut, kept_share, mem_mib, mem_share."""
-    values = cuts(scores, count)
-    table = pd.concat([sizes(model, [make_plan(keep_global(scores, cut), low)]) for cut in values])
-    return table.reset_index(drop=True).pipe(lambda t: pd.DataFrame({"format": low, "unit": unit, "cut": values}).join(t))
+    """Size of the plan at every threshold of `thresholds.cuts`: columns format, unit, cut, kept_share, mem_mib, mem_share.
+
+    scores: one value per weight, or per weight tensor. Only numbers of kept weights are counted, which takes seconds at width 64.
+    """
+    values, weights = cuts(scores, count), quantizable(model)
+    thresholds = torch.tensor(values, dtype=next(iter(scores.values())).dtype)
+    total = torch.zeros(len(values), dtype=torch.int64)
+    full = nbytes(model, {})
+    stored = torch.full((len(values),), full - 4 * sum(weights[n].numel() for n in scores), dtype=torch.int64)
+    for name, score in scores.items():
+        size, rows = weights[name].numel(), rows_of(model, name)
+        ascending = score.flatten().cpu().sort().values
+        kept = (score.numel() - torch.searchsorted(ascending, thresholds)) * (size // score.numel())
+        total += kept
+        in_first_row = torch.zeros(rows.size[0], dtype=torch.int64)
+        for i, number in enumerate(kept.tolist()):
+            in_first_row[0] = number
+            stored[i] += 4 * size if number == size else counted_bytes(rows, low, in_first_row)
+    sizes = {"kept_share": total.double() / sum(w.numel() for w in weights.values())}
+    sizes |= {"mem_mib": stored.double() / MIB, "mem_share": stored.double() / full}
+    return pd.DataFrame({"format": low, "unit": unit, "cut": values} | {k: v.numpy() for k, v in sizes.items()})
 
 
 def nearest(sweeps: pd.DataFrame, share: float) -> pd.DataFrame:
@@ -101,3 +124,18 @@ def ratio_configurations(
         for low in formats
         for ratio in sorted({*ratios, *(coarse if unit == "weight" else ())})
     ]
+
+
+def published_rows(model: nn.Module, fisher: dict[str, Tensor], ratios: list[float], cuts: int) -> list[Configuration]:
+    """The rows of the poster's table in INT8 on single weights, beside the baseline and both uniform formats.
+
+    Global, group-wise and mean/std thresholds are taken at the paper's share of bytes, the nearest of `cuts` sizes.
+    """
+    baseline = Configuration("baseline", "none", "fp32", "none", {}, inception=True)
+    found, values = [baseline, *uniform(model)], by_unit(fisher, "weight")
+    rules = {"global": ("tau", values), "group": ("factor", relative_to_group(values)), "mean_std": ("k", standardized(values))}
+    for method, (symbol, scores) in rules.items():
+        sizes = sweep(model, scores, "int8", "weight", cuts)
+        found += at_cuts(method, symbol, nearest(sizes, TARGET_SHARE[method]), {"weight": scores}, inception=True)
+    kept = [row for row in ratio_configurations(fisher, ratios, [], ["int8"]) if row.unit == "weight"]
+    return found + [row._replace(inception=True) for row in kept]

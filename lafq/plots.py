@@ -178,6 +178,26 @@ def published_sweep(ax: Axes, rows: Sequence[Published]) -> None:
     ax.legend(fontsize=9)
 
 
+def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
+    """Difference of each row of `paper.compare` from its baseline: ours with the 95 % interval, the poster's hollow."""
+    rows = table[table["method"] != "baseline"].iloc[::-1]
+    at = np.arange(len(rows))
+    ax.axvline(0, color="black", ls="--", lw=1, label="FP32 baseline")
+    ax.errorbar(
+        rows[f"delta_{metric}"],
+        at,
+        xerr=bars(rows, f"delta_{metric}"),
+        fmt="o",
+        capsize=3,
+        label="ours, the same noise in every row",
+    )
+    published = rows["fid_paper"] - table[table["method"] == "baseline"]["fid_paper"].item()
+    ax.plot(published, at, "D", mfc="none", color="0.35", label="poster, other noise in every row")
+    ax.set_yticks(at, [f"{r.method} {r.threshold}, {r.format.upper()}, {r.mem_share:.0%} of FP32" for r in rows.itertuples()])
+    ax.set(xlabel=f"FID difference from FP32 (positive: worse); {metric.removeprefix('fid_')} features")
+    ax.legend(fontsize=9)
+
+
 def paired_digits(axes: Sequence[Axes], table: pd.DataFrame, samples: dict[str, np.ndarray], count: int) -> None:
     """The first images of every row of a table (left) and, enlarged, their differences from the first row's (right).
 

@@ -79,7 +79,13 @@ def precision(entry: str | Precision) -> Precision:
 def stored_bytes(rows: Rows, entry: str | Precision) -> int:
     """Bytes of one parameter in its stored form: values, scales, channel formats, and what tells the kept weights."""
     low, kept, high = precision(entry)
-    in_row = torch.zeros(rows.size[0], dtype=torch.int64) if kept is None else rows.of(kept).sum(1).cpu()
+    return counted_bytes(
+        rows, low, torch.zeros(rows.size[0], dtype=torch.int64) if kept is None else rows.of(kept).sum(1).cpu(), high
+    )
+
+
+def counted_bytes(rows: Rows, low: str | tuple[str, ...], in_row: Tensor, high: str = "fp32") -> int:
+    """`stored_bytes` where only the number of kept weights in each channel is known: in_row, int64 (channels,)."""
     by_format = channels_by_format(low, rows.size[0])
     total = nbytes(CHANNEL_CODE, rows.size[0]) if len(by_format) > 1 else 0
     total += sum(2 * len(r) for f, r in by_format.items() if f.levels)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lafq import paths
+from lafq import paths, samples
 from lafq.data import REFERENCE
 from lafq.files import replacing
 from lafq.paper import KEY
@@ -18,10 +18,11 @@ METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
 SHOWN = [
     *("method", "threshold", "format", "unit", "kept_share", "mem_mib", "mem_share", "peak_mib"),
     *("fid_mnist", "delta_fid_mnist", "is_mnist", "kid_mnist", "fid_inception", "delta_fid_inception", "rmse", "delta_loss"),
+    *("n_images", "steps"),
 ]
 DIGITS = {
     **dict.fromkeys(("mem_mib", "fid_mnist", "is_mnist", "fid_inception", "fid_paper", "is_paper"), "{:.2f}"),
-    **dict.fromkeys(("kept_share", "mem_share", "mem_share_paper", "kid_mnist"), "{:.3f}"),
+    **dict.fromkeys(("kept_share", "mem_share", "mem_share_paper", "kid_mnist", "kid_inception"), "{:.3f}"),
     **dict.fromkeys(("delta_fid_mnist", "delta_fid_inception", "fid_mnist_delta"), "{:+.3f}"),
     **dict.fromkeys(("predicted", "damage"), "{:.2e}"),
     "rmse": "{:.2g}",
@@ -59,15 +60,6 @@ def load_if_there(profile: str, name: str) -> pd.DataFrame | None:
     return load_table(profile, name)
 
 
-def many_shown(profile: str, name: str) -> pd.DataFrame | None:
-    """Rows of `evaluation.in_many` as they are shown; None, and a line, where the profile asks for none."""
-    if not (paths.RESULTS / profile / f"{name}.csv").is_file():
-        print(f"{name}: profile {profile} has none (MANY has 0 images); `make evidence` makes those that the claims speak of")
-        return None
-    blocks = ["block_delta_fid_mnist", "block_delta_fid_mnist_sd"]
-    return shown(load_table(profile, name), [*KEY, "n_images", "mem_mib", "fid_mnist", "delta_fid_mnist", *blocks])
-
-
 def save_images(profile: str, name: str, images: dict[str, np.ndarray]) -> None:
     """Write generated images, uint8 (N, 32, 32) by key, to results/<profile>/<name>.npz."""
     with replacing(paths.RESULTS / profile / f"{name}.npz") as temporary, temporary.open("wb") as file:
@@ -81,28 +73,34 @@ def load_images(profile: str, name: str) -> dict[str, np.ndarray]:
 
 
 def save_rows(profile: str, name: str, table: pd.DataFrame, images: dict[str, np.ndarray]) -> None:
-    """Write what `experiment.evaluate` returned: the table and the images, both named after the notebook."""
-    save_images(profile, name, images)
+    """Write what `evaluation.evaluate` returned: the table, and the images unless they are kept in results/<profile>/samples."""
+    if not samples.kept_folder(profile).is_dir():
+        save_images(profile, name, images)
     save_table(profile, name, table)
 
 
 def load_rows(profile: str, name: str, with_baseline: bool = False) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Read what `save_rows` wrote, on request with the baseline of 01_train as the first row."""
-    table, images = load_table(profile, name), load_images(profile, name)
+    table = load_table(profile, name)
+    if samples.kept_folder(profile).is_dir():
+        images = {row.sample: samples.kept(profile, row.sample, row.n_images) for row in table.itertuples()}
+    else:
+        images = load_images(profile, name)
     if with_baseline:
         baseline, its_images = load_rows(profile, "01_baseline")
         table, images = pd.concat([baseline, table], ignore_index=True), its_images | images
     return table, images
 
 
-def save_figure(profile: str, name: str, figure: Figure, note: str = "") -> None:
+def save_figure(profile: str, name: str, figure: Figure, note: str = "", pixels: bool = False) -> None:
     """Write figures/<profile>/<name>.png and .svg, without dates so that equal figures are equal bytes.
 
-    Below stands the profile, and the note: what the bars of the figure are.
+    pixels: the figure is made of images, so only the .png is written. Below stands the profile, and the note: what the bars are.
     """
     figure.text(1, -0.01, f"profile {profile}" + (f"; {note}" if note else ""), ha="right", va="top", fontsize=8, color="0.35")
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        kinds = (("png", {"Software": None}), ("svg", {"Date": None}))
+        for suffix, metadata in kinds[:1] if pixels else kinds:
             with replacing(paths.FIGURES / profile / f"{name}.{suffix}") as temporary:
                 figure.savefig(temporary, format=suffix, dpi=150, bbox_inches="tight", metadata=metadata)
 

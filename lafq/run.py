@@ -23,7 +23,7 @@ import yaml
 from nbclient.exceptions import CellExecutionError
 from papermill.exceptions import PapermillExecutionError
 
-from lafq import changes, cluster, cost, paths
+from lafq import changes, cluster, cost, experiment, paths
 from lafq.files import replacing
 from lafq.notebooks import QUIET_KERNEL, clean, declared, notebooks, profile_parameters
 from lafq.publishing import publish, published
@@ -47,6 +47,11 @@ def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict
     for ratio in (*parameters["RATIOS"], *parameters["COARSE_RATIOS"]):
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio {ratio} is outside [0, 1]: it is the share of a layer's units to keep")
+    if overrides.get("COMPUTE") and not parameters["TRAIN"]:
+        try:
+            experiment.check_weights(profile, parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}, {cost.training_time(parameters)}") from None
     if parameters["SCHEDULER"]:
         cluster.connect(parameters["SCHEDULER"]).close()
     return parameters
@@ -55,9 +60,10 @@ def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict
 def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool = True) -> None:
     """Run the notebooks with papermill into build/<profile>/, writing record.json as each is done.
 
-    anew: drop what an earlier run had sampled (and, where 01_train shall train, its checkpoint) and time the notebooks.
+    anew: drop what an earlier run had sampled into build/ (and, where 01_train shall train, its checkpoint) and time the notebooks.
+    Images in results/<profile>/samples are never dropped.
     """
-    selected = notebooks(only)
+    selected = notebooks(only, profile)
     parameters = check(profile, overrides, selected)
     build = paths.BUILD / profile
     if anew:
@@ -66,7 +72,7 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
         if parameters["TRAIN"] and selected[0].stem == "01_train":
             (build / "checkpoint.safetensors").unlink(missing_ok=True)
     build.mkdir(parents=True, exist_ok=True)
-    print(cost.estimate(parameters, [path.stem for path in selected]), flush=True)
+    print(cost.estimate(profile, parameters, [path.stem for path in selected]), flush=True)
     before = changes.tables(profile)
     began = time.monotonic()
     for path in selected:
@@ -109,21 +115,13 @@ def _update(path: Path, key: str, value: Any) -> None:
         temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
-def choose_profile(asked: str) -> str:
-    """The profile asked for, else paper where a CUDA GPU is visible and mini elsewhere; says which and why."""
-    if asked:
-        return asked
-    chosen, reason = ("paper", "a CUDA GPU is visible") if torch.cuda.is_available() else ("mini", "no CUDA GPU is visible")
-    print(f"profile {chosen}: {reason} (PROFILE=smoke, mini or paper overrides)")
-    return chosen
-
-
 def main() -> int:
     """Parse the verb and run it; errors are one sentence and exit status 1, with earlier results left as they were."""
     parser = argparse.ArgumentParser(prog="lafq.run")
     parser.add_argument("verb", choices=["reproduce", "resume", "publish", "published"])
     parser.add_argument("--profile", default="")
     parser.add_argument("--only", default="", help="run only notebooks whose name begins with this, e.g. 03")
+    parser.add_argument("--weights", default="", help="trained weights to use, a file that 01_train wrote (ema.safetensors)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a parameter (YAML)")
     arguments = parser.parse_args()
     if not sys.stderr.isatty():
@@ -149,9 +147,12 @@ def main() -> int:
         if arguments.verb == "resume" and last.is_file() and not any(asked.values()):
             asked = json.loads(last.read_text())
             print(f"resuming the last run: {asked}")
-        asked["profile"] = choose_profile(asked["profile"])
+        asked["profile"] = asked["profile"] or "mini"
         asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
-        check(asked["profile"], asked["overrides"], notebooks(asked["only"]))
+        if arguments.weights:
+            p = profile_parameters(asked["profile"])
+            experiment.take_weights(Path(arguments.weights), asked["profile"], p["WIDTH"], p["SEED"], p["TRAINING"])
+        check(asked["profile"], asked["overrides"], notebooks(asked["only"], asked["profile"]))
         with replacing(last) as temporary:
             temporary.write_text(json.dumps(asked))
         execute(**asked, anew=arguments.verb == "reproduce")

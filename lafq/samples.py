@@ -4,10 +4,11 @@ A profile that keeps its images (KEEP) has them in results/<profile>/samples, fo
 build/<profile>/samples, found by the weights they were drawn from.
 
 The recipe says in words how the weights were made: sha256 of the FP32 weights, rule, threshold, format, granularity, format of
-the weights kept, rounding, and the settings of the Fisher information (`recipe`). The key of a row is the first 16 hexadecimal digits
-of the sha256 of the JSON of recipe, steps, seed and batch, its keys sorted. A file is named <key>_<first image>-<last image>.npz. Fisher
-values computed on another machine differ in their last bits and flip some masks; the recipe finds the images all the same, and
-the record in the file says which weights, processor, threads and torch drew them. Keys must not change: images take hours.
+the weights kept, rounding, and the settings of the Fisher information (`recipe`). The key of a row is the first 16 hexadecimal
+digits of the sha256 of the JSON of recipe, steps, seed and batch, its keys sorted. A file is named
+<key>_<first image>-<last image>.npz. Fisher values computed on another machine differ in their last bits and flip some masks; the
+recipe finds the images all the same, and the record in the file says which weights, processor, threads and torch drew them. Keys
+must not change: images take hours.
 """
 
 import hashlib
@@ -52,12 +53,13 @@ def recipe(model: nn.Module, configuration: Configuration, weights: str, fisher:
     formats = {entry for entry in plan.values() if isinstance(entry, str)}
     if not plan:
         method, threshold, low, unit = "baseline", "none", "fp32", "none"
-    elif len(formats) == 1 and plan == dict.fromkeys(quantizable(model), (entry := formats.pop())):
+    elif not configuration.made and len(formats) == 1 and plan == dict.fromkeys(quantizable(model), (entry := formats.pop())):
         method, threshold, low, unit = "uniform", "all", entry, "tensor"
-    found = {"weights": weights, "rule": method, "threshold": configuration.target or threshold, "format": low, "granularity": unit}
+    found = {"weights": weights, "rule": method, "threshold": threshold, "format": low, "granularity": unit, "rounding": ROUNDING}
     if method in ("baseline", "uniform"):
-        return found | {"threshold": threshold, "rounding": ROUNDING}
-    return found | {"kept": "fp32", "rounding": ROUNDING, "fisher": {"kind": "empirical", **fisher}}
+        return found
+    found |= {"threshold": configuration.target or threshold, "kept": "fp32", "fisher": {"kind": "empirical", **fisher}}
+    return found | (configuration.made or {})
 
 
 def recipe_key(recipe: Recipe, steps: int, seed: int, batch: int) -> str:
@@ -99,8 +101,8 @@ def sampled(
             raise ValueError(f"{path} holds the images of another row: delete it, and the next run draws these anew")
         if record["drawn_from"] != weights and record["machine"] == kind_of_machine():
             raise ValueError(
-                f"{path} was drawn on this kind of machine from other weights than its recipe gives now, so a setting or the code behind "
-                "it has changed: delete it, and the next run draws these images anew"
+                f"{path} was drawn on this kind of machine from other weights than its recipe gives now, so a setting or the code "
+                "behind it has changed: delete it, and the next run draws these images anew"
             )
         found.append(torch.from_numpy(pixels))
         machines.add(record["machine"])
@@ -166,7 +168,13 @@ def draw_elsewhere(
                 recipe = recipe_of(whole)
                 key, files = _place(whole, profile, images, steps, seed, batch, recipe)
                 if key not in waiting and not all(path.is_file() for path in files.values()):
-                    record = {"recipe": recipe, "steps": steps, "seed": seed, "batch": batch, "drawn_from": quantize.fingerprint(whole)}
+                    record = {
+                        "recipe": recipe,
+                        "steps": steps,
+                        "seed": seed,
+                        "batch": batch,
+                        "drawn_from": quantize.fingerprint(whole),
+                    }
                     waiting[key] = files, record
                     yield key, file.read_bytes()
 

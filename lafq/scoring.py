@@ -14,7 +14,7 @@ from lafq.metrics import Reference
 from lafq.seeds import generator
 from lafq.unet import TIMESTEPS
 
-METRICS = ("fid_mnist", "is_mnist", "kid_mnist", "fid_inception")
+METRICS = ("fid_mnist", "is_mnist", "kid_mnist", "fid_inception", "kid_inception")
 LOSS_DIGITS = 200
 
 
@@ -38,6 +38,7 @@ def scorer(images: int, seed: int, inception: Reference | None) -> Callable[[Ten
     # The images as they are come first. torch-fidelity's own FID takes some 10 s in 2,048 dimensions; a test holds this against it.
     as_they_are = torch.cat([torch.arange(images)[None], indices])
     fid_inception = intervals.fid_draws(inception, as_they_are) if inception else None
+    kid_inception = intervals.kid_draws(inception, indices) if inception else None
 
     def score(generated: Tensor, features: Tensor | None = None) -> Scored:
         seen, logits = metrics.mnist_features(network, generated)
@@ -46,6 +47,7 @@ def scorer(images: int, seed: int, inception: Reference | None) -> Callable[[Ten
         if features is not None:
             found = fid_inception(features)
             values["fid_inception"], draws["fid_inception"] = found[0].item(), found[1:]
+            values["kid_inception"], draws["kid_inception"] = metrics.kid(features, inception), kid_inception(features)
         return Scored(values, draws)
 
     return score

@@ -154,7 +154,6 @@ def deviations() -> pd.DataFrame:
     for name in ("mini", "paper"):
         p, training = profile_parameters(name), profile_parameters(name)["TRAINING"]
         rate = f"{training['peak']:g}, {training['warmup']} steps of warm-up, linear decay over the last {training['decay']:,}"
-        many = f"; {p['MANY']['steps']} where rows have {p['MANY']['images']:,} images" if p["MANY"]["images"] else ""
         table[f"profile {name}"] = [
             f"{p['WIDTH']} ({4 * sum(t.numel() for t in UNet(p['WIDTH']).parameters()) / 2**20:.2f} MiB)",
             f"{p['WIDTH'] // 2}",
@@ -162,8 +161,9 @@ def deviations() -> pd.DataFrame:
             rate,
             f"{training['dropout']}",
             f"{training['ema_decay']}, warmed up",
-            "bfloat16 autocast" if training["bf16"] else "FP32",
-            f"{p['SAMPLING_STEPS']:,} (trailing stride){many}" if p["SAMPLING_STEPS"] < paper.SAMPLING_STEPS else f"1,000{many}",
+            ("bfloat16 autocast" if training["bf16"] else "FP32") + (", torch.compile" if training.get("compile") else ""),
+            f"{p['SAMPLING_STEPS']:,} (trailing stride)"
+            + (f"; the published rows also {p['PUBLISHED']['steps']:,}" if name == "paper" else ""),
         ]
     return table
 
@@ -171,13 +171,12 @@ def deviations() -> pd.DataFrame:
 def counted() -> str:
     """The operations of the profile paper, and how many rows they are for."""
     p = profile_parameters("paper")
-    one, training = cost.forward_flop(p["WIDTH"]), p["TRAINING"]
-    full, many = (images * steps * one / 1e15 for images, steps in ((p["IMAGES"], p["SAMPLING_STEPS"]), p["MANY"].values()))
-    trained, rows = 3 * one * training["steps"] * training["batch_size"] / 1e15, sum(cost.sampled_rows(p).values())
+    one, published, rows = cost.forward_flop(p["WIDTH"]), p["PUBLISHED"], cost.sampled_rows(p)
+    strided, full = (p["IMAGES"] * steps * one / 1e15 for steps in (p["SAMPLING_STEPS"], published["steps"]))
     return (
-        f"Counted, that is {trained:.1f} PFLOP of training (bfloat16 autocast), {full:.2f} PFLOP a row for {p['IMAGES']} images at "
-        f"{p['SAMPLING_STEPS']:,} steps, {rows} rows, and {many:.2f} for a row with {p['MANY']['images']:,} images at "
-        f"{p['MANY']['steps']} steps."
+        f"Counted, that is {cost.training_flop(p) / 1e15:.1f} PFLOP of training (bfloat16 autocast), which `TRAIN=1` repeats; "
+        f"{sum(rows.values()) - rows['07_audit']} rows of {p['IMAGES']} images at {p['SAMPLING_STEPS']} steps, {strided:.2f} PFLOP "
+        f"each; and {cost.PUBLISHED_ROWS + len(published['ratios'])} rows at {published['steps']:,} steps, {full:.2f} PFLOP each."
     )
 
 
@@ -187,7 +186,7 @@ def timing(profiles: tuple[str, ...] = ("mini", "paper")) -> pd.DataFrame:
     for profile in profiles:
         path = paths.RESULTS / profile / "timing.json"
         record = json.loads(path.read_text()) if path.is_file() else {"gpu": None, "notebooks": {}}
-        device = record["gpu"] or ("one GPU" if profile == "paper" else "two CPU cores")
+        device = record["gpu"] or "two CPU cores"
         cells = [record["notebooks"].get(name) for name in table["notebook"]]
         table[f"{profile}, {device}"] = [
             f"{cell['seconds'] / 60:.1f} min, {cell['peak_mib_so_far'] / 1024:.1f} GiB so far" if cell else "not run"

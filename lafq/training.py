@@ -89,16 +89,33 @@ def _backward(model: nn.Module, x: Tensor, t: Tensor, noise: Tensor, bf16: bool)
 
 
 def fit(
-    model: nn.Module, images: Tensor, checkpoint: Path, *, steps: int, ema_decay: float, every: int = 250, **settings: Any
+    model: nn.Module,
+    images: Tensor,
+    checkpoint: Path,
+    *,
+    steps: int,
+    ema_decay: float,
+    every: int = 250,
+    compile: bool = False,
+    **settings: Any,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Train from scratch, or on from `checkpoint` if there is one, and return the EMA weights and every step's loss.
 
-    The checkpoint is rewritten every `every` steps and kept; `settings` are those of `train`. A run may be prolonged
+    The checkpoint is rewritten every `every` steps and kept; `settings` are those of `train`. compile: with torch.compile, which
+    takes a C++ compiler, is faster and rounds differently. A run may be prolonged
     (other `steps`) as long as its learning rate has not begun to fall.
     Raises ValueError when the checkpoint belongs to other settings.
     """
-    record = {"width": model.width, "dropout": model.Layer1.block1.dropout.p, "ema_decay": ema_decay, **settings}
+    record = {
+        "width": model.width,
+        "dropout": model.Layer1.block1.dropout.p,
+        "ema_decay": ema_decay,
+        "compile": compile,
+        **settings,
+    }
     ema = ema_of(model, ema_decay)
+    if compile:
+        model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     losses: list[float] = []
     if checkpoint.is_file():
