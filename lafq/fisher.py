@@ -92,7 +92,7 @@ def empirical_fisher(
         x0 = unit_interval(images[torch.randint(len(images), (count,), generator=g)]).to(first)
         noise = torch.randn(x0.shape, generator=g, dtype=torch.float32).to(first)
         x, t = add_noise(x0, t.to(first.device), noise), t.to(first.device)
-        in_bin, by_sample = dict.fromkeys(names, 0.0), {n: torch.empty(count) for n in names}
+        in_bin, by_sample = dict.fromkeys(names, 0.0), {n: torch.empty(count, dtype=x0.dtype) for n in names}
         for part in torch.arange(count).split(chunk):
             with sdpa_kernel(SDPBackend.MATH):
                 squares = {n: v.detach().square() for n, v in gradients(chosen, x[part], t[part], noise[part]).items()}

@@ -85,9 +85,11 @@ def sampled(
 ) -> Sampled:
     """`diffusion.sample`, batch by batch drawn or taken from where images are kept; with a recipe, from results/<profile>/samples.
 
-    Raises ValueError for a file that is damaged, holds other images than its name says, or was drawn on this kind of machine from
-    other weights than the recipe now gives.
+    Raises ValueError for no images, and for a file that is damaged, holds other images than its name says, or was drawn on this kind
+    of machine from other weights than the recipe now gives.
     """
+    if images < 1:
+        raise ValueError(f"{images} images asked for: at least one is needed")
     key, files = _place(model, profile, images, steps, seed, batch, recipe)
     drawn = {"recipe": recipe, "steps": steps, "seed": seed, "batch": batch}
     weights, found, machines = quantize.fingerprint(model), [], set()

@@ -196,8 +196,8 @@ def test_judged_rows_measure_the_plan(model, known):
 
 def test_tuned_rows_are_the_allocators_with_less_damage(model, known):
     allocated = methods.allocated(model, known, [3.0, 4.0], units=("tensor", "mixed"))
-    rows = methods.tuned(allocated, [4.0], steps=20)
-    assert [(r.method, r.unit, r.bits, r.tuned) for r in rows] == [("allocator, tuned", "mixed", 4.0, 20)]
+    rows = methods.tuned(allocated, [4.0], steps=60)
+    assert [(r.method, r.unit, r.bits, r.tuned) for r in rows] == [("allocator, tuned", "mixed", 4.0, 60)]
     before = next(r for r in allocated if (r.method, r.unit, r.bits) == ("allocator", "mixed", 4.0))
     table = budget.judged(model, [before, *rows], known, known, seed=0, digits=50)
     assert table["mem_mib"].nunique() == table["predicted"].nunique() == 1

@@ -38,21 +38,37 @@ def test_rows_are_the_same_bytes_on_a_cluster(two_workers, sandbox, tiny, monkey
     assert all(np.array_equal(images[key], drawn[key]) for key in images)
 
 
-def test_a_killed_worker_loses_no_row(two_workers, sandbox, tiny, monkeypatch):
-    packed = (quantize.pack(tiny, plan) for plan in plans_of(tiny))
-    kept, killed = {}, []
+def test_images_kept_by_recipe_are_the_same_files_on_a_cluster(two_workers, sandbox, tiny, monkeypatch):
+    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
+    drawn, rows = {**DRAWN, "batch": 2, "keep": True}, plans.uniform(tiny)
+    here, _ = evaluation.evaluate(tiny, rows, "smoke", **drawn)
+    first = {path.name: samples.read(path) for path in samples.kept_folder("smoke").iterdir()}
+    monkeypatch.setattr(paths, "RESULTS", sandbox / "elsewhere")
+    there, _ = evaluation.evaluate(tiny, rows, "smoke", **drawn, scheduler=two_workers.scheduler_address)
+    pd.testing.assert_frame_equal(here.drop(columns="same_machine"), there.drop(columns="same_machine"), check_exact=True)
+    for path in samples.kept_folder("smoke").iterdir():
+        images, record = samples.read(path)
+        assert np.array_equal(images, first[path.name][0])
+        assert record["drawn_from"] == first[path.name][1]["drawn_from"]
 
-    def keep(path, images):
+
+def test_a_killed_worker_loses_no_row(two_workers, sandbox, tiny, monkeypatch):
+    packed = ((quantize.pack(tiny, plan), lambda _: None) for plan in plans_of(tiny))
+    kept, killed, machines = {}, [], set()
+
+    def keep(path, images, record):
         if not kept:
             worker = next(iter(two_workers.workers.values()))
             os.kill(worker.pid, signal.SIGKILL)
             killed.append(worker.pid)
-        kept[path.stem] = images
+        kept[path.stem.partition("_")[0]] = images
+        machines.add(record["machine"])
 
     monkeypatch.setattr(samples, "_keep", keep)
     samples.draw_elsewhere(two_workers.scheduler_address, tiny, packed, 6, "smoke", **DRAWN)
     expected = [quantize.unpack(quantize.pack(tiny, plan)) for plan in plans_of(tiny)]
     assert killed
+    assert len(machines) == 1
     assert kept.keys() == {samples.digest(model, *DRAWN.values()) for model in expected}
     for model in expected:
         assert np.array_equal(kept[samples.digest(model, *DRAWN.values())], samples.sample(model, *DRAWN.values()).numpy())

@@ -2,10 +2,12 @@ import pandas as pd
 import pytest
 import torch
 
-from lafq import batches, cost, diffusion, paths, training
+from lafq import batches, cost, diffusion, paths, plans, samples, training
+from lafq.files import save_tensors
 from lafq.notebooks import notebooks
+from lafq.quantize import fingerprint
 from lafq.run import check
-from lafq.unet import UNet
+from lafq.unet import UNet, quantizable
 
 SAMPLING = ("01_baseline", "03_global", "04_group", "05_ratio_sweep", "07_audit")
 
@@ -40,9 +42,25 @@ def test_rows_counted_are_the_rows_sampled():
 
 def test_the_estimate_names_what_was_selected_and_grows_with_it():
     parameters = check("smoke", {}, notebooks())
-    assert "02_fisher" in (said := cost.estimate(parameters, ["02_fisher"])) and "05_ratio_sweep" not in said
+    assert "02_fisher" in (said := cost.estimate("smoke", parameters, ["02_fisher"])) and "05_ratio_sweep" not in said
     more = cost.work(parameters | {"IMAGES": 400, "TRAIN": True}), cost.work(parameters | {"TRAIN": False})
     assert all(more[0][name] > more[1][name] for name in ("01_train", "03_global", "05_ratio_sweep"))
+
+
+def test_published_rows_counted_are_those_made(tiny):
+    ratios = check("paper", {}, notebooks())["PUBLISHED"]["ratios"]
+    fisher = {n: w.square() for n, w in quantizable(tiny).items()}
+    rows = plans.published_rows(tiny, fisher, ratios, 20)
+    assert len(rows) == cost.PUBLISHED_ROWS + len(ratios) == 9
+    assert all(row.inception for row in rows)
+
+
+def test_images_that_are_kept_count_for_the_estimate(tiny, sandbox):
+    save_tensors(paths.RESULTS / "smoke" / "ema.safetensors", dict(tiny.named_parameters()), width=4)
+    recipe = {"weights": fingerprint(tiny), "rule": "baseline"}
+    samples.sampled(tiny, "smoke", 3, 2, 0, batch=2, recipe=recipe)
+    samples.sampled(tiny, "smoke", 3, 2, 0, batch=2, recipe=recipe | {"weights": "other"})
+    assert cost.kept_flop("smoke", 4) == 3 * 2 * cost.forward_flop(4)
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(90, "90 s"), (600, "10 minutes"), (9000, "2 hours"), (400000, "5 days")])

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -90,3 +91,14 @@ def test_damaged_weights(tiny, digits):
         tiny.inp.weight[0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         empirical_fisher(tiny, ["inp.weight"], digits, samples=1, bins=1, seed=0)
+
+
+def test_blocks_average_to_the_bins(tiny, digits):
+    names = ["Layer1.block1.conv1.weight", "Layer6.resample.weight"]
+    found = empirical_fisher(tiny, names, digits, samples=50, bins=2, seed=0, chunk=4)
+    counts = found.blocks.groupby(["parameter", "t_low"])["samples"].agg(["size", "sum"])
+    assert (counts["size"] == 10).all()
+    assert (counts["sum"] == 25).all()
+    total = found.blocks.assign(sum=found.blocks["fisher"] * found.blocks["samples"]).groupby(["parameter", "t_low"])["sum"].sum()
+    expected = found.timesteps.set_index(["parameter", "t_low"])["fisher"]
+    assert np.allclose(total / 25, expected.loc[total.index], rtol=1e-5)

@@ -7,7 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
-from lafq import evaluation, experiment, paths, plans, quantize, report, run, samples
+from lafq import cost, evaluation, experiment, paths, plans, quantize, report, run, samples
+from lafq.notebooks import profile_parameters
+from lafq.quantize import make_plan
+from lafq.thresholds import by_unit, keep_global
 from lafq.unet import UNet, quantizable
 
 
@@ -100,12 +103,50 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypat
     pd.testing.assert_frame_equal(whole, resumed)
 
 
-def test_the_profile_follows_the_gpu(monkeypatch, capsys):
-    for visible, profile in ((True, "paper"), (False, "mini")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda visible=visible: visible)
-        assert run.choose_profile("") == profile
-        assert f"profile {profile}: " in capsys.readouterr().out
-        assert run.choose_profile("smoke") == "smoke"
+@pytest.mark.parametrize("gpu", [True, False])
+def test_without_a_profile_it_is_mini_also_beside_a_gpu(gpu, sandbox, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(sys, "argv", ["lafq.run", "reproduce"])
+    monkeypatch.setattr(run, "check", lambda *_: {})
+    asked = {}
+    monkeypatch.setattr(run, "execute", lambda **arguments: asked.update(arguments))
+    assert run.main() == 0
+    assert asked["profile"] == "mini"
+
+
+def test_paper_without_its_weights_refuses_in_one_sentence(sandbox, monkeypatch, capsys):
+    monkeypatch.setattr(cost, "measured_rate", lambda *_: 3e11)
+    monkeypatch.setattr(sys, "argv", ["lafq.run", "reproduce", "--profile", "paper"])
+    assert run.main() == 1
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert "results/paper/ema.safetensors are missing: give a file that has them with WEIGHTS=path, or train them anew" in said
+    assert "with TRAIN=1, 7 hours on this machine" in said
+    assert not paths.BUILD.exists()
+
+
+def weights_file(path, width=4, **changes):
+    training = profile_parameters("smoke")["TRAINING"] | changes
+    experiment.save_tensors(path, dict(UNet(width).named_parameters()), width=width, seed=0, **training)
+
+
+def test_weights_are_taken_from_a_path(sandbox):
+    weights_file(sandbox / "own.safetensors")
+    training = profile_parameters("smoke")["TRAINING"]
+    experiment.take_weights(sandbox / "own.safetensors", "smoke", 4, 0, training)
+    assert experiment.load_model("smoke", 4).width == 4
+    experiment.check_weights("smoke", 4, 0, training)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"width": 8}, "trained with width=8, profile smoke has 4"), ({"steps": 7}, "trained with steps=7, profile smoke has 12")],
+)
+def test_weights_of_another_width_or_training_are_refused(sandbox, changes, message):
+    weights_file(sandbox / "own.safetensors", **changes)
+    with pytest.raises(ValueError, match=f"{message}: give the weights of this profile with WEIGHTS=path"):
+        experiment.take_weights(sandbox / "own.safetensors", "smoke", 4, 0, profile_parameters("smoke")["TRAINING"])
+    assert not (paths.RESULTS / "smoke" / experiment.WEIGHTS).exists()
 
 
 def test_a_bad_plan_stops_before_sampling(sandbox, sampled, tiny):
@@ -130,6 +171,15 @@ def test_sweep_and_nearest(tiny):
     assert abs(chosen["mem_share"].item() - 0.5) == (table["mem_share"] - 0.5).abs().min()
     [configuration] = plans.at_cuts("global", "tau", chosen, {"weight": scores})
     assert quantize.nbytes(tiny, configuration.plan) / 2**20 == chosen["mem_mib"].item()
+
+
+@pytest.mark.parametrize("unit", ["tensor", "weight"])
+@pytest.mark.parametrize("low", ["fp16", "int8"])
+def test_sizes_counted_are_those_of_the_plans(tiny, low, unit):
+    scores = by_unit({n: w.square() for n, w in quantizable(tiny).items()}, unit)
+    table = plans.sweep(tiny, scores, low, unit, 20)
+    made = [make_plan(keep_global(scores, cut), low) for cut in table["cut"]]
+    pd.testing.assert_frame_equal(table[["kept_share", "mem_mib", "mem_share"]], plans.sizes(tiny, made), check_exact=True)
 
 
 def test_missing_and_foreign_weights(sandbox):

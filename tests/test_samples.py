@@ -92,7 +92,7 @@ def test_images_are_kept_in_batches_and_found_again(tiny, rows, monkeypatch):
     assert all(np.array_equal(images[key], found) for key, found in report.load_rows("smoke", "x")[1].items())
     monkeypatch.setattr(samples, "sample", None)
     pd.testing.assert_frame_equal(table, evaluate(tiny, rows)[0])
-    with pytest.raises(FileNotFoundError, match="6 images of row .* are needed, .* has 5: `make reproduce PROFILE=smoke`"):
+    with pytest.raises(FileNotFoundError, match=r"6 images of row .* are needed, .* has 5: `make reproduce PROFILE=smoke`"):
         samples.kept("smoke", table["sample"][0], 6)
 
 
@@ -192,7 +192,7 @@ def test_a_full_disk_loses_nothing(tiny, rows, monkeypatch):
         write(*args, **kwargs)
 
     monkeypatch.setattr(np, "savez_compressed", full_at_the_second)
-    with pytest.raises(OSError, match="No space left on device.*make room.*the files already there are unchanged"):
+    with pytest.raises(OSError, match=r"No space left on device.*make room.*the files already there are unchanged"):
         evaluate(tiny, rows[:1])
     assert len(files()) == 1
     table, _ = evaluate(tiny, rows[:1])

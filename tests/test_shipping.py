@@ -1,11 +1,11 @@
 import pytest
 
-from lafq import evaluation, experiment, paths, report, shipping
-from lafq.files import save_tensors
+from lafq import evaluation, experiment, paths, quantize, samples, shipping, storage
 from lafq.methods import measured_sensitivity
-from lafq.quantize import fingerprint, nbytes
+from lafq.unet import UNet
 
-MANY = {"images": 20, "steps": 2, "seed": 0}
+SAMPLING = {"images": 20, "steps": 2, "seed": 0, "batch": 10, "keep": True}
+MADE = {"rounding": "error feedback, unshrunk scales", "fisher": {"kind": "Monte Carlo", "samples": 20, "seed": 0}}
 
 
 @pytest.fixture
@@ -13,27 +13,29 @@ def known(tiny):
     return measured_sensitivity(tiny, 20, seed=0)
 
 
-def test_packed_weights_are_loaded_where_there_are_no_others(sandbox, tiny, known, monkeypatch, capsys):
+def test_the_packed_file_is_the_row_that_was_measured(sandbox, tiny, known, monkeypatch):
     monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
-    budget = 0.3 * nbytes(tiny, {}) / 2**20
-    table = shipping.ship(tiny, known, "smoke", budget, **MANY)
-    report.save_table("smoke", "06_shipped", table)
+    budget = 0.3 * quantize.nbytes(tiny, {}) / 2**20
+    table = shipping.ship(tiny, known, "smoke", budget, MADE, **SAMPLING)
     path = paths.RESULTS / "smoke" / experiment.PACKED
     assert table["mem_mib"].iloc[1] * 2**20 <= path.stat().st_size
     assert table["mem_mib"].iloc[1] <= budget
-    shipped = experiment.load_model("smoke", 4)
-    assert f"weights: {experiment.PACKED}" in capsys.readouterr().out
-    assert evaluation.sampled(shipped, "smoke", **MANY)[0] == table["sample"].iloc[1]
-    assert "are shipped in" in shipping.sentence("smoke")
-    save_tensors(paths.RESULTS / "smoke" / experiment.WEIGHTS, dict(tiny.named_parameters()), width=4)
-    assert fingerprint(experiment.load_model("smoke", 4)) == fingerprint(tiny)
+    assert table["damage"].tolist()[0] == 0 < table["damage"].iloc[1]
+    small = quantize.unpack(storage.load(path, UNet(4)))
+    [first, _] = sorted(samples.kept_folder("smoke").glob(f"{table['sample'].iloc[1]}_*.npz"))
+    images, record = samples.read(first)
+    assert record["recipe"]["rounding"] == MADE["rounding"]
+    assert record["drawn_from"] == quantize.fingerprint(small)
+    assert (images == samples.sample(small, 10, 2, 0, batch_size=10).numpy()).all()
+
+
+def test_packed_weights_never_stand_in_for_the_trained_ones(sandbox, tiny):
+    storage.save(paths.RESULTS / "smoke" / experiment.PACKED, quantize.pack(tiny, {}), tiny)
+    with pytest.raises(FileNotFoundError, match=r"ema.safetensors is missing: run 01_train with TRAIN=1"):
+        experiment.load_model("smoke", 4)
 
 
 def test_too_small_a_size_to_ship(sandbox, tiny, known):
     with pytest.raises(ValueError, match="the smallest"):
-        shipping.ship(tiny, known, "smoke", 0.01, **MANY)
+        shipping.ship(tiny, known, "smoke", 0.01, MADE, **SAMPLING)
     assert not (paths.RESULTS / "smoke" / experiment.PACKED).exists()
-
-
-def test_weights_shipped_as_they_are(sandbox):
-    assert shipping.sentence("smoke") == "The weights of profile smoke are shipped as they were trained."

@@ -67,3 +67,12 @@ def test_ema_warms_up():
 def test_learning_rate():
     rates = [learning_rate(step, 1.0, 10, 2, 4) for step in range(10)]
     assert rates == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
+def test_compile_is_a_setting_of_the_checkpoint(digits, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(UNet, "compile", lambda self: compiled.append(self))
+    fit(model := UNet(4), digits, tmp_path / "c.safetensors", steps=2, ema_decay=0.9, compile=True, **SETTINGS)
+    assert compiled == [model]
+    with pytest.raises(ValueError, match="made with compile=True, not False"):
+        fit(UNet(4), digits, tmp_path / "c.safetensors", steps=2, ema_decay=0.9, **SETTINGS)
