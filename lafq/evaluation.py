@@ -169,7 +169,7 @@ def inception_features(profile: str, reference_images: int) -> SeenByInception |
     print(source)
     if extractor is None:
         return None
-    suffix = f"{inception.digest(extractor)}.safetensors"
+    suffix = f"{quantize.fingerprint(extractor)[:12]}.safetensors"
 
     def features(images: Tensor) -> Tensor:
         path = paths.BUILD / profile / "features" / f"{hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]}.{suffix}"

@@ -75,14 +75,6 @@ def _build(state: dict[str, Tensor]) -> FeatureExtractorInceptionV3:
     return extractor.to(memory_format=torch.channels_last)
 
 
-def digest(extractor: FeatureExtractorInceptionV3) -> str:
-    """A digest of the weights, so that features of other weights are never taken for these."""
-    content = hashlib.sha256()
-    for tensor in extractor.state_dict().values():
-        content.update(tensor.contiguous().numpy().tobytes())
-    return content.hexdigest()[:12]
-
-
 def _named_file(path: Path) -> FeatureExtractorInceptionV3:
     if not path.is_file():
         raise FileNotFoundError(f"the Inception weights {path} do not exist: name an existing file, or none")

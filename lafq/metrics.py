@@ -20,7 +20,6 @@ from tqdm import tqdm
 from lafq.classifier import Classifier
 from lafq.data import REFERENCE, mnist, unit_interval
 from lafq.files import load_tensors, save_tensors
-from lafq.inception import digest
 from lafq.quantize import fingerprint
 
 KID_SEED = 2020
@@ -69,7 +68,7 @@ def inception_reference(extractor: FeatureExtractorInceptionV3, images: int, cac
         raise ValueError(f"{images} Inception reference images asked for: there are {len(digits)}")
     if not padded:
         digits = digits[:, :, 2:-2, 2:-2]
-    path = cache / f"reference_{images}{'' if padded else '_28x28'}_{digest(extractor)}.safetensors"
+    path = cache / f"reference_{images}{'' if padded else '_28x28'}_{fingerprint(extractor)[:12]}.safetensors"
     if not path.is_file():
         save_tensors(path, {"features": inception_features(extractor, digits)})
     features = load_tensors(path, "the notebook")[0]["features"]

@@ -83,7 +83,7 @@ def sampled(
     batch: int = 100,
     recipe: Recipe | None = None,
 ) -> Sampled:
-    """`diffusion.sample`, batch by batch drawn or taken from where images are kept; with a recipe, from results/<profile>/samples.
+    """`diffusion.sample`, batch by batch drawn or taken from where images are kept: with a recipe, results/<profile>/samples.
 
     Raises ValueError for no images, and for a file that is damaged, holds other images than its name says, or was drawn on this kind
     of machine from other weights than the recipe now gives.

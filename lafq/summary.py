@@ -93,12 +93,12 @@ def headline(profile: str) -> str:
     return (
         f"**In short** (model of a quarter of the width): {'; '.join(told)} ([how](#the-papers-claims-tested)).\n\n"
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
-        f"Both: width {paper.WIDTH}, {paper.BASELINE_MIB:.2f} MiB in FP32, {images} images per row, FID on Inception features (a "
-        f"positive difference is worse than FP32). Poster: {paper.SAMPLING_STEPS:,} sampling steps, other noise in every row, "
+        f"Both: width {paper.WIDTH}, {paper.BASELINE_MIB:.2f} MiB in FP32, {images} images per row, FID on Inception features "
+        f"(a positive difference is worse than FP32). Poster: {paper.SAMPLING_STEPS:,} sampling steps, other noise in every row, "
         f"baseline {base.fid:.2f}. Ours: {steps:,} steps, the same noise in every row, baseline {baseline:.2f}; thresholds on single "
         f"weights; in brackets 95 % intervals. The largest of the poster's differences is {largest:.2f}. On the authors' published "
-        f"images, the FID of one model varies by {noise[0]} (1 sd) from one draw of {images} images to the next, so two draws differ "
-        f"by {noise[1]:.1f}."
+        f"images, the FID of one model varies by {noise[0]} (1 sd) from one draw of {images} images to the next, so two draws "
+        f"differ by {noise[1]:.1f}."
     )
 
 
