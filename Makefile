@@ -9,7 +9,7 @@ SCHEDULER ?=
 WEIGHTS ?=
 # Idle worker threads sleep instead of spinning: other work on the same cores costs less then.
 export OMP_WAIT_POLICY ?= PASSIVE
-RUN = $(BIN)/python -m lafq.run
+RUN = $(BIN)/python -m tools.run
 $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 to retrain, or 0))
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
 	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(WEIGHTS),--weights $(WEIGHTS))
@@ -42,10 +42,10 @@ publish: $(READY)  ## refresh notebooks/ from results/, without computing anythi
 	@$(RUN) publish $(if $(NOTEBOOK),--only $(NOTEBOOK))
 
 classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
-	@$(BIN)/python -m lafq.classifier
+	@$(BIN)/python -m lafq.evaluation.classifier
 
 evidence: $(READY)  ## what takes longer than reproduce may: noise floor, 1,000 images a row, other training runs (mini: about two hours)
-	@$(BIN)/python -m lafq.evidence $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m tools.evidence $(if $(PROFILE),--profile $(PROFILE))
 
 benchmark: $(READY)  ## the quantizer beside optimum-quanto and torchao, Fisher beside BackPACK, the notebooks in 2 GiB (about 20 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
@@ -54,10 +54,10 @@ benchmark: $(READY)  ## the quantizer beside optimum-quanto and torchao, Fisher 
 	@$(BIN)/python benchmarks/binder.py
 
 packed: $(READY)  ## pack the paper profile's weights by the allocator, to be committed (about an hour on two cores)
-	@$(BIN)/python -m lafq.shipping $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m tools.shipping $(if $(PROFILE),--profile $(PROFILE))
 
 verify: $(READY)  ## check the committed results of profile paper, without its weights (minutes); WEIGHTS=path checks more
-	@$(BIN)/python -m lafq.verify $(if $(PROFILE),--profile $(PROFILE)) $(if $(WEIGHTS),--weights $(WEIGHTS))
+	@$(BIN)/python -m tools.verify $(if $(PROFILE),--profile $(PROFILE)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 lint: $(READY)  ## ruff over code and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -15,7 +15,7 @@ import pandas as pd
 from quantizers import write
 
 from lafq import paths
-from lafq.notebooks import notebooks
+from tools.notebooks import notebooks
 
 LIMIT = 2 * 2**30
 EXECUTE = """

@@ -19,14 +19,15 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from lafq import allocation, experiment
-from lafq.data import mnist, unit_interval
-from lafq.diffusion import add_noise
-from lafq.fisher import sample_loss
-from lafq.quantize import rows_of
-from lafq.seeds import generator
-from lafq.true_fisher import sensitivity, signed_fisher, true_fisher
-from lafq.unet import TIMESTEPS, UNet, quantizable
+from lafq.allocation import solver
+from lafq.diffusion import workspace
+from lafq.diffusion.mnist import mnist
+from lafq.diffusion.noising import add_noise, unit_interval
+from lafq.diffusion.unet import TIMESTEPS, UNet, quantizable
+from lafq.fisher.empirical import sample_loss
+from lafq.fisher.monte_carlo import Sensitivity, estimate_sensitivity, monte_carlo_fisher, random_sign_fisher
+from lafq.quantization.model import channel_view
+from lafq.rng import generator
 
 BATCH = {16: 32, 64: 8}
 ROUNDS = {16: 7, 64: 3}
@@ -100,16 +101,22 @@ def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
 def rows(width: int) -> list[dict]:
     """One row a method; times are medians of ratios to an ordinary pass run just before."""
     torch.manual_seed(0)
-    model = experiment.load_model("mini", width) if width == 16 else UNet(width).eval().to(memory_format=torch.channels_last)
+    model = workspace.load_model("mini", width) if width == 16 else UNet(width).eval().to(memory_format=torch.channels_last)
     names, data = list(quantizable(model)), batch(BATCH[width])
     for n, p in model.named_parameters():
         p.requires_grad_(n in names)
     x, t, noise = data
-    exact = {"empirical": loop(model, names, *data), "true": true_fisher(model, names, itertools.repeat((x, t), DRAWS), seed=1)}
+    exact = {
+        "empirical": loop(model, names, *data),
+        "true": monte_carlo_fisher(model, names, itertools.repeat((x, t), DRAWS), seed=1),
+    }
     methods: dict[str, tuple[str, Callable[..., dict[str, Tensor]]]] = {
-        "true, one batched backward pass (lafq)": ("true", lambda *_: true_fisher(model, names, [(x, t)], seed=0)),
-        "true, the same with the curvature (lafq)": ("true", lambda *_: sensitivity(model, names, [(x, t)], seed=0).fisher),
-        "empirical, random signs (lafq)": ("empirical", lambda *_: signed_fisher(model, names, [((x, t), noise)], seed=0)),
+        "true, one batched backward pass (lafq)": ("true", lambda *_: monte_carlo_fisher(model, names, [(x, t)], seed=0)),
+        "true, the same with the curvature (lafq)": (
+            "true",
+            lambda *_: estimate_sensitivity(model, [(x, t)], 0, names).fisher,
+        ),
+        "empirical, random signs (lafq)": ("empirical", lambda *_: random_sign_fisher(model, names, [((x, t), noise)], seed=0)),
         f"empirical, vmap(grad) in chunks of {CHUNK}": ("empirical", vmapped),
         "empirical, loop over single samples": ("empirical", loop),
     }
@@ -136,12 +143,12 @@ def allocating() -> list[dict]:
     torch.manual_seed(0)
     model, table = UNet(64).eval(), []
     fisher = {n: torch.rand(w.shape) * torch.rand(()) for n, w in quantizable(model).items()}
-    for unit, fed_back in [*((unit, False) for unit in allocation.UNITS), ("mixed", True)]:
-        curvature = {n: correlated(rows_of(model, n).size[1]) for n in fisher} if fed_back else None
+    for unit, feedback in [*((unit, False) for unit in solver.UNITS), ("mixed", True)]:
+        curvature = {n: correlated(channel_view(model, n).size[1]) for n in fisher} if feedback else {}
         start = time.perf_counter()
-        allocation.allocate(model, fisher, 17.0, unit, progress=False, curvature=curvature)
+        solver.allocate(model, Sensitivity(fisher, curvature), 17.0, unit, progress=False)
         seconds = time.perf_counter() - start
-        table.append({"width": 64, "unit": unit, "curvature": fed_back, "budget_mib": 17.0, "seconds": seconds})
+        table.append({"width": 64, "unit": unit, "curvature": feedback, "budget_mib": 17.0, "seconds": seconds})
     return table
 
 

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq import experiment, paths
-from lafq.data import HELD_OUT, mnist, unit_interval
-from lafq.diffusion import add_noise
-from lafq.files import replacing
-from lafq.formats import absmax, least_squares
-from lafq.precision import Precision
-from lafq.quantize import make_plan, pack, resident_bytes, rows_of
-from lafq.seeds import generator
-from lafq.thresholds import keep_ratio
-from lafq.unet import TIMESTEPS, UNet, quantizable
+from lafq import paths
+from lafq.allocation.thresholds import keep_ratio
+from lafq.diffusion import workspace
+from lafq.diffusion.mnist import HELD_OUT, mnist
+from lafq.diffusion.noising import add_noise, unit_interval
+from lafq.diffusion.unet import TIMESTEPS, UNet, quantizable
+from lafq.io import atomic_write
+from lafq.quantization.formats import absmax_scale, weighted_mse_scale
+from lafq.quantization.model import channel_view, make_plan, quantize, resident_bytes
+from lafq.quantization.plan import Recipe
+from lafq.quantization.weight_spec import WeightSpec
+from lafq.rng import generator
 
 ROUNDS = {16: 9, 64: 3}
 BATCH = 100
@@ -35,7 +37,7 @@ Quantizer = Callable[[UNet, dict], tuple[nn.Module, int]]
 
 def ours(low: str) -> Quantizer:
     """This project, all weights in one format."""
-    return lambda model, inputs: (pack(model, dict.fromkeys(quantizable(model), low)), 0)
+    return lambda model, inputs: (quantize(model, dict.fromkeys(quantizable(model), low)), 0)
 
 
 def by_layer(quantize_in_place: Callable[[nn.Module], None]) -> Quantizer:
@@ -134,12 +136,12 @@ def seconds(model: nn.Module, x: Tensor, t: Tensor) -> float:
 def rows(width: int) -> list[dict]:
     """One row a library and format; times are medians of ratios to an FP32 forward pass run just before."""
     torch.manual_seed(0)
-    model = experiment.load_model("mini", width) if width == 16 else UNet(width).eval().to(memory_format=torch.channels_last)
+    model = workspace.load_model("mini", width) if width == 16 else UNet(width).eval().to(memory_format=torch.channels_last)
     x, t = noised_digits()
     inputs = layer_inputs(model, x[:2], t[:2])
     expected, table = model(x, t), []
-    for (library, low), quantize in tqdm(candidates().items(), desc=f"width {width}"):
-        quantized, left = quantize(model, inputs)
+    for (library, low), quantizer in tqdm(candidates().items(), desc=f"width {width}"):
+        quantized, left = quantizer(model, inputs)
         error = (quantized(x, t) - expected).square().mean().item()
         pairs = [(seconds(model, x, t), seconds(quantized, x, t)) for _ in range(ROUNDS[width])]
         table.append(
@@ -164,21 +166,21 @@ def packing(width: int) -> list[dict]:
     weights = quantizable(model)
     scores = {n: torch.rand(w.shape) for n, w in weights.items()}
     mixed = itertools.cycle(("int2", "int3", "int4", "int6", "int8", "fp16", "fp32"))
-    channels = {n: tuple(itertools.islice(mixed, rows_of(model, n).size[0])) for n in weights}
+    channels = {n: tuple(itertools.islice(mixed, channel_view(model, n).size[0])) for n in weights}
     plans = {
         **{low: dict.fromkeys(weights, low) for low in ("fp16", "int8", "int6", "int4", "int3", "int2")},
-        "channels in seven formats": {n: Precision(low) for n, low in channels.items()},
+        "channels in seven formats": {n: WeightSpec(low) for n, low in channels.items()},
         "35 % of single weights kept, int8": make_plan(keep_ratio(scores, 0.35), "int8"),
-        "both, 2 % kept in fp16": {n: Precision(channels[n], keep, "fp16") for n, keep in keep_ratio(scores, 0.02).items()},
+        "both, 2 % kept in fp16": {n: WeightSpec(channels[n], keep, "fp16") for n, keep in keep_ratio(scores, 0.02).items()},
     }
     table = []
-    for (name, plan), rule in itertools.product(plans.items(), (absmax, least_squares)):
+    for (name, plan), rule in itertools.product(plans.items(), (absmax_scale, weighted_mse_scale)):
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            pack(model, plan, rule, scores if rule is least_squares else None)
+            quantize(model, plan, Recipe(rule, scores if rule is weighted_mse_scale else None))
             times.append(time.perf_counter() - start)
-        scale = "absmax" if rule is absmax else "Fisher-weighted least squares"
+        scale = "absmax" if rule is absmax_scale else "Fisher-weighted least squares"
         table.append({"width": width, "plan": name, "scale": scale, "seconds": statistics.median(times)})
     return table
 
@@ -186,7 +188,7 @@ def packing(width: int) -> list[dict]:
 def write(name: str, rows: list[dict]) -> None:
     """Write and print one table."""
     table, path = pd.DataFrame(rows), paths.RESULTS / "benchmarks" / f"{name}.csv"
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.4g")
     print(table.to_string(index=False))
     print(f"written: {path.relative_to(paths.ROOT)}")

@@ -1,43 +1,27 @@
-"""lafq: layer-adaptive quantization of a diffusion model by Fisher information.
+"""lafq: quantize a network where its Fisher information says that it hurts least.
 
-The notebooks tell the story; this package holds the few functions they call.
+Six names serve a model of your own: `estimate_sensitivity`, `allocate`, `quantize`, `dequantize`, `save_quantized`,
+`load_quantized`. The packages hold the study of the paper: `quantization`, `fisher` and `allocation` are the method, `diffusion`
+the model, `evaluation`, `paper` and `presentation` the study. Each may import those before it.
 """
 
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import torch
-
 __version__ = "0.1.0"
-
-
-def _torchvision_operators() -> torch.library.Library | None:
-    """Declare torchvision's two native operators where its own library cannot be loaded, before it is first imported.
-
-    The published torchvision wheel beside a CPU-only torch cannot load its library, and then fails on import although
-    nothing here calls these operators. Where the library loads it brings them itself, and this does nothing more.
-    """
-    folder = Path(find_spec("torchvision").submodule_search_locations[0])
-    try:
-        for library in [*folder.glob("_C.*"), *folder.glob("_C_stable.*")]:
-            torch.ops.load_library(str(library))
-    except OSError:
-        pass
-    if hasattr(torch.ops.torchvision, "nms"):
-        return None
-    declared = torch.library.Library("torchvision", "FRAGMENT")
-    declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return declared
-
-
-_DECLARED = _torchvision_operators()
+_PUBLIC = {
+    "estimate_sensitivity": "lafq.fisher.monte_carlo",
+    "allocate": "lafq.allocation.solver",
+    "quantize": "lafq.quantization.model",
+    "dequantize": "lafq.quantization.model",
+    "save_quantized": "lafq.quantization.checkpoint",
+    "load_quantized": "lafq.quantization.checkpoint",
+}
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    """`lafq.allocate` and `lafq.Allocation`, imported when first asked for: they bring scipy and pandas, needed nowhere else."""
-    if name not in ("allocate", "Allocation"):
+    """The public names, imported when first asked for: `allocate` brings scipy and pandas, which nothing else here needs."""
+    if name not in _PUBLIC:
         raise AttributeError(f"module 'lafq' has no attribute {name!r}")
-    return getattr(import_module("lafq.allocation"), name)
+    return getattr(import_module(_PUBLIC[name]), name)

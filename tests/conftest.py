@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from lafq import paths
-from lafq.data import mnist
-from lafq.unet import UNet
+from lafq.diffusion.mnist import mnist
+from lafq.diffusion.unet import UNet
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,7 +4,8 @@ import re
 import nbformat
 import pytest
 
-from lafq import notebooks, paths
+from lafq import paths
+from tools import notebooks
 
 NOTEBOOKS = notebooks.notebooks()
 PROFILES = sorted(paths.PROFILES.glob("*.yaml"))

@@ -1,0 +1,150 @@
+"""What one weight tensor can be stored as: the entries worth choosing, each with its bytes and its predicted damage.
+
+The damage of storing w as w + dw is 1/2 * sum(F * dw^2): with the true Fisher information F half the expected squared change of
+the output, to second order (LeCun et al. 1990, "Optimal Brain Damage", with the Gauss-Newton diagonal); with the curvature
+of `monte_carlo.estimate_sensitivity`, `error_feedback.damage`. It is taken with the actual rounding error, row by row (one row an
+output channel), with `formats.unshrunk_scale` scales and, with the curvature, error feedback.
+
+Units: "tensor", one format for all rows; "channel", a format a row; "mixed", besides these a share of the
+single weights in FP16, those of the largest F * w^2.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lafq.quantization.error_feedback import Factor, damage, factor, round_with_error_feedback
+from lafq.quantization.formats import FORMATS, LARGEST, Format, fake_quantize, unshrunk_scale
+from lafq.quantization.weight_spec import CHANNEL_CODE, ChannelView, WeightSpec, channels_by_format, mask_encoding
+from lafq.quantization.weight_spec import nbytes as bytes_of
+
+UNITS = ("tensor", "channel", "mixed")
+SPARSE_SHARES = (0.01,)
+PRICES = 96
+
+
+class StorageOption(NamedTuple):
+    """An entry of a plan for one parameter, the bytes it takes and the damage it is predicted to do."""
+
+    nbytes: int
+    damage: float
+    entry: str | WeightSpec
+
+
+class Curvature(NamedTuple):
+    """H (C, C) and its factor, which all choices of a parameter share."""
+
+    matrix: Tensor
+    factor: Factor
+
+
+class _Option(NamedTuple):
+    """With these weights kept: damage and bits, both (rows, formats), and the number of kept weights in every row.
+
+    kept: of the parameter's shape; all entries share it.
+    """
+
+    kept: Tensor | None
+    damage: Tensor
+    bits: Tensor
+    in_row: Tensor
+
+
+def pareto_front(
+    weight: Tensor,
+    fisher: Tensor,
+    rows: ChannelView,
+    unit: str,
+    formats: tuple[str, ...] = tuple(FORMATS),
+    curvature: Tensor | None = None,
+) -> list[StorageOption]:
+    """The choices of one parameter that no other choice beats in both bytes and damage, smallest first.
+
+    weight and fisher have the parameter's shape; rows as `channel_view` gives them; curvature (C, C) for its columns.
+    """
+    known = [f for f in (FORMATS[name] for name in formats) if not f.qmax or len(rows.shape) > 1]
+    values, importance = rows.of(weight), rows.of(fisher)
+    shared = None if curvature is None else Curvature(curvature, factor(curvature))
+    options = [_option(values, importance, known, shared)]
+    found = [_choice(rows, options[0], known, torch.full((len(values),), i)) for i in range(len(known))]
+    if unit == "mixed" and len(rows.shape) > 1:
+        saliency = (importance * values.square()).flatten().argsort(descending=True, stable=True)
+        for count in sorted({max(1, round(share * len(saliency))) for share in SPARSE_SHARES}):
+            kept = torch.zeros(len(saliency), dtype=torch.bool)
+            kept[saliency[:count]] = True
+            options.append(_option(values, importance, known, shared, kept.view_as(values), rows))
+    if unit != "tensor":
+        for option in options:
+            # One price of a bit after another, from where the first row changes its format to where the last does.
+            found += [_choice(rows, option, known, chosen) for chosen in _by_price(option)]
+    return _undominated(found)
+
+
+def _option(
+    values: Tensor,
+    importance: Tensor,
+    known: list[Format],
+    shared: Curvature | None,
+    kept: Tensor | None = None,
+    rows: ChannelView | None = None,
+) -> _Option:
+    stored = _stored(values, importance, known, shared, kept)
+    matrix = shared.matrix if shared else None
+    of_format = torch.stack([damage(s - values, importance, matrix) for s in stored], 1)
+    length = values.shape[1]
+    bits = torch.tensor([f.bits for f in known]) * length + torch.tensor([16 if f.qmax else 0 for f in known])
+    in_row = torch.zeros(len(values), dtype=torch.int64) if kept is None else kept.sum(1)
+    mask = None if kept is None else rows.back(kept)
+    return _Option(mask, of_format, bits.double().expand(len(values), -1), in_row)
+
+
+def _stored(values: Tensor, importance: Tensor, known: list[Format], shared: Curvature | None, kept: Tensor | None) -> list[Tensor]:
+    """What each format leaves of the rows; kept weights are FP16."""
+    rest, share = (values, importance) if kept is None else (values.masked_fill(kept, 0), importance.masked_fill(kept, 0))
+    integers = [f for f in known if f.qmax and shared]
+    found = {f: fake_quantize(rest, f, unshrunk_scale, share) for f in known if f not in integers}
+    exact = dict.fromkeys(known, values)
+    if integers:
+        # All formats at once: the weights of a row are rounded one after another, and rows cost little more than one.
+        scales = torch.cat([unshrunk_scale(rest, f.qmax, share).float() for f in integers])
+        qmax = torch.tensor([f.qmax for f in integers]).repeat_interleave(len(values))
+        many = None if kept is None else kept.repeat(len(integers), 1)
+        parts = round_with_error_feedback(values.repeat(len(integers), 1), scales, qmax, shared.factor, many).split(len(values))
+        found |= dict(zip(integers, parts, strict=True))
+        exact |= found
+    if kept is None:
+        return [found[f] for f in known]
+    return [torch.where(kept, exact[f].clamp(-LARGEST, LARGEST).half().float(), found[f]) for f in known]
+
+
+def _by_price(option: _Option) -> list[Tensor]:
+    """For every price of a bit the format of least damage + price * bits, row by row."""
+    drop = (option.damage.amax(1) - option.damage.amin(1)) / (option.bits.amax(1) - option.bits.amin(1)).clamp_min(1)
+    drop = drop[drop > 0]
+    if not len(drop):
+        return []
+    prices = torch.logspace(drop.min().log10() - 7, drop.max().log10() + 2, PRICES, dtype=torch.float64)
+    return [(option.damage + price * option.bits).argmin(1) for price in prices.tolist()]
+
+
+def _choice(rows: ChannelView, option: _Option, known: list[Format], chosen: Tensor) -> StorageOption:
+    names = [known[i].name for i in chosen.tolist()]
+    low = names[0] if len(set(names)) == 1 else tuple(names)
+    by_format = channels_by_format(low, len(names))
+    total = bytes_of(CHANNEL_CODE, len(names)) if len(by_format) > 1 else 0
+    total += sum(2 * len(r) for f, r in by_format.items() if f.qmax) + 2 * int(option.in_row.sum())
+    total += mask_encoding(by_format, option.in_row, rows.size[1])[1]
+    damage = option.damage.gather(1, chosen[:, None]).sum().item()
+    if option.kept is None:
+        return StorageOption(total, damage, low if isinstance(low, str) else WeightSpec(low))
+    return StorageOption(total, damage, WeightSpec(low, option.kept, "fp16"))
+
+
+def _undominated(choices: list[StorageOption]) -> list[StorageOption]:
+    best, found = float("inf"), []
+    for choice in sorted(choices, key=lambda c: (c.nbytes, c.damage)):
+        if choice.damage < best:
+            best = choice.damage
+            found.append(choice)
+    return found

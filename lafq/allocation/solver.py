@@ -1,0 +1,225 @@
+"""Spend a byte budget where the Fisher information says: a format for every tensor, channel or weight of a model.
+
+Each parameter has a frontier of choices (bytes, predicted damage); one of each is to be taken, of least total damage within the
+budget: the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger 2004, chapter 11). The fast way is dynamic programming on
+rounded bytes, which exchanges then improve; `solve_milp` is an integer program.
+"""
+
+import ctypes
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+from scipy import optimize, sparse
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lafq.allocation.pareto import UNITS, StorageOption, pareto_front
+from lafq.fisher.monte_carlo import Sensitivity
+from lafq.quantization.formats import FORMATS, get_format, unshrunk_scale
+from lafq.quantization.model import channel_view, check_curvature, check_plan, nbytes, weights_sha256
+from lafq.quantization.plan import Entries, Plan, Recipe
+from lafq.quantization.weight_spec import weight_spec
+
+MIB = 2**20
+EXCHANGES = 200
+CELLS, WORK = 2**16, 2**24
+NEAREST = Recipe(unshrunk_scale)
+
+
+class Allocation(Plan):
+    """A plan within a budget, with what is known of it.
+
+    nbytes: of the whole model under the plan; damage: the predicted rise of half the squared error, summed over the output. It is
+    too low where plan and rounding fit the noise of few draws (`budget.measure_candidates` predicts from others).
+    report: one row per parameter, columns parameter, weights, bits_per_weight, formats, kept (single weights in FP16), damage.
+    """
+
+    def __init__(self, entries: Entries, recipe: Recipe, source: str, nbytes: int, damage: float, report: pd.DataFrame) -> None:
+        super().__init__(entries, recipe, source)
+        self.nbytes, self.damage, self.report = nbytes, damage, report
+
+
+def allocate(
+    model: nn.Module,
+    sensitivity: Sensitivity,
+    budget_mib: float,
+    granularity: str = "mixed",
+    formats: tuple[str, ...] = tuple(FORMATS),
+    progress: bool = True,
+) -> Allocation:
+    """Choose the formats of least predicted damage that store the whole model in `budget_mib` MiB (2**20 bytes) or less.
+
+    Args:
+        model: any network with FP32 weights.
+        sensitivity: as `monte_carlo.estimate_sensitivity` gives it; parameters that it does not name stay in FP32. Without a
+            curvature, weights are planned for rounding to the nearest code; with it, for error feedback.
+        budget_mib: of all that must be stored, biases, norms, scales and masks included.
+        granularity: "tensor", "channel" or "mixed" (channels, and single weights in FP16 where that pays).
+
+    Returns the plan, with its rounding recipe: `quantize(model, plan)`.
+    Raises ValueError as `check_plan`; for an unknown granularity or format, Fisher values that do not fit, and a budget below
+    what is possible, naming the smallest.
+
+    >>> import torch
+    >>> from lafq import estimate_sensitivity
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    >>> sensitivity = estimate_sensitivity(model, [(torch.randn(8, 64),) for _ in range(4)], seed=0)
+    >>> plan = allocate(model, sensitivity, budget_mib=0.005, progress=False)
+    >>> plan.nbytes <= 0.005 * 2**20, sorted(plan)
+    (True, ['0.weight', '2.weight'])
+    """
+    fronts = frontiers_of(model, sensitivity.fisher, granularity, formats, progress, sensitivity.curvature)
+    return solve_budget(model, fronts, budget_mib, recipe=Recipe(unshrunk_scale, *sensitivity))
+
+
+def frontiers_of(
+    model: nn.Module,
+    fisher: dict[str, Tensor],
+    unit: str,
+    formats: tuple[str, ...] = tuple(FORMATS),
+    progress: bool = True,
+    curvature: dict[str, Tensor] | None = None,
+) -> dict[str, list[StorageOption]]:
+    """The frontier of every parameter that `fisher` names: made once, it serves any number of budgets."""
+    if unit not in UNITS:
+        raise ValueError(f"unknown unit {unit!r}: choose one of {', '.join(UNITS)}")
+    for name in formats:
+        get_format(name)
+    if not fisher or not {"fp32", "fp16"} & set(formats):
+        raise ValueError("give the Fisher values of one parameter at least, and fp32 or fp16 among the formats")
+    check_plan(model, dict.fromkeys(fisher, "fp16"))
+    parameters = dict(model.named_parameters())
+    for name, values in fisher.items():
+        if values.shape != parameters[name].shape or not (values >= 0).all():
+            raise ValueError(
+                f"the Fisher values of {name} must have its shape {tuple(parameters[name].shape)} and none below 0 or NaN"
+            )
+    check_curvature(model, curvature or {})
+    bar = tqdm(fisher.items(), desc="damage by format", unit="tensor", leave=False, **({} if progress else {"disable": True}))
+    found = {}
+    for name, values in bar:
+        common = (curvature or {}).get(name)
+        sides = (parameters[name].detach().cpu(), values.detach().cpu(), channel_view(model, name))
+        found[name] = pareto_front(*sides, unit, formats, None if common is None else common.cpu())
+    return found
+
+
+def solve_budget(
+    model: nn.Module,
+    frontiers: dict[str, list[StorageOption]],
+    budget_mib: float,
+    exact: bool = False,
+    recipe: Recipe = NEAREST,
+) -> Allocation:
+    """One choice of every frontier; exact: by an integer program (worth its time at unit "tensor" only).
+
+    recipe: the rounding that the frontiers were made for, which the plan carries.
+    """
+    rest = nbytes(model, dict.fromkeys(frontiers, "fp32")) - sum(4 * model.get_parameter(n).numel() for n in frontiers)
+    budget = budget_mib * MIB + 0.5 - rest  # half a byte: MiB are not exact
+    least = sum(choices[0].nbytes for choices in frontiers.values())
+    if not budget >= least:
+        smallest = math.ceil((least + rest) / MIB * 1e4) / 1e4
+        raise ValueError(f"a budget of {budget_mib} MiB cannot be met: the smallest possible is {smallest} MiB")
+    lists = list(frontiers.values())
+    taken = solve_milp(lists, budget) if exact else local_search(lists, knapsack_dp(lists, budget), budget)
+    chosen = {name: choices[i] for (name, choices), i in zip(frontiers.items(), taken, strict=True)}
+    plan = {name: c.entry for name, c in chosen.items() if c.entry != "fp32"}
+    rows = [_report(name, model.get_parameter(name).numel(), c) for name, c in chosen.items()]
+    total = sum(c.damage for c in chosen.values())
+    return Allocation(plan, recipe, weights_sha256(model), nbytes(model, plan), total, pd.DataFrame(rows))
+
+
+def knapsack_dp(lists: list[list[StorageOption]], budget: float) -> list[int]:
+    """Dynamic programming over the bytes beyond the smallest choices, rounded up to cells of what is left of the budget."""
+    grid = min(CELLS, WORK // sum(len(choices) for choices in lists))
+    cell = max(budget - sum(choices[0].nbytes for choices in lists), 1) / grid
+    best = np.zeros(grid + 1)
+    taken = []
+    for choices in lists:
+        cells = [math.ceil((c.nbytes - choices[0].nbytes) / cell) for c in choices]
+        options = np.full((len(choices), grid + 1), np.inf)
+        for option, more, c in zip(options, cells, choices, strict=True):
+            if more <= grid:
+                option[more:] = best[: grid + 1 - more] + c.damage
+        taken.append((options.argmin(0), cells))
+        best = options.min(0)
+    left, found = grid, []
+    for chosen, cells in reversed(taken):
+        found.append(int(chosen[left]))
+        left -= cells[found[-1]]
+    return found[::-1]
+
+
+def local_search(lists: list[list[StorageOption]], taken: list[int], budget: float) -> list[int]:
+    """Improve a choice: while the damage falls, change one parameter, or two at once, within the budget."""
+    owner = np.repeat(np.arange(len(lists)), [len(choices) for choices in lists])
+    size = np.array([c.nbytes for choices in lists for c in choices], dtype=float)
+    damage = np.array([c.damage for choices in lists for c in choices])
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    current = starts + np.array(taken)
+    for _ in range(EXCHANGES):
+        more, change = size - size[current][owner], damage - damage[current][owner]
+        left = budget - size[current].sum()
+        moves = np.flatnonzero(np.abs(more) <= max(left, 0) + size[current].max())
+        both_more = more[moves][:, None] + more[moves]
+        both = np.where((both_more <= left) & (owner[moves][:, None] != owner[moves]), change[moves][:, None] + change[moves], 0)
+        pair = np.unravel_index(both.argmin(), both.shape)
+        single = np.where(more <= left, change, 0)
+        if min(single.min(), both[pair]) >= -1e-12 * damage[current].sum():
+            break
+        for j in [single.argmin()] if single.min() <= both[pair] else moves[list(pair)]:
+            current[owner[j]] = j
+    return (current - starts).tolist()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS prints a line of its own, past Python, at times: it would stand in the notebook, or not, from run to run."""
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 1)
+        yield
+    finally:
+        # What C still holds back must go where the line was meant to go.
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
+
+
+def solve_milp(lists: list[list[StorageOption]], budget: float) -> list[int]:
+    """The optimum, by an integer program with a 0/1 variable for every choice (HiGHS through scipy)."""
+    owner = np.repeat(np.arange(len(lists)), [len(choices) for choices in lists])
+    damage = np.array([c.damage for choices in lists for c in choices])
+    size = np.array([[c.nbytes for choices in lists for c in choices]]) / max(budget, 1)
+    one_each = sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
+    constraints = [optimize.LinearConstraint(size, ub=1), optimize.LinearConstraint(one_each, 1, 1)]
+    # Scaled by what the fast way reaches, so that the solver's absolute tolerances are relative ones.
+    fast = local_search(lists, knapsack_dp(lists, budget), budget)
+    scale = sum(choices[i].damage for choices, i in zip(lists, fast, strict=True)) or 1
+    with _quiet():
+        found = optimize.milp(
+            np.minimum(damage / scale, 10),
+            integrality=1,
+            bounds=optimize.Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 1e-6},
+        )
+    if not found.success:
+        raise RuntimeError(f"the integer program was not solved: {found.message}")
+    return [int(np.round(found.x[owner == i]).argmax()) for i in range(len(lists))]
+
+
+def _report(name: str, weights: int, choice: StorageOption) -> dict:
+    low, kept, _ = weight_spec(choice.entry)
+    rows = [low] if isinstance(low, str) else low
+    counts = {f: rows.count(f) for f in FORMATS if f in rows}
+    formats = next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} rows {f}" for f, n in counts.items())
+    row = {"parameter": name, "weights": weights, "bits_per_weight": 8 * choice.nbytes / weights, "formats": formats}
+    return row | {"kept": 0 if kept is None else int(kept.sum()), "damage": choice.damage}

@@ -1,0 +1,80 @@
+"""DDPM: linear noise schedule, ancestral sampling with per-image noise.
+
+x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with beta_t linear from 1e-4 to 0.02 over 1,000 steps (Ho et al. 2020).
+Timestep t = 0 is the cleanest, t = 999 is almost pure noise.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lafq.device import out_of_memory_error
+from lafq.diffusion.noising import ALPHA_BAR
+from lafq.diffusion.unet import TIMESTEPS
+from lafq.rng import generator
+
+
+def trailing_timesteps(steps: int) -> list[int]:
+    """`steps` timesteps from 999 down, evenly spaced, the first always 999 (a "trailing" stride)."""
+    if not 1 <= steps <= TIMESTEPS:
+        raise ValueError(f"{steps} sampling steps asked for: choose 1 to {TIMESTEPS}")
+    return (np.round(TIMESTEPS - np.arange(steps) * TIMESTEPS / steps).astype(int) - 1).tolist()
+
+
+def ancestral_step(x: Tensor, eps: Tensor, noise: Tensor, t: int, t_next: int) -> Tensor:
+    """One draw from p(x_{t_next} | x_t), posterior variance, x0 not clipped; t_next = -1 ends the chain (no noise).
+
+    Source: Ho et al. 2020, equations 6, 7 and 15, for a strided subset of the timesteps. All tensors (B, 1, 32, 32).
+    """
+    abar, abar_next = ALPHA_BAR[t].item(), ALPHA_BAR[t_next].item() if t_next >= 0 else 1.0
+    alpha = abar / abar_next
+    x0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
+    mean = (abar_next**0.5 * (1 - alpha) * x0 + alpha**0.5 * (1 - abar_next) * x) / (1 - abar)
+    variance = (1 - abar_next) / (1 - abar) * (1 - alpha)
+    return mean + variance**0.5 * noise
+
+
+@torch.inference_mode()
+def sample(
+    model: nn.Module, images: int, steps: int, seed: int, batch_size: int = 100, label: str = "sampling", first: int = 0
+) -> Tensor:
+    """Generate the images first, ..., first + images - 1 from the model as it is (pass the EMA weights).
+
+    Image i depends on (seed, i) alone.
+
+    Every image starts from and receives the noise of its own generator, drawn on the CPU, so that two models, or two
+    batch sizes, see the same noise. `label` stands beside the progress bar.
+    Returns uint8 (images, 1, 32, 32): clamped to [0, 1] and rounded.
+    Raises ValueError for no images or a number of steps out of range, RuntimeError naming the batch that fits when this one does
+    not fit into the device's memory.
+    """
+    if images < 1:
+        raise ValueError(f"{images} images asked for: at least one is needed")
+    timesteps = trailing_timesteps(steps)
+    device = next(model.parameters()).device
+    model = model.eval().to(memory_format=torch.channels_last)
+
+    def predict(x: Tensor, t: int) -> Tensor:
+        return model(x, torch.full((len(x),), t, device=device))
+
+    batches = range(first, first + images, batch_size)
+    bar = tqdm(total=len(batches) * steps, desc=label, unit="step", leave=False)
+    done = []
+    for start in batches:
+        streams = [generator(seed, i) for i in range(start, min(start + batch_size, first + images))]
+
+        def draw(streams: list[torch.Generator] = streams) -> Tensor:
+            return torch.stack([torch.randn(1, 32, 32, generator=g) for g in streams]).to(device)
+
+        x = draw()
+        for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
+            try:
+                eps = predict(x, t)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory_error(len(x), "SAMPLING_BATCH", lambda size, x=x, t=t: predict(x[:size], t)) from error
+            x = ancestral_step(x, eps, draw() if t_next >= 0 else torch.zeros_like(x), t, t_next)
+            bar.update()
+        done.append((x.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+    bar.close()
+    return torch.cat(done)

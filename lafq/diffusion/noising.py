@@ -1,0 +1,37 @@
+"""The noise schedule, and noised digits in batches.
+
+x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with beta_t linear from 1e-4 to 0.02 over 1,000 steps (Ho et al. 2020).
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lafq.diffusion.unet import TIMESTEPS
+from lafq.rng import generator
+
+BETAS = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
+ALPHA_BAR = torch.cumprod(1 - BETAS, dim=0)
+BATCH = 8
+
+
+def unit_interval(images: Tensor) -> Tensor:
+    """uint8 images -> float32 in [0, 1], the model's range."""
+    return images.float() / 255
+
+
+def add_noise(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """q(x_t | x_0): x0 and noise (B, 1, 32, 32), t (B,) -> x_t (B, 1, 32, 32)."""
+    abar = ALPHA_BAR.to(x0)[t].view(-1, 1, 1, 1)
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+
+def noised_batches(images: Tensor, samples: int, seed: int, batch: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x_t, t) of `samples` uint8 images (N, 1, 32, 32), drawn with replacement, t spread evenly over all timesteps."""
+    g = generator(seed)
+    times = (torch.arange(samples) * TIMESTEPS // samples)[torch.randperm(samples, generator=g)]
+    for t in tqdm(times.split(batch), desc="noised digits", unit="batch", leave=False):
+        x0 = unit_interval(images[torch.randint(len(images), t.shape, generator=g)])
+        yield add_noise(x0, t, torch.randn(x0.shape, generator=g)), t

@@ -1,0 +1,106 @@
+"""Image quality through torch-fidelity: FID, KID and IS on MNIST features, FID on Inception features.
+
+Both sides are 32x32 (real digits zero-padded as the generated ones are). The reference set is the first 5,000 test
+digits for MNIST features; for Inception as many of them as the profile says. IS is over one split; KID takes 100
+subsets of min(N, 1,000) images, from a fixed seed. Features are what is compared, whichever network they come from.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+from tqdm import tqdm
+
+from lafq.diffusion.mnist import REFERENCE, mnist
+from lafq.diffusion.noising import unit_interval
+from lafq.evaluation.classifier import Classifier
+from lafq.io import load_tensors, save_tensors
+from lafq.quantization.model import weights_sha256
+
+KID_SEED = 2020
+
+
+class Reference(NamedTuple):
+    """Features (N, d) of the reference digits with their FID statistics (mean and covariance)."""
+
+    features: Tensor
+    statistics: dict[str, np.ndarray]
+
+
+_REFERENCES: dict[str, Reference] = {}
+
+
+@torch.inference_mode()
+def mnist_features(classifier: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 images (N, 1, 32, 32) -> features (N, 128) and logits (N, 10) of the shipped classifier."""
+    pairs = [classifier(unit_interval(batch)) for batch in images.split(500)]
+    return torch.cat([f for f, _ in pairs]), torch.cat([z for _, z in pairs])
+
+
+@torch.inference_mode()
+def inception_features(extractor: FeatureExtractorInceptionV3, images: Tensor) -> Tensor:
+    """uint8 images (N, 1, 32, 32) -> pool features (N, 2048), the grey value repeated in the three colours."""
+    batches = tqdm(images.split(50), desc="Inception features", unit="batch", leave=False)
+    return torch.cat([extractor(batch.expand(-1, 3, -1, -1))[0] for batch in batches])
+
+
+def mnist_reference(classifier: Classifier) -> Reference:
+    """The reference digits seen by the classifier; taken once in a process."""
+    key = weights_sha256(classifier)
+    if key not in _REFERENCES:
+        features, _ = mnist_features(classifier, mnist(train=False)[0][REFERENCE])
+        _REFERENCES[key] = Reference(features, fid_features_to_statistics(features))
+    return _REFERENCES[key]
+
+
+def inception_reference(extractor: FeatureExtractorInceptionV3, images: int, cache: Path, padded: bool = True) -> Reference:
+    """The first `images` reference digits seen by Inception; their features are computed once and kept in `cache`.
+
+    padded: whether the digits have their zero padding to 32x32, as the generated images have, or are 28x28.
+    """
+    digits = mnist(train=False)[0][REFERENCE][:images]
+    if len(digits) < images:
+        raise ValueError(f"{images} Inception reference images asked for: there are {len(digits)}")
+    if not padded:
+        digits = digits[:, :, 2:-2, 2:-2]
+    path = cache / f"reference_{images}{'' if padded else '_28x28'}_{weights_sha256(extractor)[:12]}.safetensors"
+    if not path.is_file():
+        save_tensors(path, {"features": inception_features(extractor, digits)})
+    features = load_tensors(path, "the notebook")[0]["features"]
+    return Reference(features, fid_features_to_statistics(features))
+
+
+def fid(features: Tensor, reference: Reference) -> float:
+    """Frechet distance between Gaussians fitted to the features (N, d) and to the reference; at least two images."""
+    if len(features) < 2:
+        raise ValueError("FID needs at least two images")
+    statistics = fid_features_to_statistics(features)
+    return fid_statistics_to_metric(statistics, reference.statistics, verbose=False)[KEY_METRIC_FID]
+
+
+def kid(features: Tensor, reference: Reference) -> float:
+    """Unbiased squared MMD, cubic polynomial kernel, between the features (N, d) and the reference."""
+    size = min(len(features), len(reference.features), 1000)
+    return kid_features_to_metric(
+        features, reference.features, kid_subsets=100, kid_subset_size=size, rng_seed=KID_SEED, verbose=False
+    )[KEY_METRIC_KID_MEAN]
+
+
+def inception_score(logits: Tensor) -> float:
+    """exp of the mean KL divergence between p(y|x) and p(y), over one split, from logits (N, 10)."""
+    return isc_features_to_metric(logits, splits=1)[KEY_METRIC_ISC_MEAN]
+
+
+def score(features: Tensor, logits: Tensor, reference: Reference) -> dict[str, float]:
+    """fid_mnist, is_mnist and kid_mnist of what `mnist_features` gives."""
+    return {
+        "fid_mnist": fid(features, reference),
+        "is_mnist": inception_score(logits),
+        "kid_mnist": kid(features, reference),
+    }

@@ -1,0 +1,211 @@
+"""Generated images, kept in files of one batch each, together with a record of where they come from.
+
+A profile that keeps its images (KEEP) has them in results/<profile>/samples, found by their *recipe*; any other has them in
+build/<profile>/samples, found by the weights they were drawn from.
+
+The recipe says in words how the weights were made: sha256 of the FP32 weights, rule, threshold, format, granularity, format of
+the weights kept, rounding, and the settings of the Fisher information (`recipe`). The key of a row is the first 16 hexadecimal
+digits of the sha256 of the JSON of recipe, steps, seed and batch, its keys sorted. A file is named
+<key>_<first image>-<last image>.npz. Fisher values computed on another machine differ in their last bits and flip some masks; the
+recipe finds the images all the same, and the record in the file says which weights, processor, threads and torch drew them. Keys
+must not change: images take hours.
+"""
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lafq import paths
+from lafq.device import kind_of_machine
+from lafq.diffusion.ddpm import sample
+from lafq.diffusion.unet import quantizable
+from lafq.evaluation import cluster
+from lafq.evaluation.candidates import Candidate
+from lafq.io import atomic_write
+from lafq.quantization.checkpoint import save_quantized
+from lafq.quantization.model import dequantize, weights_sha256
+
+Recipe = dict[str, Any]
+ROUNDING = "nearest code, scale of the largest weight"
+
+
+class Sampled(NamedTuple):
+    """Images of one row: its key, uint8 (N, 1, 32, 32), and the kinds of machine that drew them."""
+
+    key: str
+    images: Tensor
+    machines: frozenset[str]
+
+
+def recipe(model: nn.Module, candidate: Candidate, weights: str, fisher: dict[str, int]) -> Recipe:
+    """How the weights of a row are made from the FP32 weights with the sha256 `weights` (`weights_sha256`).
+
+    A plan that stores all weights alike is the uniform row, or the baseline, whatever rule made it.
+    fisher: samples, bins and seed of the empirical Fisher information.
+    """
+    method, threshold, low, unit, plan = candidate[:5]
+    formats = {entry for entry in plan.values() if isinstance(entry, str)}
+    if not plan:
+        method, threshold, low, unit = "baseline", "none", "fp32", "none"
+    elif not candidate.made and len(formats) == 1 and plan == dict.fromkeys(quantizable(model), (entry := formats.pop())):
+        method, threshold, low, unit = "uniform", "all", entry, "tensor"
+    found = {"weights": weights, "rule": method, "threshold": threshold, "format": low, "granularity": unit, "rounding": ROUNDING}
+    if method in ("baseline", "uniform"):
+        return found
+    found |= {"threshold": candidate.target or threshold, "kept": "fp32", "fisher": {"kind": "empirical", **fisher}}
+    return found | (candidate.made or {})
+
+
+def recipe_key(recipe: Recipe, steps: int, seed: int, batch: int) -> str:
+    """The key of a row, as this module's docstring says it."""
+    words = json.dumps({"recipe": recipe, "steps": steps, "seed": seed, "batch": batch}, sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def sample_key(model: nn.Module, *drawn: int) -> str:
+    """Sixteen hexadecimal digits for a model's weights and the numbers that say what was drawn from it."""
+    return hashlib.sha256(f"{weights_sha256(model)} {drawn}".encode()).hexdigest()[:16]
+
+
+def cached_samples(
+    model: nn.Module,
+    profile: str,
+    images: int,
+    steps: int,
+    seed: int,
+    label: str = "sampling",
+    batch: int = 100,
+    recipe: Recipe | None = None,
+) -> Sampled:
+    """`ddpm.sample`, batch by batch drawn or taken from where images are kept: with a recipe, results/<profile>/samples.
+
+    Raises ValueError for no images, and for a file that is damaged, holds other images than its name says, or was drawn on this
+    kind of machine from other weights than the recipe now gives.
+    """
+    if images < 1:
+        raise ValueError(f"{images} images asked for: at least one is needed")
+    key, files = _place(model, profile, images, steps, seed, batch, recipe)
+    drawn = {"recipe": recipe, "steps": steps, "seed": seed, "batch": batch}
+    weights, found, machines = weights_sha256(model), [], set()
+    for part, path in files.items():
+        if not path.is_file():
+            named = label if len(files) == 1 else f"{label}, images {part.start}-{part.stop - 1}"
+            pixels = sample(model, len(part), steps, seed, batch, named, first=part.start).numpy()
+            _keep(path, pixels, {**drawn, "drawn_from": weights, "machine": kind_of_machine()})
+        pixels, record = read(path)
+        if {name: record[name] for name in drawn} != drawn or len(pixels) != len(part):
+            raise ValueError(f"{path} holds the images of another row: delete it, and the next run draws these anew")
+        if record["drawn_from"] != weights and record["machine"] == kind_of_machine():
+            raise ValueError(
+                f"{path} was drawn on this kind of machine from other weights than its recipe gives now, so a setting or the code "
+                "behind it has changed: delete it, and the next run draws these images anew"
+            )
+        found.append(torch.from_numpy(pixels))
+        machines.add(record["machine"])
+    return Sampled(key, torch.cat(found), frozenset(machines))
+
+
+def read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The images of a file, uint8 (N, 1, 32, 32), and its record; ValueError when it is damaged."""
+    try:
+        with np.load(path) as file:
+            pixels, record = file["images"], json.loads(str(file["record"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it, and the next run draws its images anew") from None
+    if hashlib.sha256(pixels.tobytes()).hexdigest() != record["sha256"]:
+        raise ValueError(f"{path} is damaged (its images are not those recorded): delete it, and the next run draws them anew")
+    return pixels, record
+
+
+def kept(profile: str, key: str, images: int) -> np.ndarray:
+    """The first `images` images of a row from results/<profile>/samples, uint8 (N, 32, 32), by the `sample` column of its table.
+
+    Raises FileNotFoundError when there are fewer, ValueError as `read`.
+    """
+    parts = [read(path)[0][:, 0] for path in sorted(kept_folder(profile).glob(f"{key}_*.npz"))]
+    if sum(map(len, parts)) < images:
+        raise FileNotFoundError(
+            f"{images} images of row {key} are needed, {kept_folder(profile)} has {sum(map(len, parts))}: "
+            f"`make reproduce PROFILE={profile}` draws the others"
+        )
+    return np.concatenate(parts)[:images]
+
+
+def kept_folder(profile: str) -> Path:
+    """Where a profile that keeps its images has them."""
+    return paths.RESULTS / profile / "samples"
+
+
+def sample_on_cluster(
+    scheduler: str,
+    model: nn.Module,
+    packed: Iterator[tuple[nn.Module, Callable[[nn.Module], Recipe | None]]],
+    total: int,
+    profile: str,
+    *,
+    images: int,
+    steps: int,
+    seed: int,
+    batch: int = 100,
+) -> None:
+    """Have the workers of a Dask cluster draw what is not yet kept, each of the `total` plans once.
+
+    packed: packed copies of `model`, each with a function that gives the recipe of its weights once they are unpacked; taken one by
+    one as workers have room. Errors are those of `cluster.sample_all`.
+    """
+    waiting: dict[str, tuple[dict[range, Path], dict[str, Any]]] = {}
+
+    def tasks() -> Iterator[tuple[str, bytes]]:
+        for small, recipe_of in packed:
+            with TemporaryDirectory() as folder:
+                file = Path(folder) / "packed.safetensors"
+                save_quantized(file, small, model)
+                whole = dequantize(small)
+                recipe = recipe_of(whole)
+                key, files = _place(whole, profile, images, steps, seed, batch, recipe)
+                if key not in waiting and not all(path.is_file() for path in files.values()):
+                    record = {
+                        "recipe": recipe,
+                        "steps": steps,
+                        "seed": seed,
+                        "batch": batch,
+                        "drawn_from": weights_sha256(whole),
+                    }
+                    waiting[key] = files, record
+                    yield key, file.read_bytes()
+
+    def keep(key: str, drawn: np.ndarray, machine: str) -> None:
+        files, record = waiting[key]
+        for part, path in files.items():
+            if not path.is_file():
+                _keep(path, drawn[part.start : part.stop], {**record, "machine": machine})
+
+    drawn = {"width": model.width, "images": images, "steps": steps, "seed": seed, "batch": batch}
+    cluster.sample_all(scheduler, tasks(), total, keep, **drawn, device=next(model.parameters()).device.type)
+
+
+def _place(
+    model: nn.Module, profile: str, images: int, steps: int, seed: int, batch: int, recipe: Recipe | None
+) -> tuple[str, dict[range, Path]]:
+    """The key of a row, and the file of every batch of its images."""
+    if recipe is None:
+        folder, key = paths.BUILD / profile / "samples", sample_key(model, images, steps, seed)
+    else:
+        folder, key = kept_folder(profile), recipe_key(recipe, steps, seed, batch)
+    parts = [range(start, min(start + batch, images)) for start in range(0, images, batch)]
+    return key, {part: folder / f"{key}_{part.start:05d}-{part.stop - 1:05d}.npz" for part in parts}
+
+
+def _keep(path: Path, images: np.ndarray, record: dict[str, Any]) -> None:
+    record = {**record, "sha256": hashlib.sha256(images.tobytes()).hexdigest()}
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, images=images, record=np.array(json.dumps(record, sort_keys=True)))

@@ -1,0 +1,126 @@
+"""The diagonal of the true Fisher information at the price of a backward pass.
+
+A network with output f(x) (B, ...) and unit Gaussian noise on it has the true Fisher information E[J^T n n^T J] = J^T J of one
+sample, n ~ N(0, I): for the squared error also the Gauss-Newton matrix (Kunstner et al. 2019). No target is needed.
+
+One backward pass of a batch with n in the place of the residual gives g = sum over samples of J_b^T n_b. The n_b are
+independent and of mean zero, so E[g_i^2] = sum over samples of (J_b^T J_b)_ii: squares of batch gradients, which are wrong
+for the loss itself, are unbiased here. With the residuals themselves under independent random signs, one a sample, the same pass
+gives an unbiased sum of the squared per-sample gradients, the *empirical* Fisher of fisher.py.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lafq.quantization.model import channel_view
+from lafq.rng import generator
+
+BATCH = 8
+
+
+class Sensitivity(NamedTuple):
+    """By parameter name: the true Fisher values, of its shape, and the curvature (C, C) of the C weights of an output channel."""
+
+    fisher: dict[str, Tensor]
+    curvature: dict[str, Tensor]
+
+
+def monte_carlo_fisher(model: nn.Module, names: list[str], batches: Iterable[tuple[Tensor, ...]], seed: int) -> dict[str, Tensor]:
+    """F_i = mean over samples of sum over outputs of (d output / d w_i)^2 for the named parameters, by name.
+
+    batches: arguments of the model, batch by batch, each first argument (B, ...). A pass has one draw, so the relative
+    standard deviation of a weight's estimate is sqrt(2 / number of batches): many small batches beat few large ones.
+    Needs the memory of training and one gradient more.
+    Raises ValueError for an unknown name, no batch, or a result that is not finite.
+    """
+    return _mean_squares(model, names, ((b, None) for b in batches), seed)
+
+
+def estimate_sensitivity(
+    model: nn.Module, batches: Iterable[tuple[Tensor, ...]], seed: int = 0, names: list[str] | None = None
+) -> Sensitivity:
+    """Estimate the diagonal of the true Fisher information, and from the same passes the curvature that output channels share.
+
+    Args:
+        model: any network; called as `model(*batch)`.
+        batches: the model's arguments, batch by batch, each first argument (B, ...). Many small batches beat few large ones.
+        seed: of the noise that is sent back through the network.
+        names: the parameters; None: all with two dimensions or more.
+
+    >>> import torch
+    >>> model = nn.Linear(3, 2)
+    >>> found = estimate_sensitivity(model, [(torch.ones(8, 3),)] * 100)
+    >>> found.fisher["weight"].shape, found.curvature["weight"].shape
+    (torch.Size([2, 3]), torch.Size([3, 3]))
+
+    The weights of a channel r have the Gauss-Newton matrix E[g_r g_r^T], g_r (C,) their gradient in one pass; a channel alone gives
+    too few draws of it. The channels share H, the mean over passes and channels of g_r g_r^T / mean(g_r^2), (C, C) with a mean
+    diagonal of 1: up to each channel's mean Fisher value that is its matrix, if the tensor's is a Kronecker product (Martens and
+    Grosse 2015, "K-FAC"). Columns are those of `channel_view`. The channels of a grouped convolution share one H as well,
+    though each group has inputs of its own. Needs C^2 numbers a tensor besides.
+    """
+    names = [n for n, p in model.named_parameters() if p.ndim > 1] if names is None else names
+    rows = {n: channel_view(model, n) for n in names if model.get_parameter(n).ndim > 1}
+    shared = {n: torch.zeros(r.size[1], r.size[1]) for n, r in rows.items()}
+
+    def add(name: str, gradient: Tensor) -> None:
+        if name in rows:
+            g = rows[name].of(gradient)
+            scale = g.square().mean(1, keepdim=True).sqrt()
+            g = torch.where(scale > 0, g / scale, 0)
+            shared[name] = shared[name].to(g).addmm_(g.T, g)
+
+    fisher = _mean_squares(model, names, ((b, None) for b in batches), seed, add)
+    return Sensitivity(fisher, {n: h / h.diagonal().mean().clamp_min(1e-30) for n, h in shared.items()})
+
+
+def random_sign_fisher(
+    model: nn.Module, names: list[str], batches: Iterable[tuple[tuple[Tensor, ...], Tensor]], seed: int
+) -> dict[str, Tensor]:
+    """The empirical Fisher of l = 1/2 * sum (target - output)^2, as `empirical.empirical_fisher`, from batched passes.
+
+    batches: pairs of the model's arguments and the target (B, ...).
+    """
+    return _mean_squares(model, names, batches, seed)
+
+
+def _mean_squares(
+    model: nn.Module, names: list[str], batches: Iterable, seed: int, also: Callable[[str, Tensor], None] | None = None
+) -> dict[str, Tensor]:
+    available = dict(model.named_parameters())
+    if unknown := [n for n in names if n not in available]:
+        raise ValueError(f"the model has no parameter {unknown[0]!r}: names are those of model.named_parameters()")
+    model.eval()
+    chosen = [available[n] for n in names]
+    frozen = {n: p.requires_grad for n, p in available.items()}
+    total, count, g = [torch.zeros_like(p) for p in chosen], 0, generator(seed, 1)
+    try:
+        for n, p in available.items():
+            p.requires_grad_(n in set(names))
+        for arguments, target in batches:
+            output = model(*(a.to(chosen[0].device) for a in arguments))
+            residual = _residual(output.detach(), target, g)
+            for name, sum_, gradient in zip(names, total, torch.autograd.grad(output, chosen, residual), strict=True):
+                sum_.addcmul_(gradient, gradient)
+                if also:
+                    also(name, gradient)
+            count += len(output)
+    finally:
+        for n, p in available.items():
+            p.requires_grad_(frozen[n])
+    if not count:
+        raise ValueError("no batch was given: Fisher information needs at least one sample")
+    if bad := [n for n, f in zip(names, total, strict=True) if not torch.isfinite(f).all()]:
+        raise ValueError(f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged")
+    return {n: (sum_ / count).detach() for n, sum_ in zip(names, total, strict=True)}
+
+
+def _residual(output: Tensor, target: Tensor | None, g: torch.Generator) -> Tensor:
+    """What is sent back through the network: N(0, I), or the residual under one random sign a sample."""
+    if target is None:
+        return torch.randn(output.shape, generator=g, dtype=torch.float32).to(output)
+    signs = torch.randint(2, (len(output),), generator=g) * 2 - 1
+    return (output - target.to(output)) * signs.to(output).view(-1, *[1] * (output.ndim - 1))

@@ -1,0 +1,106 @@
+"""Files are written to a temporary name and then renamed: a full disk or a killed run leaves the old file intact.
+
+Tensors go to safetensors, with a metadata record that loading checks. A sealed file also carries the sha256 of all its
+bytes (taken with 64 zeros in the seal's own place), which loading checks before anything is parsed.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+BLANK = "0" * 64
+HEADER_LIMIT = 2**26
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write; on success it replaces `path`, on failure it is removed.
+
+    Raises OSError with one sentence when the file cannot be written (a full disk, a read-only folder).
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"could not write {path} ({error}): make room or choose a writable folder, then `make resume`; "
+            "the files already there are unchanged"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], *, sealed: bool = False, **metadata: Any) -> None:
+    """Write named tensors and a metadata record (any JSON values) as safetensors, with a seal when asked for."""
+    about = {"lafq": json.dumps(metadata)} | ({"seal": BLANK} if sealed else {})
+    with atomic_write(path) as temporary:
+        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, about)
+        if sealed:
+            digest, place = _seal(temporary)
+            with temporary.open("r+b") as file:
+                file.seek(place)
+                file.write(digest.encode())
+
+
+def load_tensors(path: Path, made_by: str, *, sealed: bool = False, **expected: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: the tensors by name, and the metadata record.
+
+    made_by: what makes the file, for the error ("01_train"); sealed: whether it must carry a seal.
+    Raises FileNotFoundError when there is none, ValueError when it is damaged or its metadata is not as `expected`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run {made_by} first, which makes it")
+    if sealed:
+        digest, place = _seal(path)
+        with path.open("rb") as file:
+            file.seek(place)
+            if not place or file.read(64) != digest.encode():
+                raise ValueError(f"{path} is damaged or not a lafq file (its checksum is wrong): run {made_by} again")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {})["lafq"])
+            # Clones, since the tensors as read keep the whole file mapped.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not a lafq file ({error}): delete it and run {made_by} again") from None
+    for key, value in expected.items():
+        if metadata.get(key) != value:
+            raise ValueError(f"{path} was made with {key}={metadata.get(key)}, not {value}: delete it and run {made_by} again")
+    return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata record of a file, without its tensors; ValueError when it has none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})["lafq"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not a lafq file ({error})") from None
+
+
+def _seal(path: Path) -> tuple[str, int]:
+    """The digest a sealed file must carry, and where in the file it stands (0 when it has no place for one)."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        header = file.read(min(int.from_bytes(length, "little"), HEADER_LIMIT))
+        found = re.search(rb'"seal":"([0-9a-f]{64})"', header)
+        if not found:
+            return "", 0
+        content = hashlib.sha256(length + header[: found.start(1)] + BLANK.encode() + header[found.end(1) :])
+        hashlib.file_digest(file, lambda: content)
+    return content.hexdigest(), 8 + found.start(1)

@@ -1,0 +1,93 @@
+"""06_budget: every method at every budget, the damage that was predicted and the damage that was measured.
+
+The unit of all damages here is the mean squared change of the output a pixel; half the squared error summed over the 1,024
+pixels, which the Fisher information is of, is 512 times that.
+"""
+
+import numpy as np
+import pandas as pd
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lafq.allocation.solver import MIB
+from lafq.diffusion.unet import quantizable
+from lafq.evaluation import scoring
+from lafq.evaluation.samples import cached_samples
+from lafq.fisher.monte_carlo import Sensitivity
+from lafq.paper.budget_study.methods import Row, bits_of, mib_at, packed
+from lafq.quantization.error_feedback import damage
+from lafq.quantization.model import channel_view, dequantize, nbytes
+from lafq.quantization.plan import Plan
+from lafq.quantization.weight_spec import stored_bytes
+
+HALF_PIXELS = 512
+IMAGES = 7
+COLUMNS = [
+    *("method", "unit", "budget_bits", "budget_mib", "mem_mib", "mem_share", "bits_per_weight", "predicted"),
+    *("damage", "damage_low", "damage_high", "delta_loss"),
+]
+
+
+def measure_candidates(model: nn.Module, rows: list[Row], validation: Sensitivity, seed: int, digits: int) -> pd.DataFrame:
+    """Bytes, predicted and measured damage of every row, columns as COLUMNS; measured on so many held-out digits.
+
+    validation: from other draws than the plans were made from, since on the draws that it was fitted to a plan looks better than it
+    is; damage is predicted from these. The prediction knows nothing of tuning.
+    """
+    outputs, full, found = scoring.held_out_outputs(model, seed, digits), nbytes(model, {}), []
+    for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
+        small = dequantize(packed(model, row, seed))
+        size = nbytes(model, row.plan)
+        key = {"method": row.method, "unit": row.unit, "budget_bits": round(row.bits, 3), "budget_mib": mib_at(model, row.bits)}
+        stored = {"mem_mib": size / MIB, "mem_share": size / full, "bits_per_weight": bits_of(model, row.plan)}
+        damages = {"predicted": predicted(model, small, validation)} | scoring.output_damage(small, outputs, seed)
+        found.append(key | stored | damages)
+    return pd.DataFrame(found)[COLUMNS]
+
+
+def predicted(model: nn.Module, small: nn.Module, known: Sensitivity) -> float:
+    """Predicted damage of a quantized model whose weights are unpacked, a pixel."""
+    total = 0.0
+    for name, values in known.fisher.items():
+        rows = channel_view(model, name)
+        change = rows.of(small.get_parameter(name).detach() - model.get_parameter(name).detach()).cpu()
+        total += damage(change, rows.of(values).cpu(), known.curvature[name].cpu()).sum().item()
+    return total / HALF_PIXELS
+
+
+def reports(model: nn.Module, fisher: dict[str, Tensor], rows: list[Row], unit: str = "mixed") -> pd.DataFrame:
+    """Bits a weight of every weight tensor in the rows of a unit.
+
+    Columns budget_bits, parameter, fisher (the tensor's mean), bits_per_weight.
+    """
+
+    def bits(name: str, plan: Plan) -> float:
+        rows = channel_view(model, name)
+        return 8 * stored_bytes(rows, plan.get(name, "fp32")) / fisher[name].numel()
+
+    found = [
+        (round(row.bits, 3), name, fisher[name].mean().item(), bits(name, row.plan))
+        for row in rows
+        if row.method == "allocator" and row.unit == unit
+        for name in quantizable(model)
+    ]
+    return pd.DataFrame(found, columns=["budget_bits", "parameter", "fisher", "bits_per_weight"])
+
+
+def images(
+    model: nn.Module, rows: list[Row], profile: str, *, bits: list[float], steps: int, seed: int
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """A few images of the unquantized model and of the allocator's plans (unit mixed) for these bits, from the same noise.
+
+    Returns a row a model, columns method, threshold, format, unit, mem_mib, sample, and uint8 images (7, 32, 32) by sample.
+    """
+    chosen = [row for b in bits for row in rows if row.method == "allocator" and row.unit == "mixed" and abs(row.bits - b) < 1e-6]
+    models = {"32 bits": (model, {})}
+    models |= {f"{row.bits:g} bits": (dequantize(packed(model, row, seed)), row.plan) for row in chosen}
+    found, samples = [], {}
+    for name, (own, plan) in models.items():
+        key, generated, _ = cached_samples(own, profile, IMAGES, steps, seed, name)
+        samples[key] = generated[:, 0].numpy()
+        method, low = ("allocator", "mixed") if plan else ("baseline", "fp32")
+        found.append((method, name, low, low, nbytes(model, plan) / MIB, key))
+    return pd.DataFrame(found, columns=["method", "threshold", "format", "unit", "mem_mib", "sample"]), samples

@@ -1,0 +1,149 @@
+"""The plans of 06_budget: uniform formats, the allocator's (tuned or not), and threshold rules at the same bytes."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lafq.allocation import solver
+from lafq.allocation.pareto import UNITS
+from lafq.allocation.solver import MIB
+from lafq.allocation.thresholds import by_layer, keep_global, relative_to_group
+from lafq.diffusion.mnist import mnist
+from lafq.diffusion.noising import noised_batches
+from lafq.diffusion.unet import quantizable
+from lafq.fisher.monte_carlo import Sensitivity, estimate_sensitivity
+from lafq.quantization.formats import unshrunk_scale
+from lafq.quantization.model import channel_view, make_plan, nbytes, quantize
+from lafq.quantization.plan import Plan, Recipe
+from lafq.quantization.tuning import BATCH, tune
+from lafq.quantization.weight_spec import stored_bytes
+from lafq.rng import generator
+
+INTEGERS = ("int2", "int3", "int4", "int6", "int8")
+FEEDBACK = "error feedback"
+
+
+class Row(NamedTuple):
+    """A plan to judge: which method made it, at which unit and for how many bits per weight, and for how many steps biases and
+    norms are tuned after rounding."""
+
+    method: str
+    unit: str
+    bits: float
+    plan: Plan
+    tuned: int = 0
+
+
+def measured_sensitivity(model: nn.Module, samples: int, seed: int) -> Sensitivity:
+    """Sensitivity of all weights, the input and output convolutions' too, from so many noised training digits."""
+    return estimate_sensitivity(model, noised_batches(mnist(train=True)[0], samples, seed), seed)
+
+
+def packed(model: nn.Module, row: Row, seed: int = 0) -> nn.Module:
+    """The packed model under a row's plan, tuned (on training digits) where the row says so."""
+    small = quantize(model, row.plan)
+    if row.tuned:
+        # Other draws than what plans are made from (seed) and judged by (seed + 1).
+        tune(model, small, noised_batches(mnist(train=True)[0], row.tuned * BATCH, seed + 2, BATCH), row.tuned)
+    return small
+
+
+def mib_at(model: nn.Module, bits: float) -> float:
+    """MiB of the whole model when the weights of the six layers take this many bits each, the rest FP32."""
+    weights = sum(w.numel() for w in quantizable(model).values())
+    return (nbytes(model, {}) - 4 * weights + bits * weights / 8) / MIB
+
+
+def bits_of(model: nn.Module, plan: Plan) -> float:
+    """Stored bits a weight of the six layers, scales and masks included."""
+    weights = quantizable(model)
+    stored = sum(stored_bytes(channel_view(model, n), plan.get(n, "fp32")) for n in weights)
+    return 8 * stored / sum(w.numel() for w in weights.values())
+
+
+def uniform(model: nn.Module, known: Sensitivity) -> list[Row]:
+    """All weights in one format: rounded as everywhere, and with the allocator's scales and error feedback."""
+    plans = {low: Plan(dict.fromkeys(quantizable(model), low)) for low in (*INTEGERS, "fp16")}
+    found = [Row("uniform", "tensor", bits_of(model, plan), plan) for plan in plans.values()]
+    recipe = Recipe(unshrunk_scale, *known)
+    return found + [Row(f"uniform, {FEEDBACK}", "tensor", bits_of(model, plans[f]), Plan(plans[f], recipe)) for f in INTEGERS]
+
+
+def allocated(model: nn.Module, known: Sensitivity, bits: list[float], units: tuple[str, ...] = UNITS) -> list[Row]:
+    """The allocator at these units and budgets; at unit mixed also without error feedback, and with all weights to choose from.
+
+    A budget below a unit's smallest size is left out, and a line says so.
+    """
+    rows, layers = [], {name: known.fisher[name] for name in quantizable(model)}
+    methods = [("allocator", unit, layers, known.curvature) for unit in units]
+    methods += [
+        ("allocator, nearest code", "mixed", layers, None),
+        ("allocator, all weights", "mixed", known.fisher, known.curvature),
+    ]
+    for method, unit, fisher, curvature in methods:
+        frontiers = solver.frontiers_of(model, fisher, unit, curvature=curvature)
+        recipe = Recipe(unshrunk_scale, known.fisher, curvature)
+        for b in bits:
+            try:
+                plan = solver.solve_budget(model, frontiers, mib_at(model, b), recipe=recipe)
+            except ValueError:
+                print(f"{method}, unit {unit}: {b:.2f} bits a weight cannot be met")
+                continue
+            rows.append(Row(method, unit, b, plan))
+    return rows
+
+
+def tuned(rows: list[Row], bits: list[float], steps: int) -> list[Row]:
+    """The allocator's rows of unit mixed at these budgets, with biases and norms tuned for so many steps."""
+    chosen = [row for row in rows if row.method == "allocator" and row.unit == "mixed" and row.bits in bits]
+    return [row._replace(method="allocator, tuned", tuned=steps) for row in chosen]
+
+
+def thresholds(model: nn.Module, fisher: dict[str, Tensor], bits: list[float], seed: int) -> list[Row]:
+    """The paper's three rules, and the same with magnitude or random scores: single weights kept, up to the same bytes.
+
+    What is not kept goes to the largest integer format below the budget, what is kept stays FP16 (FP32 where even all FP16 fits).
+    """
+    g, fisher = generator(seed), {name: fisher[name] for name in quantizable(model)}
+    scores = {
+        "global": fisher,
+        "group": relative_to_group(fisher),
+        "ratio": _rank_in_layer(fisher),
+        "magnitude": {n: w.abs() for n, w in quantizable(model).items()},
+        "random": {n: torch.rand(f.shape, generator=g) for n, f in fisher.items()},
+    }
+    rows = []
+    for b in bits:
+        fitting = [f for f in (*INTEGERS, "fp16") if bits_of(model, dict.fromkeys(fisher, f)) < b]
+        if fitting:
+            high = "fp32" if fitting[-1] == "fp16" else "fp16"
+            rows += [Row(name, "weight", b, at_bytes(model, s, fitting[-1], high, mib_at(model, b))) for name, s in scores.items()]
+    return rows
+
+
+def at_bytes(model: nn.Module, scores: dict[str, Tensor], low: str, high: str, budget_mib: float) -> Plan:
+    """Keep as `high` the single weights of highest score, as many as fit in the budget, and send the others to `low`."""
+    values = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True).values
+    fits, too_many = 0, len(values)
+    while too_many - fits > len(values) / 2**16:
+        count = (fits + too_many) // 2
+        if nbytes(model, make_plan(keep_global(scores, values[count].item()), low, high)) <= budget_mib * MIB:
+            fits = count
+        else:
+            too_many = count
+    cut = values[fits].item() if fits else float("inf")
+    return make_plan(keep_global(scores, cut), low, high)
+
+
+def _rank_in_layer(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of every weight the share of its layer's weights with lower Fisher values: a cut of these is the ratio rule."""
+    result = {}
+    for layer in by_layer(fisher).values():
+        flat = torch.cat([f.flatten() for f in layer.values()]).cpu()
+        rank = torch.empty(len(flat), dtype=torch.float64)
+        rank[flat.argsort(stable=True)] = torch.from_numpy(np.linspace(0, 1, len(flat)))
+        parts = rank.split([f.numel() for f in layer.values()])
+        result |= {n: part.view(f.shape) for (n, f), part in zip(layer.items(), parts, strict=True)}
+    return result

@@ -1,0 +1,218 @@
+"""Figures. Every function draws numbers it is given on axes it is given, and computes nothing else.
+
+Colours are seaborn's colour-blind palette, or viridis where they stand for a timestep.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+
+from lafq.paper.poster import BEST_RATIOS, Published
+
+sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={"figure.constrained_layout.use": True})
+AMPLIFIED = 8  # differences of images are drawn this many times as bright
+SWEPT = (0.28, 0.5)  # the ratios that the paper swept
+MARKED = 50  # a line of more points than this is drawn without markers
+MARKERS = {"fp16": "o", "int8": "s"}
+KIND = (("format", "{}"), ("unit", "unit {}"))
+RUN = (("seed", "training seed {}"),)
+PAIRED = "bars: 95 % intervals of the difference, paired bootstrap over the images"
+DIGITS = "bars: 95 % intervals, bootstrap over the digits"
+SPREAD = "bars: one standard deviation over the blocks"
+
+
+def digits(ax: Axes, images: np.ndarray, columns: int, title: str) -> None:
+    """A grid of grey images (N, 32, 32), N rounded down to whole rows of `columns`."""
+    columns = min(columns, len(images))
+    rows = len(images) // columns
+    grid = images[: rows * columns].reshape(rows, columns, 32, 32).transpose(0, 2, 1, 3).reshape(rows * 32, columns * 32)
+    ax.imshow(grid, cmap="gray", vmin=0, vmax=255)
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.grid(False)
+
+
+def loss_curve(ax: Axes, losses: pd.DataFrame) -> None:
+    """Training loss over steps (columns step, loss), log scale."""
+    ax.plot(losses["step"], losses["loss"], lw=1)
+    ax.set(yscale="log", xlabel="training step", ylabel="noise-prediction MSE", title="Training loss (mean of 50 steps)")
+
+
+def fisher_by_tensor(axes: Sequence[Axes], timesteps: pd.DataFrame) -> None:
+    """One panel a layer: weight tensors on x, mean Fisher on a log y axis, one line a timestep bin."""
+    bins = sorted(timesteps["t_low"].unique())
+    colours = plt.get_cmap("viridis")(np.linspace(0, 1, len(bins)))
+    for ax, (layer, rows) in zip(axes, timesteps.groupby("layer"), strict=True):
+        names = list(dict.fromkeys(rows["parameter"]))
+        for t, colour in zip(bins, colours, strict=True):
+            line = rows[rows["t_low"] == t].set_index("parameter").loc[names, "fisher"]
+            ax.plot(range(len(names)), line, color=colour, marker=".", lw=1)
+        short = [name.split(".", 1)[1].removesuffix(".weight").replace("attention", "attn") for name in names]
+        ax.set_xticks(range(len(names)), short, rotation=60, ha="right", fontsize=9)
+        ax.set(title=layer, yscale="log", ylabel="mean Fisher")
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, 999), "viridis")
+    axes[0].figure.colorbar(scale, ax=list(axes), label="timestep t (0 = clean)")
+
+
+def fisher_by_group(ax: Axes, timesteps: pd.DataFrame) -> None:
+    """Mean (solid) and median (dashed) over the weight tensors of Layer 1-2 and of Layer 3-6, by timestep."""
+    group = np.where(timesteps["layer"].isin(["Layer1", "Layer2"]), "Layer 1-2", "Layer 3-6")
+    by_time = timesteps.assign(group=group).groupby(["group", "t_low"])["fisher"].agg(["mean", "median"])
+    for colour, name in zip(sns.color_palette(), ("Layer 1-2", "Layer 3-6"), strict=False):
+        for statistic, style in (("mean", "-"), ("median", "--")):
+            ax.plot(by_time.loc[name].index, by_time.loc[name, statistic], style, color=colour, label=f"{name}, {statistic}")
+    ax.set(yscale="log", xlabel="timestep t (0 = clean; lower edge of the bin)", ylabel="Fisher of the weight tensors")
+    ax.set_title("Fisher information by group")
+    ax.legend()
+
+
+def fisher_map(ax: Axes, timesteps: pd.DataFrame) -> None:
+    """Mean Fisher a weight: layers on y, timestep bins on x, log colour scale."""
+    total = (
+        timesteps.assign(total=timesteps["fisher"] * timesteps["weights"]).groupby(["layer", "t_low"])[["total", "weights"]].sum()
+    )
+    table = (total["total"] / total["weights"]).unstack()
+    sns.heatmap(table, ax=ax, norm=LogNorm(table.min().min(), table.max().max()), cmap="viridis", cbar_kws={"label": "mean Fisher"})
+    ax.set(xlabel="timestep t (0 = clean; lower edge of the bin)", ylabel="", title="Mean Fisher information a weight")
+    ax.tick_params(axis="y", rotation=0)
+
+
+def size_curve(ax: Axes, sizes: pd.DataFrame, share: float, label: str, log: bool = False) -> None:
+    """Stored share of the FP32 bytes over the threshold, a line a (format, unit); the paper's share dashed."""
+    for (low, unit), rows in sizes[np.isfinite(sizes["cut"])].groupby(["format", "unit"]):
+        few = len(rows) <= MARKED
+        style = {"marker": MARKERS[low] if few else "", "ms": 4, "lw": 1 if few else 2}
+        ax.plot(rows["cut"], 100 * rows["mem_share"], **style, label=f"{low}, unit {unit}")
+    ax.axhline(100 * share, color="black", ls="--", lw=1, label=f"the paper's size, {100 * share:.1f} %")
+    ax.set(xlabel=label, ylabel="stored bytes (% of FP32)", ylim=(0, 108), xscale="log" if log else "linear")
+    ax.legend(fontsize=9)
+
+
+def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: str) -> None:
+    """A metric with its 95 % interval over stored MiB, a marker a row (kinds set apart by 0.02 MiB); the baseline dashed."""
+    baseline = table[table["method"] == "baseline"][metric].item()
+    ax.axhline(baseline, color="black", ls="--", lw=1, label="FP32 baseline")
+    rows = table[table["method"] != "baseline"]
+    kinds = rows.groupby(["method", "format", "unit"], sort=False)
+    for i, ((kind, points), marker) in enumerate(zip(kinds, "osD^vP*X", strict=False)):
+        apart = 0.02 * i  # MiB: rows of equal size stay visible
+        ax.errorbar(points["mem_mib"] + apart, points[metric], bars(points, metric), fmt=marker, capsize=3, label=", ".join(kind))
+    ax.set(xlabel="stored MiB (kinds set apart by 0.02)", ylabel=label)
+    ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=9)
+
+
+def ratio_sweep(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: str, by: tuple[tuple[str, str], ...] = KIND) -> None:
+    """A metric over the ratio kept, with its 95 % interval where it has one; the range that the paper calls best is shaded,
+    the baseline dashed.
+
+    by: the columns whose values make a line, each with how its value is written in the legend. Lines are set apart a little, so
+    that bars do not overlap.
+    """
+    rows = table[table["method"] == "ratio"]
+    rows = rows.assign(ratio=rows["threshold"].astype(float)).sort_values("ratio")
+    ax.axvspan(*BEST_RATIOS, color="0.85", label="best in the paper")
+    ax.axhline(table[table["method"] == "baseline"][metric].iloc[0], color="black", ls="--", lw=1, label="FP32 baseline")
+    lines = rows.groupby([column for column, _ in by])
+    for i, (kind, line) in enumerate(lines):
+        low, unit = line[["format", "unit"]].iloc[0]
+        style = {"ls": "-" if unit == "weight" else ":", "marker": MARKERS.get(low, "."), "ms": 5, "lw": 1.2, "capsize": 2}
+        lengths = bars(line, metric) if f"{metric}_low" in line else None
+        name = ", ".join(write.format(value) for (_, write), value in zip(by, kind, strict=True))
+        apart = 0.002 * (i - (len(lines) - 1) / 2)
+        ax.errorbar(line["ratio"] + apart, line[metric], lengths, **style, elinewidth=0.8, label=name)
+    ax.set(xlabel="ratio r (share of a layer kept in FP32)", ylabel=label)
+    ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=9)
+
+
+def block_statistics(ax: Axes, table: pd.DataFrame) -> None:
+    """On the axes of `ratio_sweep`: mean and standard deviation of a block's difference from the baseline, over disjoint blocks."""
+    rows = table[table["method"] == "ratio"]
+    style = {"fmt": "D", "ms": 4, "color": "0.45", "mfc": "white", "capsize": 2, "elinewidth": 0.8}
+    label = f"{rows['blocks'].iloc[0]} blocks of {rows['n_images'].iloc[0] // rows['blocks'].iloc[0]}: mean and sd"
+    ax.errorbar(
+        rows["threshold"].astype(float) + 0.004,
+        rows["block_delta_fid_mnist"],
+        rows["block_delta_fid_mnist_sd"],
+        **style,
+        label=label,
+    )
+    ax.legend(fontsize=9)
+
+
+def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[Published]) -> None:
+    """FID over N, a panel a feature extractor: blocks of real and of generated images, mean +- one standard deviation.
+
+    Dashed: extrapolated to infinite N. The published rows are drawn on Inception's panel, at their N.
+    """
+    fid = table[table["metric"] == "fid"]
+    for ax, (features, panel) in zip(axes, fid.groupby("features", sort=False), strict=True):
+        for colour, (images, rows) in zip(sns.color_palette(), panel.groupby("images", sort=False), strict=False):
+            at_n, beyond = rows[np.isfinite(rows["n"])], rows[np.isinf(rows["n"])]["mean"].item()
+            label = "real digits" if images == "real" else "FP32 model's images"
+            ax.errorbar(at_n["n"], at_n["mean"], at_n["sd"], marker="o", ms=5, capsize=3, color=colour, label=label)
+            ax.axhline(beyond, color=colour, ls="--", lw=1, label=f"{label}, N to infinity: {beyond:.1f}")
+        if features == "Inception":
+            sizes, fids = zip(*((row.images, row.fid) for row in published if row.images in (100, 5000)), strict=True)
+            ax.scatter(sizes, fids, marker="_", s=120, lw=0.8, color="black", zorder=3, label="published rows (poster, README)")
+        ax.set(xscale="log", yscale="log", xlabel="images N in a block", ylabel="FID", title=f"{features} features")
+        ax.legend(fontsize=8)
+
+
+def published_sweep(ax: Axes, rows: Sequence[Published]) -> None:
+    """The paper's own figure: FID over the ratio, with its baseline."""
+    ratio = [row for row in rows if row.method == "ratio"]
+    ax.axvspan(*BEST_RATIOS, color="0.85", label="best in the paper")
+    for source, face in (("poster", "C0"), ("poster's plot", "white")):
+        points = [(float(row.threshold), row.fid) for row in ratio if row.source == source]
+        label = source if source == "poster" else "read off the poster's plot"
+        ax.plot(*zip(*points, strict=True), "o", ms=5, color="C0", mfc=face, label=label)
+    ax.plot([float(row.threshold) for row in ratio], [row.fid for row in ratio], color="C0", lw=1, zorder=0)
+    ax.axhline(rows[0].fid, color="black", ls="--", lw=1, label="FP32 baseline (poster)")
+    ax.set(xlabel="ratio r", ylabel="FID (Inception, N = 100, 1,000 steps)", title="Published", xlim=SWEPT)
+    ax.legend(fontsize=9)
+
+
+def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
+    """Difference of each row of `poster.compare` from its baseline: ours with the 95 % interval, the poster's hollow."""
+    rows = table[table["method"] != "baseline"].iloc[::-1]
+    at = np.arange(len(rows))
+    ax.axvline(0, color="black", ls="--", lw=1, label="FP32 baseline")
+    ax.errorbar(
+        rows[f"delta_{metric}"],
+        at,
+        xerr=bars(rows, f"delta_{metric}"),
+        fmt="o",
+        capsize=3,
+        label="ours, the same noise in every row",
+    )
+    published = rows["fid_paper"] - table[table["method"] == "baseline"]["fid_paper"].item()
+    ax.plot(published, at, "D", mfc="none", color="0.35", label="poster, other noise in every row")
+    ax.set_yticks(at, [f"{r.method} {r.threshold}, {r.format.upper()}, {r.mem_share:.0%} of FP32" for r in rows.itertuples()])
+    ax.set(xlabel=f"FID difference from FP32 (positive: worse); {metric.removeprefix('fid_')} features")
+    ax.legend(fontsize=9)
+
+
+def paired_digits(axes: Sequence[Axes], table: pd.DataFrame, samples: dict[str, np.ndarray], count: int) -> None:
+    """The first images of every row of a table (left) and, enlarged, their differences from the first row's (right).
+
+    The first row is the unquantized model; a column shares its noise.
+    """
+    first = samples[table["sample"].iloc[0]][:count].astype(int)
+    for ax, row in zip(axes, table.itertuples(), strict=True):
+        images = samples[row.sample][:count]
+        off = (AMPLIFIED * np.abs(images.astype(int) - first)).clip(0, 255).astype(np.uint8)
+        digits(ax, np.concatenate([images, off]), 2 * count, "")
+        name = " ".join(dict.fromkeys((row.method, row.threshold, row.format, row.unit)))
+        ax.set_ylabel(f"{name}\n{row.mem_mib:.2f} MiB", rotation=0, ha="right", va="center", fontsize=9)
+    axes[0].set_title(f"images from the same noise   |   their difference from the first row, x {AMPLIFIED}", fontsize=10)
+
+
+def bars(rows: pd.DataFrame, metric: str) -> np.ndarray:
+    """Lengths (2, rows) of the error bars from a value to the ends of its interval."""
+    return np.stack([rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]]).clip(0)

@@ -1,0 +1,68 @@
+"""A packed model as a file, and back: safetensors that say what they are, and are checked in full when read."""
+
+from pathlib import Path
+
+from torch import nn
+
+from lafq.io import load_tensors, save_tensors
+from lafq.quantization.model import weights_sha256, with_quantized
+from lafq.quantization.quantized_weight import QuantizedWeight
+from lafq.quantization.weight_spec import ChannelView
+
+FORMAT_VERSION = 1
+
+
+def save_quantized(path: Path, packed: nn.Module, source: nn.Module) -> None:
+    """Write a packed copy as safetensors; `source` is the model it was made of, whose fingerprint goes along.
+
+    The metadata holds the format version, the plan in words, the width (None for a model without one), the source's
+    sha256, and a checksum of the whole file.
+    """
+    tensors, plan = {}, {}
+    for name, tensor in packed.state_dict().items():
+        owner, found, rest = name.partition("parametrizations.")
+        parameter, _, part = rest.partition(".0.")
+        if not found:
+            tensors[name] = tensor
+        elif part:
+            tensors[f"{owner}{parameter}/{part}"] = tensor
+    for name, module in packed.named_modules():
+        if isinstance(module, QuantizedWeight):
+            plan[name.replace("parametrizations.", "").removesuffix(".0")] = module.describe()
+    about = {"format_version": FORMAT_VERSION, "width": getattr(packed, "width", None), "source": weights_sha256(source)}
+    save_tensors(path, tensors, sealed=True, **about, plan=plan)
+
+
+def load_quantized(path: Path, model: nn.Module, source: str | None = None) -> nn.Module:
+    """The packed copy that `save` wrote; `model` gives the architecture (its own weights are not used, "meta" will do).
+
+    source: the fingerprint of the weights it must have been made of; None takes any.
+    Raises FileNotFoundError when there is no file, ValueError when it is damaged in any place, of a newer version, of
+    another model, or of other source weights.
+    """
+    tensors, about = load_tensors(path, "`save_quantized`", sealed=True)
+    if (version := about.get("format_version", 0)) > FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}, this lafq reads up to {FORMAT_VERSION}: update lafq")
+    if not version:
+        raise ValueError(f"{path} is no packed model: give a file that `save_quantized` wrote")
+    if about["width"] != getattr(model, "width", None):
+        raise ValueError(f"{path} is of width {about['width']}, the model of {getattr(model, 'width', None)}: build the model anew")
+    if source not in (None, about["source"]):
+        raise ValueError(f"{path} was made of weights {about['source'][:12]}, not of {source[:12]}: pack these and save again")
+    rest = {n: t for n, t in tensors.items() if "/" not in n}
+    packed = {}
+    for name, words in about["plan"].items():
+        parts = {n.removeprefix(f"{name}/"): t for n, t in tensors.items() if n.startswith(f"{name}/")}
+        packed[name] = QuantizedWeight(parts, ChannelView(tuple(words["shape"]), words["groups"]))
+        if packed[name].describe() != words:
+            raise ValueError(f"{path} holds {name} in another form than its plan says: save it again")
+    shapes = {n: tuple(t.shape) for n, t in rest.items()} | {n: p.rows.shape for n, p in packed.items()}
+    expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    if shapes != expected:
+        name = next(n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n))
+        raise ValueError(
+            f"{path} is of another model: {name} is {shapes.get(name, 'absent')} there, {expected.get(name, 'absent')} in the model"
+        )
+    loaded = with_quantized(model, packed)
+    loaded.load_state_dict(rest, strict=False, assign=True)
+    return loaded

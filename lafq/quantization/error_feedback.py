@@ -1,0 +1,71 @@
+"""Rounding with error feedback: what rounding one weight does to the output, the weights after it make good.
+
+To second order an error dw of an output channel's weights does the damage c/2 * dw^T H dw, c its mean Fisher value and H the
+channels' common curvature (`monte_carlo.estimate_sensitivity`). By its diagonal alone every weight goes to its nearest code. With
+H = U D U^T, U upper triangular with ones on its diagonal, it is a sum over weights, c/2 * D_k * (dw_k + sum_{j<k} U_jk dw_j)^2:
+the weights are rounded one after another, each to the code nearest to w_k - sum_{j<k} U_jk dw_j, which makes its term least
+(Chee et al. 2023, "QuIP", who show it to be what Frantar et al. 2023, "GPTQ", do with H^-1; the idea is that of
+Hassibi and Stork 1993, "Optimal Brain Surgeon").
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01  # of the mean diagonal
+BLOCK = 128
+
+
+class Factor(NamedTuple):
+    """Of a curvature H: the order (C,) in which columns are rounded, and U (C, C) of H = U D U^T in that order."""
+
+    order: Tensor
+    upper: Tensor
+
+
+def factor(curvature: Tensor) -> Factor:
+    """The factor of H (C, C), damped; weights of large H_kk come first, while many are left to make their errors good.
+
+    With P the reversal of the order and P H P = L L^T, the columns of P L P over its diagonal are U.
+    """
+    order = curvature.diagonal().argsort(descending=True, stable=True)
+    damped = curvature[order][:, order].double().flip(0, 1)
+    mean = damped.diagonal().mean()
+    damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    root = torch.linalg.cholesky(damped).flip(0, 1)
+    return Factor(order, (root / root.diagonal()).to(curvature.dtype))
+
+
+def round_with_error_feedback(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: Tensor | None = None) -> Tensor:
+    """Rows (R, C) whose integer weights lie on the grid of their row, scales[r] * (-levels[r]..levels[r]).
+
+    scales, levels: (R,), levels 0 for a row that is not rounded. kept: boolean (R, C), weights that are not rounded; they take up
+    errors of others as well.
+    """
+    order, upper = factor
+    free = (qmax == 0)[:, None].expand_as(values) if kept is None else kept | (qmax == 0)[:, None]
+    # Columns as rows: what is worked on at a time then lies together in memory.
+    exact, free, limit = values[:, order].T.contiguous(), free[:, order].T.contiguous(), qmax.to(values)
+    wanted = exact.clone()
+    for start in range(0, len(wanted), BLOCK):
+        stop = min(start + BLOCK, len(wanted))
+        errors = torch.empty(stop - start, len(values)).to(values)
+        for k in range(start, stop):
+            column = wanted[k]
+            grid = (column / scales).round_().clamp_(-limit, limit).mul_(scales)
+            column.copy_(torch.where(free[k], column, grid))
+            torch.sub(exact[k], column, out=errors[k - start])
+            wanted[k + 1 : stop].addr_(upper[k, k + 1 : stop], errors[k - start])
+        wanted[stop:].addmm_(upper[start:stop, stop:].T, errors)
+    return wanted[order.argsort()].T
+
+
+def damage(change: Tensor, fisher: Tensor, curvature: Tensor | None = None) -> Tensor:
+    """Predicted damage of each row (R,): half the squared error summed over the output, to second order.
+
+    change, fisher: (R, C); curvature: (C, C), or None for the diagonal alone, 1/2 * sum(F * dw^2).
+    """
+    if curvature is None:
+        return 0.5 * (fisher * change.square()).double().sum(1)
+    return 0.5 * (fisher.mean(1) * ((change @ curvature) * change).sum(1)).double().clamp_min(0)

@@ -1,0 +1,165 @@
+"""A precision plan becomes a model of that size: a packed copy, its bytes, and its file.
+
+A plan names the parameters to be stored in less than FP32: `{name: format}`, or `{name: Precision(...)}` where output
+channels differ or single weights are kept. Parameters outside the plan stay as they are, bit for bit.
+
+`quantize` copies any module; the planned weights then exist in stored form only, and are unpacked for each use, a layer at a
+time (a torch parametrization: whatever reads `layer.weight` gets the FP32 weight). `dequantize` trades that memory for speed.
+"""
+
+import copy
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lafq.quantization import formats
+from lafq.quantization.formats import get_format
+from lafq.quantization.plan import PLAIN, Entries, Plan, Recipe
+from lafq.quantization.quantized_weight import QuantizedWeight
+from lafq.quantization.weight_spec import ChannelView, WeightSpec, in_fp32, stored_bytes
+
+
+def make_plan(keep: dict[str, Tensor], low: str, high: str = "fp32") -> Plan:
+    """The plan that stores as `high` what `keep` says (True) and the rest as `low`.
+
+    keep: by parameter name a boolean tensor, 0-dim for the whole tensor, (output channels,) for channels, or of the
+    weight's shape. Nothing is stored for the choice where all of a tensor goes one way.
+    """
+    get_format(low), get_format(high)
+    plan = Plan()
+    for name, mask in keep.items():
+        if not mask.any():
+            plan[name] = low
+        elif mask.all():
+            plan |= {name: high} if high != "fp32" else {}
+        elif mask.ndim == 1:
+            plan[name] = WeightSpec(tuple(high if k else low for k in mask.tolist()))
+        else:
+            plan[name] = WeightSpec(low, mask, high)
+    return plan
+
+
+def check_plan(model: nn.Module, plan: Entries) -> None:
+    """Raise ValueError, in one sentence, for a plan that does not fit the model."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, entry in plan.items():
+        if name not in parameters:
+            raise ValueError(f"the plan names {name!r}, which the model lacks: see model.named_parameters()")
+        p = parameters[name]
+        if shared := [n for n, q in parameters.items() if q is p and n != name]:
+            raise ValueError(f"{name} is shared with {shared[0]}: leave it out of the plan")
+        if p.dtype != torch.float32:
+            raise ValueError(f"{name} is {p.dtype}: plans start from FP32 weights, call model.float() first")
+        if not p.numel():
+            raise ValueError(f"{name} is empty, of shape {tuple(p.shape)}: leave it out of the plan")
+        channel_view(model, name).check(name, entry)
+
+
+def check_curvature(model: nn.Module, curvature: dict[str, Tensor]) -> None:
+    """Raise ValueError, in one sentence, for a curvature that does not fit its parameter's columns or is not finite."""
+    for name, values in curvature.items():
+        columns = channel_view(model, name).size[1]
+        if values.shape != (columns, columns) or not torch.isfinite(values).all():
+            raise ValueError(
+                f"the curvature of {name} must be finite and of shape {(columns, columns)}, it has {tuple(values.shape)}"
+            )
+
+
+def nbytes(model: nn.Module, plan: Entries) -> int:
+    """Bytes that must be stored for the model under the plan: all parameters and persistent buffers, scales and masks."""
+    check_plan(model, plan)
+    rest = sum(t.nbytes for n, t in model.state_dict().items() if n not in plan)
+    return rest + sum(stored_bytes(channel_view(model, n), entry) for n, entry in plan.items())
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> nn.Module:
+    """Copy `model`, in evaluation mode, with its planned weights in their stored form only.
+
+    Args:
+        model: any network with FP32 weights; it is not changed.
+        plan: the format of each planned parameter, by name.
+        recipe: how to round; None: as the plan says (`Plan.recipe`), or to the nearest code with `formats.absmax_scale`.
+
+    Raises ValueError as `check_plan`; for a plan that was made for other weights; for Fisher values of another shape or below 0,
+    a curvature of another shape, and weights that are NaN, infinite or beyond FP16's range.
+
+    >>> from torch import nn
+    >>> layer = nn.Linear(4, 2)
+    >>> small = quantize(layer, {"weight": "int8"})
+    >>> resident_bytes(layer), resident_bytes(small)
+    (40, 20)
+    """
+    check_plan(model, plan)
+    if getattr(plan, "source", "") not in ("", weights_sha256(model)):
+        raise ValueError("the plan was made for other weights than this model's: allocate a plan for this model")
+    scale, fisher, curvature = recipe or getattr(plan, "recipe", PLAIN)
+    fisher, curvature = fisher or {}, curvature or {}
+    check_curvature(model, curvature)
+    packed = {}
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise ValueError(f"{name} holds NaN or infinite weights: it cannot be quantized")
+        if name not in plan:
+            continue
+        if p.abs().max() > formats.LARGEST:
+            raise ValueError(f"{name} holds weights beyond +-{formats.LARGEST:.0f}, FP16's range: leave it out of the plan")
+        share = fisher.get(name)
+        if share is not None and (share.shape != p.shape or not (share >= 0).all()):
+            raise ValueError(f"the Fisher values of {name} must have the shape {tuple(p.shape)} and none below 0 or NaN")
+        view = channel_view(model, name)
+        packed[name] = QuantizedWeight.of(p.detach(), plan[name], view, scale, share, curvature.get(name))
+    return with_quantized(model, packed)
+
+
+@torch.no_grad()
+def dequantize(packed: nn.Module) -> nn.Module:
+    """Turn a packed copy, in place, into an ordinary model with the same weights in FP32; returns it."""
+    for module in packed.modules():
+        for name, chain in list(getattr(module, "parametrizations", {}).items()):
+            if isinstance(chain[0], QuantizedWeight):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return packed
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes that the parameters and persistent buffers of a model, packed or not, hold in memory."""
+    return sum(t.nbytes for t in model.state_dict().values())
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hexadecimal sha256 of a model's parameters and persistent buffers (names and values)."""
+    content = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        content.update(f"{name} {tuple(tensor.shape)} ".encode())
+        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def kept_weights(model: nn.Module, plan: Entries, name: str) -> int:
+    """How many weights of a parameter the plan leaves in FP32."""
+    return in_fp32(channel_view(model, name), plan.get(name, "fp32"))
+
+
+def with_quantized(model: nn.Module, packed: dict[str, QuantizedWeight]) -> nn.Module:
+    """A copy of the model in which the named parameters are computed from their packed form."""
+    parameters = dict(model.named_parameters())
+    # The copy takes an empty stand-in for each planned weight, so that the FP32 weights are never copied.
+    stand_ins = {
+        id(parameters[n]): nn.Parameter(torch.empty(0, device=next(p.buffers()).device), requires_grad=False)
+        for n, p in packed.items()
+    }
+    result = copy.deepcopy(model, stand_ins).eval()
+    for name, p in packed.items():
+        owner, _, parameter = name.rpartition(".")
+        parametrize.register_parametrization(result.get_submodule(owner), parameter, p, unsafe=True)
+    return result
+
+
+def channel_view(model: nn.Module, name: str) -> ChannelView:
+    """How a parameter falls into output channels."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) and name.endswith("weight")
+    return ChannelView(tuple(module.get_parameter(name.rpartition(".")[2]).shape), module.groups if transposed else 0)

@@ -1,0 +1,136 @@
+"""One parameter in its stored form: codes, scales, masks; calling it gives the weight back in FP32."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lafq.quantization.error_feedback import factor, round_with_error_feedback
+from lafq.quantization.formats import FORMATS, Format, ScaleRule, encode, get_format, pack_bits, unpack_bits
+from lafq.quantization.weight_spec import (
+    CHANNEL_CODE,
+    ORDER,
+    ChannelView,
+    WeightSpec,
+    channels_by_format,
+    index_dtype,
+    mask_encoding,
+    weight_spec,
+)
+
+
+class QuantizedWeight(nn.Module):
+    """The stored tensors of one parameter, as buffers; calling it computes the FP32 weight.
+
+    int8, int6, ..., fp16, fp32: values of the channels in that format, channel after channel, integers bit-packed;
+    int8_scale, ...: FP16, one for each of these channels; formats: where channels differ, 4 bits for each channel.
+    kept: values of the kept weights. Where they are, whichever is smaller: mask, a bit a weight (the values above then
+    leave them out), or counts, one a channel, and columns (the values above then hold a 0 in their place).
+    """
+
+    def __init__(self, parts: dict[str, Tensor], rows: ChannelView) -> None:
+        super().__init__()
+        self.rows = rows
+        for name, tensor in parts.items():
+            self.register_buffer(name, tensor)
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        entry: str | WeightSpec,
+        rows: ChannelView,
+        scale: ScaleRule,
+        importance: Tensor | None,
+        curvature: Tensor | None = None,
+    ) -> "QuantizedWeight":
+        """Quantize a weight whose plan entry has been checked; importance as for the scale rule, of the weight's shape.
+
+        curvature: as for `error_feedback.factor`; without it every weight goes to its nearest code.
+        """
+        low, kept, high = weight_spec(entry)
+        values, parts = rows.of(weight), {}
+        importance = None if importance is None else rows.of(importance.to(weight.device))
+        by_format = channels_by_format(low, rows.size[0], weight.device)
+        mask = rows.of(kept.to(weight.device)) if kept is not None and kept.any() else None
+        rest, share = values, importance
+        if mask is not None:
+            rest = values.masked_fill(mask, 0)
+            share = None if importance is None else importance.masked_fill(mask, 0)
+        scales, qmax = torch.ones(len(values), device=weight.device), torch.zeros(len(values), device=weight.device)
+        for f, r in by_format.items():
+            if f.qmax:
+                parts[f"{f.name}_scale"] = scale(rest[r], f.qmax, None if share is None else share[r])
+                scales[r], qmax[r] = parts[f"{f.name}_scale"].float(), float(f.qmax)
+        if curvature is not None and qmax.any():
+            values = round_with_error_feedback(values, scales, qmax, factor(curvature.to(weight.device)), mask)
+            rest = values if mask is None else values.masked_fill(mask, 0)
+        free = None
+        if mask is not None:
+            in_row = mask.sum(1)
+            parts["kept"] = values[mask].to(_dtype(get_format(high)))
+            if mask_encoding(by_format, in_row, rows.size[1])[0] == "mask":
+                free, parts["mask"] = ~mask, pack_bits(mask.flatten().to(torch.uint8), 1)
+            else:
+                parts["counts"], parts["columns"] = in_row.int(), mask.nonzero()[:, 1].to(index_dtype(rows.size[1]))
+        for f, r in by_format.items():
+            chosen = encode(rest[r], scales[r][:, None], f.qmax) if f.qmax else rest[r]
+            chosen = chosen.flatten() if free is None else chosen[free[r]]
+            parts[f.name] = pack_bits(chosen, f.bits) if f.qmax else chosen.to(_dtype(f))
+        if len(by_format) > 1:
+            codes = torch.zeros(rows.size[0], dtype=torch.uint8, device=weight.device)
+            for f, r in by_format.items():
+                codes[r] = ORDER.index(f.name)
+            parts["formats"] = pack_bits(codes, CHANNEL_CODE.bits)
+        return cls(parts, rows)
+
+    @torch.no_grad()
+    def forward(self, _: Tensor) -> Tensor:
+        """The FP32 weight, of the parameter's shape; the argument (the parametrization's empty original) is not used."""
+        channels, length = self.rows.size
+        parts = dict(self.named_buffers())
+        mask = unpack_bits(parts["mask"], 1, channels * length).bool().view(channels, length) if "mask" in parts else None
+        if "formats" in parts:
+            codes = unpack_bits(parts["formats"], CHANNEL_CODE.bits, channels)
+            weight = torch.empty(channels, length, device=codes.device)
+            for i in codes.unique().tolist():
+                rows = (codes == i).nonzero()[:, 0]
+                weight[rows] = _decode(parts, ORDER[i], None if mask is None else ~mask[rows], len(rows), length)
+        else:
+            weight = _decode(parts, next(f for f in ORDER if f in parts), None if mask is None else ~mask, channels, length)
+        if mask is not None:
+            weight.masked_scatter_(mask, parts["kept"].float())
+        elif "columns" in parts:
+            row = torch.arange(channels, device=weight.device).repeat_interleave(parts["counts"])
+            weight[row, parts["columns"].long()] = parts["kept"].float()
+        return self.rows.back(weight)
+
+    def describe(self) -> dict[str, Any]:
+        """The entry of the plan in words, for the metadata of a file."""
+        parts = dict(self.named_buffers())
+        words: dict[str, Any] = {
+            "shape": list(self.rows.shape),
+            "groups": self.rows.groups,
+            "formats": [f for f in ORDER if f in parts],
+        }
+        if "kept" in parts:
+            words |= {"kept": parts["kept"].numel(), "high": "fp16" if parts["kept"].dtype == torch.float16 else "fp32"}
+        return words
+
+
+def _decode(parts: dict[str, Tensor], name: str, free: Tensor | None, channels: int, length: int) -> Tensor:
+    """The channels stored in one format, (channels, length) in FP32; free: where a value is stored (None: everywhere)."""
+    f = FORMATS[name]
+    if f.qmax:
+        count = channels * length if free is None else int(free.sum())
+        values = unpack_bits(parts[name], f.bits, count).float().sub_(f.qmax)
+    else:
+        values = parts[name].to(torch.float32, copy=True)
+    if free is not None:
+        values = torch.zeros(channels, length, device=values.device).masked_scatter_(free, values)
+    values = values.view(channels, length)
+    return values.mul_(parts[f"{name}_scale"].float()[:, None]) if f.qmax else values
+
+
+def _dtype(f: Format) -> torch.dtype:
+    return torch.float16 if f.bits == 16 else torch.float32

@@ -1,0 +1,125 @@
+"""How one parameter is to be stored: formats of its channels, single weights that are kept, and the bytes that takes."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lafq.quantization.formats import FORMATS, Format, get_format, nbytes
+
+ORDER = tuple(FORMATS)
+CHANNEL_CODE = Format("channel code", 4, 1)
+
+
+class WeightSpec(NamedTuple):
+    """How one parameter is stored.
+
+    low: a format for all of it, or a tuple with one for each output channel.
+    kept: boolean, of the weight's shape: these single weights are stored as `high` ("fp32" or "fp16") instead.
+    """
+
+    low: str | tuple[str, ...]
+    kept: Tensor | None = None
+    high: str = "fp32"
+
+
+class ChannelView(NamedTuple):
+    """A parameter seen as rows, one an output channel, the weights of a row in channels-last order.
+
+    shape: the parameter's; groups: of a transposed convolution, whose output channels lie in axis 1; else 0.
+    A vector (bias, norm) is a column.
+    """
+
+    shape: tuple[int, ...]
+    groups: int = 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(output channels, weights in each)."""
+        channels = self.groups * self.shape[1] if self.groups else self.shape[0] if self.shape else 1
+        return channels, math.prod(self.shape) // channels
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The weight, or its mask or importance, as rows (output channels, weights in each)."""
+        if self.groups:
+            weight = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return weight.movedim(1, -1).flatten(1) if weight.ndim > 1 else weight.reshape(-1, 1)
+
+    def back(self, rows: Tensor) -> Tensor:
+        """The tensor of the parameter's shape (channels-last in memory) that `of` makes these rows of."""
+        if len(self.shape) < 2:
+            return rows.reshape(self.shape)
+        outputs, inputs = self.size[0], self.shape[0] // self.groups if self.groups else self.shape[1]
+        weight = rows.view(outputs, *self.shape[2:], inputs).movedim(-1, 1)
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1) if self.groups else weight
+
+    def check(self, name: str, entry: "str | WeightSpec") -> None:
+        """Raise ValueError for an unknown format, or formats and masks that do not fit."""
+        low, kept, high = weight_spec(entry)
+        if isinstance(low, tuple) and len(low) != self.size[0]:
+            raise ValueError(f"the plan has {len(low)} formats for the {self.size[0]} output channels of {name}: give one for each")
+        known = [get_format(f) for f in ((low,) if isinstance(low, str) else set(low))]
+        if len(self.shape) < 2 and any(f.qmax for f in known):
+            raise ValueError(f"{name} has shape {self.shape}: integers need two dimensions, choose fp16 or fp32")
+        if get_format(high).qmax:
+            raise ValueError(f"kept weights cannot be {high}: choose fp32 or fp16")
+        if kept is not None and (kept.shape != self.shape or kept.dtype != torch.bool):
+            raise ValueError(
+                f"the mask of {name} is {kept.dtype} of shape {tuple(kept.shape)}, the parameter has {self.shape}: "
+                "give one boolean a weight"
+            )
+
+
+def weight_spec(entry: str | WeightSpec) -> WeightSpec:
+    """The entry of a plan, written out."""
+    return WeightSpec(entry) if isinstance(entry, str) else entry
+
+
+def stored_bytes(rows: ChannelView, entry: str | WeightSpec) -> int:
+    """Bytes of one parameter in its stored form: values, scales, channel formats, and what tells the kept weights."""
+    low, kept, high = weight_spec(entry)
+    return counted_bytes(
+        rows, low, torch.zeros(rows.size[0], dtype=torch.int64) if kept is None else rows.of(kept).sum(1).cpu(), high
+    )
+
+
+def counted_bytes(rows: ChannelView, low: str | tuple[str, ...], in_row: Tensor, high: str = "fp32") -> int:
+    """`stored_bytes` where only the number of kept weights in each channel is known: in_row, int64 (channels,)."""
+    by_format = channels_by_format(low, rows.size[0])
+    total = nbytes(CHANNEL_CODE, rows.size[0]) if len(by_format) > 1 else 0
+    total += sum(2 * len(r) for f, r in by_format.items() if f.qmax)
+    return total + nbytes(get_format(high), int(in_row.sum())) + mask_encoding(by_format, in_row, rows.size[1])[1]
+
+
+def in_fp32(rows: ChannelView, entry: str | WeightSpec) -> int:
+    """How many weights of a parameter its plan entry leaves in FP32."""
+    low, kept, high = weight_spec(entry)
+    whole = torch.tensor([f == "fp32" for f in ([low] * rows.size[0] if isinstance(low, str) else low)])[:, None]
+    mask = torch.zeros(rows.size, dtype=torch.bool) if kept is None else rows.of(kept).cpu()
+    return int((whole | mask if high == "fp32" else whole & ~mask).expand(rows.size).sum())
+
+
+def channels_by_format(low: str | tuple[str, ...], channels: int, device: torch.device | None = None) -> dict[Format, Tensor]:
+    """The channels, by number, of every format in use."""
+    if isinstance(low, str) or len(set(low)) == 1:
+        return {get_format(low if isinstance(low, str) else low[0]): torch.arange(channels, device=device)}
+    codes = torch.tensor([ORDER.index(name) for name in low], device=device)
+    return {FORMATS[ORDER[i]]: (codes == i).nonzero()[:, 0] for i in codes.unique().tolist()}
+
+
+def mask_encoding(by_format: dict[Format, Tensor], in_row: Tensor, length: int) -> tuple[str, int]:
+    """How to tell the kept weights ("mask" or "columns") and the bytes of that with the other weights' values."""
+    kept, channels = int(in_row.sum()), len(in_row)
+    dense = sum(nbytes(f, len(r) * length) for f, r in by_format.items())
+    if not kept:
+        return "", dense
+    split = sum(nbytes(f, len(r) * length - int(in_row[r].sum())) for f, r in by_format.items())
+    masked = split + nbytes(Format("mask", 1, 1), channels * length)
+    sparse = dense + 4 * channels + index_dtype(length).itemsize * kept
+    return ("mask", masked) if masked <= sparse else ("columns", sparse)
+
+
+def index_dtype(length: int) -> torch.dtype:
+    """What a weight's place in a row of this length is stored as."""
+    return torch.uint16 if length <= 2**16 else torch.int32

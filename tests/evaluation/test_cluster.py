@@ -1,0 +1,108 @@
+import gc
+import os
+import signal
+
+import numpy as np
+import pandas as pd
+import pytest
+from distributed import Client, LocalCluster
+
+from lafq import paths
+from lafq.diffusion.unet import quantizable
+from lafq.evaluation import cluster, samples
+from lafq.evaluation import evaluate as evaluation
+from lafq.evaluation.candidates import Candidate
+from lafq.paper import plans
+from lafq.quantization.model import dequantize, quantize
+from tools.notebooks import notebooks
+from tools.run import check
+
+DRAWN = {"images": 3, "steps": 2, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def two_workers():
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as found:
+        yield found
+
+
+def plans_of(model):
+    return [{}, *(dict.fromkeys(quantizable(model), low) for low in ("fp16", "int8", "int4", "int3", "int2"))]
+
+
+def test_rows_are_the_same_bytes_on_a_cluster(two_workers, sandbox, tiny, monkeypatch):
+    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
+    rows = [Candidate("baseline", "none", "fp32", "none", {}), *plans.uniform(tiny, ("fp16", "int8"))]
+    here, images = evaluation.evaluate(tiny, rows, "smoke", **DRAWN)
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "BUILD", sandbox / "elsewhere")
+        patch.setattr(samples, "sample", None)
+        there, drawn = evaluation.evaluate(tiny, rows, "smoke", **DRAWN, scheduler=two_workers.scheduler_address)
+    pd.testing.assert_frame_equal(here, there, check_exact=True)
+    assert images.keys() == drawn.keys()
+    assert all(np.array_equal(images[key], drawn[key]) for key in images)
+
+
+def test_images_kept_by_recipe_are_the_same_files_on_a_cluster(two_workers, sandbox, tiny, monkeypatch):
+    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
+    drawn, rows = {**DRAWN, "batch": 2, "keep": True}, plans.uniform(tiny)
+    here, _ = evaluation.evaluate(tiny, rows, "smoke", **drawn)
+    first = {path.name: samples.read(path) for path in samples.kept_folder("smoke").iterdir()}
+    monkeypatch.setattr(paths, "RESULTS", sandbox / "elsewhere")
+    there, _ = evaluation.evaluate(tiny, rows, "smoke", **drawn, scheduler=two_workers.scheduler_address)
+    pd.testing.assert_frame_equal(here.drop(columns="same_machine"), there.drop(columns="same_machine"), check_exact=True)
+    for path in samples.kept_folder("smoke").iterdir():
+        images, record = samples.read(path)
+        assert np.array_equal(images, first[path.name][0])
+        assert record["drawn_from"] == first[path.name][1]["drawn_from"]
+
+
+def test_a_killed_worker_loses_no_row(two_workers, sandbox, tiny, monkeypatch):
+    packed = ((quantize(tiny, plan), lambda _: None) for plan in plans_of(tiny))
+    kept, killed, machines = {}, [], set()
+
+    def keep(path, images, record):
+        if not kept:
+            worker = next(iter(two_workers.workers.values()))
+            os.kill(worker.pid, signal.SIGKILL)
+            killed.append(worker.pid)
+        kept[path.stem.partition("_")[0]] = images
+        machines.add(record["machine"])
+
+    monkeypatch.setattr(samples, "_keep", keep)
+    samples.sample_on_cluster(two_workers.scheduler_address, tiny, packed, 6, "smoke", **DRAWN)
+    expected = [dequantize(quantize(tiny, plan)) for plan in plans_of(tiny)]
+    assert killed
+    assert len(machines) == 1
+    assert kept.keys() == {samples.sample_key(model, *DRAWN.values()) for model in expected}
+    for model in expected:
+        assert np.array_equal(kept[samples.sample_key(model, *DRAWN.values())], samples.sample(model, *DRAWN.values()).numpy())
+
+
+def test_a_worker_of_other_software_is_refused(two_workers, sandbox, tiny, monkeypatch):
+    monkeypatch.setattr(cluster, "software", lambda: "code of another day")
+    rows = plans.uniform(tiny, ("fp16",))
+    with pytest.raises(RuntimeError, match="install the same lafq and torch on both"):
+        evaluation.evaluate(tiny, rows, "smoke", **DRAWN, scheduler=two_workers.scheduler_address)
+
+
+def test_no_scheduler_is_one_sentence_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(cluster, "REACH", "1s")
+    with pytest.raises(ValueError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:1'"):
+        check("smoke", {"SCHEDULER": "tcp://127.0.0.1:1"}, notebooks())
+
+
+@pytest.mark.parametrize("address", ["nowhere", "ftp://127.0.0.1:1", "tcp://127.0.0.1:1"])
+def test_no_half_open_client_is_left(address, monkeypatch):
+    monkeypatch.setattr(cluster, "REACH", "1s")
+    with pytest.raises(ValueError, match=f"no Dask scheduler answers at '{address}'"):
+        cluster.connect(address)
+    assert not [found for found in gc.get_objects() if type(found) is Client and found.status == "connecting"]
+
+
+def test_a_scheduler_without_workers_is_named():
+    with (
+        LocalCluster(n_workers=0, dashboard_address=":0", processes=False, protocol="tcp://") as empty,
+        pytest.raises(ValueError, match="has no workers: start some"),
+    ):
+        cluster.connect(empty.scheduler_address)

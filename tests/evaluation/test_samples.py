@@ -1,0 +1,219 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lafq import paths
+from lafq.device import kind_of_machine
+from lafq.diffusion import workspace
+from lafq.diffusion.ddpm import sample
+from lafq.diffusion.unet import quantizable
+from lafq.evaluation import evaluate as evaluation
+from lafq.evaluation import samples
+from lafq.paper import plans
+from lafq.presentation import report
+from lafq.quantization.model import weights_sha256
+
+DRAW = {"images": 5, "steps": 2, "seed": 0, "batch": 2}
+FISHER = {"samples": 2000, "bins": 20, "seed": 0}
+KEYS = [
+    "b1626986d42f7463",
+    "3b891e638a91ebb1",
+    "3bff8c810534454f",
+    "50591c719a0f83a2",
+    "3b891e638a91ebb1",
+    "3fe5562a782de6b4",
+    "a462c10e424bea0d",
+]
+
+
+@pytest.fixture
+def rows(tiny, sandbox, monkeypatch):
+    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
+    fisher = {n: w.square() for n, w in quantizable(tiny).items()}
+    workspace.save_fisher("smoke", fisher, 4, **FISHER)
+    sizes = plans.size_sweep(tiny, fisher, "int8", "weight", 20)
+    swept = plans.candidates_at("global", "tau", plans.nearest_size(sizes, 0.5), {"weight": fisher})
+    return [*plans.uniform(tiny), *swept, *plans.ratio_configurations(fisher, [0.35], [0.0, 1.0], ["int8"])]
+
+
+def evaluate(tiny, rows, **changes):
+    return evaluation.evaluate(tiny, rows, "smoke", keep=True, **{**DRAW, **changes})
+
+
+def files():
+    return sorted(samples.kept_folder("smoke").iterdir())
+
+
+def test_keys_are_what_they_were(tiny, rows):
+    """Images of the paper profile are found by these keys: a change here loses hours of sampling."""
+    recipes = [samples.recipe(tiny, row, "0" * 64, FISHER) for row in rows]
+    assert recipes[2] == {
+        "weights": "0" * 64,
+        "rule": "global",
+        "threshold": "nearest to 0.5000 of FP32 of 21 cuts",
+        "format": "int8",
+        "granularity": "weight",
+        "rounding": "nearest code, scale of the largest weight",
+        "kept": "fp32",
+        "fisher": {"kind": "empirical", "samples": 2000, "bins": 20, "seed": 0},
+    }
+    keys = [samples.recipe_key(recipe, steps=100, seed=0, batch=25) for recipe in recipes]
+    assert keys == KEYS
+    other = (dict(steps=1000, seed=0, batch=25), dict(steps=100, seed=1, batch=25), dict(steps=100, seed=0, batch=50))
+    assert len({samples.recipe_key(recipes[0], **draw) for draw in other} | {keys[0]}) == 4
+
+
+def test_committed_images_are_named_by_their_recipe():
+    for path in (paths.ROOT / "results" / "paper" / "samples").glob("*.npz"):
+        images, record = samples.read(path)
+        key = samples.recipe_key(record["recipe"], record["steps"], record["seed"], record["batch"])
+        first = int(path.stem[17:22])
+        assert path.stem == f"{key}_{first:05d}-{first + len(images) - 1:05d}"
+
+
+def test_a_plan_that_treats_all_weights_alike_is_the_uniform_row_or_the_baseline(tiny, rows):
+    uniform, ratio = (
+        samples.recipe(tiny, rows[1], "w", FISHER),
+        {r.threshold: samples.recipe(tiny, r, "w", FISHER) for r in rows[3:]},
+    )
+    assert ratio["0.00"] == uniform
+    assert ratio["1.00"]["rule"] == "baseline"
+    assert ratio["0.35"]["rule"] == "ratio"
+
+
+def test_images_are_kept_in_batches_and_found_again(tiny, rows, monkeypatch):
+    table, images = evaluate(tiny, rows)
+    assert all(name.name[16:] in ("_00000-00001.npz", "_00002-00003.npz", "_00004-00004.npz") for name in files())
+    assert np.array_equal(images[table["sample"][0]], samples.kept("smoke", table["sample"][0], 5))
+    by_weights, same = evaluation.evaluate(tiny, rows, "smoke", **DRAW)
+    pd.testing.assert_frame_equal(table.drop(columns="sample"), by_weights.drop(columns="sample"))
+    assert all(np.array_equal(images[a], same[b]) for a, b in zip(table["sample"], by_weights["sample"], strict=True))
+    report.save_rows("smoke", "x", table, images)
+    assert not (paths.RESULTS / "smoke" / "x.npz").exists()
+    assert all(np.array_equal(images[key], found) for key, found in report.load_rows("smoke", "x")[1].items())
+    monkeypatch.setattr(samples, "sample", None)
+    pd.testing.assert_frame_equal(table, evaluate(tiny, rows)[0])
+    with pytest.raises(FileNotFoundError, match=r"6 images of row .* are needed, .* has 5: `make reproduce PROFILE=smoke`"):
+        samples.kept("smoke", table["sample"][0], 6)
+
+
+CHILD = """
+import sys, torch
+from pathlib import Path
+from lafq import paths
+from lafq.diffusion.unet import UNet
+from lafq.evaluation import samples
+paths.RESULTS = Path(sys.argv[1])
+torch.manual_seed(0), torch.set_num_threads(2)
+keep = samples._keep
+def said(path, *rest):
+    keep(path, *rest)
+    print(path.name, flush=True)
+samples._keep = said
+samples.cached_samples(UNet(4).eval(), "smoke", 40, 20, 0, batch=2, recipe={"rule": "killed"})
+"""
+
+
+def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox, monkeypatch):
+    command = [sys.executable, "-c", CHILD, str(paths.RESULTS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"}) as child:
+        for _ in range(3):
+            child.stdout.readline()
+        child.send_signal(signal.SIGKILL)
+    finished = {path.name: path.read_bytes() for path in files() if path.suffix == ".npz"}
+    assert 3 <= len(finished) < 20
+    clone = sandbox / "clone"
+    for name, content in finished.items():
+        (clone / "smoke" / "samples").mkdir(parents=True, exist_ok=True)
+        (clone / "smoke" / "samples" / name).write_bytes(content)
+    monkeypatch.setattr(paths, "RESULTS", clone)
+    drawn = []
+    monkeypatch.setattr(samples, "sample", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k))
+    arguments = (tiny, "smoke", 40, 20, 0)
+    resumed = samples.cached_samples(*arguments, batch=2, recipe={"rule": "killed"})
+    assert len(drawn) == 20 - len(finished)
+    kept = {path.name: path.read_bytes() for path in files()}
+    assert {name: kept[name] for name in finished} == finished
+    monkeypatch.setattr(paths, "RESULTS", sandbox / "whole")
+    whole = samples.cached_samples(*arguments, batch=2, recipe={"rule": "killed"})
+    assert np.array_equal(whole.images, resumed.images)
+    assert {path.name: path.read_bytes() for path in files()} == kept
+
+
+def rewrite(path, **changes):
+    with np.load(path) as file:
+        images, record = file["images"], json.loads(str(file["record"]))
+    images = changes.pop("images", images)
+    np.savez_compressed(path, images=images, record=np.array(json.dumps(record | changes)))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "is damaged"),
+        (lambda path: rewrite(path, images=np.zeros((2, 1, 32, 32), np.uint8)), "its images are not those recorded"),
+        (lambda path: rewrite(path, seed=1), "holds the images of another row"),
+        (lambda path: rewrite(path, drawn_from="0" * 64), "from other weights than its recipe gives now"),
+    ],
+    ids=["cut", "other images", "other draw", "other weights"],
+)
+def test_a_bad_file_is_one_sentence_and_once_deleted_is_drawn_anew(tiny, rows, damage, message):
+    table, _ = evaluate(tiny, rows[:1])
+    before = {path: path.read_bytes() for path in files()}
+    bad = files()[0]
+    damage(bad)
+    with pytest.raises(ValueError, match=f"{bad.name} .*{message}.* delete it, and the next run draws"):
+        evaluate(tiny, rows[:1])
+    bad.unlink()
+    pd.testing.assert_frame_equal(table, evaluate(tiny, rows[:1])[0])
+    assert {path: path.read_bytes() for path in files()} == before
+
+
+def test_weights_that_flipped_on_another_machine_find_their_images_and_the_row_says_so(tiny, rows):
+    table, _ = evaluate(tiny, rows[2:3])
+    assert table["same_machine"].all()
+    for path in files():
+        if path.name.startswith(table["sample"][0]):
+            rewrite(path, drawn_from="0" * 64, machine="another processor")
+    again, _ = evaluate(tiny, rows[2:3])
+    assert not again["same_machine"].any()
+    pd.testing.assert_frame_equal(table.drop(columns="same_machine"), again.drop(columns="same_machine"))
+
+
+def test_a_full_disk_loses_nothing(tiny, rows, monkeypatch):
+    write, calls = np.savez_compressed, []
+
+    def full_at_the_second(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(np, "savez_compressed", full_at_the_second)
+    with pytest.raises(OSError, match=r"No space left on device.*make room.*the files already there are unchanged"):
+        evaluate(tiny, rows[:1])
+    assert len(files()) == 1
+    table, _ = evaluate(tiny, rows[:1])
+    assert len(calls) == 7  # two rows of three files, one of them twice
+    assert len(table) == 1
+
+
+def test_the_kind_of_machine_names_what_decides_the_last_bits():
+    said = kind_of_machine()
+    assert "2 threads" in said and "torch 2.13.0" in said
+
+
+def test_recipes_do_not_depend_on_the_weights_drawn_from(tiny, rows):
+    recipe = samples.recipe(tiny, rows[2], weights_sha256(tiny), FISHER)
+    assert weights_sha256(tiny) in recipe.values()
+    assert "drawn_from" not in recipe

@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+import torch
+
+from lafq.diffusion.noising import add_noise, unit_interval
+from lafq.diffusion.unet import quantizable
+from lafq.fisher.empirical import empirical_fisher, samples_at_once
+from lafq.rng import generator
+
+
+def test_float64_is_the_loop_over_single_samples(tiny, digits):
+    model = tiny.double()
+    names = list(quantizable(model))
+    fisher = empirical_fisher(model, names, digits, samples=6, bins=2, seed=3, chunk=2)
+    total = {n: torch.zeros_like(p) for n, p in model.named_parameters() if n in names}
+    by_bin = []
+    batch_gradient = {n: torch.zeros_like(p) for n, p in total.items()}
+    for b, (low, high) in enumerate([(0, 500), (500, 1000)]):
+        g = generator(3, b)
+        t = torch.randint(low, high, (3,), generator=g)
+        x0 = unit_interval(digits[torch.randint(len(digits), (3,), generator=g)]).double()
+        noise = torch.randn(x0.shape, generator=g).double()
+        in_bin = dict.fromkeys(names, 0.0)
+        for i in range(3):
+            model.zero_grad()
+            x = add_noise(x0[i : i + 1], t[i : i + 1], noise[i : i + 1])
+            (0.5 * (noise[i : i + 1] - model(x, t[i : i + 1])).square().sum()).backward()
+            for n, p in model.named_parameters():
+                if n in names:
+                    total[n] += p.grad**2 / 6
+                    batch_gradient[n] += p.grad / 6
+                    in_bin[n] += (p.grad**2).mean().item() / 3
+        by_bin.append(in_bin)
+    for n in names:
+        torch.testing.assert_close(fisher.weights[n], total[n], rtol=1e-9, atol=1e-14)
+        rows = fisher.timesteps[fisher.timesteps["parameter"] == n]
+        assert rows["fisher"].tolist() == pytest.approx([by_bin[0][n], by_bin[1][n]], rel=1e-9)
+    wrong = torch.cat([(batch_gradient[n] ** 2).flatten() for n in names]).sum()
+    right = torch.cat([fisher.weights[n].flatten() for n in names]).sum()
+    assert wrong < 0.9 * right
+
+
+def test_bins_are_stratified_and_average_to_the_whole(tiny, digits):
+    fisher = empirical_fisher(tiny, ["Layer1.block1.conv1.weight"], digits, samples=40, bins=20, seed=0)
+    rows = fisher.timesteps
+    assert len(rows) == 20
+    assert rows["t_low"].tolist() == list(range(0, 1000, 50))
+    assert rows["t_high"].iloc[-1] == 999
+    assert rows["fisher"].mean() == pytest.approx(fisher.weights["Layer1.block1.conv1.weight"].mean().item(), rel=1e-4)
+
+
+def test_repeats_and_does_not_depend_on_the_chunk(tiny, digits):
+    def run(chunk):
+        return empirical_fisher(tiny, list(quantizable(tiny)), digits, samples=8, bins=2, seed=0, chunk=chunk).weights
+
+    once, again, other = run(4), run(4), run(1)
+    assert all(torch.equal(once[n], again[n]) for n in once)
+    for n in once:
+        torch.testing.assert_close(once[n], other[n], rtol=1e-3, atol=1e-4 * once[n].max().item())
+
+
+def test_gradients_held_at_once_are_bounded():
+    assert samples_at_once(35_178_689 * 4) == 3
+    assert samples_at_once(2_205_000 * 4) == 16
+    assert samples_at_once(2**40) == 1
+
+
+def test_model_is_left_as_it_was(tiny, digits):
+    before = {n: p.clone() for n, p in tiny.named_parameters()}
+    empirical_fisher(tiny, ["inp.weight"], digits, samples=2, bins=1, seed=0)
+    assert all(torch.equal(before[n], p) and p.grad is None for n, p in tiny.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("names", "samples", "bins", "message"),
+    [
+        (["Layer9.weight"], 4, 2, "no parameter 'Layer9.weight'"),
+        ([], 4, 2, "no parameter is named"),
+        (["inp.weight"], 1, 2, "give every bin at least one sample"),
+        (["inp.weight"], 4, 0, "give every bin at least one sample"),
+    ],
+)
+def test_bad_input(tiny, digits, names, samples, bins, message):
+    with pytest.raises(ValueError, match=message):
+        empirical_fisher(tiny, names, digits, samples=samples, bins=bins, seed=0)
+
+
+def test_damaged_weights(tiny, digits):
+    with torch.no_grad():
+        tiny.inp.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        empirical_fisher(tiny, ["inp.weight"], digits, samples=1, bins=1, seed=0)
+
+
+def test_blocks_average_to_the_bins(tiny, digits):
+    names = ["Layer1.block1.conv1.weight", "Layer6.resample.weight"]
+    found = empirical_fisher(tiny, names, digits, samples=50, bins=2, seed=0, chunk=4)
+    counts = found.blocks.groupby(["parameter", "t_low"])["samples"].agg(["size", "sum"])
+    assert (counts["size"] == 10).all()
+    assert (counts["sum"] == 25).all()
+    total = found.blocks.assign(sum=found.blocks["fisher"] * found.blocks["samples"]).groupby(["parameter", "t_low"])["sum"].sum()
+    expected = found.timesteps.set_index(["parameter", "t_low"])["fisher"]
+    assert np.allclose(total / 25, expected.loc[total.index], rtol=1e-5)

@@ -1,0 +1,166 @@
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_model import plans
+from torch import nn
+
+from lafq import io
+from lafq.diffusion.unet import UNet, quantizable
+from lafq.evaluation.peak_memory import PeakMeter
+from lafq.quantization import checkpoint
+from lafq.quantization.checkpoint import load_quantized, save_quantized
+from lafq.quantization.model import make_plan, nbytes, quantize, resident_bytes, weights_sha256
+from lafq.quantization.weight_spec import WeightSpec
+
+
+def saved(path, model, plan):
+    packed = quantize(model, plan)
+    save_quantized(path, packed, model)
+    return packed
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("name", list(plans(UNet(4))))
+def test_file_holds_the_counted_bytes_and_comes_back(tiny, path, name):
+    packed = saved(path, tiny, plans(tiny)[name])
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.stat().st_size - header == nbytes(tiny, plans(tiny)[name])
+    with torch.device("meta"):
+        skeleton = UNet(4)
+    loaded = load_quantized(path, skeleton)
+    assert weights_sha256(loaded) == weights_sha256(packed)
+    x, t = torch.randn(1, 1, 32, 32), torch.tensor([9])
+    with torch.no_grad():
+        assert torch.equal(loaded(x, t), packed(x, t))
+
+
+@pytest.mark.parametrize("low", ["fp32", "fp16", "int8", "int3", "weights"])
+def test_count_file_and_resident_bytes_agree_at_the_papers_width(path, low):
+    model = UNet(64)
+    masks = {n: w.abs() > w.abs().mean() for n, w in quantizable(model).items()}
+    plan = make_plan(masks, "int8") if low == "weights" else dict.fromkeys(masks, low)
+    packed = saved(path, model, plan)
+    counted = nbytes(model, plan)
+    assert resident_bytes(packed) == counted
+    assert counted <= path.stat().st_size <= 1.01 * counted
+    if low == "int8":
+        assert counted <= 0.26 * resident_bytes(model)
+
+
+def test_sampling_from_packed_weights_takes_less_memory(path, tmp_path):
+    model, other = UNet(64), tmp_path / "fp32.safetensors"
+    packed, full = saved(path, model, dict.fromkeys(quantizable(model), "int8")), saved(other, model, {})
+    with PeakMeter() as meter:
+        saving = meter.mib(other, steps=2) - meter.mib(path, steps=2)
+        # The order of the questions does not matter.
+        with PeakMeter() as another:
+            assert another.mib(path, steps=2) == pytest.approx(meter.mib(path, steps=2), abs=1)
+    # What is not saved of the stored bytes: one layer at a time is FP32, of at most 9 MiB, while it is used.
+    assert saving > 0.7 * (resident_bytes(full) - resident_bytes(packed)) / 2**20
+
+
+def test_measuring_a_file_that_is_none(path):
+    path.write_text("no model")
+    with PeakMeter() as meter, pytest.raises(ValueError, match=r"measuring the memory of .*model.safetensors failed: .*is damaged"):
+        meter.mib(path)
+
+
+def test_metadata(tiny, path):
+    mask = torch.rand(8, 4, 3, 3) < 0.5
+    saved(path, tiny, {"Layer1.resample.weight": WeightSpec("int4", mask, "fp16")})
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["lafq"])
+        assert file.get_tensor("Layer1.resample.weight/int4").dtype == torch.uint8
+    words = {"shape": [8, 4, 3, 3], "groups": 0, "formats": ["int4"], "kept": int(mask.sum()), "high": "fp16"}
+    assert about == {"format_version": 1, "width": 4, "source": weights_sha256(tiny), "plan": {"Layer1.resample.weight": words}}
+
+
+def test_any_network_comes_back(path):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+    model(torch.randn(5, 1, 4, 4))
+    packed = saved(path, model, {"0.weight": "int4", "3.weight": "int6"})
+    fresh = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+    x = torch.randn(2, 1, 4, 4)
+    assert torch.equal(load_quantized(path, fresh)(x), packed(x))
+
+
+def test_fuzz_every_damage_is_named(tiny, path):
+    saved(path, tiny, plans(tiny)["all of it"])
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    skeleton = UNet(4)
+    g = torch.Generator().manual_seed(0)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=g))
+
+    for i in range(1000):
+        place = draw(0, header if i % 2 else len(whole))
+        extra = bytes(draw(0, 256) for _ in range(draw(1, 9)))
+        damaged = {
+            0: lambda p=place: whole[:p] + bytes([whole[p] ^ draw(1, 256)]) + whole[p + 1 :],
+            1: lambda p=place: whole[:p] + whole[p + draw(1, 9) :],
+            2: lambda p=place, e=extra: whole[:p] + e + whole[p:],
+            3: lambda p=place, e=extra: whole + e,
+        }[i % 8 // 2]()
+        if damaged == whole:
+            continue
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model.safetensors is damaged or not a lafq file"):
+            load_quantized(path, skeleton)
+    path.write_bytes(whole)
+    load_quantized(path, skeleton)
+
+
+def test_empty_and_missing_files(tiny, path):
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        load_quantized(path, tiny)
+    for content in (b"", b"\xff" * 100):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged"):
+            load_quantized(path, tiny)
+
+
+def test_newer_version(tiny, path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    saved(path, tiny, {})
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 1)
+    with pytest.raises(ValueError, match="format version 2, this lafq reads up to 1: update lafq"):
+        load_quantized(path, tiny)
+
+
+def test_files_of_something_else(tiny, path):
+    plan = {"Layer1.resample.weight": "int8"}
+    saved(path, tiny, plan)
+    with pytest.raises(ValueError, match="is of width 4, the model of 6"):
+        load_quantized(path, UNet(6))
+    with pytest.raises(ValueError, match=r"was made of weights \w{12}, not of 000000"):
+        load_quantized(path, tiny, source="0" * 64)
+    assert load_quantized(path, tiny, source=weights_sha256(tiny)).width == 4
+    other = nn.Linear(2, 2)
+    other.width = 4
+    with pytest.raises(ValueError, match=r"is of another model: weight is absent there, \(2, 2\) in the model"):
+        load_quantized(path, other)
+    io.save_tensors(path, {"a": torch.ones(1)}, sealed=True)
+    with pytest.raises(ValueError, match="is no packed model"):
+        load_quantized(path, tiny)
+
+
+def test_a_failed_write_leaves_the_old_file(tiny, path, monkeypatch):
+    saved(path, tiny, {})
+    before = path.read_bytes()
+
+    def full_disk(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(io, "save_file", full_disk)
+    with pytest.raises(OSError, match="the files already there are unchanged"):
+        saved(path, tiny, dict.fromkeys(quantizable(tiny), "int8"))
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -1,0 +1,47 @@
+import errno
+
+import pytest
+import torch
+
+from lafq import io
+
+
+def test_roundtrip_and_expected_metadata(tmp_path):
+    path = tmp_path / "new" / "a.safetensors"
+    io.save_tensors(path, {"x": torch.arange(3)}, width=4)
+    tensors, metadata = io.load_tensors(path, "01", width=4)
+    assert tensors["x"].tolist() == [0, 1, 2]
+    assert metadata == {"width": 4}
+    with pytest.raises(ValueError, match="made with width=4, not 8: delete it and run 01 again"):
+        io.load_tensors(path, "01", width=8)
+
+
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    io.save_tensors(path, {"x": torch.ones(2)})
+    before = path.read_bytes()
+
+    def full(tensors, target, metadata):
+        target.write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(io, "save_file", full)
+    with pytest.raises(OSError, match=r"could not write .*No space left on device.*`make resume`"):
+        io.save_tensors(path, {"x": torch.zeros(2)})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_other_errors_pass_through_and_leave_nothing(tmp_path):
+    with pytest.raises(KeyError), io.atomic_write(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a safetensors file", b"\x02\0\0\0\0\0\0\0{}"])
+def test_not_our_file(tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.safetensors is damaged or not a lafq file .*: delete it and run 02 again"):
+        io.load_tensors(path, "02")

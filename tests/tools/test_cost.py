@@ -1,0 +1,93 @@
+import pandas as pd
+import pytest
+import torch
+
+from lafq import paths
+from lafq.device import out_of_memory_error
+from lafq.diffusion import ddpm, training
+from lafq.diffusion.unet import UNet, quantizable
+from lafq.evaluation import samples
+from lafq.io import save_tensors
+from lafq.paper import plans
+from lafq.quantization.model import weights_sha256
+from tools import cost
+from tools.notebooks import notebooks
+from tools.run import check
+
+SAMPLING = ("01_baseline", "03_global", "04_group", "05_ratio_sweep", "07_audit")
+
+
+class TooSmall(torch.nn.Module):
+    """A U-Net on a device whose memory holds three images."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = UNet(4, dropout=0.0)
+
+    def forward(self, x, t):
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.inner(x, t)
+
+
+def test_a_row_of_the_poster_is_seven_tenths_of_a_petaflop():
+    assert 100 * 1000 * cost.forward_flop(64) == pytest.approx(0.7e15, rel=0.05)
+
+
+def test_rows_counted_are_the_rows_sampled():
+    counted = cost.sampled_rows(check("mini", {}, notebooks()))
+    seen = set()
+    for name, (notebook, rows) in zip(SAMPLING, sorted(counted.items()), strict=True):
+        assert name[:2] == notebook[:2]
+        found = set(pd.read_csv(paths.RESULTS / "mini" / f"{name}.csv")["sample"]) - seen
+        # 07 also draws uniform INT8 from other noise, which is no row.
+        assert len(found) + (name == "07_audit") == rows, name
+        seen |= found
+
+
+def test_the_estimate_names_what_was_selected_and_grows_with_it():
+    parameters = check("smoke", {}, notebooks())
+    assert "02_fisher" in (said := cost.estimate("smoke", parameters, ["02_fisher"])) and "05_ratio_sweep" not in said
+    more = cost.work(parameters | {"IMAGES": 400, "TRAIN": True}), cost.work(parameters | {"TRAIN": False})
+    assert all(more[0][name] > more[1][name] for name in ("01_train", "03_global", "05_ratio_sweep"))
+
+
+def test_published_rows_counted_are_those_made(tiny):
+    ratios = check("paper", {}, notebooks())["PUBLISHED"]["ratios"]
+    fisher = {n: w.square() for n, w in quantizable(tiny).items()}
+    rows = plans.published_rows(tiny, fisher, ratios, 20)
+    assert len(rows) == cost.PUBLISHED_ROWS + len(ratios) == 9
+    assert all(row.inception for row in rows)
+
+
+def test_images_that_are_kept_count_for_the_estimate(tiny, sandbox):
+    save_tensors(paths.RESULTS / "smoke" / "ema.safetensors", dict(tiny.named_parameters()), width=4)
+    recipe = {"weights": weights_sha256(tiny), "rule": "baseline"}
+    samples.cached_samples(tiny, "smoke", 3, 2, 0, batch=2, recipe=recipe)
+    samples.cached_samples(tiny, "smoke", 3, 2, 0, batch=2, recipe=recipe | {"weights": "other"})
+    assert cost.kept_flop("smoke", 4) == 3 * 2 * cost.forward_flop(4)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(90, "90 s"), (600, "10 minutes"), (9000, "2 hours"), (400000, "5 days")])
+def test_durations_are_spoken(seconds, said):
+    assert cost.spoken(seconds) == said
+
+
+def test_a_batch_too_large_for_the_gpu_names_the_one_that_fits():
+    with pytest.raises(RuntimeError, match="batches of 8 images do not fit into the GPU's memory: set SAMPLING_BATCH to 2"):
+        ddpm.sample(TooSmall(), 8, 2, seed=0)
+    assert ddpm.sample(TooSmall(), 8, 2, seed=0, batch_size=2).shape == (8, 1, 32, 32)
+    model = TooSmall()
+    settings = {"batch_size": 8, "peak": 1e-3, "warmup": 1, "decay": 1, "seed": 0, "bf16": False}
+    optimizer = torch.optim.AdamW(model.parameters())
+    images = torch.zeros(9, 1, 32, 32, dtype=torch.uint8)
+    steps = training.train(model, training.ema_of(model, 0.9), optimizer, images, 1, **settings)
+    with pytest.raises(RuntimeError, match=r"batches of 8 images .* set TRAINING's batch_size to 2, which fits"):
+        next(steps)
+
+
+def test_not_even_one_image():
+    def never(size):
+        raise torch.OutOfMemoryError
+
+    assert "not even one image fits" in str(out_of_memory_error(8, "SAMPLING_BATCH", never))

@@ -1,0 +1,130 @@
+import math
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+from lafq import paths
+from lafq.diffusion import workspace
+from lafq.diffusion.mnist import mnist
+from lafq.diffusion.unet import quantizable
+from lafq.evaluation import evaluate as evaluation
+from lafq.evaluation import samples
+from lafq.fisher.empirical import empirical_fisher
+from lafq.io import save_tensors
+from lafq.paper import poster, replicates
+from lafq.paper.budget_study import budget, methods, targets
+from lafq.presentation import report
+from tools import evidence
+
+
+def claims(name, values):
+    return pd.DataFrame([{"claim": name, "paper": "said", "measured": v} for v in values])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("C1", (90, 100, 110), "holds"),
+        ("C2", (0.4, 0.5, 0.6), "does not hold"),
+        ("C1", (0.2, 1, 5), "cannot be told"),
+        ("C3", (-1.1, -1, -0.9), "holds"),
+        ("C3", (0.9, 1, 1.1), "does not hold"),
+        ("C4 images", (-1, 0.1, 1), "cannot be told"),
+    ],
+)
+def test_verdict_over_training_runs(name, values, expected):
+    row = replicates.over_runs(claims(name, values)).iloc[0]
+    assert row["verdict"] == expected
+    assert row["low"] < row["measured"] < row["high"]
+
+
+def test_interval_over_training_runs_is_students():
+    values = [1.0, 2.0, 4.0]
+    row = replicates.over_runs(claims("C3", values)).iloc[0]
+    expected = stats.ttest_1samp(values, 0).confidence_interval()
+    assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
+    ratio = replicates.over_runs(claims("C1", [math.exp(v) for v in values])).iloc[0]
+    assert (ratio["low"], ratio["high"]) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
+
+
+def test_one_training_run_has_no_interval():
+    with pytest.raises(ValueError, match="needs at least two"):
+        replicates.over_runs(claims("C1", [2.0]))
+
+
+@pytest.fixture(autouse=True)
+def fewer(monkeypatch):
+    monkeypatch.setattr(evaluation, "_peak", lambda *_: 0.0)
+    monkeypatch.setattr(poster, "RATIOS", (0.35, 0.48))
+
+
+@pytest.fixture
+def smoke(sandbox, tiny):
+    save_tensors(paths.RESULTS / "smoke" / workspace.WEIGHTS, dict(tiny.named_parameters()), width=4)
+    fisher = empirical_fisher(tiny, list(quantizable(tiny)), mnist(train=True)[0], samples=20, bins=20, seed=0)
+    workspace.save_fisher("smoke", fisher.weights, 4)
+
+
+def test_rows_have_blocks_and_claims(smoke):
+    found = evidence.rows("smoke", images=40)
+    rows = found["rows"]
+    assert rows["method"].value_counts().to_dict() == {"baseline": 1, "uniform": 1, "group": 1, "ratio": 2}
+    assert (rows["blocks"] == 10).all()
+    assert rows["block_delta_fid_mnist"][0] == 0
+    assert (rows["block_fid_mnist_sd"] > rows["block_delta_fid_mnist_sd"]).all()
+    assert found["rows_claims"]["claim"].tolist() == ["C3", "C4 images"]
+
+
+def test_training_runs_differ_and_are_not_done_twice(sandbox, monkeypatch):
+    once = evidence.runs("smoke", seeds=(1, 2), steps=6, decay=2)
+    rows = once["runs"]
+    assert rows.groupby("seed").size().to_dict() == {1: 5, 2: 5}
+    assert not set(rows[rows["seed"] == 1]["sample"]) & set(rows[rows["seed"] == 2]["sample"])
+    assert once["runs_claims"]["claim"].tolist() == ["C1", "C2", "C3", "C4 images"] * 2
+    assert len(once["runs_over"]) == 4
+    monkeypatch.setattr(samples, "sample", None)
+    again = evidence.runs("smoke", seeds=(1, 2), steps=6, decay=2)
+    for name, table in once.items():
+        pd.testing.assert_frame_equal(again[name], table)
+
+
+def test_steps_that_are_there_are_left_alone(sandbox, monkeypatch, capsys):
+    made = []
+
+    def step(name):
+        return lambda profile: made.append(name) or {name: pd.DataFrame({"x": [1]}), f"{name}_more": pd.DataFrame({"x": [2]})}
+
+    monkeypatch.setattr(evidence, "STEPS", {name: step(name) for name in ("first", "second")})
+    report.save_table("smoke", "first", pd.DataFrame({"x": [0]}))
+    monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke"])
+    assert evidence.main() == 0
+    assert made == ["second"]
+    assert "first: there already" in capsys.readouterr().out
+    assert report.load_table("smoke", "second_more")["x"].tolist() == [2]
+
+
+def test_missing_fisher_information_is_one_sentence(sandbox, monkeypatch, capsys, tiny):
+    save_tensors(paths.RESULTS / "smoke" / workspace.WEIGHTS, dict(tiny.named_parameters()), width=4)
+    monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke", "--only", "evidence_rows"])
+    assert evidence.main() == 1
+    said = capsys.readouterr().err.strip()
+    assert "fisher.safetensors" in said
+    assert "02_fisher with COMPUTE=True" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_budget_rows_join_those_of_06(smoke, tiny):
+    found = evidence.budgets("smoke", images=20)["budget"]
+    assert found["method"].tolist()[0] == "baseline"
+    assert set(found["method"]) == {
+        *("baseline", "uniform", "allocator", "allocator, tuned", "allocator, nearest code", "allocator, all weights"),
+        *("global", "group", "ratio", "magnitude", "random"),
+    }
+    known = methods.measured_sensitivity(tiny, 20, seed=0)
+    allocated = methods.allocated(tiny, known, list(evidence.ALLOCATED), units=("mixed",))
+    rows = [*methods.uniform(tiny, known), *allocated, *methods.tuned(allocated, [4.0], 2)]
+    table = targets.with_fid(budget.measure_candidates(tiny, rows, known, seed=0, digits=10), found)
+    joined = table[table["n_images"] == 20]
+    assert len(joined) == (~found["method"].isin(["baseline", "global", "group", "ratio", "magnitude", "random"])).sum()
+    assert joined["fid_mnist_delta"].notna().all()

@@ -1,0 +1,244 @@
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lafq import paths
+from lafq.allocation.thresholds import by_unit, keep_global
+from lafq.device import select_device
+from lafq.diffusion import workspace
+from lafq.diffusion.unet import UNet, quantizable
+from lafq.evaluation import evaluate as evaluation
+from lafq.evaluation import samples
+from lafq.evaluation.candidates import Candidate, sizes
+from lafq.paper import plans
+from lafq.presentation import report
+from lafq.quantization.model import make_plan, nbytes
+from tools import cost, run
+from tools.notebooks import profile_parameters
+
+
+def lafq_run(*arguments):
+    command = [sys.executable, "-m", "tools.run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reproduce", "--profile", "huge"], "unknown profile 'huge': choose one of mini, paper, smoke"),
+        (["reproduce", "--profile", "smoke", "--set", "IMAGE=3"], "unknown parameter IMAGE: the notebooks declare"),
+        (["reproduce", "--profile", "smoke", "--set", "IMAGES=0"], "IMAGES is 0: at least 2 is needed"),
+        (["reproduce", "--profile", "smoke", "--set", "RATIOS=[0.3, 1.2]"], "ratio 1.2 is outside [0, 1]"),
+        (["resume", "--profile", "smoke", "--only", "09"], "no notebook's name begins with '09'"),
+    ],
+)
+def test_bad_input_stops_before_anything_is_touched(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tools.run", *arguments])
+    assert run.main() == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_the_exit_status_of_a_process_with_bad_input():
+    done = lafq_run("reproduce", "--profile", "huge")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "stopped: unknown profile 'huge': choose one of mini, paper, smoke\n"
+
+
+@pytest.fixture
+def cached_samples(monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    original = samples.sample
+    monkeypatch.setattr(samples, "sample", counted)
+    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
+    return calls
+
+
+def evaluate(model, configurations, **changes):
+    settings = {"images": 3, "steps": 2, "seed": 0} | changes
+    return evaluation.evaluate(model, configurations, "smoke", **settings)
+
+
+def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cached_samples, tiny):
+    fp16 = dict.fromkeys(quantizable(tiny), "fp16")
+    rows = [
+        Candidate("baseline", "none", "fp32", "none", {}),
+        Candidate("ratio", "0.00", "fp16", "weight", fp16),
+        *plans.uniform(tiny, ("fp16",)),
+    ]
+    table, images = evaluate(tiny, rows)
+    assert len(cached_samples) == 2
+    assert len(images) == 2
+    assert table["mem_mib"].iloc[1] == table["mem_mib"].iloc[2] == nbytes(tiny, fp16) / 2**20
+    assert table["fid_inception"].isna().all()
+    again, _ = evaluate(tiny, rows)
+    assert len(cached_samples) == 2
+    pd.testing.assert_frame_equal(table, again)
+    evaluate(tiny, rows[:1], seed=1)
+    assert len(cached_samples) == 3
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypatch):
+    rows = [Candidate("baseline", "none", "fp32", "none", {}), *plans.uniform(tiny)]
+    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
+    whole, _ = evaluate(tiny, rows)
+    shutil.rmtree(paths.BUILD)
+    calls = []
+
+    def killed_at_the_third(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    original = samples.sample
+    monkeypatch.setattr(samples, "sample", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny, rows)
+    resumed, _ = evaluate(tiny, rows)
+    assert len(calls) == 4
+    pd.testing.assert_frame_equal(whole, resumed)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_without_a_profile_it_is_mini_also_beside_a_gpu(gpu, sandbox, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(sys, "argv", ["tools.run", "reproduce"])
+    monkeypatch.setattr(run, "check", lambda *_: {})
+    asked = {}
+    monkeypatch.setattr(run, "execute", lambda **arguments: asked.update(arguments))
+    assert run.main() == 0
+    assert asked["profile"] == "mini"
+
+
+def test_paper_without_its_weights_refuses_in_one_sentence(sandbox, monkeypatch, capsys):
+    monkeypatch.setattr(cost, "measured_rate", lambda *_: 3e11)
+    monkeypatch.setattr(sys, "argv", ["tools.run", "reproduce", "--profile", "paper"])
+    assert run.main() == 1
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert "results/paper/ema.safetensors are missing: give a file that has them with WEIGHTS=path, or train them anew" in said
+    assert "with TRAIN=1, 7 hours on this machine" in said
+    assert not paths.BUILD.exists()
+
+
+def weights_file(path, width=4, **changes):
+    training = profile_parameters("smoke")["TRAINING"] | changes
+    workspace.save_tensors(path, dict(UNet(width).named_parameters()), width=width, seed=0, **training)
+
+
+def test_weights_are_taken_from_a_path(sandbox):
+    weights_file(sandbox / "own.safetensors")
+    training = profile_parameters("smoke")["TRAINING"]
+    workspace.take_weights(sandbox / "own.safetensors", "smoke", 4, 0, training)
+    assert workspace.load_model("smoke", 4).width == 4
+    workspace.check_weights("smoke", 4, 0, training)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"width": 8}, "trained with width=8, profile smoke has 4"), ({"steps": 7}, "trained with steps=7, profile smoke has 12")],
+)
+def test_weights_of_another_width_or_training_are_refused(sandbox, changes, message):
+    weights_file(sandbox / "own.safetensors", **changes)
+    with pytest.raises(ValueError, match=f"{message}: give the weights of this profile with WEIGHTS=path"):
+        workspace.take_weights(sandbox / "own.safetensors", "smoke", 4, 0, profile_parameters("smoke")["TRAINING"])
+    assert not (paths.RESULTS / "smoke" / workspace.WEIGHTS).exists()
+
+
+def test_a_bad_plan_stops_before_sampling(sandbox, cached_samples, tiny):
+    good = Candidate("baseline", "none", "fp32", "none", {})
+    with pytest.raises(ValueError, match="unknown format 'int1'"):
+        evaluate(tiny, [good, Candidate("x", "", "int1", "tensor", {"inp.weight": "int1"})])
+    with pytest.raises(ValueError, match="0 images asked for"):
+        evaluate(tiny, [good], images=0)
+    with pytest.raises(ValueError, match=r"ratio 1.2 is outside \[0, 1\]"):
+        plans.ratio_configurations({n: w**2 for n, w in quantizable(tiny).items()}, [0.3, 1.2], [], ["fp16"])
+    assert not cached_samples
+
+
+def test_sweep_and_nearest(tiny):
+    scores = {n: w.square() for n, w in quantizable(tiny).items()}
+    table = plans.size_sweep(tiny, scores, "int8", "weight", 20)
+    assert table["kept_share"].iloc[0] == 0
+    assert table["kept_share"].iloc[-1] == 1
+    assert table["kept_share"].is_monotonic_increasing
+    assert table["mem_share"].iloc[-1] == 1
+    chosen = plans.nearest_size(table, 0.5)
+    assert abs(chosen["mem_share"].item() - 0.5) == (table["mem_share"] - 0.5).abs().min()
+    [candidate] = plans.candidates_at("global", "tau", chosen, {"weight": scores})
+    assert nbytes(tiny, candidate.plan) / 2**20 == chosen["mem_mib"].item()
+
+
+@pytest.mark.parametrize("unit", ["tensor", "weight"])
+@pytest.mark.parametrize("low", ["fp16", "int8"])
+def test_sizes_counted_are_those_of_the_plans(tiny, low, unit):
+    scores = by_unit({n: w.square() for n, w in quantizable(tiny).items()}, unit)
+    table = plans.size_sweep(tiny, scores, low, unit, 20)
+    made = [make_plan(keep_global(scores, cut), low) for cut in table["cut"]]
+    pd.testing.assert_frame_equal(table[["kept_share", "mem_mib", "mem_share"]], sizes(tiny, made), check_exact=True)
+
+
+def test_missing_and_foreign_weights(sandbox):
+    with pytest.raises(FileNotFoundError, match="run 01_train with TRAIN=1 first"):
+        workspace.load_model("smoke", 4)
+    with pytest.raises(FileNotFoundError, match="run 02_fisher"):
+        workspace.load_fisher("smoke", 4)
+    workspace.save_tensors(paths.RESULTS / "smoke" / workspace.WEIGHTS, dict(UNet(4).named_parameters()), width=4)
+    with pytest.raises(ValueError, match="width=4, not 16"):
+        workspace.load_model("smoke", 16)
+    assert workspace.load_model("smoke", 4).width == 4
+
+
+def test_fisher_of_other_weights_is_refused(sandbox):
+    weights = paths.RESULTS / "smoke" / workspace.WEIGHTS
+    workspace.save_tensors(weights, dict(UNet(4).named_parameters()), width=4)
+    workspace.save_fisher("smoke", {"a": torch.ones(2)}, 4)
+    assert workspace.load_fisher("smoke", 4)["a"].tolist() == [1, 1]
+    workspace.save_tensors(weights, dict(UNet(4).named_parameters()), width=4)
+    with pytest.raises(ValueError, match=r"fisher.safetensors was made with weights=.* run 02_fisher"):
+        workspace.load_fisher("smoke", 4)
+
+
+def test_set_up_refuses():
+    with pytest.raises(ValueError, match="unknown profile 'tiny'"):
+        select_device("tiny", 2)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no CUDA GPU is visible"):
+            select_device("smoke", 2, "cuda")
+
+
+def test_gather_replaces_only_the_methods_it_is_given(sandbox):
+    def row(method, threshold, fid):
+        return pd.DataFrame(
+            [{"profile": "smoke", "method": method, "threshold": threshold, "format": "fp16", "unit": "t", "fid": fid}]
+        )
+
+    report.update_comparison("smoke", row("ratio", "0.35", 1.0))
+    report.update_comparison("smoke", row("baseline", "none", 2.0))
+    table = report.update_comparison("smoke", row("ratio", "0.40", 3.0))
+    assert table[["method", "threshold", "fid"]].to_numpy().tolist() == [["baseline", "none", 2.0], ["ratio", "0.40", 3.0]]
+    # A file of an earlier version: its columns are in another order.
+    report.save_table("smoke", "paper_comparison", table[table.columns[::-1]].assign(gone=1))
+    assert list(report.update_comparison("smoke", row("ratio", "0.40", 3.0)).columns) == list(table.columns)
+
+
+def test_tables_and_images_come_back(sandbox):
+    table = pd.DataFrame({"threshold": ["none", "0.30"], "value": [1.5, float("nan")]})
+    report.save_rows("smoke", "x", table, {"a": np.zeros((2, 32, 32), np.uint8)})
+    loaded, images = report.load_rows("smoke", "x")
+    pd.testing.assert_frame_equal(table, loaded)
+    assert images["a"].shape == (2, 32, 32)
+    with pytest.raises(FileNotFoundError, match="make reproduce PROFILE=smoke"):
+        report.load_table("smoke", "y")

@@ -1,0 +1,105 @@
+"""What takes longer than `make reproduce` may: `make evidence` makes it, step by step, and the notebooks load it.
+
+Steps whose tables are there already are left alone (`--anew` makes them again); within a step, images that were sampled
+and training that was done before an interruption are kept in build/<profile>.
+"""
+
+import argparse
+import sys
+
+import pandas as pd
+
+from lafq import paths
+from lafq.device import select_device
+from lafq.diffusion import workspace
+from lafq.evaluation.candidates import Candidate
+from lafq.evaluation.evaluate import evaluate, evaluate_large
+from lafq.paper import replicates
+from lafq.paper.budget_study import methods
+from lafq.paper.noise_floor import noise_floor
+from lafq.presentation import report
+from tools.notebooks import profile_parameters
+
+IMAGES = 1000
+ALLOCATED, RULES = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
+# A row of 1,000 images takes minutes: of these methods no other budgets.
+SELECTED = {f"uniform, {methods.FEEDBACK}": (), "allocator, nearest code": (4.0,), "allocator, all weights": (3.5,)}
+
+
+def rows(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
+    """The rows that C3 and C4 speak of with ten times the images, on disjoint blocks too, and these claims at that N."""
+    p = profile_parameters(profile)
+    device = select_device(profile, p["THREADS"], p["DEVICE"])
+    model, fisher = workspace.load_model(profile, p["WIDTH"], device), workspace.load_fisher(profile, p["WIDTH"])
+    claimed = replicates.claimed_rows(model, fisher, p["CUTS"])
+    table, samples = evaluate_large(model, claimed, profile, images=images, steps=p["SAMPLING_STEPS"], seed=p["SEED"])
+    return {"rows": table, "rows_claims": pd.DataFrame(replicates.on_images(table, samples, p["SEED"]))}
+
+
+def runs(profile: str, seeds: tuple[int, ...] = replicates.SEEDS, **training: int) -> dict[str, pd.DataFrame]:
+    """Rows and claims of models trained from other seeds, and each claim over them."""
+    found = [replicates.replicate(profile_parameters(profile), seed, **training) for seed in seeds]
+    table, claims = (pd.concat(parts, ignore_index=True) for parts in zip(*found, strict=True))
+    return {"runs": table, "runs_claims": claims, "runs_over": replicates.over_runs(claims)}
+
+
+def budgets(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
+    """FID of rows of 06_budget: the unquantized model, uniform formats, the allocator (unit mixed; tuned too), threshold rules."""
+    p = profile_parameters(profile)
+    device = select_device(profile, p["THREADS"], p["DEVICE"])
+    model = workspace.load_model(profile, p["WIDTH"], device)
+    known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
+    allocated = methods.allocated(model, known, list(ALLOCATED), units=("mixed",))
+    rows = [methods.Row("baseline", "none", 32.0, {}), *methods.uniform(model, known), *allocated]
+    rows += methods.tuned(allocated, **p["TUNED"])
+    rows += methods.thresholds(model, known.fisher, list(RULES), p["SEED"])
+    rows = [row for row in rows if row.bits in SELECTED.get(row.method, (row.bits,))]
+    configurations = [Candidate(row.method, f"{row.bits:.3f}", "bits", row.unit, row.plan) for row in rows]
+    of = {(c.method, c.threshold, c.unit): row for c, row in zip(configurations, rows, strict=True)}
+    table, _ = evaluate(
+        model,
+        configurations,
+        profile,
+        images=images,
+        steps=p["SAMPLING_STEPS"],
+        seed=p["SEED"],
+        store=lambda c: methods.packed(model, of[c.method, c.threshold, c.unit], p["SEED"]),
+    )
+    table = table.rename(columns={"threshold": "budget_bits"})
+    return {"budget": table.drop(columns=["format", "sample", "peak_mib"])}
+
+
+STEPS = {
+    "noise_floor": lambda profile: {"noise_floor": noise_floor(profile_parameters(profile))},
+    "evidence_budget": lambda profile: {f"evidence_{name}": table for name, table in budgets(profile).items()},
+    "evidence_rows": lambda profile: {f"evidence_{name}": table for name, table in rows(profile).items()},
+    "evidence_runs": lambda profile: {f"evidence_{name}": table for name, table in runs(profile).items()},
+}
+
+
+def main() -> int:
+    """Make the steps that are missing; errors are one sentence and exit status 1, with the steps made before left as they were."""
+    parser = argparse.ArgumentParser(prog="tools.evidence")
+    parser.add_argument("--profile", default="mini")
+    parser.add_argument("--anew", action="store_true", help="make every step again")
+    parser.add_argument("--only", default="", choices=["", *STEPS])
+    args = parser.parse_args()
+    try:
+        for name, make in STEPS.items():
+            if args.only not in ("", name):
+                continue
+            if (paths.RESULTS / args.profile / f"{name}.csv").is_file() and not args.anew:
+                print(f"{name}: there already, in results/{args.profile}")
+                continue
+            # The step's own table comes last: where it is, the others are.
+            for table, content in sorted(make(args.profile).items(), key=lambda item: item[0] == name):
+                report.save_table(args.profile, table, content)
+                print(f"{table}: written to results/{args.profile}")
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

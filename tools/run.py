@@ -1,0 +1,172 @@
+"""Run the notebooks: `python -m tools.run reproduce | resume | publish`, the verbs of the Makefile.
+
+reproduce computes everything of a profile anew (only Inception's weights and reference features are kept), resume goes on
+with the last run as it was asked for, publish re-executes notebooks/ from results/ and refreshes the README's numbers.
+Executed notebooks and timing.json go to build/<profile>/, the parameters and versions to results/<profile>/record.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import papermill
+import torch
+import yaml
+from nbclient.exceptions import CellExecutionError
+from papermill.exceptions import PapermillExecutionError
+
+from lafq import paths
+from lafq.diffusion import workspace
+from lafq.evaluation import cluster
+from lafq.io import atomic_write
+from tools import changes, cost
+from tools.notebooks import QUIET_KERNEL, clean, declared, notebooks, profile_parameters
+from tools.publishing import publish, published
+
+PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
+LEAST = {"WIDTH": 4, "IMAGES": 2, "SAMPLING_STEPS": 1, "CHECK_IMAGES": 20, "THREADS": 1, "INCEPTION_REFERENCE": 0}
+LAST = "last_run.json"
+
+
+def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict[str, Any]:
+    """The profile's parameters with the overrides; ValueError for a name no notebook declares or a value out of range."""
+    parameters = profile_parameters(profile) | overrides
+    known = set().union(*(declared(path) for path in selected))
+    everywhere = known.union(*(declared(path) for path in notebooks()))
+    for names, allowed in ((overrides, known), (parameters, everywhere)):
+        if unknown := sorted(set(names) - allowed):
+            raise ValueError(f"unknown parameter {unknown[0]}: the notebooks declare {', '.join(sorted(allowed))}")
+    for name, least in LEAST.items():
+        if parameters[name] < least:
+            raise ValueError(f"{name} is {parameters[name]}: at least {least} is needed")
+    for ratio in (*parameters["RATIOS"], *parameters["COARSE_RATIOS"]):
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"ratio {ratio} is outside [0, 1]: it is the share of a layer's units to keep")
+    if overrides.get("COMPUTE") and not parameters["TRAIN"]:
+        try:
+            workspace.check_weights(profile, parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}, {cost.training_time(parameters)}") from None
+    if parameters["SCHEDULER"]:
+        cluster.connect(parameters["SCHEDULER"]).close()
+    return parameters
+
+
+def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool = True) -> None:
+    """Run the notebooks with papermill into build/<profile>/, writing record.json as each is done.
+
+    anew: drop what an earlier run had sampled into build/ (and, where 01_train shall train, its checkpoint) and time the notebooks.
+    Images in results/<profile>/samples are never dropped.
+    """
+    selected = notebooks(only, profile)
+    parameters = check(profile, overrides, selected)
+    build = paths.BUILD / profile
+    if anew:
+        for cache in ("samples", "peaks"):
+            shutil.rmtree(build / cache, ignore_errors=True)
+        if parameters["TRAIN"] and selected[0].stem == "01_train":
+            (build / "checkpoint.safetensors").unlink(missing_ok=True)
+    build.mkdir(parents=True, exist_ok=True)
+    print(cost.estimate(profile, parameters, [path.stem for path in selected]), flush=True)
+    before = changes.tables(profile)
+    began = time.monotonic()
+    for path in selected:
+        used = {name: value for name, value in parameters.items() if name in declared(path)}
+        print(f"{path.stem} ({profile}) ...", flush=True)
+        start = time.monotonic()
+        output = build / path.name
+        streams = {"progress_bar": False, "stderr_file": sys.stderr, "extra_arguments": QUIET_KERNEL}
+        papermill.execute_notebook(path, output, used, cwd=paths.NOTEBOOKS, **streams)
+        clean(output)
+        seconds, peak = time.monotonic() - start, _peak_mib()
+        _update(paths.RESULTS / profile / "record.json", path.stem, used)
+        if anew:
+            _update(build / "timing.json", path.stem, {"seconds": round(seconds), "peak_mib_so_far": round(peak)})
+        print(f"{path.stem}: {seconds:.0f} s, peak so far {peak:,.0f} MiB -> build/{profile}/{path.name}", flush=True)
+    minutes = (time.monotonic() - began) / 60
+    folders = f"tables in results/{profile}, figures in figures/{profile}, executed notebooks in build/{profile}"
+    print(f"done in {minutes:.1f} minutes: {folders}")
+    print("\n".join(changes.summary(before, changes.tables(profile))))
+    print("`make publish` refreshes notebooks/ and README.md from these results")
+
+
+def _peak_mib() -> float:
+    """Largest resident memory of any notebook's process so far, MiB (the system counts KiB, macOS bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _update(path: Path, key: str, value: Any) -> None:
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    record |= {
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        **{name: version(name) for name in PACKAGES},
+    }
+    record.setdefault("notebooks", {})[key] = value
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def main() -> int:
+    """Parse the verb and run it; errors are one sentence and exit status 1, with earlier results left as they were."""
+    parser = argparse.ArgumentParser(prog="tools.run")
+    parser.add_argument("verb", choices=["reproduce", "resume", "publish", "published"])
+    parser.add_argument("--profile", default="")
+    parser.add_argument("--only", default="", help="run only notebooks whose name begins with this, e.g. 03")
+    parser.add_argument("--weights", default="", help="trained weights to use, a file that 01_train wrote (ema.safetensors)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a parameter (YAML)")
+    arguments = parser.parse_args()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "15")
+    try:
+        if arguments.verb == "published":
+            print(published())
+            return 0
+        if arguments.verb == "publish":
+            publish(arguments.only)
+            # Imported here because it draws on every table, which only a publisher has.
+            from tools import readme
+
+            readme.refresh()
+            print("README.md and results/MODEL_CARD.md: numbers refreshed from results/")
+            return 0
+        asked = {
+            "profile": arguments.profile,
+            "overrides": {k: yaml.safe_load(v) for k, _, v in (item.partition("=") for item in arguments.set)},
+            "only": arguments.only,
+        }
+        last = paths.BUILD / LAST
+        if arguments.verb == "resume" and last.is_file() and not any(asked.values()):
+            asked = json.loads(last.read_text())
+            print(f"resuming the last run: {asked}")
+        asked["profile"] = asked["profile"] or "mini"
+        asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
+        if arguments.weights:
+            p = profile_parameters(asked["profile"])
+            workspace.take_weights(Path(arguments.weights), asked["profile"], p["WIDTH"], p["SEED"], p["TRAINING"])
+        check(asked["profile"], asked["overrides"], notebooks(asked["only"], asked["profile"]))
+        with atomic_write(last) as temporary:
+            temporary.write_text(json.dumps(asked))
+        execute(**asked, anew=arguments.verb == "reproduce")
+    except (PapermillExecutionError, CellExecutionError) as error:
+        print(f"stopped: {error.ename}: {error.evalue}\nmend this, then `make resume` goes on from here", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""The tables and sentences that the README and the model card show, each computed from the committed results."""
+
+import json
+
+import pandas as pd
+
+from lafq import paths
+from lafq.diffusion.unet import UNet
+from lafq.diffusion.workspace import WEIGHTS
+from lafq.io import load_tensors, sha256
+from lafq.paper import poster, sentences
+from lafq.paper.budget_study import targets
+from lafq.presentation import report
+from tools import cost
+from tools.notebooks import EXPLORER, notebooks, profile_parameters
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as GitHub shows it, cells as they are printed."""
+    lines = [table.columns.tolist(), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def blocks(profile: str = "mini") -> dict[str, str]:
+    """The text of every marked block, computed from the committed results of a profile."""
+    folder = paths.RESULTS / profile
+    parameters = profile_parameters(profile)
+    _, trained = load_tensors(folder / WEIGHTS, "01_train")
+    quality = report.load_table(profile, "training_quality")
+    tables = [report.load_table(profile, name) for name in ("01_baseline", "03_global", "04_group", "05_ratio_sweep")]
+    rows = pd.concat(tables, ignore_index=True)
+    timed = json.loads((folder / "timing.json").read_text())["notebooks"]
+    classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
+    seconds, peak = sum(n["seconds"] for n in timed.values()), max(n["peak_mib_so_far"] for n in timed.values())
+    sampling = (parameters["IMAGES"], parameters["SAMPLING_STEPS"], parameters["INCEPTION_REFERENCE"])
+    times = [f"{name} {n['seconds'] / 60:.1f} min" for name, n in timed.items()]
+    said = [sentences.published_ratio_sizes(), sentences.against_baseline(rows)]
+    return {
+        "headline": headline(profile),
+        "comparison": f"{markdown(main_rows(report.comparison(profile)))}\n\n{report.note(*sampling)}",
+        "claims": markdown(report.claims_shown(profile)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
+        "evidence": evidence(profile),
+        "budget": targets.summary_sentence(report.load_table(profile, "budget"))
+        + "\n\n"
+        + markdown(report.load_table(profile, "06_wanted")),
+        "fisher": markdown(fisher_cost(pd.read_csv(paths.RESULTS / "benchmarks" / "fisher.csv"))),
+        "cost": (
+            f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "
+            f"memory at most, at the speed of that machine; setting up `.venv` comes on top, once.{untimed(timed)}"
+        ),
+        "model": f"{trained['steps']:,} training steps of batch {trained['batch_size']}. {sentences.training_quality(quality)}",
+        "classifier": (
+            f"test accuracy {classifier['test_accuracy']:.2%}, {classifier['parameters']:,} parameters, sha256 "
+            f"`{classifier['sha256']}`"
+        ),
+        "quantizers": markdown(quantizers(pd.read_csv(paths.RESULTS / "benchmarks" / "quantizers.csv"))),
+        "deviations": markdown(deviations()),
+        "counted": counted(),
+        "timing": markdown(timing()),
+        "card": card(profile),
+        "binder": markdown(pd.read_csv(paths.RESULTS / "benchmarks" / "binder.csv")),
+    }
+
+
+def untimed(timed: dict) -> str:
+    """A sentence on the notebooks that the timed run had not yet, "" where it had all."""
+    missing = [path.stem for path in notebooks() if path.stem not in timed and path.stem != EXPLORER]
+    return f" That run was before {' and '.join(missing)}, which take some minutes each." if missing else ""
+
+
+def headline(profile: str) -> str:
+    """The poster's rows as the paper and as we have them at the poster's size, and what FID can tell at this N.
+
+    profile: whose claims are named; the rows are those of 08_published.
+    """
+    table, base = poster.compare(report.load_table("paper", "08_published"), "paper"), poster.POSTER[0]
+    ours = table[table["method"] != "baseline"]
+    cells = [
+        (
+            f"{row.method} {row.threshold if row.method == 'ratio' else ''}".strip() + f", {row.format.upper()}",
+            f"{row.fid_paper - base.fid:+.2f}" if pd.notna(row.fid_paper) else "",
+            f"{row.delta_fid_inception:+.2f} [{row.delta_fid_inception_low:+.2f}, {row.delta_fid_inception_high:+.2f}]",
+            f"{row.mem_share_paper:.1%}" if pd.notna(row.mem_share_paper) else "",
+            f"{row.mem_share:.1%}",
+        )
+        for row in ours.itertuples()
+    ]
+    columns = ["row", "FID difference from FP32: poster", "ours, same noise", "share of FP32's bytes: poster", "ours"]
+    told = [
+        f"{row.claim} {row.verdict}"
+        for row in report.load_table(profile, "claims").drop_duplicates(["claim", "verdict"]).itertuples()
+    ]
+    images, steps = table["n_images"].iloc[0], table["steps"].iloc[0]
+    baseline = table[table["method"] == "baseline"]["fid_inception"].item()
+    largest = max(abs(p.fid - base.fid) for p in poster.POSTER if p.source == "poster")
+    noise = (poster.FID_NOISE, 2**0.5 * poster.FID_NOISE)
+    return (
+        f"**In short** (model of a quarter of the width): {'; '.join(told)} ([how](#the-papers-claims-tested)).\n\n"
+        f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
+        f"Both: width {poster.WIDTH}, {poster.BASELINE_MIB:.2f} MiB in FP32, {images} images per row, FID on Inception features "
+        f"(a positive difference is worse than FP32). Poster: {poster.SAMPLING_STEPS:,} sampling steps, other noise in every row, "
+        f"baseline {base.fid:.2f}. Ours: {steps:,} steps, the same noise in every row, baseline {baseline:.2f}; thresholds on "
+        f"single weights; in brackets 95 % intervals. The largest of the poster's differences is {largest:.2f}. On the authors' published "
+        f"images, the FID of one model varies by {noise[0]} (1 sd) from one draw of {images} images to the next, so two draws "
+        f"differ by {noise[1]:.1f}."
+    )
+
+
+def main_rows(comparison: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the poster's table: of the ratio sweep only the three it lists, at the unit of single weights."""
+    listed = comparison["threshold"].isin(["0.35", "0.38", "0.40"]) & (comparison["unit"] == "weight")
+    return comparison[(comparison["method"] != "ratio") | listed]
+
+
+def evidence(profile: str) -> str:
+    """The claims with more images and over other training runs, as far as `make evidence` has been run."""
+    steps, table = ("evidence_rows", "evidence_runs"), report.evidence_claims(profile)
+    missing = [step for step in steps if not (paths.RESULTS / profile / f"{step}.csv").is_file()]
+    lines = [f"Not made yet: {step} (`make evidence`)." for step in missing]
+    if "evidence_runs" not in missing:
+        runs = report.load_table(profile, "evidence_runs")
+        fids = runs[runs["method"] == "baseline"]["fid_mnist"]
+        shipped = report.load_table(profile, "01_baseline")["fid_mnist"].item()
+        lines.append(
+            f"The {len(fids)} training runs took {runs['steps'].iloc[0]:,} steps each. FID of their unquantized models (MNIST "
+            f"features, N = {runs['n_images'].iloc[0]}) is {fids.min():,.0f} to {fids.max():,.0f}, here {shipped:.0f}: "
+            "on C3 and C4 they speak of far worse images."
+        )
+    return "\n".join(([markdown(table), ""] if table is not None else []) + lines)
+
+
+def fisher_cost(table: pd.DataFrame) -> pd.DataFrame:
+    """The benchmark of Fisher methods as it is shown."""
+    digits = {"cost_ratio": "{:.2f}", "relative_error": "{:.2g}"}
+    return table.assign(**{c: table[c].map(f.format) for c, f in digits.items()})
+
+
+def quantizers(table: pd.DataFrame) -> pd.DataFrame:
+    """The benchmark as it is shown: the integer formats that at least two libraries have."""
+    shared = table.groupby(["width", "format"])["library"].transform("nunique") > 1
+    shown = table[shared].assign(order=table["format"].str[3:].astype(int)).sort_values(["width", "order"], ascending=[True, False])
+    digits = {"bytes_ratio": "{:.3f}", "output_mse": "{:.2g}", "time_ratio": "{:.2f}"}
+    shown = shown.assign(
+        library=shown["library"] + " " + shown["version"], **{c: shown[c].map(f.format) for c, f in digits.items()}
+    )
+    return shown[["width", "format", "library", *digits, "layers_left_fp32"]]
+
+
+def deviations() -> pd.DataFrame:
+    """What the profiles mini and paper do otherwise than the paper: setting, paper, and a column a profile."""
+    published = poster.TRAINING
+    settings = {
+        "width of the model": f"{poster.WIDTH} ({poster.BASELINE_MIB:.2f} MiB)",
+        "groups of each GroupNorm": f"{poster.WIDTH // 2}",
+        "training steps of batch 64": f"{published['steps']:,} (15 epochs)",
+        "Adam learning rate": f"{published['peak']:g}, constant",
+        "dropout": f"{published['dropout']}",
+        "EMA decay": f"{published['ema_decay']}",
+        "compute in training": "FP32",
+        "sampling steps": f"{poster.SAMPLING_STEPS:,}",
+    }
+    table = pd.DataFrame({"setting": settings.keys(), "paper": settings.values()})
+    for name in ("mini", "paper"):
+        p, training = profile_parameters(name), profile_parameters(name)["TRAINING"]
+        rate = f"{training['peak']:g}, {training['warmup']} steps of warm-up, linear decay over the last {training['decay']:,}"
+        table[f"profile {name}"] = [
+            f"{p['WIDTH']} ({4 * sum(t.numel() for t in UNet(p['WIDTH']).parameters()) / 2**20:.2f} MiB)",
+            f"{p['WIDTH'] // 2}",
+            f"{training['steps']:,}",
+            rate,
+            f"{training['dropout']}",
+            f"{training['ema_decay']}, warmed up",
+            ("bfloat16 autocast" if training["bf16"] else "FP32") + (", torch.compile" if training.get("compile") else ""),
+            f"{p['SAMPLING_STEPS']:,} (trailing stride)"
+            + (f"; the published rows also {p['PUBLISHED']['steps']:,}" if name == "paper" else ""),
+        ]
+    return table
+
+
+def counted() -> str:
+    """The operations of the profile paper, and how many rows they are for."""
+    p = profile_parameters("paper")
+    one, published, rows = cost.forward_flop(p["WIDTH"]), p["PUBLISHED"], cost.sampled_rows(p)
+    strided, full = (p["IMAGES"] * steps * one / 1e15 for steps in (p["SAMPLING_STEPS"], published["steps"]))
+    return (
+        f"Counted, that is {cost.training_flop(p) / 1e15:.1f} PFLOP of training (bfloat16 autocast), which `TRAIN=1` repeats; "
+        f"{sum(rows.values()) - rows['07_audit']} rows of {p['IMAGES']} images at {p['SAMPLING_STEPS']} steps, {strided:.2f} PFLOP "
+        f"each; and {cost.PUBLISHED_ROWS + len(published['ratios'])} rows at {published['steps']:,} steps, {full:.2f} PFLOP each."
+    )
+
+
+def timing(profiles: tuple[str, ...] = ("mini", "paper")) -> pd.DataFrame:
+    """Minutes, and the largest memory up to then, of every notebook in each profile's last timed run; "not run" without one."""
+    table = pd.DataFrame({"notebook": [path.stem for path in notebooks()]})
+    for profile in profiles:
+        path = paths.RESULTS / profile / "timing.json"
+        record = json.loads(path.read_text()) if path.is_file() else {"gpu": None, "notebooks": {}}
+        device = record["gpu"] or "two CPU cores"
+        cells = [record["notebooks"].get(name) for name in table["notebook"]]
+        table[f"{profile}, {device}"] = [
+            f"{cell['seconds'] / 60:.1f} min, {cell['peak_mib_so_far'] / 1024:.1f} GiB so far" if cell else "not run"
+            for cell in cells
+        ]
+    return table
+
+
+def card(profile: str) -> str:
+    """The shipped weights: file, what it is, size, sha256."""
+    _, trained = load_tensors(paths.RESULTS / profile / WEIGHTS, "01_train")
+    classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
+    count = sum(p.numel() for p in UNet(trained["width"]).parameters())
+    model = f"diffusion model, width {trained['width']}, {count:,} parameters, EMA, FP32, {trained['steps']:,} training steps"
+    judge = f"digit classifier, {classifier['parameters']:,} parameters, test accuracy {classifier['test_accuracy']:.2%}"
+    files = {f"{profile}/{WEIGHTS}": model, "classifier/classifier.safetensors": judge}
+    rows = [
+        (f"`{name}`", what, f"{(paths.RESULTS / name).stat().st_size:,}", f"`{sha256(paths.RESULTS / name)}`")
+        for name, what in files.items()
+    ]
+    return markdown(pd.DataFrame(rows, columns=["file", "weights of", "bytes", "sha256"]))
