@@ -14,7 +14,7 @@ $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 t
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
 	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-.PHONY: help setup reproduce resume publish classifier evidence benchmark packed verify test test-browser lint clean
+.PHONY: help setup reproduce resume publish classifier evidence benchmark packed verify test test-fast test-browser lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,8 +59,8 @@ packed: $(READY)  ## pack the paper profile's weights by the allocator, to be co
 verify: $(READY)  ## check the committed results of profile paper, without its weights (minutes); WEIGHTS=path checks more
 	@$(BIN)/python -m tools.verify $(if $(PROFILE),--profile $(PROFILE)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-lint: $(READY)  ## ruff over code and notebooks
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(READY)  ## ruff over code and notebooks; imports go one way
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (about ten minutes on two cores)
 	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; nbval="$(BIN)/python -m pytest -q --nbval --nbval-current-env"; \
@@ -71,6 +71,9 @@ test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of
 	$$nbval notebooks
 	@echo "all passed: ruff, unit tests, the notebooks with smoke (twice, equal numbers), the committed notebooks"
 	@echo "not run: the sliders of 00_explore in a browser (make test-browser)"
+
+test-fast: lint  ## lint and unit tests, without the notebooks
+	@TQDM_DISABLE=1 $(BIN)/python -m pytest -q
 
 test-browser: $(READY)  ## 00_explore in JupyterLab, driven in headless Chromium: one slider is moved (a minute; installs Playwright)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-browser.txt

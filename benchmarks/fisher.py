@@ -15,8 +15,6 @@ import pandas as pd
 import torch
 from quantizers import THREADS, write
 from torch import Tensor
-from torch.func import grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lafq.allocation import solver
@@ -24,7 +22,7 @@ from lafq.diffusion import workspace
 from lafq.diffusion.mnist import mnist
 from lafq.diffusion.noising import add_noise, unit_interval
 from lafq.diffusion.unet import TIMESTEPS, UNet, quantizable
-from lafq.fisher.empirical import sample_loss
+from lafq.fisher.empirical import empirical_fisher
 from lafq.fisher.monte_carlo import Sensitivity, estimate_sensitivity, monte_carlo_fisher, random_sign_fisher
 from lafq.quantization.model import channel_view
 from lafq.rng import generator
@@ -61,15 +59,7 @@ def loop(model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor) -> 
 
 def vmapped(model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
     """torch.func, samples in chunks."""
-    parameters = {n: p.detach() for n, p in model.named_parameters()}
-    rest = {n: p for n, p in parameters.items() if n not in names}
-    single = vmap(grad(lambda part, *sample: sample_loss(model, part | rest, *sample)), in_dims=(None, 0, 0, 0))
-    total = {n: torch.zeros_like(parameters[n]) for n in names}
-    for part in torch.arange(len(x)).split(CHUNK):
-        with sdpa_kernel(SDPBackend.MATH):
-            for n, g in single({n: parameters[n] for n in names}, x[part], t[part], noise[part]).items():
-                total[n] += g.square().sum(0)
-    return {n: v / len(x) for n, v in total.items()}
+    return empirical_fisher(model, names, [((x, t), noise)], CHUNK).weights
 
 
 def with_backpack(names: list[str], width: int, state: dict[str, Tensor]) -> Callable[..., dict[str, Tensor]]:

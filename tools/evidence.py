@@ -66,7 +66,7 @@ def budgets(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
         store=lambda c: methods.packed(model, of[c.method, c.threshold, c.unit], p["SEED"]),
     )
     table = table.rename(columns={"threshold": "budget_bits"})
-    return {"budget": table.drop(columns=["format", "sample", "peak_mib"])}
+    return {"budget": table.drop(columns=["format", "sample"])}
 
 
 STEPS = {

@@ -70,8 +70,7 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
     parameters = check(profile, overrides, selected)
     build = paths.BUILD / profile
     if anew:
-        for cache in ("samples", "peaks"):
-            shutil.rmtree(build / cache, ignore_errors=True)
+        shutil.rmtree(build / "samples", ignore_errors=True)
         if parameters["TRAIN"] and selected[0].stem == "01_train":
             (build / "checkpoint.safetensors").unlink(missing_ok=True)
     build.mkdir(parents=True, exist_ok=True)

@@ -100,8 +100,8 @@ def headline(profile: str) -> str:
         f"Both: width {poster.WIDTH}, {poster.BASELINE_MIB:.2f} MiB in FP32, {images} images per row, FID on Inception features "
         f"(a positive difference is worse than FP32). Poster: {poster.SAMPLING_STEPS:,} sampling steps, other noise in every row, "
         f"baseline {base.fid:.2f}. Ours: {steps:,} steps, the same noise in every row, baseline {baseline:.2f}; thresholds on "
-        f"single weights; in brackets 95 % intervals. The largest of the poster's differences is {largest:.2f}. On the authors' published "
-        f"images, the FID of one model varies by {noise[0]} (1 sd) from one draw of {images} images to the next, so two draws "
+        f"single weights; in brackets 95 % intervals. The largest of the poster's differences is {largest:.2f}. On the authors' "
+        f"published images, the FID of one model varies by {noise[0]} (1 sd) from one draw of {images} images to the next, so two draws "
         f"differ by {noise[1]:.1f}."
     )
 

@@ -35,3 +35,31 @@ def noised_batches(images: Tensor, samples: int, seed: int, batch: int = BATCH) 
     for t in tqdm(times.split(batch), desc="noised digits", unit="batch", leave=False):
         x0 = unit_interval(images[torch.randint(len(images), t.shape, generator=g)])
         yield add_noise(x0, t, torch.randn(x0.shape, generator=g)), t
+
+
+def bin_edges(bins: int) -> list[int]:
+    """The first timestep of each of `bins` bins of consecutive timesteps, and 1,000 behind them."""
+    return [round(b * TIMESTEPS / bins) for b in range(bins + 1)]
+
+
+def stratified_batches(
+    images: Tensor, samples: int, bins: int, seed: int, like: Tensor
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """((x_t, t), noise) of every timestep bin: `samples` draws spread evenly over the bins, t uniform within its bin.
+
+    images: uint8 (N, 1, 32, 32), drawn from with replacement. like: a tensor of the device and dtype wanted.
+    Raises ValueError for fewer samples than bins, or a number of bins out of range.
+    """
+    if not 1 <= bins <= TIMESTEPS or samples < bins:
+        raise ValueError(f"{samples} samples over {bins} timestep bins: give every bin at least one sample")
+    edges = bin_edges(bins)
+
+    def batches() -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        for b in tqdm(range(bins), desc="Fisher", unit="bin", leave=False):
+            g, count = generator(seed, b), samples // bins + (b < samples % bins)
+            t = torch.randint(edges[b], edges[b + 1], (count,), generator=g)
+            x0 = unit_interval(images[torch.randint(len(images), (count,), generator=g)]).to(like)
+            noise = torch.randn(x0.shape, generator=g, dtype=torch.float32).to(like)
+            yield (add_noise(x0, t.to(like.device), noise), t.to(like.device)), noise
+
+    return batches()

@@ -31,6 +31,9 @@ class Candidate(NamedTuple):
     made: dict[str, Any] | None = None
 
 
+BASELINE = Candidate("baseline", "none", "fp32", "none", {})
+
+
 def sizes(model: nn.Module, plans: list[Plan]) -> pd.DataFrame:
     """Kept share, stored MiB and share of the FP32 bytes, one row a plan."""
     full = nbytes(model, {})

@@ -1,8 +1,7 @@
-"""Rows of the tables: sample every precision plan from the same noise, score the images, measure bytes and memory."""
+"""Rows of the tables: quantize every candidate, sample from the same noise, score the images."""
 
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,79 +15,101 @@ from lafq import paths
 from lafq.diffusion import workspace
 from lafq.diffusion.mnist import REFERENCE
 from lafq.evaluation import classifier, inception, metrics, samples, scoring
-from lafq.evaluation.candidates import KEY, Candidate, sizes
+from lafq.evaluation.candidates import BASELINE, KEY, Candidate, sizes
 from lafq.evaluation.peak_memory import PeakMeter
-from lafq.evaluation.samples import cached_samples, sample_key, sample_on_cluster
-from lafq.io import atomic_write, load_tensors, save_tensors
+from lafq.evaluation.samples import Sampled, cached_samples, sample_on_cluster
+from lafq.io import load_tensors, save_tensors
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize, quantize, weights_sha256
+
+Draw = Callable[[Candidate, nn.Module, str], Sampled]
+Score = Callable[[Candidate, nn.Module, Sampled], dict[str, float]]
 
 
 def evaluate(
     model: nn.Module,
-    configurations: list[Candidate],
+    candidates: list[Candidate],
     profile: str,
     *,
     images: int,
     steps: int,
     seed: int,
-    inception_reference: int = 0,
-    store: Callable[[Candidate], nn.Module] | None = None,
     batch: int = 100,
+    inception_reference: int = 0,
     scheduler: str = "",
     keep: bool = False,
+    store: Callable[[Candidate], nn.Module] | None = None,
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Sample every configuration from the same noise and score the images.
+    """Sample every candidate from the same noise and score the images.
 
-    Returns one row a configuration (its key, kept_share, mem_mib, mem_share, peak_mib, every metric with its interval and its
-    paired difference from the unquantized model's, rmse, delta_loss, n_images, steps, same_machine, reference, sample) and the
-    uint8 images (N, 32, 32) by `sample`, the key of `samples.cached_samples`: equal plans are sampled once, and images that are
-    kept are not sampled again. same_machine: whether one kind of machine drew the row and its baseline. All plans are checked first.
-    inception_reference: number of reference digits for the Inception columns; 0 leaves them empty. store: makes a
-    configuration's packed copy of the model; None: `quantize` of its plan. batch: images sampled at once. scheduler: address
-    of a Dask scheduler whose workers shall sample; empty: this process does. keep: images are kept by their recipe, in
-    results/<profile>/samples (the module `samples` says how).
+    Args:
+        images, steps, seed, batch: of the sampling; batch is how many images are sampled at once.
+        inception_reference: number of reference digits for the Inception columns; 0 leaves them empty.
+        scheduler: address of a Dask scheduler whose workers shall sample; empty: this process does.
+        keep: images are kept by their recipe in results/<profile>/samples (`samples` says how), not in build/.
+        store: makes a candidate's quantized copy of the model; None: `quantize` of its plan.
+
+    Returns one row per candidate: its key, kept_share, mem_mib, mem_share, every metric with its interval and its paired difference
+    from the FP32 model's, rmse, delta_loss, n_images, steps, same_machine (whether one kind of machine drew the row and its
+    baseline), reference and sample; and uint8 images (N, 32, 32) by `sample`. All plans are checked first; equal plans are sampled
+    once, and images that are there are not sampled again.
     """
     if images < 1:
         raise ValueError(f"{images} images asked for: at least one is needed")
-    size = sizes(model, [c.plan for c in configurations])
+    size = sizes(model, [c.plan for c in candidates])
     store = store or (lambda c: quantize(model, c.plan))
-    features = inception_features(profile, inception_reference)
-    score = scoring.make_scorer(images, seed, features.reference if features else None)
-    against = f"{REFERENCE.stop - REFERENCE.start} test digits, 32x32"
-    if features:
-        against += f" (Inception: {inception_reference})"
-    drawn = {"images": images, "steps": steps, "seed": seed, "batch": batch}
+    sampling = {"images": images, "steps": steps, "seed": seed, "batch": batch}
     recipe_of = _recipes(model, profile) if keep else lambda *_: None
     if scheduler:
-        packed = ((store(c), partial(recipe_of, c)) for c in configurations)
-        sample_on_cluster(scheduler, model, packed, len(configurations), profile, **drawn)
-    seen_by_inception = features and any(c.inception for c in configurations)
-    nothing = Candidate("baseline", "none", "fp32", "none", {})
-    unquantized = cached_samples(model, profile, **drawn, label="FP32 baseline", recipe=recipe_of(nothing, model))
-    baseline = score(unquantized.images, features.of(unquantized.images) if seen_by_inception else None)
-    losses = scoring.held_out_losses(model, seed)
-    rows, images_of, found = [], {}, {}
-    pairs = zip(configurations, size.to_dict("records"), strict=True)
-    with PeakMeter(next(model.parameters()).device) as meter:
-        for i, (candidate, bytes_row) in enumerate(pairs, start=1):
-            quantized = store(candidate)
-            bytes_row["peak_mib"] = _peak(quantized, model, profile, meter)
-            quantized = dequantize(quantized)
-            label = f"row {i} of {len(size)}"
-            row = cached_samples(quantized, profile, **drawn, label=label, recipe=recipe_of(candidate, quantized))
-            images_of[row.key] = row.images[:, 0].numpy()
-            if (row.key, candidate.inception) not in found:
-                scored = score(row.images, features.of(row.images) if features and candidate.inception else None)
-                after = scoring.held_out_losses(quantized, seed)
-                off = scoring.damage(after, losses, row.images, unquantized.images, seed)
-                found[row.key, candidate.inception] = scoring.against_baseline(scored, baseline) | off
-            scores = found[row.key, candidate.inception]
-            key_columns = {name: getattr(candidate, name) for name in KEY}
-            drawn_columns = {"n_images": images, "steps": steps, "same_machine": len(row.machines | unquantized.machines) == 1}
-            rows.append({**key_columns, **bytes_row, **scores, **drawn_columns, "reference": against, "sample": row.key})
-            print(f"{' '.join(key_columns.values())}: {rows[-1]['mem_mib']:.2f} MiB, FID (MNIST) {scores['fid_mnist']:.2f}")
-    return pd.DataFrame(rows), images_of
+        copies = ((store(c), partial(recipe_of, c)) for c in candidates)
+        sample_on_cluster(scheduler, model, copies, len(candidates), profile, **sampling)
+
+    def draw(candidate: Candidate, quantized: nn.Module, label: str) -> Sampled:
+        return cached_samples(quantized, profile, **sampling, label=label, recipe=recipe_of(candidate, quantized))
+
+    features = inception_features(profile, inception_reference)
+    baseline = draw(BASELINE, model, "FP32 baseline")
+    score = _scores(model, baseline, features, any(c.inception for c in candidates), images, seed)
+    against = f"{REFERENCE.stop - REFERENCE.start} test digits, 32x32"
+    against += f" (Inception: {inception_reference})" if features else ""
+    rows, drawn = [], {}
+    for candidate, bytes_row, sampled, scores in _rows(candidates, size, store, draw, score):
+        drawn[sampled.key] = sampled.images[:, 0].numpy()
+        sampled_as = {"n_images": images, "steps": steps, "same_machine": len(sampled.machines | baseline.machines) == 1}
+        named = {name: getattr(candidate, name) for name in KEY}
+        rows.append({**named, **bytes_row, **scores, **sampled_as, "reference": against, "sample": sampled.key})
+        print(f"{' '.join(named.values())}: {bytes_row['mem_mib']:.2f} MiB, FID (MNIST) {scores['fid_mnist']:.2f}", flush=True)
+    return pd.DataFrame(rows), drawn
+
+
+def _rows(
+    candidates: list[Candidate], size: pd.DataFrame, store: Callable[[Candidate], nn.Module], draw: Draw, score: Score
+) -> Iterator[tuple[Candidate, dict[str, float], Sampled, dict[str, float]]]:
+    """Quantize, sample, score: one candidate after another, so that one quantized model is held at a time."""
+    for i, (candidate, bytes_row) in enumerate(zip(candidates, size.to_dict("records"), strict=True), start=1):
+        quantized = dequantize(store(candidate))
+        sampled = draw(candidate, quantized, f"row {i} of {len(candidates)}")
+        yield candidate, bytes_row, sampled, score(candidate, quantized, sampled)
+
+
+def _scores(
+    model: nn.Module, baseline: Sampled, features: "InceptionFeatures | None", inception_rows: bool, images: int, seed: int
+) -> Score:
+    """A function that scores a candidate's images and its held-out losses against the FP32 model's; equal images only once."""
+    make = scoring.make_scorer(images, seed, features.reference if features else None)
+    expected = make(baseline.images, features.of(baseline.images) if features and inception_rows else None)
+    losses, found = scoring.held_out_losses(model, seed), {}
+
+    def score(candidate: Candidate, quantized: nn.Module, sampled: Sampled) -> dict[str, float]:
+        key = sampled.key, candidate.inception
+        if key not in found:
+            scored = make(sampled.images, features.of(sampled.images) if features and candidate.inception else None)
+            after = scoring.held_out_losses(quantized, seed)
+            off = scoring.damage(after, losses, sampled.images, baseline.images, seed)
+            found[key] = scoring.against_baseline(scored, expected) | off
+        return found[key]
+
+    return score
 
 
 def _recipes(model: nn.Module, profile: str) -> Callable[[Candidate, nn.Module], samples.Recipe]:
@@ -97,11 +118,21 @@ def _recipes(model: nn.Module, profile: str) -> Callable[[Candidate, nn.Module],
 
     def recipe_of(candidate: Candidate, quantized: nn.Module) -> samples.Recipe:
         known = candidate.method in ("baseline", "uniform") or candidate.made
-        fisher = {} if known else workspace.fisher_settings(profile)
-        own = samples.recipe(model, candidate, weights, fisher)
+        own = samples.recipe(model, candidate, weights, {} if known else workspace.fisher_settings(profile))
         return first.setdefault(weights_sha256(quantized), own)
 
     return recipe_of
+
+
+def peak_memory(model: nn.Module, candidates: list[Candidate], profile: str) -> pd.DataFrame:
+    """Peak MiB of sampling from each candidate's file, whole (it repeats to a few tenths): columns KEY and peak_mib."""
+    path, found = paths.BUILD / profile / "peak.safetensors", []
+    with PeakMeter(next(model.parameters()).device) as meter:
+        for candidate in candidates:
+            save_quantized(path, quantize(model, candidate.plan), model)
+            found.append([*(getattr(candidate, name) for name in KEY), round(meter.mib(path))])
+    path.unlink(missing_ok=True)
+    return pd.DataFrame(found, columns=[*KEY, "peak_mib"])
 
 
 def evaluate_large(
@@ -111,8 +142,7 @@ def evaluate_large(
 
     settings: those of `evaluate`. Its columns and those of `block_statistics`.
     """
-    baseline = Candidate("baseline", "none", "fp32", "none", {})
-    rows = [baseline, *(row for row in configurations if row.method != "baseline")]
+    rows = [BASELINE, *(row for row in configurations if row.method != "baseline")]
     table, samples = evaluate(model, rows, profile, images=images, **settings)
     return table.merge(block_statistics(samples, table["sample"][0], images // 10), on="sample", how="left"), samples
 
@@ -183,16 +213,3 @@ def inception_features(profile: str, reference_images: int) -> InceptionFeatures
     return InceptionFeatures(
         extractor, metrics.inception_reference(extractor, reference_images, paths.BUILD / "inception"), features
     )
-
-
-def _peak(packed: nn.Module, model: nn.Module, profile: str, meter: PeakMeter) -> float:
-    """Whole MiB: the measurement repeats to a few tenths."""
-    path = paths.BUILD / profile / "peaks" / f"{sample_key(packed)}.json"
-    if not path.is_file():
-        weights = path.with_suffix(".safetensors")
-        save_quantized(weights, packed, model)
-        peak = round(meter.mib(weights))
-        weights.unlink()
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(peak))
-    return json.loads(path.read_text())

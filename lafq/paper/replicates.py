@@ -21,9 +21,9 @@ from lafq.diffusion.unet import UNet, quantizable
 from lafq.evaluation.bootstrap import LEVEL
 from lafq.evaluation.candidates import Candidate
 from lafq.evaluation.evaluate import evaluate
-from lafq.fisher.empirical import empirical_fisher
 from lafq.paper import claims, plans, poster
 from lafq.paper.claims import Claim
+from lafq.paper.fisher_analysis import fisher_by_timestep
 from lafq.rng import generator
 
 SEEDS = (1, 2, 3)
@@ -65,7 +65,7 @@ def replicate(parameters: dict[str, Any], seed: int, steps: int = STEPS, decay: 
     p = parameters
     model = trained(p, seed, steps, decay)
     samples = max(p["TIMESTEP_BINS"], p["FISHER_SAMPLES"] // 4)
-    fisher = empirical_fisher(
+    fisher = fisher_by_timestep(
         model, list(quantizable(model)), mnist(train=True)[0], samples=samples, bins=p["TIMESTEP_BINS"], seed=seed
     )
     rows = claimed_rows(model, fisher.weights, p["CUTS"])

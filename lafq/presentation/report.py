@@ -83,6 +83,8 @@ def save_rows(profile: str, name: str, table: pd.DataFrame, images: dict[str, np
 def load_rows(profile: str, name: str, with_baseline: bool = False) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Read what `save_rows` wrote, on request with the baseline of 01_train as the first row."""
     table = load_table(profile, name)
+    if (paths.RESULTS / profile / "peak_memory.csv").is_file():
+        table = table.merge(load_table(profile, "peak_memory"), on=KEY, how="left")
     if samples.kept_folder(profile).is_dir():
         images = {row.sample: samples.kept(profile, row.sample, row.n_images) for row in table.itertuples()}
     else:
@@ -123,6 +125,13 @@ def update_comparison(profile: str, rows: pd.DataFrame) -> pd.DataFrame:
     return load_table(profile, "paper_comparison")
 
 
+def update_peaks(profile: str, rows: pd.DataFrame) -> None:
+    """Put rows of `evaluate.peak_memory` into results/<profile>/peak_memory.csv in place of those of the same key."""
+    path = paths.RESULTS / profile / "peak_memory.csv"
+    known = [load_table(profile, "peak_memory")] if path.is_file() else []
+    save_table(profile, "peak_memory", pd.concat([*known, rows]).drop_duplicates(KEY, keep="last"))
+
+
 def note(images: int, steps: int, inception_reference: int) -> str:
     """The sentence over every table: N, sampling, reference sets and padding."""
     inception = f"the first {inception_reference:,} of them for Inception" if inception_reference else "no Inception columns"
@@ -150,7 +159,7 @@ def format_table(table: pd.DataFrame, columns: list[str], with_interval: tuple[s
 
 def tidy(table: pd.DataFrame) -> pd.DataFrame:
     """A table of `evaluate.evaluate` as it is shown."""
-    return format_table(table, [c for c in SHOWN if not table[c].isna().all()])
+    return format_table(table, [c for c in SHOWN if c in table and not table[c].isna().all()])
 
 
 def damages_shown(table: pd.DataFrame) -> pd.DataFrame:

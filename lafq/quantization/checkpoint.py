@@ -15,6 +15,13 @@ FORMAT_VERSION = 1
 def save_quantized(path: Path, packed: nn.Module, source: nn.Module) -> None:
     """Write a packed copy as safetensors; `source` is the model it was made of, whose fingerprint goes along.
 
+    >>> from tempfile import mkdtemp
+    >>> from lafq.quantization.model import quantize
+    >>> layer, path = nn.Linear(4, 2), Path(mkdtemp()) / "small.safetensors"
+    >>> save_quantized(path, quantize(layer, {"weight": "int4"}), source=layer)
+    >>> load_quantized(path, nn.Linear(4, 2)).weight.shape
+    torch.Size([2, 4])
+
     The metadata holds the format version, the plan in words, the width (None for a model without one), the source's
     sha256, and a checksum of the whole file.
     """

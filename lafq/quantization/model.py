@@ -116,7 +116,14 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
 
 @torch.no_grad()
 def dequantize(packed: nn.Module) -> nn.Module:
-    """Turn a packed copy, in place, into an ordinary model with the same weights in FP32; returns it."""
+    """Turn a quantized copy, in place, into an ordinary model with the same weights in FP32; returns it.
+
+    >>> from torch import nn
+    >>> layer = nn.Linear(4, 2)
+    >>> fast = dequantize(quantize(layer, {"weight": "fp16"}))
+    >>> (fast.weight - layer.weight).abs().max() < 1e-3
+    tensor(True)
+    """
     for module in packed.modules():
         for name, chain in list(getattr(module, "parametrizations", {}).items()):
             if isinstance(chain[0], QuantizedWeight):

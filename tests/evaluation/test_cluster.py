@@ -31,7 +31,6 @@ def plans_of(model):
 
 
 def test_rows_are_the_same_bytes_on_a_cluster(two_workers, sandbox, tiny, monkeypatch):
-    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
     rows = [Candidate("baseline", "none", "fp32", "none", {}), *plans.uniform(tiny, ("fp16", "int8"))]
     here, images = evaluation.evaluate(tiny, rows, "smoke", **DRAWN)
     with monkeypatch.context() as patch:
@@ -44,7 +43,6 @@ def test_rows_are_the_same_bytes_on_a_cluster(two_workers, sandbox, tiny, monkey
 
 
 def test_images_kept_by_recipe_are_the_same_files_on_a_cluster(two_workers, sandbox, tiny, monkeypatch):
-    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
     drawn, rows = {**DRAWN, "batch": 2, "keep": True}, plans.uniform(tiny)
     here, _ = evaluation.evaluate(tiny, rows, "smoke", **drawn)
     first = {path.name: samples.read(path) for path in samples.kept_folder("smoke").iterdir()}

@@ -34,7 +34,6 @@ KEYS = [
 
 @pytest.fixture
 def rows(tiny, sandbox, monkeypatch):
-    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
     workspace.save_fisher("smoke", fisher, 4, **FISHER)
     sizes = plans.size_sweep(tiny, fisher, "int8", "weight", 20)

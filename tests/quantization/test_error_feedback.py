@@ -191,7 +191,7 @@ def test_every_layer_kind_keeps_its_shape_and_other_weights(digits):
     network(inputs)
     names = ["0.weight", "1.weight", "3.weight"]
     fisher, curvature = estimate_sensitivity(network, itertools.repeat((inputs,), 8), 0, names)
-    fed = dequantize(quantize(network, dict.fromkeys(names, "int4"), unshrunk_scale, fisher, curvature))
+    fed = dequantize(quantize(network, dict.fromkeys(names, "int4"), Recipe(unshrunk_scale, fisher, curvature)))
     stored = dict(fed.named_parameters())
     for n, p in network.named_parameters():
         assert stored[n].shape == p.shape

@@ -140,12 +140,12 @@ def test_fisher_weighted_scales_err_less_where_it_counts(tiny):
     fisher = {n: torch.rand(w.shape, generator=g) ** 6 for n, w in weights.items()}
     plan = dict.fromkeys(weights, "int3")
 
-    def damage(**choice):
-        copied = dict(dequantize(quantize(tiny, plan, **choice)).named_parameters())
+    def damage(*choice):
+        copied = dict(dequantize(quantize(tiny, plan, Recipe(*choice))).named_parameters())
         return sum((fisher[n] * (copied[n] - w).square()).sum() for n, w in weights.items())
 
-    squares = damage(scale=formats.weighted_mse_scale)
-    assert damage(scale=formats.weighted_mse_scale, importance=fisher) < squares
+    squares = damage(formats.weighted_mse_scale)
+    assert damage(formats.weighted_mse_scale, fisher) < squares
     assert squares < 0.9 * damage()
 
 
@@ -270,5 +270,5 @@ def test_weights_beyond_fp16(tiny):
 
 @pytest.mark.parametrize("importance", [torch.ones(2), torch.full((4, 1, 3, 3), -1.0), torch.full((4, 1, 3, 3), float("nan"))])
 def test_importance_that_does_not_fit(tiny, importance):
-    with pytest.raises(ValueError, match=r"the importance of inp.weight must have the shape"):
+    with pytest.raises(ValueError, match=r"the Fisher values of inp.weight must have the shape"):
         quantize(tiny, {"inp.weight": "int4"}, Recipe(formats.weighted_mse_scale, {"inp.weight": importance}))

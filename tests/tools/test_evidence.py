@@ -8,12 +8,11 @@ from lafq import paths
 from lafq.diffusion import workspace
 from lafq.diffusion.mnist import mnist
 from lafq.diffusion.unet import quantizable
-from lafq.evaluation import evaluate as evaluation
 from lafq.evaluation import samples
-from lafq.fisher.empirical import empirical_fisher
 from lafq.io import save_tensors
 from lafq.paper import poster, replicates
 from lafq.paper.budget_study import budget, methods, targets
+from lafq.paper.fisher_analysis import fisher_by_timestep
 from lafq.presentation import report
 from tools import evidence
 
@@ -55,14 +54,13 @@ def test_one_training_run_has_no_interval():
 
 @pytest.fixture(autouse=True)
 def fewer(monkeypatch):
-    monkeypatch.setattr(evaluation, "_peak", lambda *_: 0.0)
     monkeypatch.setattr(poster, "RATIOS", (0.35, 0.48))
 
 
 @pytest.fixture
 def smoke(sandbox, tiny):
     save_tensors(paths.RESULTS / "smoke" / workspace.WEIGHTS, dict(tiny.named_parameters()), width=4)
-    fisher = empirical_fisher(tiny, list(quantizable(tiny)), mnist(train=True)[0], samples=20, bins=20, seed=0)
+    fisher = fisher_by_timestep(tiny, list(quantizable(tiny)), mnist(train=True)[0], samples=20, bins=20, seed=0)
     workspace.save_fisher("smoke", fisher.weights, 4)
 
 

@@ -61,7 +61,6 @@ def cached_samples(monkeypatch):
 
     original = samples.sample
     monkeypatch.setattr(samples, "sample", counted)
-    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
     return calls
 
 
@@ -91,7 +90,6 @@ def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cache
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypatch):
     rows = [Candidate("baseline", "none", "fp32", "none", {}), *plans.uniform(tiny)]
-    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
     whole, _ = evaluate(tiny, rows)
     shutil.rmtree(paths.BUILD)
     calls = []

@@ -3,7 +3,6 @@ import pytest
 from lafq import paths
 from lafq.diffusion import workspace
 from lafq.diffusion.unet import UNet
-from lafq.evaluation import evaluate as evaluation
 from lafq.evaluation import samples
 from lafq.paper.budget_study.methods import measured_sensitivity
 from lafq.quantization.checkpoint import load_quantized, save_quantized
@@ -20,7 +19,6 @@ def known(tiny):
 
 
 def test_the_packed_file_is_the_row_that_was_measured(sandbox, tiny, known, monkeypatch):
-    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
     budget = 0.3 * nbytes(tiny, {}) / 2**20
     table = shipping.ship(tiny, known, "smoke", budget, MADE, **SAMPLING)
     path = paths.RESULTS / "smoke" / workspace.PACKED

@@ -21,7 +21,6 @@ SAMPLING = {"images": 8, "steps": 2, "seed": 0, "batch": 4, "keep": True}
 
 @pytest.fixture
 def made(tiny, sandbox, monkeypatch):
-    monkeypatch.setattr(evaluation, "_peak", lambda *_: 1.0)
     p = profile_parameters("smoke")
     path = paths.RESULTS / "smoke" / workspace.WEIGHTS
     save_tensors(path, dict(tiny.named_parameters()), width=4, seed=0, **p["TRAINING"])

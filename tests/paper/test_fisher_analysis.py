@@ -4,14 +4,15 @@ import torch
 
 from lafq.diffusion.noising import add_noise, unit_interval
 from lafq.diffusion.unet import quantizable
-from lafq.fisher.empirical import empirical_fisher, samples_at_once
+from lafq.fisher.empirical import samples_at_once
+from lafq.paper.fisher_analysis import fisher_by_timestep
 from lafq.rng import generator
 
 
 def test_float64_is_the_loop_over_single_samples(tiny, digits):
     model = tiny.double()
     names = list(quantizable(model))
-    fisher = empirical_fisher(model, names, digits, samples=6, bins=2, seed=3, chunk=2)
+    fisher = fisher_by_timestep(model, names, digits, samples=6, bins=2, seed=3, chunk=2)
     total = {n: torch.zeros_like(p) for n, p in model.named_parameters() if n in names}
     by_bin = []
     batch_gradient = {n: torch.zeros_like(p) for n, p in total.items()}
@@ -41,7 +42,7 @@ def test_float64_is_the_loop_over_single_samples(tiny, digits):
 
 
 def test_bins_are_stratified_and_average_to_the_whole(tiny, digits):
-    fisher = empirical_fisher(tiny, ["Layer1.block1.conv1.weight"], digits, samples=40, bins=20, seed=0)
+    fisher = fisher_by_timestep(tiny, ["Layer1.block1.conv1.weight"], digits, samples=40, bins=20, seed=0)
     rows = fisher.timesteps
     assert len(rows) == 20
     assert rows["t_low"].tolist() == list(range(0, 1000, 50))
@@ -51,7 +52,7 @@ def test_bins_are_stratified_and_average_to_the_whole(tiny, digits):
 
 def test_repeats_and_does_not_depend_on_the_chunk(tiny, digits):
     def run(chunk):
-        return empirical_fisher(tiny, list(quantizable(tiny)), digits, samples=8, bins=2, seed=0, chunk=chunk).weights
+        return fisher_by_timestep(tiny, list(quantizable(tiny)), digits, samples=8, bins=2, seed=0, chunk=chunk).weights
 
     once, again, other = run(4), run(4), run(1)
     assert all(torch.equal(once[n], again[n]) for n in once)
@@ -67,7 +68,7 @@ def test_gradients_held_at_once_are_bounded():
 
 def test_model_is_left_as_it_was(tiny, digits):
     before = {n: p.clone() for n, p in tiny.named_parameters()}
-    empirical_fisher(tiny, ["inp.weight"], digits, samples=2, bins=1, seed=0)
+    fisher_by_timestep(tiny, ["inp.weight"], digits, samples=2, bins=1, seed=0)
     assert all(torch.equal(before[n], p) and p.grad is None for n, p in tiny.named_parameters())
 
 
@@ -82,19 +83,19 @@ def test_model_is_left_as_it_was(tiny, digits):
 )
 def test_bad_input(tiny, digits, names, samples, bins, message):
     with pytest.raises(ValueError, match=message):
-        empirical_fisher(tiny, names, digits, samples=samples, bins=bins, seed=0)
+        fisher_by_timestep(tiny, names, digits, samples=samples, bins=bins, seed=0)
 
 
 def test_damaged_weights(tiny, digits):
     with torch.no_grad():
         tiny.inp.weight[0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        empirical_fisher(tiny, ["inp.weight"], digits, samples=1, bins=1, seed=0)
+        fisher_by_timestep(tiny, ["inp.weight"], digits, samples=1, bins=1, seed=0)
 
 
 def test_blocks_average_to_the_bins(tiny, digits):
     names = ["Layer1.block1.conv1.weight", "Layer6.resample.weight"]
-    found = empirical_fisher(tiny, names, digits, samples=50, bins=2, seed=0, chunk=4)
+    found = fisher_by_timestep(tiny, names, digits, samples=50, bins=2, seed=0, chunk=4)
     counts = found.blocks.groupby(["parameter", "t_low"])["samples"].agg(["size", "sum"])
     assert (counts["size"] == 10).all()
     assert (counts["sum"] == 25).all()
