@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 
 import pandas as pd
 import pytest
@@ -37,7 +38,9 @@ def test_environment_and_requirements_are_in_step():
     assert environment == {name: lock[name] for name in environment}
     assert lock["torch"] == "2.13.0"
     assert lock["torchvision"] == "0.28.0"
-    declared = re.findall(r'^ {4}"([a-z0-9-]+)', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    declared = [
+        re.match("[a-z0-9-]+", name)[0] for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    ]
     assert declared
     assert set(declared) <= set(environment)
 

@@ -10,7 +10,7 @@ from lafq.diffusion.workspace import WEIGHTS
 from lafq.io import load_tensors, sha256
 from lafq.paper import poster, sentences
 from lafq.paper.budget_study import targets
-from lafq.presentation import report
+from lafq.presentation import report, tables
 from tools import cost
 from tools.notebooks import EXPLORER, notebooks, profile_parameters
 
@@ -24,21 +24,19 @@ def markdown(table: pd.DataFrame) -> str:
 def blocks(profile: str = "mini") -> dict[str, str]:
     """The text of every marked block, computed from the committed results of a profile."""
     folder = paths.RESULTS / profile
-    parameters = profile_parameters(profile)
     _, trained = load_tensors(folder / WEIGHTS, "01_train")
     quality = report.load_table(profile, "training_quality")
-    tables = [report.load_table(profile, name) for name in ("01_baseline", "03_global", "04_group", "05_ratio_sweep")]
-    rows = pd.concat(tables, ignore_index=True)
+    names = ("01_baseline", "03_global", "04_group", "05_ratio_sweep")
+    rows = pd.concat([report.load_table(profile, name) for name in names], ignore_index=True)
     timed = json.loads((folder / "timing.json").read_text())["notebooks"]
     classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
     seconds, peak = sum(n["seconds"] for n in timed.values()), max(n["peak_mib_so_far"] for n in timed.values())
-    sampling = (parameters["IMAGES"], parameters["SAMPLING_STEPS"], parameters["INCEPTION_REFERENCE"])
     times = [f"{name} {n['seconds'] / 60:.1f} min" for name, n in timed.items()]
     said = [sentences.published_ratio_sizes(), sentences.against_baseline(rows)]
     return {
         "headline": headline(profile),
-        "comparison": f"{markdown(main_rows(report.comparison(profile)))}\n\n{report.note(*sampling)}",
-        "claims": markdown(report.claims_shown(profile)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
+        "comparison": f"{markdown(tables.comparison(profile))}\n\n{tables.note(rows)}",
+        "claims": markdown(tables.claims_shown(profile)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
         "evidence": evidence(profile),
         "budget": targets.summary_sentence(report.load_table(profile, "budget"))
         + "\n\n"
@@ -101,20 +99,14 @@ def headline(profile: str) -> str:
         f"(a positive difference is worse than FP32). Poster: {poster.SAMPLING_STEPS:,} sampling steps, other noise in every row, "
         f"baseline {base.fid:.2f}. Ours: {steps:,} steps, the same noise in every row, baseline {baseline:.2f}; thresholds on "
         f"single weights; in brackets 95 % intervals. The largest of the poster's differences is {largest:.2f}. On the authors' "
-        f"published images, the FID of one model varies by {noise[0]} (1 sd) from one draw of {images} images to the next, so two draws "
-        f"differ by {noise[1]:.1f}."
+        f"published images, the FID of one model varies by {noise[0]} (1 sd) from one draw of {images} images to the next, so two "
+        f"draws differ by {noise[1]:.1f}."
     )
-
-
-def main_rows(comparison: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the poster's table: of the ratio sweep only the three it lists, at the unit of single weights."""
-    listed = comparison["threshold"].isin(["0.35", "0.38", "0.40"]) & (comparison["unit"] == "weight")
-    return comparison[(comparison["method"] != "ratio") | listed]
 
 
 def evidence(profile: str) -> str:
     """The claims with more images and over other training runs, as far as `make evidence` has been run."""
-    steps, table = ("evidence_rows", "evidence_runs"), report.evidence_claims(profile)
+    steps, table = ("evidence_rows", "evidence_runs"), tables.evidence_claims(profile)
     missing = [step for step in steps if not (paths.RESULTS / profile / f"{step}.csv").is_file()]
     lines = [f"Not made yet: {step} (`make evidence`)." for step in missing]
     if "evidence_runs" not in missing:

@@ -59,6 +59,11 @@ def rank_correlation(ours: dict[str, Tensor], other: dict[str, Tensor]) -> dict[
     return {layer: _spearman(_flat(parts), _flat(theirs[layer])) for layer, parts in by_layer(ours).items()}
 
 
+def rank_table(ours: dict[str, Tensor], found: dict[str, dict[str, Tensor]]) -> pd.DataFrame:
+    """`rank_correlation` of every choice: columns choice and the layers."""
+    return pd.DataFrame({c: rank_correlation(ours, values) for c, values in found.items()}).T.rename_axis("choice").reset_index()
+
+
 def kept_in_common(ours: dict[str, Tensor], other: dict[str, Tensor], ratio: float) -> float:
     """Of the weights that the ratio rule keeps by the first values, the share that it keeps by the second ones too."""
     first, second = keep_ratio(ours, ratio), keep_ratio(other, ratio)
@@ -126,6 +131,12 @@ def clamped(model: UNet, fisher: dict[str, Tensor], k: float) -> tuple[UNet, pd.
         for w in weights:
             w.clamp_(low, high)
     return result, pd.DataFrame(rows, columns=["layer", "low", "high", "weights_changed"])
+
+
+def clamped_losses(model: UNet, limited: UNet, seed: int) -> pd.DataFrame:
+    """One row: the denoising loss on held-out digits as trained and with limited weights."""
+    models = {"as trained": model, "limited": limited}
+    return pd.DataFrame([{name: scoring.held_out_losses(m, seed).mean().item() for name, m in models.items()}])
 
 
 def _flat(layer: dict[str, Tensor]) -> pd.Series:

@@ -6,12 +6,15 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from lafq import paths
 from lafq.evaluation import bootstrap, classifier, metrics
-from lafq.evaluation.evaluate import InceptionFeatures
+from lafq.evaluation.evaluate import InceptionFeatures, inception_features
+from lafq.evaluation.samples import cached_samples
+from lafq.paper import plans
+from lafq.quantization.model import dequantize, quantize
 
 SMALL_REFERENCE = 500
 
@@ -46,6 +49,13 @@ def eyes(inception: InceptionFeatures | None) -> dict[str, FeatureExtractor]:
             lambda x: metrics.inception_features(inception.extractor, x), inception.reference, (here, released)
         )
     return found
+
+
+def measure_protocol(model: nn.Module, profile: str, inception_reference: int, *, seed: int, **sampling: int) -> pd.DataFrame:
+    """`protocol_choices` for uniform INT8 of a model, from the noise of `seed` and from other noise."""
+    int8 = dequantize(quantize(model, plans.uniform(model, ("int8",))[0].plan))
+    drawn = [cached_samples(m, profile, seed=s, **sampling).images for m, s in ((model, seed), (int8, seed), (int8, seed + 1))]
+    return protocol_choices(eyes(inception_features(profile, inception_reference)), *drawn, seed)
 
 
 def protocol_choices(

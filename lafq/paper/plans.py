@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lafq.allocation.thresholds import by_unit, cuts, keep_global, keep_ratio, relative_to_group, standardized
 from lafq.diffusion.unet import quantizable
-from lafq.evaluation.candidates import MIB, Candidate
+from lafq.evaluation.candidates import BASELINE, MIB, Candidate
 from lafq.paper.poster import TARGET_SHARE
 from lafq.quantization.model import channel_view, make_plan, nbytes
 from lafq.quantization.weight_spec import counted_bytes
@@ -34,6 +34,11 @@ def size_sweep(model: nn.Module, scores: dict[str, Tensor], low: str, unit: str,
     sizes = {"kept_share": total.double() / sum(w.numel() for w in weights.values())}
     sizes |= {"mem_mib": stored.double() / MIB, "mem_share": stored.double() / full}
     return pd.DataFrame({"format": low, "unit": unit, "cut": values} | {k: v.numpy() for k, v in sizes.items()})
+
+
+def size_table(model: nn.Module, scores: dict[str, dict[str, Tensor]], kinds: list[list[str]], count: int) -> pd.DataFrame:
+    """`size_sweep` of several kinds, each a format and a unit; scores by unit."""
+    return pd.concat([size_sweep(model, scores[unit], low, unit, count) for low, unit in kinds]).reset_index(drop=True)
 
 
 def nearest_size(sweeps: pd.DataFrame, share: float) -> pd.DataFrame:
@@ -94,8 +99,7 @@ def published_rows(model: nn.Module, fisher: dict[str, Tensor], ratios: list[flo
 
     Global, group-wise and mean/std thresholds are taken at the paper's share of bytes, the nearest of `cuts` sizes.
     """
-    baseline = Candidate("baseline", "none", "fp32", "none", {}, inception=True)
-    found, values = [baseline, *uniform(model)], by_unit(fisher, "weight")
+    found, values = [BASELINE._replace(inception=True), *uniform(model)], by_unit(fisher, "weight")
     rules = {"global": ("tau", values), "group": ("factor", relative_to_group(values)), "mean_std": ("k", standardized(values))}
     for method, (symbol, scores) in rules.items():
         sizes = size_sweep(model, scores, "int8", "weight", cuts)

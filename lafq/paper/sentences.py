@@ -1,5 +1,7 @@
 """Sentences that follow from the tables: what the rows show (the verdicts on the claims are in verdicts.py)."""
 
+import math
+
 import pandas as pd
 
 from lafq.paper import poster
@@ -33,19 +35,27 @@ def against_baseline(table: pd.DataFrame) -> str:
     return f"Against the FP32 baseline's FID (MNIST features) of {baseline:.2f}, same noise: " + ", ".join(found) + "."
 
 
-def noise_of_fid(table: pd.DataFrame, quality: pd.DataFrame) -> float:
+def noise_of_fid(table: pd.DataFrame, quality: pd.DataFrame | None) -> float:
     """Standard deviation of FID on MNIST features over the blocks that have as many images as the table's rows, else NaN."""
+    if quality is None:
+        return math.nan
     return quality[quality["n_images"] == table["n_images"].iloc[0]]["fid_mnist"].std()
 
 
-def scale(table: pd.DataFrame, quality: pd.DataFrame) -> str:
+def scale(table: pd.DataFrame, quality: pd.DataFrame | None) -> str:
     """One line for a figure: how much a draw of other noise moves the FID of one model, beside what the axis shows."""
     noise = noise_of_fid(table, quality)
-    return "one draw of the noise" if pd.isna(noise) else f"same noise in every row; other noise moves FID by ±{noise:.1f} (1 sd)"
+    return (
+        "the same noise in every row"
+        if pd.isna(noise)
+        else f"same noise in every row; other noise moves FID by ±{noise:.1f} (1 sd)"
+    )
 
 
-def training_quality(quality: pd.DataFrame) -> str:
+def training_quality(quality: pd.DataFrame | None) -> str:
     """The unquantized model's metrics on all check images, and their spread over disjoint blocks."""
+    if quality is None:
+        return "The spread of FID over disjoint blocks of images has not been measured for these weights."
     whole, blocks = quality.iloc[0], quality.iloc[1:]
     return (
         f"{whole['n_images']} images: is_mnist {whole['is_mnist']:.2f}, FID (MNIST features) {whole['fid_mnist']:.2f}. "

@@ -81,7 +81,9 @@ def fisher_map(ax: Axes, timesteps: pd.DataFrame) -> None:
     ax.tick_params(axis="y", rotation=0)
 
 
-def size_curve(ax: Axes, sizes: pd.DataFrame, share: float, label: str, log: bool = False) -> None:
+def size_curve(
+    ax: Axes, sizes: pd.DataFrame, share: float, label: str, log: bool = False, limits: tuple[float, float] | None = None
+) -> None:
     """Stored share of the FP32 bytes over the threshold, a line a (format, unit); the paper's share dashed."""
     for (low, unit), rows in sizes[np.isfinite(sizes["cut"])].groupby(["format", "unit"]):
         few = len(rows) <= MARKED
@@ -89,6 +91,7 @@ def size_curve(ax: Axes, sizes: pd.DataFrame, share: float, label: str, log: boo
         ax.plot(rows["cut"], 100 * rows["mem_share"], **style, label=f"{low}, unit {unit}")
     ax.axhline(100 * share, color="black", ls="--", lw=1, label=f"the paper's size, {100 * share:.1f} %")
     ax.set(xlabel=label, ylabel="stored bytes (% of FP32)", ylim=(0, 108), xscale="log" if log else "linear")
+    ax.set_xlim(limits)
     ax.legend(fontsize=9)
 
 
@@ -162,6 +165,24 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[P
             ax.scatter(sizes, fids, marker="_", s=120, lw=0.8, color="black", zorder=3, label="published rows (poster, README)")
         ax.set(xscale="log", yscale="log", xlabel="images N in a block", ylabel="FID", title=f"{features} features")
         ax.legend(fontsize=8)
+
+
+def ratio_figure(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[Published], title: str) -> None:
+    """The poster's sweep, ours on MNIST features as the difference from FP32, and what must be stored."""
+    published_sweep(axes[0], published)
+    label = f"FID difference from FP32 (MNIST features, N = {table['n_images'].iloc[0]})"
+    ratio_sweep(axes[1], table, "delta_fid_mnist", label, title)
+    axes[1].set_xlim(SWEPT)
+    ratio_sweep(axes[2], table, "mem_mib", "stored MiB", "Values, scales and masks")
+
+
+def evidence_figure(axes: Sequence[Axes], many: pd.DataFrame, runs: pd.DataFrame) -> None:
+    """The ratio sweep with many images per row and in blocks of the poster's size (left), and over training runs (right)."""
+    label = "FID difference from FP32 (MNIST features, N = {})".format
+    ratio_sweep(axes[0], many, "delta_fid_mnist", label(many["n_images"][0]), "int8, single weights kept", KIND)
+    block_statistics(axes[0], many)
+    title = f"other training runs, {runs['steps'][0]:,} steps each"
+    ratio_sweep(axes[1], runs, "delta_fid_mnist", label(runs["n_images"][0]), title, RUN)
 
 
 def published_sweep(ax: Axes, rows: Sequence[Published]) -> None:

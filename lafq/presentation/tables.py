@@ -1,0 +1,146 @@
+"""Tables as a reader sees them: which rows and columns, rounded, with their intervals."""
+
+import re
+
+import pandas as pd
+
+from lafq import paths
+from lafq.diffusion.mnist import REFERENCE
+from lafq.diffusion.unet import LAYERS, UNet
+from lafq.evaluation.candidates import KEY
+from lafq.presentation.report import METHODS, load_table
+
+SHOWN = [
+    *("method", "threshold", "format", "unit", "kept_share", "mem_mib", "mem_share", "peak_mib"),
+    *("fid_mnist", "delta_fid_mnist", "is_mnist", "kid_mnist", "fid_inception", "delta_fid_inception", "rmse", "delta_loss"),
+    *("n_images", "steps"),
+]
+DIGITS = {
+    **dict.fromkeys(("mem_mib", "fid_mnist", "is_mnist", "fid_inception", "fid_paper", "is_paper"), "{:.2f}"),
+    **dict.fromkeys(("kept_share", "mem_share", "mem_share_paper", "kid_mnist", "kid_inception"), "{:.3f}"),
+    **dict.fromkeys(("delta_fid_mnist", "delta_fid_inception", "fid_mnist_delta"), "{:+.3f}"),
+    **dict.fromkeys(("predicted", "damage"), "{:.2e}"),
+    "rmse": "{:.2g}",
+    "delta_loss": "{:+.1e}",
+}
+WITH_INTERVAL = ("fid_mnist", "delta_fid_mnist", "delta_fid_inception", "delta_loss")
+
+
+def note(table: pd.DataFrame) -> str:
+    """The sentence over every table of rows: N, sampling, reference sets and padding."""
+    images, steps = table["n_images"].iloc[0], table["steps"].iloc[0]
+    seen = re.search(r"Inception: (\d+)", " ".join(table["reference"])) if "reference" in table else None
+    inception = f"the first {int(seen[1]):,} of them for Inception" if seen else "no Inception columns"
+    return (
+        f"N = {images} images per row, {steps:,} sampling steps, the same noise in every row. Reference: test digits "
+        f"{REFERENCE.start:,}-{REFERENCE.stop - 1:,} ({REFERENCE.stop:,} images) for MNIST features, {inception}; both "
+        "sides 32x32 (28x28 zero-padded). IS over one split. MiB = 2**20 bytes. delta_: difference from the FP32 baseline. "
+        "In brackets: 95 % intervals of the expected value at this N, bootstrap over the images (1,000 resamples, paired)."
+    )
+
+
+def format_table(table: pd.DataFrame, columns: list[str], with_interval: tuple[str, ...] = WITH_INTERVAL) -> pd.DataFrame:
+    """Columns of a table as text: rounded, the 95 % interval in brackets where there is one, "" for no value."""
+    result = table[columns].copy()
+    for name in columns:
+        if name not in DIGITS:
+            continue
+        write = DIGITS[name].format
+        result[name] = [write(v) if pd.notna(v) else "" for v in table[name]]
+        if name in with_interval:
+            ends = zip(result[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
+            result[name] = [f"{text} [{write(low)}, {write(high)}]" if text else "" for text, low, high in ends]
+    return result
+
+
+def tidy(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `evaluate.evaluate` as it is shown; prints the note that belongs to it."""
+    print(note(table))
+    return format_table(table, [c for c in SHOWN if c in table and not table[c].isna().all()])
+
+
+def damages_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `budget.measure_candidates` as it is shown, intervals in brackets."""
+    columns = ["method", "unit", "budget_bits", "mem_mib", "mem_share", "predicted", "damage", "delta_loss", "fid_mnist_delta"]
+    return format_table(
+        table, [c for c in columns if c in table and not table[c].isna().all()], with_interval=("damage", "fid_mnist_delta")
+    )
+
+
+def comparison(profile: str, *methods: str) -> pd.DataFrame:
+    """Rows of paper_comparison.csv as they are shown: of some methods (all without any), of the ratios `listed` ones."""
+    table = load_table(profile, "paper_comparison")
+    table = listed(table[table["method"].isin(methods or METHODS)]).reset_index(drop=True)
+    ours = ("fid_inception", "fid_mnist", "delta_fid_mnist", "is_mnist", "kid_mnist", "mem_mib", "mem_share", "n_images", "steps")
+    return format_table(table, [*KEY, "fid_paper", "is_paper", "mem_share_paper", *ours])
+
+
+def listed(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that the poster's table lists: of the ratios 0.35, 0.38 and 0.40, with single weights kept."""
+    ratio = table["threshold"].isin(["0.35", "0.38", "0.40"]) & (table["unit"] == "weight")
+    return table[(table["method"] != "ratio") | ratio]
+
+
+def claims_shown(profile: str, name: str = "claims") -> pd.DataFrame:
+    """A table of claims as it is shown: the interval in brackets behind the measured value."""
+    table = load_table(profile, name)
+    ends = zip(table["measured"], table["low"], table["high"], strict=True)
+    table["measured"] = [f"{v:.4g} [{low:.4g}, {high:.4g}]" if low < high else f"{v:.6g}" for v, low, high in ends]
+    return table.drop(columns=["low", "high"])
+
+
+def evidence_claims(profile: str) -> pd.DataFrame | None:
+    """The claims with more images and over other training runs, as they are shown; None where `make evidence` made neither."""
+    names = ("evidence_rows_claims", "evidence_runs_over")
+    made = [claims_shown(profile, name) for name in names if (paths.RESULTS / profile / f"{name}.csv").is_file()]
+    return pd.concat(made, ignore_index=True).drop(columns="paper") if made else None
+
+
+def extremes(table: pd.DataFrame) -> pd.DataFrame:
+    """The baseline, the uniform rows and, for every format and unit, the smallest and the largest ratio sampled."""
+    ratio = table[(table["method"] == "ratio") & ~table["threshold"].isin(["0.00", "1.00"])]
+    ends = [rows.iloc[[0, -1]] for _, rows in ratio.groupby(["format", "unit"])]
+    return pd.concat([table[table["method"].isin(["baseline", "uniform"])], *ends], ignore_index=True)
+
+
+def fisher_by_layer(timesteps: pd.DataFrame) -> pd.DataFrame:
+    """Weights, mean Fisher a weight and share of the Fisher trace, by layer, over all timesteps."""
+    total = timesteps.assign(trace=timesteps["fisher"] * timesteps["weights"])
+    by_layer = total.groupby("layer")[["weights", "trace"]].sum()
+    table = pd.DataFrame({"weights": by_layer["weights"] // timesteps["t_low"].nunique()})
+    table["mean_fisher"] = (by_layer["trace"] / by_layer["weights"]).map("{:.3g}".format)
+    table["trace_share"] = (by_layer["trace"] / by_layer["trace"].sum()).map("{:.1%}".format)
+    return table.reset_index()
+
+
+def choices_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `audit.fisher_choices` as it is shown."""
+    return table.round(3).assign(**{c: table[c].map("{:+.2e}".format) for c in ("delta_loss_int8", "delta_loss_int4")})
+
+
+def protocol_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `audit_protocol.protocol_choices` as it is shown."""
+    return table.round(2).astype(object).where(table.notna(), "")
+
+
+def noise_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `noise_floor.noise_floor` as it is shown: the generated images, and what the real ones have at the paper's N."""
+    table = table[(table["images"] == "generated") | table["n"].isin([100, 5000])]
+    numbers = {c: table[c].map("{:.4g}".format).where(table[c].notna(), "") for c in ("mean", "sd")}
+    return table.assign(n=table["n"].map("{:,.0f}".format), **numbers)
+
+
+def group_table(means: dict[str, dict[str, float]]) -> pd.DataFrame:
+    """Mean Fisher value of each group, a column a unit: tau of a group is the factor times this."""
+    return pd.DataFrame(means).rename_axis("group").reset_index()
+
+
+def layer_table(model: UNet) -> pd.DataFrame:
+    """Parameters and MiB (FP32) of the six layers, of the rest and of the whole model."""
+    layers = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in LAYERS}
+    total = sum(p.numel() for p in model.parameters())
+    layers |= {"input and output": total - sum(layers.values()), "total": total}
+    table = pd.DataFrame({"layer": list(layers), "parameters": list(layers.values())})
+    channels = {name: getattr(model, name).block1.conv1.in_channels for name in LAYERS}
+    table.insert(1, "channels", [str(channels.get(name, "")) for name in layers])
+    return table.assign(mib=(table["parameters"] * 4 / 2**20).round(3))
