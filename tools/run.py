@@ -27,7 +27,7 @@ from lafq import paths
 from lafq.diffusion import workspace
 from lafq.evaluation import cluster
 from lafq.io import atomic_write
-from tools import changes, cost
+from tools import cost
 from tools.notebooks import QUIET_KERNEL, clean, declared, notebooks, profile_parameters
 from tools.publishing import publish, published
 
@@ -75,7 +75,6 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
             (build / "checkpoint.safetensors").unlink(missing_ok=True)
     build.mkdir(parents=True, exist_ok=True)
     print(cost.estimate(profile, parameters, [path.stem for path in selected]), flush=True)
-    before = changes.tables(profile)
     began = time.monotonic()
     for path in selected:
         used = {name: value for name, value in parameters.items() if name in declared(path)}
@@ -93,7 +92,7 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
     minutes = (time.monotonic() - began) / 60
     folders = f"tables in results/{profile}, figures in figures/{profile}, executed notebooks in build/{profile}"
     print(f"done in {minutes:.1f} minutes: {folders}")
-    print("\n".join(changes.summary(before, changes.tables(profile))))
+    print(f"`git diff --stat results/{profile}` shows which tables differ from those committed")
     print("`make publish` refreshes notebooks/ and README.md from these results")
 
 
@@ -131,33 +130,11 @@ def main() -> int:
     try:
         if arguments.verb == "published":
             print(published())
-            return 0
-        if arguments.verb == "publish":
+        elif arguments.verb == "publish":
             publish(arguments.only)
-            # Imported here because it draws on every table, which only a publisher has.
-            from tools import readme
-
-            readme.refresh()
-            print("README.md and results/MODEL_CARD.md: numbers refreshed from results/")
-            return 0
-        asked = {
-            "profile": arguments.profile,
-            "overrides": {k: yaml.safe_load(v) for k, _, v in (item.partition("=") for item in arguments.set)},
-            "only": arguments.only,
-        }
-        last = paths.BUILD / LAST
-        if arguments.verb == "resume" and last.is_file() and not any(asked.values()):
-            asked = json.loads(last.read_text())
-            print(f"resuming the last run: {asked}")
-        asked["profile"] = asked["profile"] or "mini"
-        asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
-        if arguments.weights:
-            p = profile_parameters(asked["profile"])
-            workspace.take_weights(Path(arguments.weights), asked["profile"], p["WIDTH"], p["SEED"], p["TRAINING"])
-        check(asked["profile"], asked["overrides"], notebooks(asked["only"], asked["profile"]))
-        with atomic_write(last) as temporary:
-            temporary.write_text(json.dumps(asked))
-        execute(**asked, anew=arguments.verb == "reproduce")
+            refresh_pages()
+        else:
+            run(arguments)
     except (PapermillExecutionError, CellExecutionError) as error:
         print(f"stopped: {error.ename}: {error.evalue}\nmend this, then `make resume` goes on from here", file=sys.stderr)
         return 1
@@ -165,6 +142,34 @@ def main() -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def refresh_pages() -> None:
+    """Bring the numbers of README and model card up to date."""
+    # Imported here because it draws on every table, which only a publisher has.
+    from tools import readme
+
+    readme.refresh()
+    print("README.md and results/MODEL_CARD.md: numbers refreshed from results/")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check what is asked for, remember it for `resume`, and execute it."""
+    overrides = {k: yaml.safe_load(v) for k, _, v in (item.partition("=") for item in arguments.set)}
+    asked = {"profile": arguments.profile, "overrides": overrides, "only": arguments.only}
+    last = paths.BUILD / LAST
+    if arguments.verb == "resume" and last.is_file() and not any(asked.values()):
+        asked = json.loads(last.read_text())
+        print(f"resuming the last run: {asked}")
+    asked["profile"] = asked["profile"] or "mini"
+    asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
+    if arguments.weights:
+        p = profile_parameters(asked["profile"])
+        workspace.take_weights(Path(arguments.weights), asked["profile"], p["WIDTH"], p["SEED"], p["TRAINING"])
+    check(asked["profile"], asked["overrides"], notebooks(asked["only"], asked["profile"]))
+    with atomic_write(last) as temporary:
+        temporary.write_text(json.dumps(asked))
+    execute(**asked, anew=arguments.verb == "reproduce")
 
 
 if __name__ == "__main__":

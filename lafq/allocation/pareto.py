@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lafq.quantization.error_feedback import Factor, damage, factor, round_with_error_feedback
 from lafq.quantization.formats import FORMATS, LARGEST, Format, fake_quantize, unshrunk_scale
-from lafq.quantization.weight_spec import CHANNEL_CODE, ChannelView, WeightSpec, channels_by_format, mask_encoding
-from lafq.quantization.weight_spec import nbytes as bytes_of
+from lafq.quantization.weight_spec import ChannelView, WeightSpec, counted_bytes
 
 UNITS = ("tensor", "channel", "mixed")
 SPARSE_SHARES = (0.01,)
@@ -78,7 +77,7 @@ def pareto_front(
         for option in options:
             # One price of a bit after another, from where the first row changes its format to where the last does.
             found += [_choice(rows, option, known, chosen) for chosen in _by_price(option)]
-    return _undominated(found)
+    return undominated(found)
 
 
 def _option(
@@ -131,17 +130,15 @@ def _by_price(option: _Option) -> list[Tensor]:
 def _choice(rows: ChannelView, option: _Option, known: list[Format], chosen: Tensor) -> StorageOption:
     names = [known[i].name for i in chosen.tolist()]
     low = names[0] if len(set(names)) == 1 else tuple(names)
-    by_format = channels_by_format(low, len(names))
-    total = bytes_of(CHANNEL_CODE, len(names)) if len(by_format) > 1 else 0
-    total += sum(2 * len(r) for f, r in by_format.items() if f.qmax) + 2 * int(option.in_row.sum())
-    total += mask_encoding(by_format, option.in_row, rows.size[1])[1]
+    total = counted_bytes(rows, low, option.in_row, "fp16")
     damage = option.damage.gather(1, chosen[:, None]).sum().item()
     if option.kept is None:
         return StorageOption(total, damage, low if isinstance(low, str) else WeightSpec(low))
     return StorageOption(total, damage, WeightSpec(low, option.kept, "fp16"))
 
 
-def _undominated(choices: list[StorageOption]) -> list[StorageOption]:
+def undominated(choices: list[StorageOption]) -> list[StorageOption]:
+    """The options that no other beats in both bytes and damage, smallest first."""
     best, found = float("inf"), []
     for choice in sorted(choices, key=lambda c: (c.nbytes, c.damage)):
         if choice.damage < best:

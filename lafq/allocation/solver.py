@@ -19,12 +19,11 @@ from tqdm import tqdm
 
 from lafq.allocation.pareto import UNITS, StorageOption, pareto_front
 from lafq.fisher.monte_carlo import Sensitivity
-from lafq.quantization.formats import FORMATS, get_format, unshrunk_scale
+from lafq.quantization.formats import FORMATS, MIB, get_format, unshrunk_scale
 from lafq.quantization.model import channel_view, check_curvature, check_plan, nbytes, weights_sha256
 from lafq.quantization.plan import Entries, Plan, Recipe
 from lafq.quantization.weight_spec import weight_spec
 
-MIB = 2**20
 EXCHANGES = 200
 CELLS, WORK = 2**16, 2**24
 NEAREST = Recipe(unshrunk_scale)

@@ -118,13 +118,8 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     losses: list[float] = []
     if checkpoint.is_file():
-        tensors, metadata = load_tensors(checkpoint, "01_train", **record)
+        tensors = _checked(checkpoint, steps, settings["decay"], record)
         losses = tensors["loss"].tolist()
-        if steps != metadata["steps"] and len(losses) > min(steps, metadata["steps"]) - settings["decay"]:
-            raise ValueError(
-                f"{checkpoint} is {len(losses)} steps into a run of {metadata['steps']}, past where {steps} steps would "
-                "have changed the learning rate: delete it to train anew"
-            )
         _restore(tensors, model, ema, optimizer)
     bar = tqdm(initial=len(losses), total=steps, desc="training", unit="step", leave=False)
     for step, loss in train(model, ema, optimizer, images, steps, start=len(losses), **settings):
@@ -135,6 +130,17 @@ def fit(
             bar.set_postfix(loss=sum(losses[-every:]) / len(losses[-every:]))
     bar.close()
     return {n: p.detach() for n, p in ema.module.named_parameters()}, losses
+
+
+def _checked(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -> dict[str, Tensor]:
+    tensors, metadata = load_tensors(checkpoint, "01_train", **record)
+    done = len(tensors["loss"])
+    if steps != metadata["steps"] and done > min(steps, metadata["steps"]) - decay:
+        raise ValueError(
+            f"{checkpoint} is {done} steps into a run of {metadata['steps']}, past where {steps} steps would "
+            "have changed the learning rate: delete it to train anew"
+        )
+    return tensors
 
 
 def _state(model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW, losses: list[float]) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ import pandas as pd
 from torch import nn
 
 from lafq.diffusion.unet import quantizable
+from lafq.quantization.formats import MIB
 from lafq.quantization.model import kept_weights, nbytes
 from lafq.quantization.plan import Plan
 
-MIB = 2**20
 KEY = ["method", "threshold", "format", "unit"]
 
 

@@ -19,9 +19,8 @@ from lafq.diffusion.ddpm import sample
 from lafq.diffusion.unet import UNet, quantizable
 from lafq.io import read_metadata
 from lafq.quantization.checkpoint import load_quantized, save_quantized
+from lafq.quantization.formats import MIB
 from lafq.quantization.model import quantize
-
-MIB = 2**20
 
 
 class PeakMeter:

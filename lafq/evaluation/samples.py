@@ -163,6 +163,7 @@ def sample_on_cluster(
     one as workers have room. Errors are those of `cluster.sample_all`.
     """
     waiting: dict[str, tuple[dict[range, Path], dict[str, Any]]] = {}
+    named = {"steps": steps, "seed": seed, "batch": batch}
 
     def tasks() -> Iterator[tuple[str, bytes]]:
         for small, recipe_of in packed:
@@ -173,14 +174,7 @@ def sample_on_cluster(
                 recipe = recipe_of(whole)
                 key, files = _place(whole, profile, images, steps, seed, batch, recipe)
                 if key not in waiting and not all(path.is_file() for path in files.values()):
-                    record = {
-                        "recipe": recipe,
-                        "steps": steps,
-                        "seed": seed,
-                        "batch": batch,
-                        "drawn_from": weights_sha256(whole),
-                    }
-                    waiting[key] = files, record
+                    waiting[key] = files, {**named, "recipe": recipe, "drawn_from": weights_sha256(whole)}
                     yield key, file.read_bytes()
 
     def keep(key: str, drawn: np.ndarray, machine: str) -> None:
@@ -189,8 +183,8 @@ def sample_on_cluster(
             if not path.is_file():
                 _keep(path, drawn[part.start : part.stop], {**record, "machine": machine})
 
-    drawn = {"width": model.width, "images": images, "steps": steps, "seed": seed, "batch": batch}
-    cluster.sample_all(scheduler, tasks(), total, keep, **drawn, device=next(model.parameters()).device.type)
+    where = {"width": model.width, "device": next(model.parameters()).device.type}
+    cluster.sample_all(scheduler, tasks(), total, keep, images=images, **named, **where)
 
 
 def _place(

@@ -5,9 +5,12 @@ is read here.
 """
 
 import copy
+import math
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
@@ -139,9 +142,10 @@ def clamped_losses(model: UNet, limited: UNet, seed: int) -> pd.DataFrame:
     return pd.DataFrame([{name: scoring.held_out_losses(m, seed).mean().item() for name, m in models.items()}])
 
 
-def _flat(layer: dict[str, Tensor]) -> pd.Series:
-    return pd.Series(torch.cat([v.flatten().cpu() for v in layer.values()]).numpy())
+def _flat(layer: dict[str, Tensor]) -> np.ndarray:
+    return torch.cat([v.flatten().cpu() for v in layer.values()]).numpy()
 
 
-def _spearman(a: pd.Series, b: pd.Series) -> float:
-    return a.rank().corr(b.rank())
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    constant = a.min() == a.max() or b.min() == b.max()  # scipy warns, and gives the same NaN
+    return math.nan if constant else float(spearmanr(a, b).statistic)

@@ -95,6 +95,5 @@ def _student(values: list[float]) -> tuple[float, float, float]:
     """Mean, and the ends of its 95 % interval."""
     if len(values) < 2:
         raise ValueError(f"{len(values)} training run: an interval over runs needs at least two")
-    series = pd.Series(values)
-    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * series.sem()
-    return series.mean(), series.mean() - half, series.mean() + half
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(LEVEL)
+    return sum(values) / len(values), float(low), float(high)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lafq.allocation.pareto import StorageOption
-from lafq.allocation.solver import MIB, frontiers_of, solve_budget
+from lafq.allocation.solver import frontiers_of, solve_budget
 from lafq.allocation.thresholds import UNITS, by_unit, keep_global, keep_ratio, relative_to_group, standardized
 from lafq.diffusion import workspace
 from lafq.diffusion.unet import layer_of, quantizable
@@ -23,7 +23,7 @@ from lafq.evaluation.samples import cached_samples
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper.budget_study.budget import predicted
 from lafq.paper.budget_study.methods import Row, bits_of, measured_sensitivity, packed
-from lafq.quantization.formats import FORMATS, unshrunk_scale
+from lafq.quantization.formats import FORMATS, MIB, unshrunk_scale
 from lafq.quantization.model import channel_view, dequantize, kept_weights, make_plan, nbytes
 from lafq.quantization.plan import Recipe
 from lafq.quantization.weight_spec import stored_bytes

@@ -9,10 +9,10 @@ import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from lafq.allocation.solver import MIB
 from lafq.allocation.thresholds import UNITS
 from lafq.presentation import plots
 from lafq.presentation.explore import LOW, RULES, Outcome, Setting, Subject, outcome
+from lafq.quantization.formats import MIB
 from lafq.quantization.model import nbytes
 
 SIZE = (12.5, 7)  # inches

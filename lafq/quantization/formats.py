@@ -30,6 +30,7 @@ LARGEST = torch.finfo(torch.float16).max
 COARSE = torch.logspace(0, math.log10(0.15), 14).tolist()
 FINE = (1, 0.95, 1.05, 0.98, 1.02, 1)
 BLOCK = 2**18
+MIB = 2**20
 
 ScaleRule = Callable[[Tensor, int, Tensor | None], Tensor]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lafq.quantization.error_feedback import factor, round_with_error_feedback
-from lafq.quantization.formats import FORMATS, Format, ScaleRule, encode, get_format, pack_bits, unpack_bits
+from lafq.quantization.formats import FORMATS, LARGEST, Format, ScaleRule, encode, get_format, pack_bits, unpack_bits
 from lafq.quantization.weight_spec import (
     CHANNEL_CODE,
     ORDER,
@@ -49,30 +49,17 @@ class QuantizedWeight(nn.Module):
         curvature: as for `error_feedback.factor`; without it every weight goes to its nearest code.
         """
         low, kept, high = weight_spec(entry)
-        values, parts = rows.of(weight), {}
-        importance = None if importance is None else rows.of(importance.to(weight.device))
+        values = rows.of(weight)
+        fisher = None if importance is None else rows.of(importance.to(weight.device))
         by_format = channels_by_format(low, rows.size[0], weight.device)
         mask = rows.of(kept.to(weight.device)) if kept is not None and kept.any() else None
-        rest, share = values, importance
-        if mask is not None:
-            rest = values.masked_fill(mask, 0)
-            share = None if importance is None else importance.masked_fill(mask, 0)
-        scales, qmax = torch.ones(len(values), device=weight.device), torch.zeros(len(values), device=weight.device)
-        for f, r in by_format.items():
-            if f.qmax:
-                parts[f"{f.name}_scale"] = scale(rest[r], f.qmax, None if share is None else share[r])
-                scales[r], qmax[r] = parts[f"{f.name}_scale"].float(), float(f.qmax)
+        parts, scales, qmax = _scales(values, by_format, mask, scale, fisher)
         if curvature is not None and qmax.any():
             values = round_with_error_feedback(values, scales, qmax, factor(curvature.to(weight.device)), mask)
-            rest = values if mask is None else values.masked_fill(mask, 0)
-        free = None
         if mask is not None:
-            in_row = mask.sum(1)
-            parts["kept"] = values[mask].to(_dtype(get_format(high)))
-            if mask_encoding(by_format, in_row, rows.size[1])[0] == "mask":
-                free, parts["mask"] = ~mask, pack_bits(mask.flatten().to(torch.uint8), 1)
-            else:
-                parts["counts"], parts["columns"] = in_row.int(), mask.nonzero()[:, 1].to(index_dtype(rows.size[1]))
+            parts |= _kept_parts(values, mask, by_format, get_format(high))
+        free = ~mask if "mask" in parts else None
+        rest = values if mask is None else values.masked_fill(mask, 0)
         for f, r in by_format.items():
             chosen = encode(rest[r], scales[r][:, None], f.qmax) if f.qmax else rest[r]
             chosen = chosen.flatten() if free is None else chosen[free[r]]
@@ -116,6 +103,32 @@ class QuantizedWeight(nn.Module):
         if "kept" in parts:
             words |= {"kept": parts["kept"].numel(), "high": "fp16" if parts["kept"].dtype == torch.float16 else "fp32"}
         return words
+
+
+def _scales(
+    values: Tensor, by_format: dict[Format, Tensor], mask: Tensor | None, scale: ScaleRule, fisher: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The stored scales, and of every row its scale (1 where it has none) and largest code (0)."""
+    rest, share = values, fisher
+    if mask is not None:
+        rest = values.masked_fill(mask, 0)
+        share = None if fisher is None else fisher.masked_fill(mask, 0)
+    scales, qmax, parts = torch.ones_like(values[:, 0]), torch.zeros_like(values[:, 0]), {}
+    for f, r in by_format.items():
+        if f.qmax:
+            parts[f"{f.name}_scale"] = scale(rest[r], f.qmax, None if share is None else share[r])
+            scales[r], qmax[r] = parts[f"{f.name}_scale"].float(), float(f.qmax)
+    return parts, scales, qmax
+
+
+def _kept_parts(values: Tensor, mask: Tensor, by_format: dict[Format, Tensor], keep_format: Format) -> dict[str, Tensor]:
+    """The values of the kept weights, and what tells which they are."""
+    kept, in_row, length = values[mask], mask.sum(1), values.shape[1]
+    # Kept weights take up errors of others, and may then exceed FP16's range.
+    parts = {"kept": (kept.clamp(-LARGEST, LARGEST) if keep_format.bits == 16 else kept).to(_dtype(keep_format))}
+    if mask_encoding(by_format, in_row, length)[0] == "mask":
+        return parts | {"mask": pack_bits(mask.flatten().to(torch.uint8), 1)}
+    return parts | {"counts": in_row.int(), "columns": mask.nonzero()[:, 1].to(index_dtype(length))}
 
 
 def _decode(parts: dict[str, Tensor], name: str, free: Tensor | None, channels: int, length: int) -> Tensor:

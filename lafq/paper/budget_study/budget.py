@@ -9,13 +9,13 @@ import pandas as pd
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq.allocation.solver import MIB
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation import scoring
 from lafq.evaluation.samples import cached_samples
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper.budget_study.methods import Row, bits_of, mib_at, packed
 from lafq.quantization.error_feedback import damage
+from lafq.quantization.formats import MIB
 from lafq.quantization.model import channel_view, dequantize, nbytes
 from lafq.quantization.plan import Plan
 from lafq.quantization.weight_spec import stored_bytes

@@ -8,13 +8,12 @@ from torch import Tensor, nn
 
 from lafq.allocation import solver
 from lafq.allocation.pareto import UNITS
-from lafq.allocation.solver import MIB
 from lafq.allocation.thresholds import by_layer, keep_global, relative_to_group
 from lafq.diffusion.mnist import mnist
 from lafq.diffusion.noising import noised_batches
 from lafq.diffusion.unet import quantizable
 from lafq.fisher.monte_carlo import Sensitivity, estimate_sensitivity
-from lafq.quantization.formats import unshrunk_scale
+from lafq.quantization.formats import MIB, unshrunk_scale
 from lafq.quantization.model import channel_view, make_plan, nbytes, quantize
 from lafq.quantization.plan import Plan, Recipe
 from lafq.quantization.tuning import BATCH, tune

@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lafq.allocation import solver
-from lafq.allocation.pareto import StorageOption
+from lafq.allocation.pareto import StorageOption, undominated
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation import scoring
 from lafq.fisher.monte_carlo import Sensitivity
@@ -68,12 +68,7 @@ def allocate_by_proxy(model: nn.Module, points: pd.DataFrame, bits: float, known
         frontiers = {}
         for name, own in points.groupby("parameter", sort=False):
             choices = [StorageOption(int(n), d, f) for n, d, f in own[["nbytes", proxy, "format"]].itertuples(index=False)]
-            best, kept = float("inf"), []
-            for choice in sorted(choices):
-                if choice.damage < best:
-                    best = choice.damage
-                    kept.append(choice)
-            frontiers[name] = kept
+            frontiers[name] = undominated(choices)
         plan = solver.solve_budget(model, frontiers, mib_at(model, bits), recipe=Recipe(unshrunk_scale, known.fisher))
         rows.append(Row(f"by {proxy}", "tensor", bits, plan))
     return rows
