@@ -5,7 +5,7 @@ import nbformat
 import pytest
 
 from lafq import paths
-from tools import notebooks
+from tools import notebooks, publishing
 
 NOTEBOOKS = notebooks.notebooks()
 PROFILES = sorted(paths.PROFILES.glob("*.yaml"))
@@ -85,3 +85,15 @@ def test_first_cell_links_the_other_notebooks(path):
 def test_the_path_pattern_sees_a_path():
     assert MACHINE_PATH.search("in " + "/".join(("", "home", "someone", "lafq")))
     assert not MACHINE_PATH.search("results/mini/samples/x.csv")
+
+
+def test_paper_stands_beside_mini_with_its_own_values_and_links():
+    folder = paths.NOTEBOOKS / publishing.PAPER
+    names = sorted(path.name for path in folder.glob("*.ipynb"))
+    assert names == sorted(path.name for path in publishing.rendered(publishing.PAPER))
+    for path in folder.glob("*.ipynb"):
+        ours = {name: ast.literal_eval(text) for name, text in notebooks.declared(path).items() if name != "TRAINING"}
+        expected = notebooks.profile_parameters("paper")
+        assert {n: v for n, v in ours.items() if n in expected} == {n: expected[n] for n in ours if n in expected}
+        first = nbformat.read(path, as_version=4).cells[0].source
+        assert all((folder / link).exists() for link in re.findall(r"\]\(([^)]+)\)", first))

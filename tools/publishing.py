@@ -1,23 +1,31 @@
 """The committed notebooks: executed from results/, and told apart from results that were computed anew since."""
 
+import ast
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
 
 from lafq import paths
 from lafq.io import atomic_write
-from tools.notebooks import EXPLORER, QUIET_KERNEL, clean, notebooks
+from tools.notebooks import EXPLORER, QUIET_KERNEL, clean, declared, notebooks, profile_parameters
+
+PAPER = "paper"
+MAIN_TABLE = {"01_train": "01_baseline"}
 
 
 def publish(only: str = "") -> None:
     """Execute notebooks/ in place as they are committed: COMPUTE false, everything loaded from results/.
+
+    notebooks/paper/ gets the same notebooks with the values of profile paper, as far as that profile has their tables.
 
     The times of the last `make reproduce` of a profile, kept in build/, go to results/<profile>/timing.json.
     """
@@ -29,12 +37,40 @@ def publish(only: str = "") -> None:
         with atomic_write(paths.RESULTS / timing.parent.name / timing.name) as temporary:
             shutil.copy(timing, temporary)
     for path in selected:
-        notebook = nbformat.read(path, as_version=4)
-        client = NotebookClient(notebook, record_timing=False, extra_arguments=QUIET_KERNEL)
-        client.resources = {"metadata": {"path": str(paths.NOTEBOOKS)}}
-        client.execute()
-        clean(path, notebook)
-        print(f"notebooks/{path.name}: refreshed from results/")
+        _execute(nbformat.read(path, as_version=4), path)
+    for path in selected:
+        if path in rendered(PAPER):
+            notebook = with_parameters(nbformat.read(path, as_version=4), profile_parameters(PAPER))
+            _execute(notebook, paths.NOTEBOOKS / PAPER / path.name)
+
+
+def rendered(profile: str) -> list[Path]:
+    """The notebooks that stand in notebooks/<profile>/ as well: what that profile runs, has tables of, and is not their default."""
+    found = []
+    for path in notebooks(profile=profile):
+        table = paths.RESULTS / profile / f"{MAIN_TABLE.get(path.stem, path.stem)}.csv"
+        if table.is_file() and ast.literal_eval(declared(path)["PROFILE"]) != profile:
+            found.append(path)
+    return found
+
+
+def with_parameters(notebook: nbformat.NotebookNode, parameters: dict[str, Any]) -> nbformat.NotebookNode:
+    """The notebook with a profile's values in its parameters cell, and with links that hold one folder deeper."""
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            for name, value in parameters.items():
+                cell.source = re.sub(rf"^{name} = [^#\n]*?( *#.*)?$", rf"{name} = {value!r}\1", cell.source, flags=re.MULTILINE)
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\]\(((?:\.\./)*[\w./]+)\)", r"](../\1)", cell.source)
+    return notebook
+
+
+def _execute(notebook: nbformat.NotebookNode, path: Path) -> None:
+    client = NotebookClient(notebook, record_timing=False, extra_arguments=QUIET_KERNEL)
+    client.resources = {"metadata": {"path": str(paths.NOTEBOOKS)}}
+    client.execute()
+    clean(path, notebook)
+    print(f"{path.relative_to(paths.ROOT)}: refreshed from results/")
 
 
 def published() -> Path:

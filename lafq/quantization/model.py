@@ -21,23 +21,23 @@ from lafq.quantization.quantized_weight import QuantizedWeight
 from lafq.quantization.weight_spec import ChannelView, WeightSpec, in_fp32, stored_bytes
 
 
-def make_plan(keep: dict[str, Tensor], low: str, high: str = "fp32") -> Plan:
-    """The plan that stores as `high` what `keep` says (True) and the rest as `low`.
+def make_plan(keep_mask: dict[str, Tensor], format: str, keep_format: str = "fp32") -> Plan:
+    """Plan to store in `keep_format` the weights where the mask is True, and the others in `format`.
 
-    keep: by parameter name a boolean tensor, 0-dim for the whole tensor, (output channels,) for channels, or of the
-    weight's shape. Nothing is stored for the choice where all of a tensor goes one way.
+    keep_mask: by parameter name a boolean tensor, 0-dim for the whole tensor, (output channels,) for channels, or of the
+    weight's shape. Tensors kept whole or quantized whole need no mask.
     """
-    get_format(low), get_format(high)
+    get_format(format), get_format(keep_format)
     plan = Plan()
-    for name, mask in keep.items():
+    for name, mask in keep_mask.items():
         if not mask.any():
-            plan[name] = low
+            plan[name] = format
         elif mask.all():
-            plan |= {name: high} if high != "fp32" else {}
+            plan |= {name: keep_format} if keep_format != "fp32" else {}
         elif mask.ndim == 1:
-            plan[name] = WeightSpec(tuple(high if k else low for k in mask.tolist()))
+            plan[name] = WeightSpec(tuple(keep_format if k else format for k in mask.tolist()))
         else:
-            plan[name] = WeightSpec(low, mask, high)
+            plan[name] = WeightSpec(format, mask, keep_format)
     return plan
 
 

@@ -48,16 +48,16 @@ class QuantizedWeight(nn.Module):
 
         curvature: as for `error_feedback.factor`; without it every weight goes to its nearest code.
         """
-        low, kept, high = weight_spec(entry)
+        format, keep_mask, keep_format = weight_spec(entry)
         values = rows.of(weight)
         fisher = None if importance is None else rows.of(importance.to(weight.device))
-        by_format = channels_by_format(low, rows.size[0], weight.device)
-        mask = rows.of(kept.to(weight.device)) if kept is not None and kept.any() else None
+        by_format = channels_by_format(format, rows.size[0], weight.device)
+        mask = rows.of(keep_mask.to(weight.device)) if keep_mask is not None and keep_mask.any() else None
         parts, scales, qmax = _scales(values, by_format, mask, scale, fisher)
         if curvature is not None and qmax.any():
             values = round_with_error_feedback(values, scales, qmax, factor(curvature.to(weight.device)), mask)
         if mask is not None:
-            parts |= _kept_parts(values, mask, by_format, get_format(high))
+            parts |= _kept_parts(values, mask, by_format, get_format(keep_format))
         free = ~mask if "mask" in parts else None
         rest = values if mask is None else values.masked_fill(mask, 0)
         for f, r in by_format.items():

@@ -15,13 +15,13 @@ CHANNEL_CODE = Format("channel code", 4, 1)
 class WeightSpec(NamedTuple):
     """How one parameter is stored.
 
-    low: a format for all of it, or a tuple with one for each output channel.
-    kept: boolean, of the weight's shape: these single weights are stored as `high` ("fp32" or "fp16") instead.
+    format: for all of it, or a tuple with one for each output channel.
+    keep_mask: boolean, of the weight's shape: these single weights are stored as `keep_format` ("fp32" or "fp16") instead.
     """
 
-    low: str | tuple[str, ...]
-    kept: Tensor | None = None
-    high: str = "fp32"
+    format: str | tuple[str, ...]
+    keep_mask: Tensor | None = None
+    keep_format: str = "fp32"
 
 
 class ChannelView(NamedTuple):
@@ -56,18 +56,20 @@ class ChannelView(NamedTuple):
 
     def check(self, name: str, entry: "str | WeightSpec") -> None:
         """Raise ValueError for an unknown format, or formats and masks that do not fit."""
-        low, kept, high = weight_spec(entry)
-        if isinstance(low, tuple) and len(low) != self.size[0]:
-            raise ValueError(f"the plan has {len(low)} formats for the {self.size[0]} output channels of {name}: give one for each")
-        known = [get_format(f) for f in ((low,) if isinstance(low, str) else set(low))]
+        format, keep_mask, keep_format = weight_spec(entry)
+        if isinstance(format, tuple) and len(format) != self.size[0]:
+            raise ValueError(
+                f"the plan has {len(format)} formats for the {self.size[0]} output channels of {name}: give one for each"
+            )
+        known = [get_format(f) for f in ((format,) if isinstance(format, str) else set(format))]
         if len(self.shape) < 2 and any(f.qmax for f in known):
             raise ValueError(f"{name} has shape {self.shape}: integers need two dimensions, choose fp16 or fp32")
-        if get_format(high).qmax:
-            raise ValueError(f"kept weights cannot be {high}: choose fp32 or fp16")
-        if kept is not None and (kept.shape != self.shape or kept.dtype != torch.bool):
+        if get_format(keep_format).qmax:
+            raise ValueError(f"kept weights cannot be {keep_format}: choose fp32 or fp16")
+        if keep_mask is not None and (keep_mask.shape != self.shape or keep_mask.dtype != torch.bool):
             raise ValueError(
-                f"the mask of {name} is {kept.dtype} of shape {tuple(kept.shape)}, the parameter has {self.shape}: "
-                "give one boolean a weight"
+                f"the mask of {name} is {keep_mask.dtype} of shape {tuple(keep_mask.shape)}, the parameter has {self.shape}: "
+                "give one boolean per weight"
             )
 
 
@@ -78,45 +80,44 @@ def weight_spec(entry: str | WeightSpec) -> WeightSpec:
 
 def stored_bytes(rows: ChannelView, entry: str | WeightSpec) -> int:
     """Bytes of one parameter in its stored form: values, scales, channel formats, and what tells the kept weights."""
-    low, kept, high = weight_spec(entry)
-    return counted_bytes(
-        rows, low, torch.zeros(rows.size[0], dtype=torch.int64) if kept is None else rows.of(kept).sum(1).cpu(), high
-    )
+    format, keep_mask, keep_format = weight_spec(entry)
+    in_row = torch.zeros(rows.size[0], dtype=torch.int64) if keep_mask is None else rows.of(keep_mask).sum(1).cpu()
+    return counted_bytes(rows, format, in_row, keep_format)
 
 
-def counted_bytes(rows: ChannelView, low: str | tuple[str, ...], in_row: Tensor, high: str = "fp32") -> int:
+def counted_bytes(rows: ChannelView, format: str | tuple[str, ...], in_row: Tensor, keep_format: str = "fp32") -> int:
     """`stored_bytes` where only the number of kept weights in each channel is known: in_row, int64 (channels,)."""
-    by_format = channels_by_format(low, rows.size[0])
+    by_format = channels_by_format(format, rows.size[0])
     total = nbytes(CHANNEL_CODE, rows.size[0]) if len(by_format) > 1 else 0
     total += sum(2 * len(r) for f, r in by_format.items() if f.qmax)
-    return total + nbytes(get_format(high), int(in_row.sum())) + mask_encoding(by_format, in_row, rows.size[1])[1]
+    return total + nbytes(get_format(keep_format), int(in_row.sum())) + mask_encoding(by_format, in_row, rows.size[1])[1]
 
 
 def in_fp32(rows: ChannelView, entry: str | WeightSpec) -> int:
     """How many weights of a parameter its plan entry leaves in FP32."""
-    low, kept, high = weight_spec(entry)
-    whole = torch.tensor([f == "fp32" for f in ([low] * rows.size[0] if isinstance(low, str) else low)])[:, None]
-    mask = torch.zeros(rows.size, dtype=torch.bool) if kept is None else rows.of(kept).cpu()
-    return int((whole | mask if high == "fp32" else whole & ~mask).expand(rows.size).sum())
+    format, keep_mask, keep_format = weight_spec(entry)
+    whole = torch.tensor([f == "fp32" for f in ([format] * rows.size[0] if isinstance(format, str) else format)])[:, None]
+    mask = torch.zeros(rows.size, dtype=torch.bool) if keep_mask is None else rows.of(keep_mask).cpu()
+    return int((whole | mask if keep_format == "fp32" else whole & ~mask).expand(rows.size).sum())
 
 
-def channels_by_format(low: str | tuple[str, ...], channels: int, device: torch.device | None = None) -> dict[Format, Tensor]:
+def channels_by_format(format: str | tuple[str, ...], channels: int, device: torch.device | None = None) -> dict[Format, Tensor]:
     """The channels, by number, of every format in use."""
-    if isinstance(low, str) or len(set(low)) == 1:
-        return {get_format(low if isinstance(low, str) else low[0]): torch.arange(channels, device=device)}
-    codes = torch.tensor([ORDER.index(name) for name in low], device=device)
+    if isinstance(format, str) or len(set(format)) == 1:
+        return {get_format(format if isinstance(format, str) else format[0]): torch.arange(channels, device=device)}
+    codes = torch.tensor([ORDER.index(name) for name in format], device=device)
     return {FORMATS[ORDER[i]]: (codes == i).nonzero()[:, 0] for i in codes.unique().tolist()}
 
 
 def mask_encoding(by_format: dict[Format, Tensor], in_row: Tensor, length: int) -> tuple[str, int]:
     """How to tell the kept weights ("mask" or "columns") and the bytes of that with the other weights' values."""
-    kept, channels = int(in_row.sum()), len(in_row)
+    keep_mask, channels = int(in_row.sum()), len(in_row)
     dense = sum(nbytes(f, len(r) * length) for f, r in by_format.items())
-    if not kept:
+    if not keep_mask:
         return "", dense
     split = sum(nbytes(f, len(r) * length - int(in_row[r].sum())) for f, r in by_format.items())
     masked = split + nbytes(Format("mask", 1, 1), channels * length)
-    sparse = dense + 4 * channels + index_dtype(length).itemsize * kept
+    sparse = dense + 4 * channels + index_dtype(length).itemsize * keep_mask
     return ("mask", masked) if masked <= sparse else ("columns", sparse)
 
 

@@ -55,7 +55,7 @@ def test_rank_correlation_and_kept_weights(values):
 def test_configurations_keep_the_ratio(values):
     [row] = audit.configurations({"x": values}, 0.35, "int8")
     assert (row.method, row.threshold, row.format) == ("ratio", "0.35, x", "int8")
-    assert all(torch.equal(row.plan[n].kept, m) for n, m in keep_ratio(values, 0.35).items())
+    assert all(torch.equal(row.plan[n].keep_mask, m) for n, m in keep_ratio(values, 0.35).items())
 
 
 def test_released_groups(tiny, values):

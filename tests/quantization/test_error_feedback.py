@@ -13,6 +13,7 @@ from lafq.quantization.error_feedback import damage, factor, round_with_error_fe
 from lafq.quantization.formats import absmax_scale, unshrunk_scale
 from lafq.quantization.model import channel_view, dequantize, nbytes, quantize, resident_bytes
 from lafq.quantization.plan import Recipe
+from lafq.quantization.weight_spec import WeightSpec
 from lafq.rng import generator
 
 
@@ -197,3 +198,15 @@ def test_every_layer_kind_keeps_its_shape_and_other_weights(digits):
         assert stored[n].shape == p.shape
         assert torch.equal(p, stored[n]) == (n not in names)
         assert torch.isfinite(stored[n]).all()
+
+
+def test_kept_fp16_weights_that_take_up_errors_stay_finite():
+    """14,000 is rounded to 0; the kept weight, rounded last, takes up half of that error and would exceed FP16's range."""
+    layer = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[65500.0, 30000, 14000]]))
+    keep = torch.tensor([[True, False, False]])
+    curvature = torch.full((3, 3), 0.5) + torch.diag(torch.tensor([0.4, 0.5, 0.5]))
+    recipe = Recipe(absmax_scale, None, {"weight": curvature})
+    stored = dequantize(quantize(layer, {"weight": WeightSpec("int2", keep, "fp16")}, recipe)).weight
+    assert stored.tolist() == [[65504.0, 30000.0, 0.0]]

@@ -112,7 +112,9 @@ def test_missing_fisher_information_is_one_sentence(sandbox, monkeypatch, capsys
     assert len(said.splitlines()) == 1
 
 
-def test_budget_rows_join_those_of_06(smoke, tiny):
+def test_budget_rows_join_those_of_06(smoke, tiny, monkeypatch):
+    monkeypatch.setattr(evidence, "ALLOCATED", (3.5, 4.0))
+    monkeypatch.setattr(evidence, "RULES", (4.0,))
     found = evidence.budgets("smoke", images=20)["budget"]
     assert found["method"].tolist()[0] == "baseline"
     assert set(found["method"]) == {
