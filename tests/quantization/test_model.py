@@ -233,7 +233,7 @@ def test_rows_come_back():
         ({"Layer1.resample.weight": WeightSpec(("int4", "int1"))}, "has 2 formats|2 formats for the 8 output channels"),
         ({"Layer1.resample.weight": WeightSpec(("int1",) * 8)}, "unknown format 'int1'"),
         ({"Layer1.resample.weight": WeightSpec("int8", torch.ones(3, dtype=torch.bool))}, r"of shape \(3,\)"),
-        ({"Layer1.resample.weight": WeightSpec("int8", torch.ones(8, 4, 3, 3))}, "is torch.float32 .* give one boolean a weight"),
+        ({"Layer1.resample.weight": WeightSpec("int8", torch.ones(8, 4, 3, 3))}, "is torch.float32 .* give one boolean per weight"),
         ({"Layer1.resample.weight": WeightSpec("int4", torch.ones(8, 4, 3, 3) > 0, "int8")}, "kept weights cannot be int8"),
         ({"Layer1.resample.bias": "int8"}, "integers need two dimensions"),
     ],
