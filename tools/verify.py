@@ -31,8 +31,8 @@ PACKED_IMAGES, IMAGES = 8, 4
 # Another processor, or other kernels on the same one, computes other last bits. Scores of equal images: largest difference, besides
 # the rounding of the tables to six digits.
 SCORES = {"fid_mnist": 0.02, "is_mnist": 0.001, "kid_mnist": 0.02}
-# Images drawn again: mean absolute difference of a pixel, in grey levels of 255, over all images compared. It was 0 with AVX2 kernels
-# and batches of 8, where AVX-512 kernels had drawn batches of 25; between uniform INT8 and FP32 it is 0.14.
+# Images drawn again: mean absolute difference of a pixel, in grey levels of 255, over all images compared. It was 0 with AVX2
+# kernels and batches of 8, where AVX-512 kernels had drawn batches of 25; between uniform INT8 and FP32 it is 0.14.
 GREY_LEVELS = 0.02
 ROUNDED = 5e-6
 
