@@ -32,7 +32,11 @@ def publish(only: str = "") -> None:
     selected = notebooks(only)
     for timing in paths.BUILD.glob("*/timing.json"):
         # A run before 00_explore was there has timed all that takes long.
-        if {path.stem for path in notebooks()} - set(json.loads(timing.read_text())["notebooks"]) - {EXPLORER}:
+        if (
+            {path.stem for path in notebooks(profile=timing.parent.name)}
+            - set(json.loads(timing.read_text())["notebooks"])
+            - {EXPLORER}
+        ):
             continue
         with atomic_write(paths.RESULTS / timing.parent.name / timing.name) as temporary:
             shutil.copy(timing, temporary)

@@ -62,7 +62,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
 
 def untimed(timed: dict) -> str:
     """A sentence on the notebooks that the timed run had not yet, "" where it had all."""
-    missing = [path.stem for path in notebooks() if path.stem not in timed and path.stem != EXPLORER]
+    missing = [path.stem for path in notebooks(profile="mini") if path.stem not in timed and path.stem != EXPLORER]
     return f" That run was before {' and '.join(missing)}, which take some minutes each." if missing else ""
 
 
