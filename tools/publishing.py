@@ -63,10 +63,17 @@ def with_parameters(notebook: nbformat.NotebookNode, parameters: dict[str, Any])
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             for name, value in parameters.items():
-                cell.source = re.sub(rf"^{name} = [^#\n]*?( *#.*)?$", rf"{name} = {value!r}\1", cell.source, flags=re.MULTILINE)
+                cell.source = re.sub(
+                    rf"^{name} = [^#\n]*?( *#.*)?$", rf"{name} = {_literal(value)}\1", cell.source, flags=re.MULTILINE
+                )
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\(((?:\.\./)*[\w./]+)\)", r"](../\1)", cell.source)
     return notebook
+
+
+def _literal(value: Any) -> str:
+    """The value as ruff writes it: strings in double quotes."""
+    return repr(value).replace("'", '"')
 
 
 def _execute(notebook: nbformat.NotebookNode, path: Path) -> None:
