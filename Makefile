@@ -62,7 +62,7 @@ verify: $(READY)  ## check the committed results of profile paper, without its w
 lint: $(READY)  ## ruff over code and notebooks; imports go one way
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
-test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (about 13 minutes on two cores)
+test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (about 15 minutes on two cores)
 	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; nbval="$(BIN)/python -m pytest -q --nbval --nbval-current-env"; \
 	$(BIN)/python -m pytest -q; \
 	$(RUN) reproduce --profile smoke; \
