@@ -10,6 +10,8 @@ WEIGHTS ?=
 # Idle worker threads sleep instead of spinning: other work on the same cores costs less then.
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN = $(BIN)/python -m tools.run
+# A file on one of two processes: some fixtures, and the cells of a notebook, belong together.
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile
 $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 to retrain, or 0))
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
 	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(WEIGHTS),--weights $(WEIGHTS))
@@ -63,8 +65,8 @@ lint: $(READY)  ## ruff over code and notebooks; imports go one way
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (about 15 minutes on two cores)
-	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; nbval="$(BIN)/python -m pytest -q --nbval --nbval-current-env"; \
-	$(BIN)/python -m pytest -q; \
+	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; nbval="$(PYTEST) --nbval --nbval-current-env"; \
+	$(PYTEST); \
 	$(RUN) reproduce --profile smoke; \
 	rm -rf build/smoke/samples build/smoke/checkpoint.safetensors; : "or nbval would compare a computation with its cache"; \
 	$$nbval build/smoke; \
@@ -73,7 +75,7 @@ test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of
 	@echo "not run: the sliders of 00_explore in a browser (make test-browser)"
 
 test-fast: lint  ## lint and unit tests, without the notebooks
-	@TQDM_DISABLE=1 $(BIN)/python -m pytest -q
+	@TQDM_DISABLE=1 $(PYTEST)
 
 test-browser: $(READY)  ## 00_explore in JupyterLab, driven in headless Chromium: one slider is moved (a minute; installs Playwright)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-browser.txt

@@ -18,14 +18,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lafq.allocation import solver
-from lafq.diffusion import workspace
 from lafq.diffusion.mnist import mnist
 from lafq.diffusion.noising import add_noise, unit_interval
 from lafq.diffusion.unet import TIMESTEPS, UNet, quantizable
+from lafq.diffusion.weights import load_model
 from lafq.fisher.empirical import empirical_fisher
 from lafq.fisher.monte_carlo import Sensitivity, estimate_sensitivity, monte_carlo_fisher, random_sign_fisher
 from lafq.quantization.model import channel_view
 from lafq.rng import generator
+from lafq.workspace import Workspace
 
 BATCH = {16: 32, 64: 8}
 ROUNDS = {16: 7, 64: 3}
@@ -91,7 +92,7 @@ def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
 def rows(width: int) -> list[dict]:
     """One row a method; times are medians of ratios to an ordinary pass run just before."""
     torch.manual_seed(0)
-    model = workspace.load_model("mini", width) if width == 16 else UNet(width).eval().to(memory_format=torch.channels_last)
+    model = load_model(Workspace("mini"), width) if width == 16 else UNet(width).eval().to(memory_format=torch.channels_last)
     names, data = list(quantizable(model)), batch(BATCH[width])
     for n, p in model.named_parameters():
         p.requires_grad_(n in names)
@@ -129,16 +130,16 @@ def rows(width: int) -> list[dict]:
 
 
 def allocating() -> list[dict]:
-    """Seconds to allocate the width-64 model, frontiers included: at every unit by random Fisher values, then with a curvature."""
+    """Seconds to allocate the width-64 model: at every granularity by random Fisher values, then with curvature."""
     torch.manual_seed(0)
     model, table = UNet(64).eval(), []
     fisher = {n: torch.rand(w.shape) * torch.rand(()) for n, w in quantizable(model).items()}
-    for unit, feedback in [*((unit, False) for unit in solver.UNITS), ("mixed", True)]:
+    for granularity, feedback in [*((granularity, False) for granularity in solver.GRANULARITIES), ("mixed", True)]:
         curvature = {n: correlated(channel_view(model, n).size[1]) for n in fisher} if feedback else {}
         start = time.perf_counter()
-        solver.allocate(model, Sensitivity(fisher, curvature), 17.0, unit, progress=False)
+        solver.allocate(model, Sensitivity(fisher, curvature), 17.0, granularity, progress=False)
         seconds = time.perf_counter() - start
-        table.append({"width": 64, "unit": unit, "curvature": feedback, "budget_mib": 17.0, "seconds": seconds})
+        table.append({"width": 64, "granularity": granularity, "curvature": feedback, "budget_mib": 17.0, "seconds": seconds})
     return table
 
 

@@ -18,16 +18,17 @@ from tqdm import tqdm
 
 from lafq import paths
 from lafq.allocation.thresholds import keep_ratio
-from lafq.diffusion import workspace
 from lafq.diffusion.mnist import HELD_OUT, mnist
 from lafq.diffusion.noising import add_noise, unit_interval
 from lafq.diffusion.unet import TIMESTEPS, UNet, quantizable
+from lafq.diffusion.weights import load_model
 from lafq.io import atomic_write
 from lafq.quantization.formats import absmax_scale, weighted_mse_scale
 from lafq.quantization.model import channel_view, make_plan, quantize, resident_bytes
 from lafq.quantization.plan import Recipe
 from lafq.quantization.weight_spec import WeightSpec
 from lafq.rng import generator
+from lafq.workspace import Workspace
 
 ROUNDS = {16: 9, 64: 3}
 BATCH = 100
@@ -136,7 +137,7 @@ def seconds(model: nn.Module, x: Tensor, t: Tensor) -> float:
 def rows(width: int) -> list[dict]:
     """One row a library and format; times are medians of ratios to an FP32 forward pass run just before."""
     torch.manual_seed(0)
-    model = workspace.load_model("mini", width) if width == 16 else UNet(width).eval().to(memory_format=torch.channels_last)
+    model = load_model(Workspace("mini"), width) if width == 16 else UNet(width).eval().to(memory_format=torch.channels_last)
     x, t = noised_digits()
     inputs = layer_inputs(model, x[:2], t[:2])
     expected, table = model(x, t), []

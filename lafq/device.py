@@ -8,19 +8,6 @@ from pathlib import Path
 
 import torch
 
-from lafq import paths
-
-
-def select_device(profile: str, threads: int, device: str = "auto") -> torch.device:
-    """Check the profile, fix the number of threads and name the device ("auto": a CUDA GPU where one is visible).
-
-    Raises ValueError for an unknown profile, RuntimeError when CUDA is asked for and absent.
-    """
-    known = sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
-    if profile not in known:
-        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
-    return compute_on(threads, device)
-
 
 def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """CPU cores that this process may use: of the machine, or fewer where its container limits them (cgroup, CPU_LIMIT)."""
@@ -33,11 +20,14 @@ def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 def compute_on(threads: int, device: str = "auto") -> torch.device:
-    """Fix the number of threads (fewer where there are fewer cores) and how FP32 is computed; the device as in `select_device`."""
+    """Fix the number of threads (fewer where there are fewer cores) and how FP32 is computed; choose the device.
+
+    "auto": a CUDA GPU where one is visible. Raises RuntimeError when CUDA is asked for and absent.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("DEVICE is cuda, but no CUDA GPU is visible: set DEVICE to auto or cpu")
     if (available := cores()) < threads:
-        print(f"threads: {available} in the place of {threads}, as many as there are cores to use")
+        print(f"threads: {available} instead of {threads}, one per available core")
     torch.set_num_threads(min(threads, available))
     chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     # Quantization is judged in FP32 compute: TF32 keeps 10 mantissa bits, as FP16 does.

@@ -7,8 +7,9 @@ from lafq.diffusion.unet import UNet
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    """The models are tiny, and `make test` runs as many processes as there are cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -10,13 +10,16 @@ import torchvision
 import yaml
 
 from lafq import paths
-from lafq.diffusion import workspace
+from lafq.diffusion import weights
 from lafq.evaluation.candidates import KEY
 from lafq.io import load_tensors
 from lafq.paper import poster
 from lafq.presentation import report
 from lafq.quantization.model import nbytes, resident_bytes
+from lafq.workspace import Workspace
 from tools import notebooks, readme, summary
+
+MINI = Workspace("mini")
 
 ROOT = paths.ROOT
 PAGES = (readme.PATH, readme.CARD)
@@ -129,14 +132,14 @@ def test_readme_example_runs(digits, tmp_path):
 
 
 def test_shipped_weights_are_those_of_the_profile():
-    _, metadata = load_tensors(paths.RESULTS / "mini" / workspace.WEIGHTS, "01_train")
+    _, metadata = load_tensors(paths.RESULTS / "mini" / weights.WEIGHTS, "01_train")
     mini = notebooks.profile_parameters("mini")
     assert metadata == mini["TRAINING"] | {"width": mini["WIDTH"], "seed": mini["SEED"]}
 
 
 @pytest.fixture(scope="module")
 def comparison():
-    return report.load_table("mini", "paper_comparison")
+    return report.load_table(MINI, "paper_comparison")
 
 
 def test_comparison_has_its_columns_and_a_row_a_key(comparison):
@@ -144,14 +147,14 @@ def test_comparison_has_its_columns_and_a_row_a_key(comparison):
     assert not comparison.duplicated(KEY).any()
     assert set(comparison["method"]) == {"baseline", "uniform", "global", "group", "mean_std", "ratio"}
     ratios = comparison[comparison["method"] == "ratio"]
-    for (low, unit), rows in ratios.groupby(["format", "unit"]):
-        assert rows["threshold"].tolist() == [f"{r:.2f}" for r in poster.RATIOS], (low, unit)
+    for (low, granularity), rows in ratios.groupby(["format", "granularity"]):
+        assert rows["threshold"].tolist() == [f"{r:.2f}" for r in poster.RATIOS], (low, granularity)
     assert len(ratios) == 4 * len(poster.RATIOS)
 
 
 def test_comparison_agrees_with_the_notebooks_tables(comparison):
     for name in ("01_baseline", "03_global", "04_group", "05_ratio_sweep"):
-        table = report.load_table("mini", name).drop_duplicates(KEY)
+        table = report.load_table(MINI, name).drop_duplicates(KEY)
         both = comparison.merge(table, on=KEY, suffixes=("", "_own"))
         assert len(both)
         for column in ("fid_mnist", "is_mnist", "kid_mnist", "mem_mib", "mem_share"):
@@ -159,6 +162,6 @@ def test_comparison_agrees_with_the_notebooks_tables(comparison):
 
 
 def test_equal_samples_have_equal_scores():
-    rows = pd.concat([report.load_table("mini", n) for n in ("03_global", "04_group", "05_ratio_sweep")])
+    rows = pd.concat([report.load_table(MINI, n) for n in ("03_global", "04_group", "05_ratio_sweep")])
     assert (rows.groupby("sample")["fid_mnist"].nunique() == 1).all()
     assert rows.groupby("sample").size().max() > 1

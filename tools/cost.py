@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lafq import paths
 from lafq.device import compute_on
 from lafq.diffusion.unet import UNet, layer_of, quantizable
-from lafq.diffusion.workspace import WEIGHTS, load_model
+from lafq.diffusion.weights import WEIGHTS, load_model
 from lafq.evaluation.samples import kept_folder, read
 from lafq.quantization import tuning
 from lafq.quantization.model import weights_sha256
+from lafq.workspace import Workspace
 
 INCEPTION = 11.4e9  # operations for one image of 299x299: Szegedy et al. 2016, "Rethinking the Inception Architecture"
 EXPLORED = 3 * (256 + 128) + 2 * 8 * 20  # images that 00_explore sends through the network, a backward pass as two
@@ -92,12 +92,12 @@ def training_time(parameters: dict[str, Any]) -> str:
     return f"{spoken(training_flop(parameters) / rate)} on this machine{bound}"
 
 
-def kept_flop(profile: str, width: int) -> float:
+def kept_flop(work: Workspace, width: int) -> float:
     """Operations that the images kept by their recipe have taken, if they are of the profile's own weights; else 0."""
-    if not (paths.RESULTS / profile / WEIGHTS).is_file():
+    if not (work.results / WEIGHTS).is_file():
         return 0.0
-    weights, steps = weights_sha256(load_model(profile, width)), 0
-    for path in kept_folder(profile).glob("*.npz"):
+    weights, steps = weights_sha256(load_model(work, width)), 0
+    for path in kept_folder(work).glob("*.npz"):
         pixels, record = read(path)
         steps += len(pixels) * record["steps"] * (record["recipe"]["weights"] == weights)
     return steps * forward_flop(width)
@@ -109,7 +109,7 @@ def estimate(profile: str, parameters: dict[str, Any], selected: list[str]) -> s
     rate = measured_rate(parameters["WIDTH"], device)
     seconds = {name: flop / rate for name, flop in work(parameters).items() if name in selected}
     stages = ", ".join(f"{name} {spoken(s)}" for name, s in seconds.items())
-    there = kept_flop(profile, parameters["WIDTH"]) / rate if parameters["KEEP"] and not parameters["TRAIN"] else 0
+    there = kept_flop(Workspace(profile), parameters["WIDTH"]) / rate if parameters["KEEP"] and not parameters["TRAIN"] else 0
     kept = f"; images that are kept already save {spoken(there)} of all notebooks' time" if there else ""
     return (
         f"estimate: {spoken(sum(seconds.values()))} in the networks ({stages}) at {rate / 1e9:,.0f} GFLOP/s, as just measured on "

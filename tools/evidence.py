@@ -1,4 +1,4 @@
-"""What takes longer than `make reproduce` may: `make evidence` makes it, step by step, and the notebooks load it.
+"""Experiments that take hours: `make evidence` runs them step by step, and the notebooks load their tables.
 
 Steps whose tables are there already are left alone (`--anew` makes them again); within a step, images that were sampled
 and training that was done before an interruption are kept in build/<profile>.
@@ -9,16 +9,16 @@ import sys
 
 import pandas as pd
 
-from lafq import paths
-from lafq.device import select_device
-from lafq.diffusion import workspace
-from lafq.evaluation.candidates import Candidate
+from lafq.diffusion.weights import load_fisher, load_model
+from lafq.evaluation.candidates import BASELINE
 from lafq.evaluation.evaluate import evaluate, evaluate_large
+from lafq.evaluation.samples import Sampling
 from lafq.paper import replicates
 from lafq.paper.budget_study import methods
 from lafq.paper.noise_floor import noise_floor
 from lafq.presentation import report
-from tools.notebooks import profile_parameters
+from lafq.workspace import Workspace
+from tools.notebooks import open_workspace, profile_parameters
 
 IMAGES = 1000
 ALLOCATED, RULES = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
@@ -29,10 +29,10 @@ SELECTED = {f"uniform, {methods.FEEDBACK}": (), "allocator, nearest code": (4.0,
 def rows(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     """The rows that C3 and C4 speak of with ten times the images, on disjoint blocks too, and these claims at that N."""
     p = profile_parameters(profile)
-    device = select_device(profile, p["THREADS"], p["DEVICE"])
-    model, fisher = workspace.load_model(profile, p["WIDTH"], device), workspace.load_fisher(profile, p["WIDTH"])
-    claimed = replicates.claimed_rows(model, fisher, p["CUTS"])
-    table, samples = evaluate_large(model, claimed, profile, images=images, steps=p["SAMPLING_STEPS"], seed=p["SEED"])
+    work = open_workspace(p)
+    model, fisher = load_model(work, p["WIDTH"]), load_fisher(work, p["WIDTH"])
+    claimed = replicates.claimed_rows(model, fisher, p["THRESHOLDS"])
+    table, samples = evaluate_large(work, model, claimed, Sampling(images, p["SAMPLING_STEPS"], p["SEED"]))
     return {"rows": table, "rows_claims": pd.DataFrame(replicates.on_images(table, samples, p["SEED"]))}
 
 
@@ -44,29 +44,18 @@ def runs(profile: str, seeds: tuple[int, ...] = replicates.SEEDS, **training: in
 
 
 def budgets(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
-    """FID of rows of 06_budget: the unquantized model, uniform formats, the allocator (unit mixed; tuned too), threshold rules."""
+    """FID of rows of 06_budget: the unquantized model, uniform formats, the allocator ("mixed"; tuned too), threshold rules."""
     p = profile_parameters(profile)
-    device = select_device(profile, p["THREADS"], p["DEVICE"])
-    model = workspace.load_model(profile, p["WIDTH"], device)
+    work = open_workspace(p)
+    model = load_model(work, p["WIDTH"])
     known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
-    allocated = methods.allocated(model, known, list(ALLOCATED), units=("mixed",))
-    rows = [methods.Row("baseline", "none", 32.0, {}), *methods.uniform(model, known), *allocated]
+    allocated = methods.allocated(model, known, list(ALLOCATED), granularities=("mixed",))
+    rows = [BASELINE._replace(threshold="32.000", bits=32.0), *methods.uniform(model, known), *allocated]
     rows += methods.tuned(allocated, **p["TUNED"])
     rows += methods.thresholds(model, known.fisher, list(RULES), p["SEED"])
     rows = [row for row in rows if row.bits in SELECTED.get(row.method, (row.bits,))]
-    configurations = [Candidate(row.method, f"{row.bits:.3f}", "bits", row.unit, row.plan) for row in rows]
-    of = {(c.method, c.threshold, c.unit): row for c, row in zip(configurations, rows, strict=True)}
-    table, _ = evaluate(
-        model,
-        configurations,
-        profile,
-        images=images,
-        steps=p["SAMPLING_STEPS"],
-        seed=p["SEED"],
-        store=lambda c: methods.packed(model, of[c.method, c.threshold, c.unit], p["SEED"]),
-    )
-    table = table.rename(columns={"threshold": "budget_bits"})
-    return {"budget": table.drop(columns=["format", "sample"])}
+    table, _ = evaluate(work, model, rows, Sampling(images, p["SAMPLING_STEPS"], p["SEED"]))
+    return {"budget": table.rename(columns={"threshold": "budget_bits"}).drop(columns=["format", "sample"])}
 
 
 STEPS = {
@@ -84,16 +73,17 @@ def main() -> int:
     parser.add_argument("--anew", action="store_true", help="make every step again")
     parser.add_argument("--only", default="", choices=["", *STEPS])
     args = parser.parse_args()
+    work = Workspace(args.profile)
     try:
         for name, make in STEPS.items():
             if args.only not in ("", name):
                 continue
-            if (paths.RESULTS / args.profile / f"{name}.csv").is_file() and not args.anew:
+            if report.load_optional(work, name) is not None and not args.anew:
                 print(f"{name}: there already, in results/{args.profile}")
                 continue
             # The step's own table comes last: where it is, the others are.
             for table, content in sorted(make(args.profile).items(), key=lambda item: item[0] == name):
-                report.save_table(args.profile, table, content)
+                report.save_table(work, table, content)
                 print(f"{table}: written to results/{args.profile}")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ import yaml
 
 from lafq import paths
 from lafq.io import atomic_write
+from lafq.workspace import Workspace
 
 EXPLORER = "00_explore"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -22,6 +23,12 @@ def profile_parameters(profile: str) -> dict[str, Any]:
         known = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
         raise ValueError(f"unknown profile {profile!r}: choose one of {known}")
     return {name: value for name, value in yaml.safe_load(path.read_text()).items() if name.isupper()}
+
+
+def open_workspace(parameters: dict[str, Any]) -> Workspace:
+    """The workspace that a profile's parameters describe, which computes."""
+    p = parameters
+    return Workspace.open(p["PROFILE"], p["THREADS"], p["DEVICE"], compute=True, keep=p["KEEP"], scheduler=p["SCHEDULER"])
 
 
 def notebooks(only: str = "", profile: str = "") -> list[Path]:

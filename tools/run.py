@@ -24,9 +24,10 @@ from nbclient.exceptions import CellExecutionError
 from papermill.exceptions import PapermillExecutionError
 
 from lafq import paths
-from lafq.diffusion import workspace
+from lafq.diffusion import weights
 from lafq.evaluation import cluster
 from lafq.io import atomic_write
+from lafq.workspace import Workspace
 from tools import cost
 from tools.notebooks import QUIET_KERNEL, clean, declared, notebooks, profile_parameters
 from tools.publishing import publish, published
@@ -52,7 +53,7 @@ def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict
             raise ValueError(f"ratio {ratio} is outside [0, 1]: it is the share of a layer's units to keep")
     if overrides.get("COMPUTE") and not parameters["TRAIN"]:
         try:
-            workspace.check_weights(profile, parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"])
+            weights.check_weights(Workspace(profile), parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}, {cost.training_time(parameters)}") from None
     if parameters["SCHEDULER"]:
@@ -68,7 +69,8 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
     """
     selected = notebooks(only, profile)
     parameters = check(profile, overrides, selected)
-    build = paths.BUILD / profile
+    work = Workspace(profile)
+    build = work.build
     if anew:
         shutil.rmtree(build / "samples", ignore_errors=True)
         if parameters["TRAIN"] and selected[0].stem == "01_train":
@@ -85,7 +87,7 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
         papermill.execute_notebook(path, output, used, cwd=paths.NOTEBOOKS, **streams)
         clean(output)
         seconds, peak = time.monotonic() - start, _peak_mib()
-        _update(paths.RESULTS / profile / "record.json", path.stem, used)
+        _update(work.results / "record.json", path.stem, used)
         if anew:
             _update(build / "timing.json", path.stem, {"seconds": round(seconds), "peak_mib_so_far": round(peak)})
         print(f"{path.stem}: {seconds:.0f} s, peak so far {peak:,.0f} MiB -> build/{profile}/{path.name}", flush=True)
@@ -165,7 +167,7 @@ def run(arguments: argparse.Namespace) -> None:
     asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
     if arguments.weights:
         p = profile_parameters(asked["profile"])
-        workspace.take_weights(Path(arguments.weights), asked["profile"], p["WIDTH"], p["SEED"], p["TRAINING"])
+        weights.take_weights(Workspace(asked["profile"]), Path(arguments.weights), p["WIDTH"], p["SEED"], p["TRAINING"])
     check(asked["profile"], asked["overrides"], notebooks(asked["only"], asked["profile"]))
     with atomic_write(last) as temporary:
         temporary.write_text(json.dumps(asked))

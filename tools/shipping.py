@@ -5,24 +5,24 @@ Writes results/<profile>/packed.safetensors and packed.csv, with the row of the 
 
 import argparse
 import sys
+from typing import Any
 
 import pandas as pd
 from torch import nn
 
-from lafq import paths
 from lafq.allocation.solver import allocate
-from lafq.device import select_device
-from lafq.diffusion import workspace
-from lafq.diffusion.workspace import PACKED
+from lafq.diffusion.weights import PACKED, load_model
 from lafq.evaluation import scoring
-from lafq.evaluation.candidates import Candidate
+from lafq.evaluation.candidates import BASELINE, Candidate
 from lafq.evaluation.evaluate import evaluate
+from lafq.evaluation.samples import Sampling
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper.budget_study import methods
 from lafq.presentation import report
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize, quantize
-from tools.notebooks import profile_parameters
+from lafq.workspace import Workspace
+from tools.notebooks import open_workspace, profile_parameters
 
 HEADER = 1.005
 SHIPPED_MIB = 15.0
@@ -30,11 +30,17 @@ OTHER_NOISE = 1
 
 
 def ship(
-    model: nn.Module, known: Sensitivity, profile: str, budget_mib: float, made: dict[str, str], **sampling: int
+    work: Workspace,
+    model: nn.Module,
+    known: Sensitivity,
+    budget_mib: float,
+    made: dict[str, Any],
+    sampling: Sampling,
+    inception_reference: int = 0,
 ) -> pd.DataFrame:
     """Write results/<profile>/packed.safetensors, at most `budget_mib` MiB, and measure what that costs.
 
-    made: what the recipe of its images says besides the size. sampling: settings of `evaluate.evaluate`. Returns its rows, of
+    made: what the recipe of its images says besides the size. Returns the rows of `evaluate.evaluate`, of
     the FP32 weights and of the packed ones, with `damage`, the mean squared change of the model's
     output on held-out digits, and its 95 % interval.
     Raises ValueError, as `solver.solve_budget`, for a budget below the smallest possible size.
@@ -42,14 +48,15 @@ def ship(
     # A hundredth of a percent to two thousandths of a file are its header.
     plan = allocate(model, known, budget_mib / HEADER)
     small = quantize(model, plan)
-    save_quantized(paths.RESULTS / profile / PACKED, small, model)
+    save_quantized(work.results / PACKED, small, model)
     rows = [
-        Candidate("baseline", "none", "fp32", "none", {}, inception=True),
+        BASELINE._replace(inception=True),
         Candidate("shipped", f"{budget_mib:g} MiB", "mixed", "mixed", plan, inception=True, made=made),
     ]
-    table, _ = evaluate(model, rows, profile, **sampling)
-    outputs = scoring.held_out_outputs(model, sampling["seed"] + OTHER_NOISE)
-    damage = [scoring.output_damage(m, outputs, sampling["seed"] + OTHER_NOISE) for m in (model, dequantize(small))]
+    table, _ = evaluate(work, model, rows, sampling, inception_reference)
+    seed = sampling.seed + OTHER_NOISE
+    outputs = scoring.held_out_outputs(model, seed)
+    damage = [scoring.output_mse(m, outputs, seed) for m in (model, dequantize(small))]
     return table.join(pd.DataFrame(damage)[["damage", "damage_low", "damage_high"]])
 
 
@@ -61,14 +68,13 @@ def main() -> int:
     args = parser.parse_args()
     try:
         p = profile_parameters(args.profile)
-        device = select_device(args.profile, p["THREADS"], p["DEVICE"])
-        model = workspace.load_model(args.profile, p["WIDTH"], device)
+        work = open_workspace(p)
+        model = load_model(work, p["WIDTH"])
         samples, seed = p["TRUE_FISHER_SAMPLES"], p["SEED"]
         known = methods.measured_sensitivity(model, samples, seed)
         made = {"rounding": "error feedback, unshrunk scales", "fisher": {"kind": "Monte Carlo", "samples": samples, "seed": seed}}
-        sampling = {"images": p["IMAGES"], "steps": p["SAMPLING_STEPS"], "seed": seed, "batch": p["SAMPLING_BATCH"]}
-        inception = {"inception_reference": p["INCEPTION_REFERENCE"], "keep": p["KEEP"]}
-        report.save_table(args.profile, "packed", ship(model, known, args.profile, args.mib, made, **sampling, **inception))
+        sampling = Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
+        report.save_table(work, "packed", ship(work, model, known, args.mib, made, sampling, p["INCEPTION_REFERENCE"]))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
@@ -76,9 +82,9 @@ def main() -> int:
     return 0
 
 
-def sentence(profile: str) -> str:
+def sentence(work: Workspace) -> str:
     """What the packed weights of a profile cost."""
-    row = report.load_table(profile, "packed").iloc[-1]
+    row = report.load_table(work, "packed").iloc[-1]
     low, high = row["delta_fid_mnist_low"], row["delta_fid_mnist_high"]
     return (
         f"The packed weights take {row['mem_mib']:.2f} MiB ({row['mem_share']:.1%} of FP32): FID (MNIST "

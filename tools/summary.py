@@ -6,11 +6,12 @@ import pandas as pd
 
 from lafq import paths
 from lafq.diffusion.unet import UNet
-from lafq.diffusion.workspace import WEIGHTS
+from lafq.diffusion.weights import WEIGHTS
 from lafq.io import load_tensors, sha256
 from lafq.paper import poster, sentences
 from lafq.paper.budget_study import targets
 from lafq.presentation import report, tables
+from lafq.workspace import Workspace
 from tools import cost
 from tools.notebooks import EXPLORER, notebooks, profile_parameters
 
@@ -23,24 +24,24 @@ def markdown(table: pd.DataFrame) -> str:
 
 def blocks(profile: str = "mini") -> dict[str, str]:
     """The text of every marked block, computed from the committed results of a profile."""
-    folder = paths.RESULTS / profile
-    _, trained = load_tensors(folder / WEIGHTS, "01_train")
-    quality = report.load_table(profile, "training_quality")
+    work = Workspace(profile)
+    _, trained = load_tensors(work.results / WEIGHTS, "01_train")
+    quality = report.load_table(work, "training_quality")
     names = ("01_baseline", "03_global", "04_group", "05_ratio_sweep")
-    rows = pd.concat([report.load_table(profile, name) for name in names], ignore_index=True)
-    timed = json.loads((folder / "timing.json").read_text())["notebooks"]
+    rows = pd.concat([report.load_table(work, name) for name in names], ignore_index=True)
+    timed = json.loads((work.results / "timing.json").read_text())["notebooks"]
     classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
     seconds, peak = sum(n["seconds"] for n in timed.values()), max(n["peak_mib_so_far"] for n in timed.values())
     times = [f"{name} {n['seconds'] / 60:.1f} min" for name, n in timed.items()]
     said = [sentences.published_ratio_sizes(), sentences.against_baseline(rows)]
     return {
-        "headline": headline(profile),
-        "comparison": f"{markdown(tables.comparison(profile))}\n\n{tables.note(rows)}",
-        "claims": markdown(tables.claims_shown(profile)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
-        "evidence": evidence(profile),
-        "budget": targets.summary_sentence(report.load_table(profile, "budget"))
+        "headline": headline(work),
+        "comparison": f"{markdown(tables.comparison(work))}\n\n{tables.note(rows)}",
+        "claims": markdown(tables.claims_shown(work)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
+        "evidence": evidence(work),
+        "budget": targets.summary_sentence(report.load_table(work, "budget"))
         + "\n\n"
-        + markdown(report.load_table(profile, "06_wanted")),
+        + markdown(report.load_table(work, "06_wanted")),
         "fisher": markdown(fisher_cost(pd.read_csv(paths.RESULTS / "benchmarks" / "fisher.csv"))),
         "cost": (
             f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "
@@ -55,7 +56,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "deviations": markdown(deviations()),
         "counted": counted(),
         "timing": markdown(timing()),
-        "card": card(profile),
+        "card": card(work),
         "binder": markdown(pd.read_csv(paths.RESULTS / "benchmarks" / "binder.csv")),
     }
 
@@ -66,12 +67,12 @@ def untimed(timed: dict) -> str:
     return f" That run was before {' and '.join(missing)}, which take some minutes each." if missing else ""
 
 
-def headline(profile: str) -> str:
+def headline(work: Workspace) -> str:
     """The poster's rows as the paper and as we have them at the poster's size, and what FID can tell at this N.
 
-    profile: whose claims are named; the rows are those of 08_published.
+    work: whose claims are named; the rows are those of 08_published.
     """
-    table, base = poster.compare(report.load_table("paper", "08_published"), "paper"), poster.POSTER[0]
+    table, base = poster.compare(report.load_table(Workspace("paper"), "08_published"), "paper"), poster.POSTER[0]
     ours = table[table["method"] != "baseline"]
     cells = [
         (
@@ -85,8 +86,7 @@ def headline(profile: str) -> str:
     ]
     columns = ["row", "FID difference from FP32: poster", "ours, same noise", "share of FP32's bytes: poster", "ours"]
     told = [
-        f"{row.claim} {row.verdict}"
-        for row in report.load_table(profile, "claims").drop_duplicates(["claim", "verdict"]).itertuples()
+        f"{row.claim} {row.verdict}" for row in report.load_table(work, "claims").drop_duplicates(["claim", "verdict"]).itertuples()
     ]
     images, steps = table["n_images"].iloc[0], table["steps"].iloc[0]
     baseline = table[table["method"] == "baseline"]["fid_inception"].item()
@@ -104,15 +104,15 @@ def headline(profile: str) -> str:
     )
 
 
-def evidence(profile: str) -> str:
+def evidence(work: Workspace) -> str:
     """The claims with more images and over other training runs, as far as `make evidence` has been run."""
-    steps, table = ("evidence_rows", "evidence_runs"), tables.evidence_claims(profile)
-    missing = [step for step in steps if not (paths.RESULTS / profile / f"{step}.csv").is_file()]
+    steps, table = ("evidence_rows", "evidence_runs"), tables.evidence_claims(work)
+    missing = [step for step in steps if report.load_optional(work, step) is None]
     lines = [f"Not made yet: {step} (`make evidence`)." for step in missing]
     if "evidence_runs" not in missing:
-        runs = report.load_table(profile, "evidence_runs")
+        runs = report.load_table(work, "evidence_runs")
         fids = runs[runs["method"] == "baseline"]["fid_mnist"]
-        shipped = report.load_table(profile, "01_baseline")["fid_mnist"].item()
+        shipped = report.load_table(work, "01_baseline")["fid_mnist"].item()
         lines.append(
             f"The {len(fids)} training runs took {runs['steps'].iloc[0]:,} steps each. FID of their unquantized models (MNIST "
             f"features, N = {runs['n_images'].iloc[0]}) is {fids.min():,.0f} to {fids.max():,.0f}, here {shipped:.0f}: "
@@ -139,7 +139,7 @@ def quantizers(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def deviations() -> pd.DataFrame:
-    """What the profiles mini and paper do otherwise than the paper: setting, paper, and a column a profile."""
+    """What the profiles mini and paper do otherwise than the paper: setting, paper, and one column per profile."""
     published = poster.TRAINING
     settings = {
         "width of the model": f"{poster.WIDTH} ({poster.BASELINE_MIB:.2f} MiB)",
@@ -185,7 +185,7 @@ def timing(profiles: tuple[str, ...] = ("mini", "paper")) -> pd.DataFrame:
     """Minutes, and the largest memory up to then, of every notebook in each profile's last timed run; "not run" without one."""
     table = pd.DataFrame({"notebook": [path.stem for path in notebooks()]})
     for profile in profiles:
-        path = paths.RESULTS / profile / "timing.json"
+        path = Workspace(profile).results / "timing.json"
         record = json.loads(path.read_text()) if path.is_file() else {"gpu": None, "notebooks": {}}
         device = record["gpu"] or "two CPU cores"
         cells = [record["notebooks"].get(name) for name in table["notebook"]]
@@ -196,14 +196,14 @@ def timing(profiles: tuple[str, ...] = ("mini", "paper")) -> pd.DataFrame:
     return table
 
 
-def card(profile: str) -> str:
+def card(work: Workspace) -> str:
     """The shipped weights: file, what it is, size, sha256."""
-    _, trained = load_tensors(paths.RESULTS / profile / WEIGHTS, "01_train")
+    _, trained = load_tensors(work.results / WEIGHTS, "01_train")
     classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
     count = sum(p.numel() for p in UNet(trained["width"]).parameters())
     model = f"diffusion model, width {trained['width']}, {count:,} parameters, EMA, FP32, {trained['steps']:,} training steps"
     judge = f"digit classifier, {classifier['parameters']:,} parameters, test accuracy {classifier['test_accuracy']:.2%}"
-    files = {f"{profile}/{WEIGHTS}": model, "classifier/classifier.safetensors": judge}
+    files = {f"{work.profile}/{WEIGHTS}": model, "classifier/classifier.safetensors": judge}
     rows = [
         (f"`{name}`", what, f"{(paths.RESULTS / name).stat().st_size:,}", f"`{sha256(paths.RESULTS / name)}`")
         for name, what in files.items()

@@ -15,9 +15,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lafq import paths
 from lafq.device import compute_on
-from lafq.diffusion import workspace
+from lafq.diffusion import weights
 from lafq.diffusion.ddpm import sample
 from lafq.diffusion.unet import UNet
 from lafq.evaluation import classifier, metrics, samples
@@ -25,6 +24,7 @@ from lafq.paper import plans
 from lafq.presentation import report
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize, quantize
+from lafq.workspace import Workspace
 from tools.notebooks import profile_parameters
 
 PACKED_IMAGES, IMAGES = 8, 4
@@ -37,15 +37,15 @@ GREY_LEVELS = 0.02
 ROUNDED = 5e-6
 
 
-def image_tables(profile: str) -> dict[str, pd.DataFrame]:
+def image_tables(work: Workspace) -> dict[str, pd.DataFrame]:
     """The tables of results/<profile> that name images, by file name."""
-    found = {path.name: report.load_table(profile, path.stem) for path in sorted((paths.RESULTS / profile).glob("*.csv"))}
+    found = {path.name: report.load_table(work, path.stem) for path in sorted(work.results.glob("*.csv"))}
     return {name: table for name, table in found.items() if {"sample", "n_images", "steps"} <= set(table.columns)}
 
 
-def check_files(profile: str) -> Iterator[tuple[bool, str]]:
+def check_files(work: Workspace) -> Iterator[tuple[bool, str]]:
     """Every file of images against its record, and every packed weight against its checksum: (whether it holds, a line)."""
-    files = sorted(samples.kept_folder(profile).glob("*.npz"))
+    files = sorted(samples.kept_folder(work).glob("*.npz"))
     damaged, count = [], 0
     for path in files:
         try:
@@ -57,15 +57,15 @@ def check_files(profile: str) -> Iterator[tuple[bool, str]]:
         yield bool(files), f"{len(files)} files with {count:,} images agree with their checksums"
 
 
-def check_tables(profile: str) -> Iterator[tuple[bool, str]]:
+def check_tables(work: Workspace) -> Iterator[tuple[bool, str]]:
     """The classifier's scores of every row's images, computed again, against its table."""
     network = classifier.load()
     reference, seen = metrics.mnist_reference(network), {}
-    for name, table in image_tables(profile).items():
+    for name, table in image_tables(work).items():
         off = dict.fromkeys(SCORES, 0.0)
         for row in table.itertuples():
             if row.sample not in seen:
-                images = torch.from_numpy(samples.kept(profile, row.sample, row.n_images))[:, None]
+                images = torch.from_numpy(samples.kept(work, row.sample, row.n_images))[:, None]
                 seen[row.sample] = metrics.score(*metrics.mnist_features(network, images), reference)
             for metric in SCORES:
                 expected = getattr(row, metric)
@@ -75,51 +75,51 @@ def check_tables(profile: str) -> Iterator[tuple[bool, str]]:
         yield holds, f"{name}: scores of {len(table)} rows computed again, largest difference {differences}"
 
 
-def check_drawn(profile: str, name: str, model: nn.Module, row: Any, images: int, seed: int) -> tuple[bool, str]:
+def check_drawn(work: Workspace, name: str, model: nn.Module, row: Any, images: int, seed: int) -> tuple[bool, str]:
     """The first images of a row drawn again from `model`, against those that are kept."""
     again = sample(model, images, row.steps, seed, batch_size=images)[:, 0].numpy()
-    off = np.abs(again.astype(int) - samples.kept(profile, row.sample, images)).mean()
+    off = np.abs(again.astype(int) - samples.kept(work, row.sample, images)).mean()
     line = f"{name}: {images} images drawn again at {row.steps} steps differ by {off:.3g} of 255 grey levels per pixel"
     return bool(off <= GREY_LEVELS), f"{line} (at most {GREY_LEVELS:g})"
 
 
-def check_packed(profile: str, width: int, seed: int) -> tuple[bool, str]:
+def check_packed(work: Workspace, width: int, seed: int) -> tuple[bool, str]:
     """The packed weights: their checksum, and images drawn from them."""
-    model = dequantize(load_quantized(paths.RESULTS / profile / workspace.PACKED, UNet(width)))
-    row = next(report.load_table(profile, "packed").query("method == 'shipped'").itertuples())
-    return check_drawn(profile, "packed weights", model, row, PACKED_IMAGES, seed)
+    model = dequantize(load_quantized(work.results / weights.PACKED, UNet(width)))
+    row = next(report.load_table(work, "packed").query("method == 'shipped'").itertuples())
+    return check_drawn(work, "packed weights", model, row, PACKED_IMAGES, seed)
 
 
-def check_weights(profile: str, weights: Path, parameters: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+def check_weights(work: Workspace, path: Path, parameters: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     """Images of the baseline and of both uniform formats, drawn again from the FP32 weights in a file."""
-    workspace.take_weights(weights, profile, parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"])
-    model = workspace.load_model(profile, parameters["WIDTH"])
-    baseline = next(report.load_table(profile, "01_baseline").itertuples())
-    yield check_drawn(profile, "FP32 baseline", model, baseline, IMAGES, parameters["SEED"])
-    table = report.load_table(profile, "03_global")
+    weights.take_weights(work, path, parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"])
+    model = weights.load_model(work, parameters["WIDTH"])
+    baseline = next(report.load_table(work, "01_baseline").itertuples())
+    yield check_drawn(work, "FP32 baseline", model, baseline, IMAGES, parameters["SEED"])
+    table = report.load_table(work, "03_global")
     for row in plans.uniform(model):
         [found] = table[(table["method"] == "uniform") & (table["format"] == row.format)].itertuples()
         small = dequantize(quantize(model, row.plan))
-        yield check_drawn(profile, f"uniform {row.format.upper()}", small, found, IMAGES, parameters["SEED"])
+        yield check_drawn(work, f"uniform {row.format.upper()}", small, found, IMAGES, parameters["SEED"])
 
 
-def checks(profile: str, weights: Path | None) -> Iterator[tuple[bool | None, str]]:
+def checks(work: Workspace, path: Path | None) -> Iterator[tuple[bool | None, str]]:
     """All checks, one after another: whether each holds (None: it could not be made), and a line."""
-    p = profile_parameters(profile)
+    p = profile_parameters(work.profile)
     compute_on(p["THREADS"], "cpu")
-    if not samples.kept_folder(profile).is_dir():
-        raise ValueError(f"results/{profile}/samples is missing: verify needs a profile that keeps its images (PROFILE=paper)")
-    yield from check_files(profile)
-    yield from check_tables(profile)
-    if (paths.RESULTS / profile / workspace.PACKED).is_file():
-        yield check_packed(profile, p["WIDTH"], p["SEED"])
+    if not samples.kept_folder(work).is_dir():
+        raise ValueError(f"results/{work.profile}/samples is missing: verify needs a profile that keeps its images (PROFILE=paper)")
+    yield from check_files(work)
+    yield from check_tables(work)
+    if (work.results / weights.PACKED).is_file():
+        yield check_packed(work, p["WIDTH"], p["SEED"])
     else:
-        yield None, f"packed weights: results/{profile}/{workspace.PACKED} is not there"
-    if weights:
-        yield from check_weights(profile, weights, p)
+        yield None, f"packed weights: results/{work.profile}/{weights.PACKED} is not there"
+    if path:
+        yield from check_weights(work, path, p)
     else:
         yield None, "rows drawn from the FP32 weights: give them with WEIGHTS=path"
-    yield None, f"Inception scores, intervals and Fisher information: `make reproduce PROFILE={profile}` computes them again"
+    yield None, f"Inception scores, intervals and Fisher information: `make reproduce PROFILE={work.profile}` computes them again"
 
 
 def main() -> int:
@@ -130,7 +130,7 @@ def main() -> int:
     args = parser.parse_args()
     words, failed = {True: "ok", False: "FAILED", None: "not checked"}, 0
     try:
-        for holds, line in checks(args.profile, args.weights):
+        for holds, line in checks(Workspace(args.profile), args.weights):
             print(f"{words[holds]}: {line}", flush=True)
             failed += holds is False
     except (ValueError, OSError, RuntimeError) as error:

@@ -5,10 +5,11 @@ the output, to second order (LeCun et al. 1990, "Optimal Brain Damage", with the
 of `monte_carlo.estimate_sensitivity`, `error_feedback.damage`. It is taken with the actual rounding error, row by row (one row an
 output channel), with `formats.unshrunk_scale` scales and, with the curvature, error feedback.
 
-Units: "tensor", one format for all rows; "channel", a format a row; "mixed", besides these a share of the
-single weights in FP16, those of the largest F * w^2.
+Granularities: "tensor", one format for all rows; "channel", one format per row; "mixed", also a share of the single weights in
+FP16, those of the largest F * w^2.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from lafq.quantization.error_feedback import Factor, damage, factor, round_with_
 from lafq.quantization.formats import FORMATS, LARGEST, Format, fake_quantize, unshrunk_scale
 from lafq.quantization.weight_spec import ChannelView, WeightSpec, counted_bytes
 
-UNITS = ("tensor", "channel", "mixed")
+GRANULARITIES = ("tensor", "channel", "mixed")
 SPARSE_SHARES = (0.01,)
 PRICES = 96
 
@@ -54,7 +55,7 @@ def pareto_front(
     weight: Tensor,
     fisher: Tensor,
     rows: ChannelView,
-    unit: str,
+    granularity: str,
     formats: tuple[str, ...] = tuple(FORMATS),
     curvature: Tensor | None = None,
 ) -> list[StorageOption]:
@@ -63,17 +64,17 @@ def pareto_front(
     weight and fisher have the parameter's shape; rows as `channel_view` gives them; curvature (C, C) for its columns.
     """
     known = [f for f in (FORMATS[name] for name in formats) if not f.qmax or len(rows.shape) > 1]
-    values, importance = rows.of(weight), rows.of(fisher)
+    values, fisher = rows.of(weight), rows.of(fisher)
     shared = None if curvature is None else Curvature(curvature, factor(curvature))
-    options = [_option(values, importance, known, shared)]
+    options = [_option(values, fisher, known, shared)]
     found = [_choice(rows, options[0], known, torch.full((len(values),), i)) for i in range(len(known))]
-    if unit == "mixed" and len(rows.shape) > 1:
-        saliency = (importance * values.square()).flatten().argsort(descending=True, stable=True)
+    if granularity == "mixed" and len(rows.shape) > 1:
+        saliency = (fisher * values.square()).flatten().argsort(descending=True, stable=True)
         for count in sorted({max(1, round(share * len(saliency))) for share in SPARSE_SHARES}):
             kept = torch.zeros(len(saliency), dtype=torch.bool)
             kept[saliency[:count]] = True
-            options.append(_option(values, importance, known, shared, kept.view_as(values), rows))
-    if unit != "tensor":
+            options.append(_option(values, fisher, known, shared, kept.view_as(values), rows))
+    if granularity != "tensor":
         for option in options:
             # One price of a bit after another, from where the first row changes its format to where the last does.
             found += [_choice(rows, option, known, chosen) for chosen in _by_price(option)]
@@ -82,15 +83,15 @@ def pareto_front(
 
 def _option(
     values: Tensor,
-    importance: Tensor,
+    fisher: Tensor,
     known: list[Format],
     shared: Curvature | None,
     kept: Tensor | None = None,
     rows: ChannelView | None = None,
 ) -> _Option:
-    stored = _stored(values, importance, known, shared, kept)
+    stored = _stored(values, fisher, known, shared, kept)
     matrix = shared.matrix if shared else None
-    of_format = torch.stack([damage(s - values, importance, matrix) for s in stored], 1)
+    of_format = torch.stack([damage(s - values, fisher, matrix) for s in stored], 1)
     length = values.shape[1]
     bits = torch.tensor([f.bits for f in known]) * length + torch.tensor([16 if f.qmax else 0 for f in known])
     in_row = torch.zeros(len(values), dtype=torch.int64) if kept is None else kept.sum(1)
@@ -98,15 +99,15 @@ def _option(
     return _Option(mask, of_format, bits.double().expand(len(values), -1), in_row)
 
 
-def _stored(values: Tensor, importance: Tensor, known: list[Format], shared: Curvature | None, kept: Tensor | None) -> list[Tensor]:
+def _stored(values: Tensor, fisher: Tensor, known: list[Format], shared: Curvature | None, kept: Tensor | None) -> list[Tensor]:
     """What each format leaves of the rows; kept weights are FP16."""
-    rest, share = (values, importance) if kept is None else (values.masked_fill(kept, 0), importance.masked_fill(kept, 0))
+    rest, of_rest = (values, fisher) if kept is None else (values.masked_fill(kept, 0), fisher.masked_fill(kept, 0))
     integers = [f for f in known if f.qmax and shared]
-    found = {f: fake_quantize(rest, f, unshrunk_scale, share) for f in known if f not in integers}
+    found = {f: fake_quantize(rest, f, unshrunk_scale, of_rest) for f in known if f not in integers}
     exact = dict.fromkeys(known, values)
     if integers:
         # All formats at once: the weights of a row are rounded one after another, and rows cost little more than one.
-        scales = torch.cat([unshrunk_scale(rest, f.qmax, share).float() for f in integers])
+        scales = torch.cat([unshrunk_scale(rest, f.qmax, of_rest).float() for f in integers])
         qmax = torch.tensor([f.qmax for f in integers]).repeat_interleave(len(values))
         many = None if kept is None else kept.repeat(len(integers), 1)
         parts = round_with_error_feedback(values.repeat(len(integers), 1), scales, qmax, shared.factor, many).split(len(values))
@@ -117,14 +118,15 @@ def _stored(values: Tensor, importance: Tensor, known: list[Format], shared: Cur
     return [torch.where(kept, exact[f].clamp(-LARGEST, LARGEST).half().float(), found[f]) for f in known]
 
 
-def _by_price(option: _Option) -> list[Tensor]:
-    """For every price of a bit the format of least damage + price * bits, row by row."""
+def _by_price(option: _Option) -> Iterable[Tensor]:
+    """For every price of a bit the format of least damage + price * bits, row by row; equal answers once."""
     drop = (option.damage.amax(1) - option.damage.amin(1)) / (option.bits.amax(1) - option.bits.amin(1)).clamp_min(1)
     drop = drop[drop > 0]
     if not len(drop):
         return []
     prices = torch.logspace(drop.min().log10() - 7, drop.max().log10() + 2, PRICES, dtype=torch.float64)
-    return [(option.damage + price * option.bits).argmin(1) for price in prices.tolist()]
+    # From one price to the next few rows change their format, often none.
+    return torch.stack([(option.damage + price * option.bits).argmin(1) for price in prices.tolist()]).unique_consecutive(dim=0)
 
 
 def _choice(rows: ChannelView, option: _Option, known: list[Format], chosen: Tensor) -> StorageOption:

@@ -17,7 +17,7 @@ from scipy import optimize, sparse
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq.allocation.pareto import UNITS, StorageOption, pareto_front
+from lafq.allocation.pareto import GRANULARITIES, StorageOption, pareto_front
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.quantization.formats import FORMATS, MIB, get_format, unshrunk_scale
 from lafq.quantization.model import channel_view, check_curvature, check_plan, nbytes, weights_sha256
@@ -79,14 +79,14 @@ def allocate(
 def frontiers_of(
     model: nn.Module,
     fisher: dict[str, Tensor],
-    unit: str,
+    granularity: str,
     formats: tuple[str, ...] = tuple(FORMATS),
     progress: bool = True,
     curvature: dict[str, Tensor] | None = None,
 ) -> dict[str, list[StorageOption]]:
     """The frontier of every parameter that `fisher` names: made once, it serves any number of budgets."""
-    if unit not in UNITS:
-        raise ValueError(f"unknown unit {unit!r}: choose one of {', '.join(UNITS)}")
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"unknown granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}")
     for name in formats:
         get_format(name)
     if not fisher or not {"fp32", "fp16"} & set(formats):
@@ -104,7 +104,7 @@ def frontiers_of(
     for name, values in bar:
         common = (curvature or {}).get(name)
         sides = (parameters[name].detach().cpu(), values.detach().cpu(), channel_view(model, name))
-        found[name] = pareto_front(*sides, unit, formats, None if common is None else common.cpu())
+        found[name] = pareto_front(*sides, granularity, formats, None if common is None else common.cpu())
     return found
 
 
@@ -115,7 +115,7 @@ def solve_budget(
     exact: bool = False,
     recipe: Recipe = NEAREST,
 ) -> Allocation:
-    """One choice of every frontier; exact: by an integer program (worth its time at unit "tensor" only).
+    """One choice of every frontier; exact: by an integer program (worth its time at granularity "tensor" only).
 
     recipe: the rounding that the frontiers were made for, which the plan carries.
     """

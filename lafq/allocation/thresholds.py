@@ -1,7 +1,7 @@
 """Fisher values -> which weights are kept in full precision.
 
 Every rule takes `scores`, the Fisher values keyed by parameter name, and returns a boolean tensor of the same shape for
-each name: True where the weight is kept. `by_unit` makes the scores: of the unit "tensor" one value a weight tensor
+each name: True where the weight is kept. `by_granularity` makes the scores: of the granularity "tensor" one value per weight tensor
 (the released code), of "weight" the Fisher values themselves (the poster). A layer is the part of the name before the first dot.
 
 Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information" (IEIE 2024), quantization section.
@@ -17,19 +17,19 @@ GROUPS = {
     "Layer3-5": ("Layer3", "Layer4", "Layer5"),
     "Layer6": ("Layer6",),
 }
-UNITS = ("tensor", "channel", "weight")
+GRANULARITIES = ("tensor", "channel", "weight")
 
 
-def by_unit(fisher: dict[str, Tensor], unit: str, axes: dict[str, int] | None = None) -> dict[str, Tensor]:
-    """Scores of the unit: mean Fisher value of each weight tensor (0-dim) or output channel (1-dim), or every weight's.
+def by_granularity(fisher: dict[str, Tensor], granularity: str, axes: dict[str, int] | None = None) -> dict[str, Tensor]:
+    """Scores of the granularity: mean Fisher value of each weight tensor (0-dim) or output channel (1-dim), or every weight's.
 
     axes: by parameter name the axis of the output channels where it is not 0 (1 in a transposed convolution).
     """
-    if unit not in UNITS:
-        raise ValueError(f"unknown unit {unit!r}: choose one of {', '.join(UNITS)}")
-    if unit == "channel":
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"unknown granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}")
+    if granularity == "channel":
         return {n: f.movedim((axes or {}).get(n, 0), 0).flatten(1).mean(1) for n, f in fisher.items()}
-    return {n: f.mean() for n, f in fisher.items()} if unit == "tensor" else dict(fisher)
+    return {n: f.mean() for n, f in fisher.items()} if granularity == "tensor" else dict(fisher)
 
 
 def by_layer(scores: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -45,19 +45,6 @@ def keep_global(scores: dict[str, Tensor], tau: float) -> dict[str, Tensor]:
     return {n: s >= tau for n, s in scores.items()}
 
 
-def keep_groups(scores: dict[str, Tensor], taus: dict[str, float]) -> dict[str, Tensor]:
-    """A threshold for each of Layer1-2, Layer3-5 and Layer6: keep F >= tau of the group.
-
-    Raises ValueError for a group without a threshold, or a layer in no group.
-    """
-    if set(taus) != set(GROUPS):
-        raise ValueError(f"thresholds were given for {', '.join(taus)}: give one for each of {', '.join(GROUPS)}")
-    tau_of = {layer: taus[group] for group, layers in GROUPS.items() for layer in layers}
-    if unknown := [layer for layer in by_layer(scores) if layer not in tau_of]:
-        raise ValueError(f"unknown layer {unknown[0]!r}: the groups cover {', '.join(tau_of)}")
-    return {n: s >= tau_of[n.split(".", 1)[0]] for n, s in scores.items()}
-
-
 def group_means(scores: dict[str, Tensor]) -> dict[str, float]:
     """Mean Fisher value over the units of each group."""
     layers = by_layer(scores)
@@ -68,13 +55,20 @@ def group_means(scores: dict[str, Tensor]) -> dict[str, float]:
 
 
 def relative_to_group(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scores divided by their group's mean: a cut c of these is the group-wise rule with tau = c * the group's mean."""
+    """Scores divided by their group's mean: a threshold c on these is the group-wise rule with tau = c * the group's mean.
+
+    Raises ValueError for a layer in no group.
+    """
+    known = [layer for layers in GROUPS.values() for layer in layers]
+    if unknown := [layer for layer in by_layer(scores) if layer not in known]:
+        raise ValueError(f"unknown layer {unknown[0]!r}: the groups cover {', '.join(known)}")
     mean_of = {layer: mean for group, mean in group_means(scores).items() for layer in GROUPS[group]}
     return {n: s / mean_of[n.split(".", 1)[0]] for n, s in scores.items()}
 
 
 def standardized(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """(F - mean) / std over each layer's units (population std): a cut k of these is the poster's mean/std rule."""
+    """(F - mean) / std over each layer's units (population std): a threshold k on these is the poster's
+    mean/std rule, which keeps F >= mean + k * std."""
     result = {}
     for layer in by_layer(scores).values():
         values = _values(list(layer.values())).double()
@@ -83,7 +77,7 @@ def standardized(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def cuts(scores: dict[str, Tensor], count: int) -> list[float]:
+def threshold_grid(scores: dict[str, Tensor], count: int) -> list[float]:
     """Thresholds worth trying, highest first: every value where there are at most `count`, else as many quantiles.
 
     The first keeps nothing, the last everything.
@@ -111,11 +105,6 @@ def keep_ratio(scores: dict[str, Tensor], ratio: float) -> dict[str, Tensor]:
         parts = mask.split([s.numel() for s in layer.values()])
         keep |= {n: part.view(s.shape) for (n, s), part in zip(layer.items(), parts, strict=True)}
     return keep
-
-
-def keep_mean_std(scores: dict[str, Tensor], k: float) -> dict[str, Tensor]:
-    """Per layer, keep F >= mean + k * std of the layer's Fisher values; of the poster's two signs the one that can cut."""
-    return keep_global(standardized(scores), k)
 
 
 def _values(scores: list[Tensor]) -> Tensor:

@@ -5,37 +5,51 @@ from typing import Any, NamedTuple
 import pandas as pd
 from torch import nn
 
+from lafq.diffusion.mnist import mnist
+from lafq.diffusion.noising import noised_batches
 from lafq.diffusion.unet import quantizable
 from lafq.quantization.formats import MIB
-from lafq.quantization.model import kept_weights, nbytes
+from lafq.quantization.model import kept_weights, nbytes, quantize
 from lafq.quantization.plan import Plan
+from lafq.quantization.tuning import BATCH, tune
 
-KEY = ["method", "threshold", "format", "unit"]
+KEY = ["method", "threshold", "format", "granularity"]
 
 
 class Candidate(NamedTuple):
-    """A row to evaluate: its key in every table, its precision plan, and whether Inception shall see its images.
+    """A row to evaluate: its key in every table, its quantization plan, and whether Inception features are computed for it.
 
-    target: what picks the threshold, where it is found from the Fisher values ("" where the threshold itself is given). made:
-    what the recipe of its images says of rounding and Fisher information, where that is not as in the paper's rows (see
-    `samples.recipe`).
+    target: how the threshold was found from the Fisher values ("" where the threshold itself is given). made: what the recipe of
+    its images says of rounding and Fisher information, where that is not as in the paper's rows (`samples.recipe`). bits: the
+    budget in bits per weight (0: none). tuned: for how many steps biases and norms are tuned after rounding.
     """
 
     method: str
     threshold: str
     format: str
-    unit: str
+    granularity: str
     plan: Plan
     inception: bool = False
     target: str = ""
     made: dict[str, Any] | None = None
+    bits: float = 0.0
+    tuned: int = 0
 
 
 BASELINE = Candidate("baseline", "none", "fp32", "none", {})
 
 
+def quantized(model: nn.Module, candidate: Candidate, seed: int) -> nn.Module:
+    """The quantized copy of a model under a candidate's plan, tuned on noised training digits where the candidate says so."""
+    small = quantize(model, candidate.plan)
+    if candidate.tuned:
+        # Plans are made from the digits of `seed` and validated on those of seed + 1.
+        tune(model, small, noised_batches(mnist(train=True)[0], candidate.tuned * BATCH, seed + 2, BATCH), candidate.tuned)
+    return small
+
+
 def sizes(model: nn.Module, plans: list[Plan]) -> pd.DataFrame:
-    """Kept share, stored MiB and share of the FP32 bytes, one row a plan."""
+    """Kept share, stored MiB and share of the FP32 bytes, one row per plan."""
     full = nbytes(model, {})
     stored = [(kept_share(model, plan), nbytes(model, plan)) for plan in plans]
     table = pd.DataFrame(stored, columns=["kept_share", "mem_mib"])

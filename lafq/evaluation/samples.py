@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lafq import paths
 from lafq.device import kind_of_machine
 from lafq.diffusion.ddpm import sample
 from lafq.diffusion.unet import quantizable
@@ -33,13 +32,23 @@ from lafq.evaluation.candidates import Candidate
 from lafq.io import atomic_write
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize, weights_sha256
+from lafq.workspace import Workspace
 
 Recipe = dict[str, Any]
 ROUNDING = "nearest code, scale of the largest weight"
 
 
+class Sampling(NamedTuple):
+    """What is drawn: images 0, ..., images - 1 from the noise of `seed`, in so many sampling steps, `batch` images at once."""
+
+    images: int
+    steps: int
+    seed: int
+    batch: int = 100
+
+
 class Sampled(NamedTuple):
-    """Images of one row: its key, uint8 (N, 1, 32, 32), and the kinds of machine that drew them."""
+    """The images of one row, uint8 (N, 1, 32, 32), its key, and the kinds of machine that drew them."""
 
     key: str
     images: Tensor
@@ -52,22 +61,29 @@ def recipe(model: nn.Module, candidate: Candidate, weights: str, fisher: dict[st
     A plan that stores all weights alike is the uniform row, or the baseline, whatever rule made it.
     fisher: samples, bins and seed of the empirical Fisher information.
     """
-    method, threshold, low, unit, plan = candidate[:5]
+    method, threshold, format, granularity, plan = candidate[:5]
     formats = {entry for entry in plan.values() if isinstance(entry, str)}
     if not plan:
-        method, threshold, low, unit = "baseline", "none", "fp32", "none"
+        method, threshold, format, granularity = "baseline", "none", "fp32", "none"
     elif not candidate.made and len(formats) == 1 and plan == dict.fromkeys(quantizable(model), (entry := formats.pop())):
-        method, threshold, low, unit = "uniform", "all", entry, "tensor"
-    found = {"weights": weights, "rule": method, "threshold": threshold, "format": low, "granularity": unit, "rounding": ROUNDING}
+        method, threshold, format, granularity = "uniform", "all", entry, "tensor"
+    found = {
+        "weights": weights,
+        "rule": method,
+        "threshold": threshold,
+        "format": format,
+        "granularity": granularity,
+        "rounding": ROUNDING,
+    }
     if method in ("baseline", "uniform"):
         return found
     found |= {"threshold": candidate.target or threshold, "kept": "fp32", "fisher": {"kind": "empirical", **fisher}}
     return found | (candidate.made or {})
 
 
-def recipe_key(recipe: Recipe, steps: int, seed: int, batch: int) -> str:
+def recipe_key(recipe: Recipe, sampling: Sampling) -> str:
     """The key of a row, as this module's docstring says it."""
-    words = json.dumps({"recipe": recipe, "steps": steps, "seed": seed, "batch": batch}, sort_keys=True)
+    words = json.dumps({"recipe": recipe, **_drawn(sampling)}, sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
@@ -77,29 +93,22 @@ def sample_key(model: nn.Module, *drawn: int) -> str:
 
 
 def cached_samples(
-    model: nn.Module,
-    profile: str,
-    images: int,
-    steps: int,
-    seed: int,
-    label: str = "sampling",
-    batch: int = 100,
-    recipe: Recipe | None = None,
+    work: Workspace, model: nn.Module, sampling: Sampling, label: str = "sampling", recipe: Recipe | None = None
 ) -> Sampled:
     """`ddpm.sample`, batch by batch drawn or taken from where images are kept: with a recipe, results/<profile>/samples.
 
     Raises ValueError for no images, and for a file that is damaged, holds other images than its name says, or was drawn on this
     kind of machine from other weights than the recipe now gives.
     """
-    if images < 1:
-        raise ValueError(f"{images} images asked for: at least one is needed")
-    key, files = _place(model, profile, images, steps, seed, batch, recipe)
-    drawn = {"recipe": recipe, "steps": steps, "seed": seed, "batch": batch}
+    if sampling.images < 1:
+        raise ValueError(f"{sampling.images} images asked for: at least one is needed")
+    key, files = _place(work, model, sampling, recipe)
+    drawn = {"recipe": recipe, **_drawn(sampling)}
     weights, found, machines = weights_sha256(model), [], set()
     for part, path in files.items():
         if not path.is_file():
             named = label if len(files) == 1 else f"{label}, images {part.start}-{part.stop - 1}"
-            pixels = sample(model, len(part), steps, seed, batch, named, first=part.start).numpy()
+            pixels = sample(model, len(part), sampling.steps, sampling.seed, sampling.batch, named, first=part.start).numpy()
             _keep(path, pixels, {**drawn, "drawn_from": weights, "machine": kind_of_machine()})
         pixels, record = read(path)
         if {name: record[name] for name in drawn} != drawn or len(pixels) != len(part):
@@ -126,55 +135,49 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     return pixels, record
 
 
-def kept(profile: str, key: str, images: int) -> np.ndarray:
+def kept(work: Workspace, key: str, images: int) -> np.ndarray:
     """The first `images` images of a row from results/<profile>/samples, uint8 (N, 32, 32), by the `sample` column of its table.
 
     Raises FileNotFoundError when there are fewer, ValueError as `read`.
     """
-    parts = [read(path)[0][:, 0] for path in sorted(kept_folder(profile).glob(f"{key}_*.npz"))]
+    parts = [read(path)[0][:, 0] for path in sorted(kept_folder(work).glob(f"{key}_*.npz"))]
     if sum(map(len, parts)) < images:
         raise FileNotFoundError(
-            f"{images} images of row {key} are needed, {kept_folder(profile)} has {sum(map(len, parts))}: "
-            f"`make reproduce PROFILE={profile}` draws the others"
+            f"{images} images of row {key} are needed, {kept_folder(work)} has {sum(map(len, parts))}: "
+            f"`make reproduce PROFILE={work.profile}` draws the others"
         )
     return np.concatenate(parts)[:images]
 
 
-def kept_folder(profile: str) -> Path:
+def kept_folder(work: Workspace) -> Path:
     """Where a profile that keeps its images has them."""
-    return paths.RESULTS / profile / "samples"
+    return work.results / "samples"
 
 
 def sample_on_cluster(
-    scheduler: str,
+    work: Workspace,
     model: nn.Module,
-    packed: Iterator[tuple[nn.Module, Callable[[nn.Module], Recipe | None]]],
+    copies: Iterator[tuple[nn.Module, Callable[[nn.Module], Recipe | None]]],
     total: int,
-    profile: str,
-    *,
-    images: int,
-    steps: int,
-    seed: int,
-    batch: int = 100,
+    sampling: Sampling,
 ) -> None:
     """Have the workers of a Dask cluster draw what is not yet kept, each of the `total` plans once.
 
-    packed: packed copies of `model`, each with a function that gives the recipe of its weights once they are unpacked; taken one by
-    one as workers have room. Errors are those of `cluster.sample_all`.
+    copies: quantized copies of `model`, each with a function that gives the recipe of its dequantized weights; taken one by one as
+    workers have room. Errors are those of `cluster.sample_all`.
     """
     waiting: dict[str, tuple[dict[range, Path], dict[str, Any]]] = {}
-    named = {"steps": steps, "seed": seed, "batch": batch}
 
     def tasks() -> Iterator[tuple[str, bytes]]:
-        for small, recipe_of in packed:
+        for small, recipe_of in copies:
             with TemporaryDirectory() as folder:
                 file = Path(folder) / "packed.safetensors"
                 save_quantized(file, small, model)
                 whole = dequantize(small)
                 recipe = recipe_of(whole)
-                key, files = _place(whole, profile, images, steps, seed, batch, recipe)
+                key, files = _place(work, whole, sampling, recipe)
                 if key not in waiting and not all(path.is_file() for path in files.values()):
-                    waiting[key] = files, {**named, "recipe": recipe, "drawn_from": weights_sha256(whole)}
+                    waiting[key] = files, {"recipe": recipe, **_drawn(sampling), "drawn_from": weights_sha256(whole)}
                     yield key, file.read_bytes()
 
     def keep(key: str, drawn: np.ndarray, machine: str) -> None:
@@ -184,17 +187,21 @@ def sample_on_cluster(
                 _keep(path, drawn[part.start : part.stop], {**record, "machine": machine})
 
     where = {"width": model.width, "device": next(model.parameters()).device.type}
-    cluster.sample_all(scheduler, tasks(), total, keep, images=images, **named, **where)
+    cluster.sample_all(work.scheduler, tasks(), total, keep, **sampling._asdict(), **where)
 
 
-def _place(
-    model: nn.Module, profile: str, images: int, steps: int, seed: int, batch: int, recipe: Recipe | None
-) -> tuple[str, dict[range, Path]]:
+def _drawn(sampling: Sampling) -> dict[str, int]:
+    """What a record and the key of a row say of the draw; the number of images is in the file's name."""
+    return {"steps": sampling.steps, "seed": sampling.seed, "batch": sampling.batch}
+
+
+def _place(work: Workspace, model: nn.Module, sampling: Sampling, recipe: Recipe | None) -> tuple[str, dict[range, Path]]:
     """The key of a row, and the file of every batch of its images."""
+    images, steps, seed, batch = sampling
     if recipe is None:
-        folder, key = paths.BUILD / profile / "samples", sample_key(model, images, steps, seed)
+        folder, key = work.build / "samples", sample_key(model, images, steps, seed)
     else:
-        folder, key = kept_folder(profile), recipe_key(recipe, steps, seed, batch)
+        folder, key = kept_folder(work), recipe_key(recipe, sampling)
     parts = [range(start, min(start + batch, images)) for start in range(0, images, batch)]
     return key, {part: folder / f"{key}_{part.start:05d}-{part.stop - 1:05d}.npz" for part in parts}
 

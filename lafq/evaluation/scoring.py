@@ -65,7 +65,7 @@ def against_baseline(scored: Scored, baseline: Scored) -> dict[str, float]:
     return row
 
 
-def damage(losses: Tensor, baseline: Tensor, generated: Tensor, unquantized: Tensor, seed: int) -> dict[str, float]:
+def paired_change(losses: Tensor, baseline: Tensor, generated: Tensor, unquantized: Tensor, seed: int) -> dict[str, float]:
     """What FID cannot see: `rmse`, the mean over images of the root mean squared difference from the unquantized model's
     image of the same noise (0..1), and `delta_loss`, the rise of the held-out denoising loss, with its 95 % interval."""
     off = (unit_interval(generated) - unit_interval(unquantized)).square().flatten(1).mean(1).sqrt()
@@ -78,7 +78,7 @@ def damage(losses: Tensor, baseline: Tensor, generated: Tensor, unquantized: Ten
 def held_out_outputs(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> tuple[Tensor, Tensor]:
     """Predicted and true noise (digits, 1, 32, 32) of the first held-out digits.
 
-    The timesteps are spread evenly over all of them, one a digit; the noise is that of the seed, whatever the model.
+    The timesteps are spread evenly over all of them, one per digit; the noise is that of the seed, whatever the model.
     """
     device = next(model.parameters()).device
     x0 = unit_interval(mnist(train=False)[0][HELD_OUT][:digits])
@@ -96,9 +96,9 @@ def held_out_losses(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> T
     return (predicted - noise).square().flatten(1).mean(1)
 
 
-def output_damage(model: nn.Module, outputs: tuple[Tensor, Tensor], seed: int) -> dict[str, float]:
-    """`damage`: the mean squared difference of a model's output from the unquantized model's on the held-out digits, a
-    pixel, with its 95 % interval over the digits (of its logarithm: a few digits have most of the damage, and on the number's
+def output_mse(model: nn.Module, outputs: tuple[Tensor, Tensor], seed: int) -> dict[str, float]:
+    """`damage`: the mean squared difference per pixel of a model's output from the unquantized model's on the held-out digits,
+    with its 95 % interval over the digits (of its logarithm: a few digits have most of the damage, and on the number's
     own scale the interval reaches below zero); and `delta_loss`, the rise of the denoising loss.
 
     outputs: the unquantized model's, as `held_out_outputs` gives them.

@@ -74,7 +74,7 @@ def kept_in_common(ours: dict[str, Tensor], other: dict[str, Tensor], ratio: flo
 
 
 def fisher_choices(model: UNet, found: dict[str, dict[str, Tensor]], ratio: float, seed: int) -> pd.DataFrame:
-    """A row a choice: mean rank correlation with ours over the layers, kept weights in common, and the rise of the held-out
+    """One row per choice: mean rank correlation with ours over the layers, kept weights in common, and the rise of the held-out
     denoising loss when the ratio rule on these values sends the other single weights to INT8 and to INT4."""
     ours = found["this project"]
     losses = scoring.held_out_losses(model, seed)
@@ -93,7 +93,7 @@ def fisher_choices(model: UNet, found: dict[str, dict[str, Tensor]], ratio: floa
     return pd.DataFrame(rows)
 
 
-def configurations(found: dict[str, dict[str, Tensor]], ratio: float, low: str) -> list[Candidate]:
+def candidates(found: dict[str, dict[str, Tensor]], ratio: float, low: str) -> list[Candidate]:
     """The ratio rule on the Fisher values of every choice, to sample and score."""
     return [
         Candidate("ratio", f"{ratio:.2f}, {name}", low, "weight", make_plan(keep_ratio(values, ratio), low))
@@ -104,7 +104,7 @@ def configurations(found: dict[str, dict[str, Tensor]], ratio: float, low: str) 
 def released_groups(model: nn.Module, fisher: dict[str, Tensor]) -> pd.DataFrame:
     """R5: a group's threshold is the mean of its squared weights; a tensor's score its mean Fisher value over the largest one.
 
-    One row a group: the threshold, the lowest and highest score, and how many of its tensors the rule keeps.
+    One row per group: the threshold, the lowest and highest score, and how many of its tensors the rule keeps.
     """
     means = {n: f.mean().item() for n, f in fisher.items()}
     scores = {n: m / max(means.values()) for n, m in means.items()}

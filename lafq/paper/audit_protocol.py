@@ -12,9 +12,10 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 from lafq import paths
 from lafq.evaluation import bootstrap, classifier, metrics
 from lafq.evaluation.evaluate import InceptionFeatures, inception_features
-from lafq.evaluation.samples import cached_samples
+from lafq.evaluation.samples import Sampling, cached_samples
 from lafq.paper import plans
 from lafq.quantization.model import dequantize, quantize
+from lafq.workspace import Workspace
 
 SMALL_REFERENCE = 500
 
@@ -37,7 +38,7 @@ class FeatureExtractor(NamedTuple):
     sizes: tuple[metrics.Reference, metrics.Reference] | None = None
 
 
-def eyes(inception: InceptionFeatures | None) -> dict[str, FeatureExtractor]:
+def extractors(inception: InceptionFeatures | None) -> dict[str, FeatureExtractor]:
     """The MNIST features and, where Inception is to be had, its features with the 28x28 reference of R6."""
     network = classifier.load()
     found = {"MNIST": FeatureExtractor(lambda x: metrics.mnist_features(network, x)[0], metrics.mnist_reference(network))}
@@ -51,17 +52,18 @@ def eyes(inception: InceptionFeatures | None) -> dict[str, FeatureExtractor]:
     return found
 
 
-def measure_protocol(model: nn.Module, profile: str, inception_reference: int, *, seed: int, **sampling: int) -> pd.DataFrame:
-    """`protocol_choices` for uniform INT8 of a model, from the noise of `seed` and from other noise."""
+def measure_protocol(work: Workspace, model: nn.Module, sampling: Sampling, inception_reference: int) -> pd.DataFrame:
+    """`protocol_choices` for uniform INT8 of a model, from the noise of the sampling's seed and of the next one."""
     int8 = dequantize(quantize(model, plans.uniform(model, ("int8",))[0].plan))
-    drawn = [cached_samples(m, profile, seed=s, **sampling).images for m, s in ((model, seed), (int8, seed), (int8, seed + 1))]
-    return protocol_choices(eyes(inception_features(profile, inception_reference)), *drawn, seed)
+    other = sampling._replace(seed=sampling.seed + 1)
+    drawn = [cached_samples(work, m, s).images for m, s in ((model, sampling), (int8, sampling), (int8, other))]
+    return protocol_choices(extractors(inception_features(work, inception_reference)), *drawn, sampling.seed)
 
 
 def protocol_choices(
     seen: dict[str, FeatureExtractor], unquantized: Tensor, quantized: Tensor, other_noise: Tensor, seed: int
 ) -> pd.DataFrame:
-    """A row a choice: a FID, or difference of FIDs, as here and as in the released code; what it changes, with 95 % interval.
+    """One row per choice: a FID, or difference of FIDs, as here and as in the released code; what it changes, with 95 % interval.
 
     unquantized, quantized: images from the same noise; other_noise: images of the quantized model from noise of another
     seed, which has no pairs to resample: that row stands without an interval.

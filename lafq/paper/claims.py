@@ -77,8 +77,8 @@ def front_layers(timesteps: pd.DataFrame, seed: int) -> Claim:
 
 
 def best_ratio(table: pd.DataFrame, images: dict[str, np.ndarray], low: str, seed: int) -> Claim:
-    """C3 for one format, unit single weight: rows of the ratio sweep with their images; the interval resamples the images."""
-    rows = table[(table["method"] == "ratio") & (table["format"] == low) & (table["unit"] == "weight")]
+    """C3 for one format, by weight: rows of the ratio sweep with their images; the interval resamples the images."""
+    rows = table[(table["method"] == "ratio") & (table["format"] == low) & (table["granularity"] == "weight")]
     rows = rows[rows["threshold"].isin([f"{r:.2f}" for r in poster.RATIOS])]
     inside = rows["threshold"].astype(float).between(*poster.BEST_RATIOS)
     shares = np.where(inside, 1 / inside.sum(), -1 / (~inside).sum())
@@ -92,7 +92,7 @@ def layerwise_images(table: pd.DataFrame, images: dict[str, np.ndarray], seed: i
     rows = table[table["method"].isin(LAYERWISE) & (table["format"] == "int8")]
     row = rows.loc[(rows["mem_mib"] - uniform["mem_mib"]).abs().idxmin()]
     quantity = (
-        f"FID of {row['method']} {row['threshold']}, INT8 {row['unit']} ({row['mem_mib']:.2f} MiB) less uniform FP16's "
+        f"FID of {row['method']} {row['threshold']}, INT8 {row['granularity']} ({row['mem_mib']:.2f} MiB) less uniform FP16's "
         f"({uniform['mem_mib']:.2f} MiB)"
     )
     said = "thresholds by layer give better images than uniform quantization"
@@ -104,9 +104,8 @@ def layerwise_size(table: pd.DataFrame) -> Claim:
     rows = table[table["method"].isin(LAYERWISE) & (table["format"] == "fp16") & (table["kept_share"] > 0)]
     row = rows.loc[rows["mem_mib"].idxmin()]
     share = row["mem_mib"] / _uniform_fp16(table)["mem_mib"]
-    quantity = (
-        f"bytes of {row['method']} {row['threshold']}, FP16 {row['unit']} (the smallest that keeps any weight) over uniform FP16's"
-    )
+    named = f"{row['method']} {row['threshold']}, FP16 {row['granularity']}"
+    quantity = f"bytes of {named} (the smallest that keeps any weight) over uniform FP16's"
     said = "thresholds by layer compress better than uniform quantization"
     return Claim("C4 size", said, quantity, share, share, share, verdict(share, share, 1, above=False))
 

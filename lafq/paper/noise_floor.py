@@ -7,14 +7,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lafq.device import select_device
-from lafq.diffusion import workspace
 from lafq.diffusion.mnist import HELD_OUT, mnist
+from lafq.diffusion.weights import load_model
 from lafq.evaluation import bootstrap, classifier, metrics
 from lafq.evaluation.evaluate import inception_features
 from lafq.evaluation.metrics import Reference
-from lafq.evaluation.samples import cached_samples
+from lafq.evaluation.samples import Sampling, cached_samples
 from lafq.rng import generator
+from lafq.workspace import Workspace
 
 SIZES = (50, 100, 200, 500, 1000, 2000, 5000)
 BLOCKS = 20
@@ -45,18 +45,15 @@ def noise_floor(parameters: dict[str, Any]) -> pd.DataFrame:
     """`floor` of real held-out digits and of the unquantized model's images, on MNIST and Inception features.
 
     The references are 5,000 digits, for Inception 2,000 (none where the profile has no Inception columns)."""
-    p, profile = parameters, parameters["PROFILE"]
-    device = select_device(profile, p["THREADS"], p["DEVICE"])
-    model = workspace.load_model(profile, p["WIDTH"], device)
-    generated = cached_samples(model, profile, p["CHECK_IMAGES"], p["SAMPLING_STEPS"], p["SEED"]).images
+    p, work = parameters, Workspace.open(parameters["PROFILE"], parameters["THREADS"], parameters["DEVICE"])
+    sampling = Sampling(p["CHECK_IMAGES"], p["SAMPLING_STEPS"], p["SEED"])
+    generated = cached_samples(work, load_model(work, p["WIDTH"]), sampling).images
     digits = mnist(train=False)[0][HELD_OUT]
     network = classifier.load()
-    seen = [
-        ("MNIST", images, metrics.mnist_features(network, x)[0], metrics.mnist_reference(network))
-        for images, x in (("real", digits), ("generated", generated))
-    ]
-    if eye := inception_features(profile, INCEPTION_REFERENCE if p["INCEPTION_REFERENCE"] else 0):
-        sets = (("real", digits), ("generated", generated))
+    sets = (("real", digits), ("generated", generated))
+    reference = metrics.mnist_reference(network)
+    seen = [("MNIST", images, metrics.mnist_features(network, x)[0], reference) for images, x in sets]
+    if eye := inception_features(work, INCEPTION_REFERENCE if p["INCEPTION_REFERENCE"] else 0):
         seen += [("Inception", images, eye.of(x), eye.reference) for images, x in sets]
     tables = [floor(f, reference, p["SEED"]).assign(features=name, images=images) for name, images, f, reference in seen]
     return pd.concat(tables, ignore_index=True)[["features", "images", "metric", "n", "mean", "sd", "blocks"]]

@@ -4,7 +4,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lafq.allocation.thresholds import by_unit, cuts, keep_global, keep_ratio, relative_to_group, standardized
+from lafq.allocation.thresholds import by_granularity, keep_global, keep_ratio, relative_to_group, standardized, threshold_grid
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation.candidates import BASELINE, MIB, Candidate
 from lafq.paper.poster import TARGET_SHARE
@@ -12,12 +12,13 @@ from lafq.quantization.model import channel_view, make_plan, nbytes
 from lafq.quantization.weight_spec import counted_bytes
 
 
-def size_sweep(model: nn.Module, scores: dict[str, Tensor], low: str, unit: str, count: int) -> pd.DataFrame:
-    """Size of the plan at every threshold of `thresholds.cuts`: columns format, unit, cut, kept_share, mem_mib, mem_share.
+def size_sweep(model: nn.Module, scores: dict[str, Tensor], format: str, granularity: str, count: int) -> pd.DataFrame:
+    """Size of the plan at every threshold of `thresholds.threshold_grid`: columns format, granularity,
+    threshold, kept_share, mem_mib, mem_share.
 
     scores: one value per weight, or per weight tensor. Only numbers of kept weights are counted, which takes seconds at width 64.
     """
-    values, weights = cuts(scores, count), quantizable(model)
+    values, weights = threshold_grid(scores, count), quantizable(model)
     thresholds = torch.tensor(values, dtype=next(iter(scores.values())).dtype)
     total = torch.zeros(len(values), dtype=torch.int64)
     full = nbytes(model, {})
@@ -30,39 +31,43 @@ def size_sweep(model: nn.Module, scores: dict[str, Tensor], low: str, unit: str,
         in_first_row = torch.zeros(rows.size[0], dtype=torch.int64)
         for i, number in enumerate(kept.tolist()):
             in_first_row[0] = number
-            stored[i] += 4 * size if number == size else counted_bytes(rows, low, in_first_row)
+            stored[i] += 4 * size if number == size else counted_bytes(rows, format, in_first_row)
     sizes = {"kept_share": total.double() / sum(w.numel() for w in weights.values())}
     sizes |= {"mem_mib": stored.double() / MIB, "mem_share": stored.double() / full}
-    return pd.DataFrame({"format": low, "unit": unit, "cut": values} | {k: v.numpy() for k, v in sizes.items()})
+    return pd.DataFrame(
+        {"format": format, "granularity": granularity, "threshold": values} | {k: v.numpy() for k, v in sizes.items()}
+    )
 
 
 def size_table(model: nn.Module, scores: dict[str, dict[str, Tensor]], kinds: list[list[str]], count: int) -> pd.DataFrame:
-    """`size_sweep` of several kinds, each a format and a unit; scores by unit."""
-    return pd.concat([size_sweep(model, scores[unit], low, unit, count) for low, unit in kinds]).reset_index(drop=True)
+    """`size_sweep` of several kinds, each a format and a granularity; scores by granularity."""
+    sweeps = [size_sweep(model, scores[granularity], format, granularity, count) for format, granularity in kinds]
+    return pd.concat(sweeps, ignore_index=True)
 
 
 def nearest_size(sweeps: pd.DataFrame, share: float) -> pd.DataFrame:
-    """Of every (format, unit) the row of `size_sweep` whose share of the baseline's bytes is nearest to `share`.
+    """Of every (format, granularity) the row of `size_sweep` whose share of the baseline's bytes is nearest to `share`.
 
     A column `target` says so in words.
     """
-    kinds = [sweeps["format"], sweeps["unit"]]
+    kinds = [sweeps["format"], sweeps["granularity"]]
     found = sweeps.loc[(sweeps["mem_share"] - share).abs().groupby(kinds).idxmin()]
-    counts = sweeps.groupby(kinds)["cut"].transform("size")[found.index]
+    counts = sweeps.groupby(kinds)["threshold"].transform("size")[found.index]
+    # These words are part of the key of kept images.
     return found.assign(target=[f"nearest to {share:.4f} of FP32 of {n} cuts" for n in counts]).reset_index(drop=True)
 
 
 def candidates_at(
     method: str, symbol: str, chosen: pd.DataFrame, scores: dict[str, dict[str, Tensor]], inception: bool = False
 ) -> list[Candidate]:
-    """A configuration for every row of `nearest_size`; scores by unit; the threshold is written `symbol=cut`."""
+    """A candidate for every row of `nearest_size`; scores by granularity; its threshold is written `symbol=value`."""
     return [
         Candidate(
             method,
-            f"{symbol}={row.cut:.3g}",
+            f"{symbol}={row.threshold:.3g}",
             row.format,
-            row.unit,
-            make_plan(keep_global(scores[row.unit], row.cut), row.format),
+            row.granularity,
+            make_plan(keep_global(scores[row.granularity], row.threshold), row.format),
             inception,
             row.target,
         )
@@ -75,34 +80,32 @@ def uniform(model: nn.Module, formats: tuple[str, ...] = ("fp16", "int8")) -> li
     return [Candidate("uniform", "all", low, "tensor", dict.fromkeys(quantizable(model), low), inception=True) for low in formats]
 
 
-def ratio_configurations(
-    fisher: dict[str, Tensor], ratios: list[float], coarse: list[float], formats: list[str]
-) -> list[Candidate]:
-    """The ratio sweep: the paper's ratios at both units, the coarse ones for single weights; Inception for FP16 weights."""
+def ratio_candidates(fisher: dict[str, Tensor], ratios: list[float], coarse: list[float], formats: list[str]) -> list[Candidate]:
+    """The ratio sweep: the paper's ratios by tensor and by weight, the coarse ones by weight; Inception for FP16 by weight."""
     return [
         Candidate(
             "ratio",
             f"{ratio:.2f}",
             low,
-            unit,
-            make_plan(keep_ratio(by_unit(fisher, unit), ratio), low),
-            inception=low == "fp16" and unit == "weight" and ratio in ratios,
+            granularity,
+            make_plan(keep_ratio(by_granularity(fisher, granularity), ratio), low),
+            inception=low == "fp16" and granularity == "weight" and ratio in ratios,
         )
-        for unit in ("tensor", "weight")
+        for granularity in ("tensor", "weight")
         for low in formats
-        for ratio in sorted({*ratios, *(coarse if unit == "weight" else ())})
+        for ratio in sorted({*ratios, *(coarse if granularity == "weight" else ())})
     ]
 
 
-def published_rows(model: nn.Module, fisher: dict[str, Tensor], ratios: list[float], cuts: int) -> list[Candidate]:
+def published_rows(model: nn.Module, fisher: dict[str, Tensor], ratios: list[float], count: int) -> list[Candidate]:
     """The rows of the poster's table in INT8 on single weights, beside the baseline and both uniform formats.
 
-    Global, group-wise and mean/std thresholds are taken at the paper's share of bytes, the nearest of `cuts` sizes.
+    Global, group-wise and mean/std thresholds are taken at the paper's share of bytes, the nearest of `count` thresholds.
     """
-    found, values = [BASELINE._replace(inception=True), *uniform(model)], by_unit(fisher, "weight")
+    found, values = [BASELINE._replace(inception=True), *uniform(model)], by_granularity(fisher, "weight")
     rules = {"global": ("tau", values), "group": ("factor", relative_to_group(values)), "mean_std": ("k", standardized(values))}
     for method, (symbol, scores) in rules.items():
-        sizes = size_sweep(model, scores, "int8", "weight", cuts)
+        sizes = size_sweep(model, scores, "int8", "weight", count)
         found += candidates_at(method, symbol, nearest_size(sizes, TARGET_SHARE[method]), {"weight": scores}, inception=True)
-    kept = [row for row in ratio_configurations(fisher, ratios, [], ["int8"]) if row.unit == "weight"]
+    kept = [row for row in ratio_candidates(fisher, ratios, [], ["int8"]) if row.granularity == "weight"]
     return found + [row._replace(inception=True) for row in kept]

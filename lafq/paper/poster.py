@@ -83,7 +83,7 @@ COLUMNS = [
 
 
 def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
-    """Our rows (columns of `workspace.evaluate`) beside the poster's: matched by method, and by ratio where it has one.
+    """Our rows (columns of `evaluate.evaluate`) beside the poster's: matched by method, and by ratio where it has one.
 
     FID and IS are the poster's (100 images); memory falls back on the README's where the poster has none.
     """

@@ -12,33 +12,32 @@ import torch
 from scipy import stats
 from torch import nn
 
-from lafq import paths
 from lafq.allocation.thresholds import relative_to_group
-from lafq.device import select_device
 from lafq.diffusion import training
 from lafq.diffusion.mnist import mnist
 from lafq.diffusion.unet import UNet, quantizable
 from lafq.evaluation.bootstrap import LEVEL
-from lafq.evaluation.candidates import Candidate
+from lafq.evaluation.candidates import BASELINE, Candidate
 from lafq.evaluation.evaluate import evaluate
+from lafq.evaluation.samples import Sampling
 from lafq.paper import claims, plans, poster
 from lafq.paper.claims import Claim
 from lafq.paper.fisher_analysis import fisher_by_timestep
 from lafq.rng import generator
+from lafq.workspace import Workspace
 
 SEEDS = (1, 2, 3)
 STEPS, DECAY = 600, 200
 RATIOS_OF_MEANS = ("C1", "C2")
 
 
-def claimed_rows(model: nn.Module, fisher: dict[str, torch.Tensor], cuts: int) -> list[Candidate]:
+def claimed_rows(model: nn.Module, fisher: dict[str, torch.Tensor], count: int) -> list[Candidate]:
     """The rows C3 and C4 speak of, in INT8: the baseline, uniform FP16, the group row at the paper's size, the ratios."""
     scores = {"weight": relative_to_group(fisher)}
-    sizes = plans.size_sweep(model, scores["weight"], "int8", "weight", cuts)
+    sizes = plans.size_sweep(model, scores["weight"], "int8", "weight", count)
     group = plans.candidates_at("group", "factor", plans.nearest_size(sizes, poster.TARGET_SHARE["group"]), scores)
-    ratios = plans.ratio_configurations(fisher, list(poster.RATIOS), [], ["int8"])
-    baseline = Candidate("baseline", "none", "fp32", "none", {})
-    return [baseline, *plans.uniform(model, ("fp16",)), *group, *(row for row in ratios if row.unit == "weight")]
+    ratios = plans.ratio_candidates(fisher, list(poster.RATIOS), [], ["int8"])
+    return [BASELINE, *plans.uniform(model, ("fp16",)), *group, *(row for row in ratios if row.granularity == "weight")]
 
 
 def on_images(table: pd.DataFrame, images: dict, seed: int) -> list[Claim]:
@@ -46,37 +45,35 @@ def on_images(table: pd.DataFrame, images: dict, seed: int) -> list[Claim]:
     return [claims.best_ratio(table, images, "int8", seed), claims.layerwise_images(table, images, seed)]
 
 
-def trained(parameters: dict[str, Any], seed: int, steps: int = STEPS, decay: int = DECAY) -> UNet:
+def trained(work: Workspace, parameters: dict[str, Any], seed: int, steps: int, decay: int) -> UNet:
     """A model trained from another seed; it goes on from its checkpoint in build/<profile>, where there is one."""
-    p = parameters
-    device = select_device(p["PROFILE"], p["THREADS"], p["DEVICE"])
     torch.manual_seed(int(torch.randint(2**62, (), generator=generator(seed))))
-    settings = {**p["TRAINING"], "steps": steps, "decay": decay, "seed": seed}
-    model = UNet(p["WIDTH"], settings.pop("dropout")).to(device, memory_format=torch.channels_last)
-    checkpoint = paths.BUILD / p["PROFILE"] / f"replicate_{seed}.safetensors"
+    settings = {**parameters["TRAINING"], "steps": steps, "decay": decay, "seed": seed}
+    model = UNet(parameters["WIDTH"], settings.pop("dropout")).to(work.device, memory_format=torch.channels_last)
+    checkpoint = work.build / f"replicate_{seed}.safetensors"
     weights, _ = training.fit(model, mnist(train=True)[0], checkpoint, **settings)
-    result = UNet(p["WIDTH"])
+    result = UNet(parameters["WIDTH"])
     result.load_state_dict(weights)
-    return result.eval().to(device, memory_format=torch.channels_last)
+    return result.eval().to(work.device, memory_format=torch.channels_last)
 
 
 def replicate(parameters: dict[str, Any], seed: int, steps: int = STEPS, decay: int = DECAY) -> tuple[pd.DataFrame, pd.DataFrame]:
     """One run: its rows as `evaluate.evaluate` gives them, and its claims; both with columns seed and steps in front."""
-    p = parameters
-    model = trained(p, seed, steps, decay)
+    p, work = parameters, Workspace.open(parameters["PROFILE"], parameters["THREADS"], parameters["DEVICE"])
+    model = trained(work, p, seed, steps, decay)
     samples = max(p["TIMESTEP_BINS"], p["FISHER_SAMPLES"] // 4)
     fisher = fisher_by_timestep(
         model, list(quantizable(model)), mnist(train=True)[0], samples=samples, bins=p["TIMESTEP_BINS"], seed=seed
     )
-    rows = claimed_rows(model, fisher.weights, p["CUTS"])
-    table, images = evaluate(model, rows, p["PROFILE"], images=p["IMAGES"], steps=p["SAMPLING_STEPS"], seed=seed)
+    rows = claimed_rows(model, fisher.weights, p["THRESHOLDS"])
+    table, images = evaluate(work, model, rows, Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed))
     found = [claims.later_steps(fisher.timesteps, seed), claims.front_layers(fisher.timesteps, seed)]
     table_of_claims = pd.DataFrame([*found, *on_images(table, images, seed)])
     return tuple(t.assign(seed=seed, steps=steps)[["seed", "steps", *t.columns]] for t in (table, table_of_claims))
 
 
 def over_runs(found_by_run: pd.DataFrame) -> pd.DataFrame:
-    """Each claim over training runs: rows `seed, claim, paper, quantity, measured, ...` become one Claim a claim.
+    """Each claim over training runs: rows `seed, claim, paper, quantity, measured, ...` become one Claim each.
 
     The interval is Student's t over the runs (of the logarithm where the number is a ratio of means), at least two of them.
     """

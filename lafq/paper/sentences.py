@@ -20,9 +20,12 @@ def published_ratio_sizes() -> str:
 
 
 def nearest_size(table: pd.DataFrame, method: str, share: float) -> str:
-    """Which size was reached beside the paper's, and what share of the weights it keeps, for each format and unit."""
-    rows = table[table["method"] == method].drop_duplicates(["format", "unit"])
-    found = [f"{r.format}, unit {r.unit}: {r.mem_share:.1%} ({r.kept_share:.1%} of the weights kept)" for r in rows.itertuples()]
+    """Which size was reached beside the paper's, and what share of the weights it keeps, for each format and granularity."""
+    rows = table[table["method"] == method].drop_duplicates(["format", "granularity"])
+    found = [
+        f"{r.format}, granularity {r.granularity}: {r.mem_share:.1%} ({r.kept_share:.1%} of the weights kept)"
+        for r in rows.itertuples()
+    ]
     return f"{method}: the paper's size is {share:.1%} of FP32; nearest reachable here: " + "; ".join(found) + "."
 
 

@@ -26,7 +26,7 @@ STYLES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
 
 
 def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame) -> None:
-    """A panel a prediction: measured damage over it, a point a weight tensor and format; log axes, Spearman in the title."""
+    """One panel per prediction: measured damage over it, one point per tensor and format; log axes, Spearman in the title."""
     correlation = ranks.set_index("prediction")["all formats"]
     for ax, proxy in zip(axes, PROXIES, strict=True):
         for colour, (low, rows) in zip(sns.color_palette(), points.groupby("format", sort=False), strict=False):
@@ -41,21 +41,21 @@ def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame)
 
 
 def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
-    """A number of every row with its 95 % interval over stored MiB, a line a (method, unit); rows without it are left out.
+    """A number of every row with its 95 % interval over stored MiB, one line per (method, granularity).
 
-    Coarser units of one method are paler.
+    Rows without the number are left out. Coarser granularities of one method are paler.
     """
     rows = table[table[metric].notna()]
     colours = dict(zip(table["method"].unique(), [*sns.color_palette(n_colors=10), (0, 0, 0)], strict=False))
-    units = table.groupby("method")["unit"].nunique()
-    for (method, unit), line in rows.groupby(["method", "unit"], sort=False):
+    counts = table.groupby("method")["granularity"].nunique()
+    for (method, granularity), line in rows.groupby(["method", "granularity"], sort=False):
         line = line.sort_values("mem_mib")
-        shade = SHADES.get(unit, 1) if units[method] > 1 else 1
+        shade = SHADES.get(granularity, 1) if counts[method] > 1 else 1
         colour = tuple(1 - shade * (1 - part) for part in colours[method])
-        style = {"marker": NAMED.get(method, "."), "ls": STYLES[unit], "color": colour, "ms": 4, "lw": 1.2, "capsize": 2}
+        style = {"marker": NAMED.get(method, "."), "ls": STYLES[granularity], "color": colour, "ms": 4, "lw": 1.2, "capsize": 2}
         if FEEDBACK in method:
             style |= {"mfc": "white"}
-        ax.errorbar(line["mem_mib"], line[metric], bars(line, metric), **style, elinewidth=0.8, label=f"{method}, {unit}")
+        ax.errorbar(line["mem_mib"], line[metric], bars(line, metric), **style, elinewidth=0.8, label=f"{method}, {granularity}")
     ax.set(xlabel="stored MiB", ylabel=label, xscale="log")
     ax.xaxis.set_major_formatter("{x:.2g}")
     ax.xaxis.set_minor_formatter("{x:.2g}")
@@ -71,12 +71,12 @@ def bits_map(axes: Sequence[Axes], report: pd.DataFrame) -> None:
     fisher = report.drop_duplicates("parameter").set_index("parameter").loc[names, "fisher"]
     axes[0].bar(np.arange(len(names)) + 0.5, fisher, color="0.4")
     axes[0].set(yscale="log", ylabel="mean true Fisher", xlim=(0, len(names)), xticks=[])
-    axes[0].set_title("Fisher information of each weight tensor, and the bits a weight the allocator (unit mixed) gave it")
+    axes[0].set_title("Fisher information of each weight tensor, and the bits per weight that the allocator (mixed) gave it")
     grid = report.pivot(index="budget_bits", columns="parameter", values="bits_per_weight")[names]
-    norm, bar = LogNorm(2, 32), {"label": "bits a weight", "ticks": [2, 3, 4, 6, 8, 16, 32], "format": "{x:.0f}", "pad": 0.01}
+    norm, bar = LogNorm(2, 32), {"label": "bits per weight", "ticks": [2, 3, 4, 6, 8, 16, 32], "format": "{x:.0f}", "pad": 0.01}
     sns.heatmap(grid, ax=axes[1], norm=norm, cmap="viridis", annot=True, fmt=".1f", annot_kws={"size": 6}, cbar_kws=bar)
     axes[1].collections[0].colorbar.minorticks_off()
     short = [name.removesuffix(".weight").replace("attention", "attn") for name in names]
     axes[1].set_xticks(np.arange(len(names)) + 0.5, short, rotation=75, ha="right", fontsize=8)
     axes[1].tick_params(axis="y", rotation=0)
-    axes[1].set(xlabel="", ylabel="budget (bits a weight)")
+    axes[1].set(xlabel="", ylabel="budget (bits per weight)")

@@ -9,7 +9,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from lafq.allocation.thresholds import UNITS
+from lafq.allocation.thresholds import GRANULARITIES
 from lafq.presentation import plots
 from lafq.presentation.explore import LOW, RULES, Outcome, Setting, Subject, outcome
 from lafq.quantization.formats import MIB
@@ -30,7 +30,7 @@ def sentences(subject: Subject, found: Outcome) -> list[str]:
 
 
 def draw(figure: Figure, subject: Subject, found: Outcome) -> None:
-    """Share kept and bits a weight of every weight tensor; below, digits of both models, and how they differ."""
+    """Share kept and bits per weight of every weight tensor; below, digits of both models, and how they differ."""
     above, below = figure.subfigures(2, 1, height_ratios=[1.6, 1])
     axes, table = above.subplots(2, 1, sharex=True), found.by_tensor
     colours = dict(zip(table["layer"].unique(), sns.color_palette(), strict=False))
@@ -38,7 +38,7 @@ def draw(figure: Figure, subject: Subject, found: Outcome) -> None:
         ax.bar(table.index, values, color=table["layer"].map(colours))
         ax.grid(False, axis="x")
     axes[0].set(ylabel="in FP32 (%)", ylim=(0, 100), yticks=[0, 25, 50, 75, 100], xlim=(-0.6, len(table) - 0.4))
-    axes[1].set(ylabel="bits a weight", ylim=(0, 34), yticks=[0, 8, 16, 24, 32])
+    axes[1].set(ylabel="bits per weight", ylim=(0, 34), yticks=[0, 8, 16, 24, 32])
     for layer, rows in table.groupby("layer"):
         axes[0].text(rows.index.to_numpy().mean(), 104, layer, ha="center")
     if not found.kept:
@@ -46,15 +46,13 @@ def draw(figure: Figure, subject: Subject, found: Outcome) -> None:
     short = [name.split(".", 1)[1].removesuffix(".weight").replace("attention", "attn") for name in table["parameter"]]
     axes[1].set_xticks(table.index, short, rotation=60, ha="right", fontsize=8)
     stored, kept, damage = sentences(subject, found)
-    above.suptitle(f"{stored}. {damage}.\nRule {found.setting.rule}, unit {found.setting.unit}: {kept}", fontsize=11)
+    above.suptitle(f"{stored}. {damage}.\nRule {found.setting.rule}, per {found.setting.granularity}: {kept}", fontsize=11)
     before, after = subject.digits.astype(int), found.digits.astype(int)
     off = (plots.AMPLIFIED * np.abs(after - before)).clip(0, 255)
     titles = ("FP32 model", "Quantized, from the same noise", f"Difference, x {plots.AMPLIFIED}")
     for ax, images, title in zip(below.subplots(1, 3), (before, after, off), titles, strict=True):
         plots.digits(ax, images, len(images) // (2 - len(images) % 2), title)
-    drawn = subject.drawn
-    said = f"{len(before)} digits, {drawn['steps']} sampling steps"
-    below.supxlabel(said, fontsize=9)
+    below.supxlabel(f"{len(before)} digits, {subject.sampling.steps} sampling steps", fontsize=9)
 
 
 def png(subject: Subject, found: Outcome) -> bytes:
@@ -73,7 +71,7 @@ def panel(subject: Subject, first: Outcome) -> ipywidgets.VBox:
     rule = ipywidgets.Dropdown(options=rules, value=setting.rule, description="rule", layout=wide)
     amount = ipywidgets.FloatSlider(setting.amount, min=0, max=1, step=0.005, readout_format=".1%", layout=wide)
     amount.continuous_update = False
-    unit = ipywidgets.Dropdown(options=UNITS, value=setting.unit, description="unit", layout=wide)
+    granularity = ipywidgets.Dropdown(options=GRANULARITIES, value=setting.granularity, description="granularity", layout=wide)
     low = ipywidgets.Dropdown(options=LOW, value=setting.format, description="format", layout=wide)
     text, picture = ipywidgets.HTML(), ipywidgets.Image(format="png")
 
@@ -91,12 +89,12 @@ def panel(subject: Subject, first: Outcome) -> ipywidgets.VBox:
         try:
             # A progress bar drawn outside any cell would end in JupyterLab's log.
             with redirect_stderr(io.StringIO()):
-                show(outcome(subject, Setting(rule.value, amount.value, unit.value, low.value)))
+                show(outcome(subject, Setting(rule.value, amount.value, granularity.value, low.value)))
         except (ValueError, OSError, RuntimeError) as error:
             text.value = html.escape(f"Not possible: {error}; the picture is still that of the last setting")
 
-    for control in (rule, amount, unit, low):
+    for control in (rule, amount, granularity, low):
         control.observe(changed, "value")
     label()
     show(first)
-    return ipywidgets.VBox([ipywidgets.HBox([rule, amount]), ipywidgets.HBox([unit, low]), text, picture])
+    return ipywidgets.VBox([ipywidgets.HBox([rule, amount]), ipywidgets.HBox([granularity, low]), text, picture])

@@ -5,21 +5,18 @@ Colours are seaborn's colour-blind palette, or viridis where they stand for a ti
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 
 from lafq.paper.poster import BEST_RATIOS, Published
 
-sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={"figure.constrained_layout.use": True})
 AMPLIFIED = 8  # differences of images are drawn this many times as bright
 SWEPT = (0.28, 0.5)  # the ratios that the paper swept
 MARKED = 50  # a line of more points than this is drawn without markers
 MARKERS = {"fp16": "o", "int8": "s"}
-KIND = (("format", "{}"), ("unit", "unit {}"))
+KIND = (("format", "{}"), ("granularity", "per {}"))
 RUN = (("seed", "training seed {}"),)
 PAIRED = "bars: 95 % intervals of the difference, paired bootstrap over the images"
 DIGITS = "bars: 95 % intervals, bootstrap over the digits"
@@ -42,53 +39,15 @@ def loss_curve(ax: Axes, losses: pd.DataFrame) -> None:
     ax.set(yscale="log", xlabel="training step", ylabel="noise-prediction MSE", title="Training loss (mean of 50 steps)")
 
 
-def fisher_by_tensor(axes: Sequence[Axes], timesteps: pd.DataFrame) -> None:
-    """One panel a layer: weight tensors on x, mean Fisher on a log y axis, one line a timestep bin."""
-    bins = sorted(timesteps["t_low"].unique())
-    colours = plt.get_cmap("viridis")(np.linspace(0, 1, len(bins)))
-    for ax, (layer, rows) in zip(axes, timesteps.groupby("layer"), strict=True):
-        names = list(dict.fromkeys(rows["parameter"]))
-        for t, colour in zip(bins, colours, strict=True):
-            line = rows[rows["t_low"] == t].set_index("parameter").loc[names, "fisher"]
-            ax.plot(range(len(names)), line, color=colour, marker=".", lw=1)
-        short = [name.split(".", 1)[1].removesuffix(".weight").replace("attention", "attn") for name in names]
-        ax.set_xticks(range(len(names)), short, rotation=60, ha="right", fontsize=9)
-        ax.set(title=layer, yscale="log", ylabel="mean Fisher")
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, 999), "viridis")
-    axes[0].figure.colorbar(scale, ax=list(axes), label="timestep t (0 = clean)")
-
-
-def fisher_by_group(ax: Axes, timesteps: pd.DataFrame) -> None:
-    """Mean (solid) and median (dashed) over the weight tensors of Layer 1-2 and of Layer 3-6, by timestep."""
-    group = np.where(timesteps["layer"].isin(["Layer1", "Layer2"]), "Layer 1-2", "Layer 3-6")
-    by_time = timesteps.assign(group=group).groupby(["group", "t_low"])["fisher"].agg(["mean", "median"])
-    for colour, name in zip(sns.color_palette(), ("Layer 1-2", "Layer 3-6"), strict=False):
-        for statistic, style in (("mean", "-"), ("median", "--")):
-            ax.plot(by_time.loc[name].index, by_time.loc[name, statistic], style, color=colour, label=f"{name}, {statistic}")
-    ax.set(yscale="log", xlabel="timestep t (0 = clean; lower edge of the bin)", ylabel="Fisher of the weight tensors")
-    ax.set_title("Fisher information by group")
-    ax.legend()
-
-
-def fisher_map(ax: Axes, timesteps: pd.DataFrame) -> None:
-    """Mean Fisher a weight: layers on y, timestep bins on x, log colour scale."""
-    total = (
-        timesteps.assign(total=timesteps["fisher"] * timesteps["weights"]).groupby(["layer", "t_low"])[["total", "weights"]].sum()
-    )
-    table = (total["total"] / total["weights"]).unstack()
-    sns.heatmap(table, ax=ax, norm=LogNorm(table.min().min(), table.max().max()), cmap="viridis", cbar_kws={"label": "mean Fisher"})
-    ax.set(xlabel="timestep t (0 = clean; lower edge of the bin)", ylabel="", title="Mean Fisher information a weight")
-    ax.tick_params(axis="y", rotation=0)
-
-
 def size_curve(
     ax: Axes, sizes: pd.DataFrame, share: float, label: str, log: bool = False, limits: tuple[float, float] | None = None
 ) -> None:
-    """Stored share of the FP32 bytes over the threshold, a line a (format, unit); the paper's share dashed."""
-    for (low, unit), rows in sizes[np.isfinite(sizes["cut"])].groupby(["format", "unit"]):
+    """Stored share of the FP32 bytes over the threshold, one line per (format, granularity); the paper's share dashed."""
+    sizes = sizes.assign(threshold=sizes["threshold"].astype(float))
+    for (low, granularity), rows in sizes[np.isfinite(sizes["threshold"])].groupby(["format", "granularity"]):
         few = len(rows) <= MARKED
         style = {"marker": MARKERS[low] if few else "", "ms": 4, "lw": 1 if few else 2}
-        ax.plot(rows["cut"], 100 * rows["mem_share"], **style, label=f"{low}, unit {unit}")
+        ax.plot(rows["threshold"], 100 * rows["mem_share"], **style, label=f"{low} per {granularity}")
     ax.axhline(100 * share, color="black", ls="--", lw=1, label=f"the paper's size, {100 * share:.1f} %")
     ax.set(xlabel=label, ylabel="stored bytes (% of FP32)", ylim=(0, 108), xscale="log" if log else "linear")
     ax.set_xlim(limits)
@@ -96,11 +55,11 @@ def size_curve(
 
 
 def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: str) -> None:
-    """A metric with its 95 % interval over stored MiB, a marker a row (kinds set apart by 0.02 MiB); the baseline dashed."""
+    """A metric with its 95 % interval over stored MiB, one marker per row (kinds set apart by 0.02 MiB); the baseline dashed."""
     baseline = table[table["method"] == "baseline"][metric].item()
     ax.axhline(baseline, color="black", ls="--", lw=1, label="FP32 baseline")
     rows = table[table["method"] != "baseline"]
-    kinds = rows.groupby(["method", "format", "unit"], sort=False)
+    kinds = rows.groupby(["method", "format", "granularity"], sort=False)
     for i, ((kind, points), marker) in enumerate(zip(kinds, "osD^vP*X", strict=False)):
         apart = 0.02 * i  # MiB: rows of equal size stay visible
         ax.errorbar(points["mem_mib"] + apart, points[metric], bars(points, metric), fmt=marker, capsize=3, label=", ".join(kind))
@@ -122,8 +81,8 @@ def ratio_sweep(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: s
     ax.axhline(table[table["method"] == "baseline"][metric].iloc[0], color="black", ls="--", lw=1, label="FP32 baseline")
     lines = rows.groupby([column for column, _ in by])
     for i, (kind, line) in enumerate(lines):
-        low, unit = line[["format", "unit"]].iloc[0]
-        style = {"ls": "-" if unit == "weight" else ":", "marker": MARKERS.get(low, "."), "ms": 5, "lw": 1.2, "capsize": 2}
+        low, granularity = line[["format", "granularity"]].iloc[0]
+        style = {"ls": "-" if granularity == "weight" else ":", "marker": MARKERS.get(low, "."), "ms": 5, "lw": 1.2, "capsize": 2}
         lengths = bars(line, metric) if f"{metric}_low" in line else None
         name = ", ".join(write.format(value) for (_, write), value in zip(by, kind, strict=True))
         apart = 0.002 * (i - (len(lines) - 1) / 2)
@@ -149,7 +108,7 @@ def block_statistics(ax: Axes, table: pd.DataFrame) -> None:
 
 
 def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[Published]) -> None:
-    """FID over N, a panel a feature extractor: blocks of real and of generated images, mean +- one standard deviation.
+    """FID over N, one panel per feature extractor: blocks of real and of generated images, mean +- one standard deviation.
 
     Dashed: extrapolated to infinite N. The published rows are drawn on Inception's panel, at their N.
     """
@@ -233,7 +192,7 @@ def paired_digits(axes: Sequence[Axes], table: pd.DataFrame, samples: dict[str, 
         images = samples[row.sample][:count]
         off = (AMPLIFIED * np.abs(images.astype(int) - first)).clip(0, 255).astype(np.uint8)
         digits(ax, np.concatenate([images, off]), 2 * count, "")
-        name = " ".join(dict.fromkeys((row.method, row.threshold, row.format, row.unit)))
+        name = " ".join(dict.fromkeys((row.method, row.threshold, row.format, row.granularity)))
         ax.set_ylabel(f"{name}\n{row.mem_mib:.2f} MiB", rotation=0, ha="right", va="center", fontsize=9)
     axes[0].set_title(f"images from the same noise   |   their difference from the first row, x {AMPLIFIED}", fontsize=10)
 

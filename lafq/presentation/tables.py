@@ -4,14 +4,14 @@ import re
 
 import pandas as pd
 
-from lafq import paths
 from lafq.diffusion.mnist import REFERENCE
 from lafq.diffusion.unet import LAYERS, UNet
 from lafq.evaluation.candidates import KEY
-from lafq.presentation.report import METHODS, load_table
+from lafq.presentation.report import METHODS, load_optional, load_table
+from lafq.workspace import Workspace
 
 SHOWN = [
-    *("method", "threshold", "format", "unit", "kept_share", "mem_mib", "mem_share", "peak_mib"),
+    *("method", "threshold", "format", "granularity", "kept_share", "mem_mib", "mem_share"),
     *("fid_mnist", "delta_fid_mnist", "is_mnist", "kid_mnist", "fid_inception", "delta_fid_inception", "rmse", "delta_loss"),
     *("n_images", "steps"),
 ]
@@ -61,15 +61,25 @@ def tidy(table: pd.DataFrame) -> pd.DataFrame:
 
 def damages_shown(table: pd.DataFrame) -> pd.DataFrame:
     """A table of `budget.measure_candidates` as it is shown, intervals in brackets."""
-    columns = ["method", "unit", "budget_bits", "mem_mib", "mem_share", "predicted", "damage", "delta_loss", "fid_mnist_delta"]
+    columns = [
+        "method",
+        "granularity",
+        "budget_bits",
+        "mem_mib",
+        "mem_share",
+        "predicted",
+        "damage",
+        "delta_loss",
+        "fid_mnist_delta",
+    ]
     return format_table(
         table, [c for c in columns if c in table and not table[c].isna().all()], with_interval=("damage", "fid_mnist_delta")
     )
 
 
-def comparison(profile: str, *methods: str) -> pd.DataFrame:
+def comparison(work: Workspace, *methods: str) -> pd.DataFrame:
     """Rows of paper_comparison.csv as they are shown: of some methods (all without any), of the ratios `listed` ones."""
-    table = load_table(profile, "paper_comparison")
+    table = load_table(work, "paper_comparison")
     table = listed(table[table["method"].isin(methods or METHODS)]).reset_index(drop=True)
     ours = ("fid_inception", "fid_mnist", "delta_fid_mnist", "is_mnist", "kid_mnist", "mem_mib", "mem_share", "n_images", "steps")
     return format_table(table, [*KEY, "fid_paper", "is_paper", "mem_share_paper", *ours])
@@ -77,34 +87,39 @@ def comparison(profile: str, *methods: str) -> pd.DataFrame:
 
 def listed(table: pd.DataFrame) -> pd.DataFrame:
     """The rows that the poster's table lists: of the ratios 0.35, 0.38 and 0.40, with single weights kept."""
-    ratio = table["threshold"].isin(["0.35", "0.38", "0.40"]) & (table["unit"] == "weight")
+    ratio = table["threshold"].isin(["0.35", "0.38", "0.40"]) & (table["granularity"] == "weight")
     return table[(table["method"] != "ratio") | ratio]
 
 
-def claims_shown(profile: str, name: str = "claims") -> pd.DataFrame:
+def claims_shown(work: Workspace, name: str = "claims") -> pd.DataFrame:
     """A table of claims as it is shown: the interval in brackets behind the measured value."""
-    table = load_table(profile, name)
+    table = load_table(work, name)
     ends = zip(table["measured"], table["low"], table["high"], strict=True)
     table["measured"] = [f"{v:.4g} [{low:.4g}, {high:.4g}]" if low < high else f"{v:.6g}" for v, low, high in ends]
     return table.drop(columns=["low", "high"])
 
 
-def evidence_claims(profile: str) -> pd.DataFrame | None:
+def evidence_claims(work: Workspace) -> pd.DataFrame | None:
     """The claims with more images and over other training runs, as they are shown; None where `make evidence` made neither."""
-    names = ("evidence_rows_claims", "evidence_runs_over")
-    made = [claims_shown(profile, name) for name in names if (paths.RESULTS / profile / f"{name}.csv").is_file()]
-    return pd.concat(made, ignore_index=True).drop(columns="paper") if made else None
+    names = [n for n in ("evidence_rows_claims", "evidence_runs_over") if load_optional(work, n) is not None]
+    return pd.concat([claims_shown(work, n) for n in names], ignore_index=True).drop(columns="paper") if names else None
+
+
+def peaks(work: Workspace, table: pd.DataFrame) -> pd.DataFrame:
+    """Peak memory of sampling from each row's file beside the bytes that it stores; a measurement, which may differ by 1 MiB."""
+    found = table[[*KEY, "mem_mib"]].merge(load_table(work, "peak_memory"), on=KEY)
+    return format_table(found, [*KEY, "mem_mib", "peak_mib"])
 
 
 def extremes(table: pd.DataFrame) -> pd.DataFrame:
-    """The baseline, the uniform rows and, for every format and unit, the smallest and the largest ratio sampled."""
+    """The baseline, the uniform rows and, for every format and granularity, the smallest and the largest ratio sampled."""
     ratio = table[(table["method"] == "ratio") & ~table["threshold"].isin(["0.00", "1.00"])]
-    ends = [rows.iloc[[0, -1]] for _, rows in ratio.groupby(["format", "unit"])]
+    ends = [rows.iloc[[0, -1]] for _, rows in ratio.groupby(["format", "granularity"])]
     return pd.concat([table[table["method"].isin(["baseline", "uniform"])], *ends], ignore_index=True)
 
 
 def fisher_by_layer(timesteps: pd.DataFrame) -> pd.DataFrame:
-    """Weights, mean Fisher a weight and share of the Fisher trace, by layer, over all timesteps."""
+    """Weights, mean Fisher per weight and share of the Fisher trace, by layer, over all timesteps."""
     total = timesteps.assign(trace=timesteps["fisher"] * timesteps["weights"])
     by_layer = total.groupby("layer")[["weights", "trace"]].sum()
     table = pd.DataFrame({"weights": by_layer["weights"] // timesteps["t_low"].nunique()})
@@ -131,7 +146,7 @@ def noise_shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def group_table(means: dict[str, dict[str, float]]) -> pd.DataFrame:
-    """Mean Fisher value of each group, a column a unit: tau of a group is the factor times this."""
+    """Mean Fisher value of each group, one column per granularity: tau of a group is the factor times this."""
     return pd.DataFrame(means).rename_axis("group").reset_index()
 
 

@@ -42,32 +42,32 @@ def get_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def absmax_scale(rows: Tensor, qmax: int, importance: Tensor | None = None) -> Tensor:
+def absmax_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) -> Tensor:
     """FP16 scales (R,) that give the largest |w| of each row the largest code; 1 for a row of zeros."""
     return _usable(rows.abs().amax(1) / qmax)
 
 
-def weighted_mse_scale(rows: Tensor, qmax: int, importance: Tensor | None = None) -> Tensor:
+def weighted_mse_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) -> Tensor:
     """FP16 scales (R,) of least sum over the row of F * (w - s * q)^2.
 
-    importance: F, of the shape of `rows`, at least 0 (the Fisher values: the error is then the predicted damage);
+    fisher: F, of the shape of `rows`, at least 0 (the Fisher values: the error is then the predicted damage);
     without it, and for a row where all F are 0, every weight counts alike.
     For given codes q the best scale is sum(F w q) / sum(F q^2), leaving sum(F w^2) - sum(F w q)^2 / sum(F q^2): that is
     evaluated for the codes of 14 shares of the absmax scale, and around the best of them once more.
     """
     size = max(1, BLOCK // rows.shape[1])
-    shares = (None,) * len(rows.split(size)) if importance is None else importance.split(size)
+    shares = (None,) * len(rows.split(size)) if fisher is None else fisher.split(size)
     return torch.cat([_least_squares(r, qmax, f) for r, f in zip(rows.split(size), shares, strict=True)])
 
 
-def unshrunk_scale(rows: Tensor, qmax: int, importance: Tensor | None = None) -> Tensor:
+def unshrunk_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) -> Tensor:
     """FP16 scales (R,) that hardly shrink a row: from `weighted_mse_scale`, twice to sum(F * w * (s * q - w)) = 0 for its codes q.
 
     The scale of least error shrinks the row, since its error is orthogonal to q and not to w: as a whole and so coherently,
     which at 2 and 3 bits changes the output by more than the diagonal of the Fisher information tells.
     """
-    scales = weighted_mse_scale(rows, qmax, importance)[:, None].float()
-    weight = rows if importance is None else torch.where(importance.sum(1, keepdim=True) > 0, importance, 1) * rows
+    scales = weighted_mse_scale(rows, qmax, fisher)[:, None].float()
+    weight = rows if fisher is None else torch.where(fisher.sum(1, keepdim=True) > 0, fisher, 1) * rows
     square = (weight * rows).sum(1, keepdim=True)
     for _ in range(2):
         along = (rows / scales).round_().clamp_(-qmax, qmax).mul_(weight).sum(1, keepdim=True)
@@ -80,11 +80,11 @@ def encode(values: Tensor, scale: Tensor, qmax: int) -> Tensor:
     return (values / scale).round_().clamp_(-qmax, qmax).add_(qmax).to(torch.uint8)
 
 
-def fake_quantize(rows: Tensor, f: Format, scale: ScaleRule, importance: Tensor | None = None) -> Tensor:
+def fake_quantize(rows: Tensor, f: Format, scale: ScaleRule, fisher: Tensor | None = None) -> Tensor:
     """The rows (R, C) as they are read after being stored in a format: what rounding leaves of them."""
     if not f.qmax:
         return rows.half().float() if f.bits == 16 else rows
-    scales = scale(rows, f.qmax, importance).float()[:, None]
+    scales = scale(rows, f.qmax, fisher).float()[:, None]
     return (rows / scales).round_().clamp_(-f.qmax, f.qmax).mul_(scales)
 
 
@@ -135,8 +135,8 @@ def _usable(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1).clamp(2**-24, LARGEST).half()
 
 
-def _least_squares(rows: Tensor, qmax: int, importance: Tensor | None) -> Tensor:
-    weight = torch.ones_like(rows) if importance is None else importance
+def _least_squares(rows: Tensor, qmax: int, fisher: Tensor | None) -> Tensor:
+    weight = torch.ones_like(rows) if fisher is None else fisher
     weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, 1)
     weighted = weight * rows
     start = rows.abs().amax(1, keepdim=True) / qmax

@@ -9,6 +9,8 @@ time (a torch parametrization: whatever reads `layer.weight` gets the FP32 weigh
 
 import copy
 import hashlib
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -106,11 +108,11 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
             continue
         if p.abs().max() > formats.LARGEST:
             raise ValueError(f"{name} holds weights beyond +-{formats.LARGEST:.0f}, FP16's range: leave it out of the plan")
-        share = fisher.get(name)
-        if share is not None and (share.shape != p.shape or not (share >= 0).all()):
+        of_weight = fisher.get(name)
+        if of_weight is not None and (of_weight.shape != p.shape or not (of_weight >= 0).all()):
             raise ValueError(f"the Fisher values of {name} must have the shape {tuple(p.shape)} and none below 0 or NaN")
         view = channel_view(model, name)
-        packed[name] = QuantizedWeight.of(p.detach(), plan[name], view, scale, share, curvature.get(name))
+        packed[name] = QuantizedWeight.of(p.detach(), plan[name], view, scale, of_weight, curvature.get(name))
     return with_quantized(model, packed)
 
 
@@ -143,6 +145,13 @@ def weights_sha256(model: nn.Module) -> str:
         content.update(f"{name} {tuple(tensor.shape)} ".encode())
         content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()
+
+
+def bits_per_weight(model: nn.Module, plan: Entries, names: Iterable[str]) -> float:
+    """Stored bits per weight of the named parameters under the plan, scales and masks included."""
+    views = {name: channel_view(model, name) for name in names}
+    stored = sum(stored_bytes(view, plan.get(name, "fp32")) for name, view in views.items())
+    return 8 * stored / sum(math.prod(view.shape) for view in views.values())
 
 
 def kept_weights(model: nn.Module, plan: Entries, name: str) -> int:

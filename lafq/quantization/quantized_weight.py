@@ -41,16 +41,16 @@ class QuantizedWeight(nn.Module):
         entry: str | WeightSpec,
         rows: ChannelView,
         scale: ScaleRule,
-        importance: Tensor | None,
+        fisher: Tensor | None,
         curvature: Tensor | None = None,
     ) -> "QuantizedWeight":
-        """Quantize a weight whose plan entry has been checked; importance as for the scale rule, of the weight's shape.
+        """Quantize a weight whose plan entry has been checked; fisher as for the scale rule, of the weight's shape.
 
         curvature: as for `error_feedback.factor`; without it every weight goes to its nearest code.
         """
         format, keep_mask, keep_format = weight_spec(entry)
         values = rows.of(weight)
-        fisher = None if importance is None else rows.of(importance.to(weight.device))
+        fisher = None if fisher is None else rows.of(fisher.to(weight.device))
         by_format = channels_by_format(format, rows.size[0], weight.device)
         mask = rows.of(keep_mask.to(weight.device)) if keep_mask is not None and keep_mask.any() else None
         parts, scales, qmax = _scales(values, by_format, mask, scale, fisher)
@@ -109,14 +109,14 @@ def _scales(
     values: Tensor, by_format: dict[Format, Tensor], mask: Tensor | None, scale: ScaleRule, fisher: Tensor | None
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The stored scales, and of every row its scale (1 where it has none) and largest code (0)."""
-    rest, share = values, fisher
+    rest = values
     if mask is not None:
         rest = values.masked_fill(mask, 0)
-        share = None if fisher is None else fisher.masked_fill(mask, 0)
+        fisher = None if fisher is None else fisher.masked_fill(mask, 0)
     scales, qmax, parts = torch.ones_like(values[:, 0]), torch.zeros_like(values[:, 0]), {}
     for f, r in by_format.items():
         if f.qmax:
-            parts[f"{f.name}_scale"] = scale(rest[r], f.qmax, None if share is None else share[r])
+            parts[f"{f.name}_scale"] = scale(rest[r], f.qmax, None if fisher is None else fisher[r])
             scales[r], qmax[r] = parts[f"{f.name}_scale"].float(), float(f.qmax)
     return parts, scales, qmax
 

@@ -41,7 +41,7 @@ class ChannelView(NamedTuple):
         return channels, math.prod(self.shape) // channels
 
     def of(self, weight: Tensor) -> Tensor:
-        """The weight, or its mask or importance, as rows (output channels, weights in each)."""
+        """The weight, or its mask or Fisher values, as rows (output channels, weights in each)."""
         if self.groups:
             weight = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         return weight.movedim(1, -1).flatten(1) if weight.ndim > 1 else weight.reshape(-1, 1)

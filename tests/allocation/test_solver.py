@@ -9,7 +9,7 @@ import torchvision
 
 import lafq
 from lafq.allocation import solver
-from lafq.allocation.pareto import UNITS, StorageOption, pareto_front
+from lafq.allocation.pareto import GRANULARITIES, StorageOption, pareto_front
 from lafq.diffusion.unet import UNet, quantizable
 from lafq.evaluation import scoring
 from lafq.fisher.monte_carlo import Sensitivity
@@ -44,11 +44,11 @@ def damage(model, plan, fisher):
     return sum((0.5 * fisher[n] * (after[n] - model.get_parameter(n)).double().square()).sum().item() for n in fisher)
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_frontier_says_what_packing_does(model, fisher, unit):
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_frontier_says_what_packing_does(model, fisher, granularity):
     for name in ("Layer1.block1.conv1.weight", "Layer4.resample.weight", "Layer2.attention.qkv.weight"):
         rows = channel_view(model, name)
-        choices = pareto_front(model.get_parameter(name).detach(), fisher[name], rows, unit)
+        choices = pareto_front(model.get_parameter(name).detach(), fisher[name], rows, granularity)
         assert all(a.nbytes < b.nbytes and a.damage > b.damage for a, b in itertools.pairwise(choices))
         for choice in choices[:: max(1, len(choices) // 8)]:
             assert choice.nbytes == stored_bytes(rows, choice.entry)
@@ -56,9 +56,9 @@ def test_frontier_says_what_packing_does(model, fisher, unit):
             assert found == pytest.approx(choice.damage, rel=1e-3, abs=1e-12)
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_budget_is_kept_and_more_bytes_do_less_damage(model, fisher, unit):
-    frontiers = solver.frontiers_of(model, fisher, unit, progress=False)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_budget_is_kept_and_more_bytes_do_less_damage(model, fisher, granularity):
+    frontiers = solver.frontiers_of(model, fisher, granularity, progress=False)
     smallest = nbytes(model, {n: c[0].entry for n, c in frontiers.items()}) / MIB
     last = float("inf")
     for share in (0, 0.05, 0.2, 0.5, 1):
@@ -75,7 +75,8 @@ def test_budget_is_kept_and_more_bytes_do_less_damage(model, fisher, unit):
 
 def test_finer_units_do_less_damage(model, fisher):
     damages = [
-        lafq.allocate(model, Sensitivity(fisher, {}), methods.mib_at(model, 4), unit, progress=False).damage for unit in UNITS
+        lafq.allocate(model, Sensitivity(fisher, {}), methods.mib_at(model, 4), granularity, progress=False).damage
+        for granularity in GRANULARITIES
     ]
     assert damages[0] > damages[1] >= damages[2] * (1 - 1e-3)
 
@@ -145,7 +146,7 @@ def test_weights_without_fisher_information_cost_nothing(model):
     [
         ({"budget_mib": 0.01}, r"a budget of 0.01 MiB cannot be met: the smallest possible is 0\.\d{1,4} MiB"),
         ({"budget_mib": float("nan")}, "nan"),
-        ({"granularity": "layer"}, "unknown unit 'layer': choose one of tensor, channel, mixed"),
+        ({"granularity": "layer"}, "unknown granularity 'layer': choose one of tensor, channel, mixed"),
         ({"formats": ("int5", "fp32")}, "unknown format 'int5'"),
         ({"formats": ("int4",)}, "fp32 or fp16 among the formats"),
         ({"sensitivity": Sensitivity({}, {})}, "Fisher values of one parameter"),
@@ -195,19 +196,19 @@ def test_judged_rows_measure_the_plan(model, known):
     assert (uniform["damage"].diff().dropna() < 0).all()
     assert (table["damage_low"] <= table["damage"]).all()
     assert uniform["bits_per_weight"].round().tolist() == [2, 3, 4, 6, 8]
-    mixed = table[table["unit"] == "mixed"].set_index("method")["damage"]
+    mixed = table[table["granularity"] == "mixed"].set_index("method")["damage"]
     assert mixed["allocator, all weights"] < mixed["allocator"] < mixed["allocator, nearest code"] < uniform["damage"].iloc[1]
-    sizes = table[table["unit"] == "mixed"]["mem_mib"]
+    sizes = table[table["granularity"] == "mixed"]["mem_mib"]
     assert sizes.between(0.98 * methods.mib_at(model, 4.0), methods.mib_at(model, 4.0)).all()
     before = scoring.held_out_outputs(model, 0, 20)
-    assert scoring.output_damage(model, before, 0)["damage"] == 0
+    assert scoring.output_mse(model, before, 0)["damage"] == 0
 
 
 def test_tuned_rows_are_the_allocators_with_less_damage(model, known):
-    allocated = methods.allocated(model, known, [4.0], units=("mixed",))
+    allocated = methods.allocated(model, known, [4.0], granularities=("mixed",))
     rows = methods.tuned(allocated, [4.0], steps=40)
-    assert [(r.method, r.unit, r.bits, r.tuned) for r in rows] == [("allocator, tuned", "mixed", 4.0, 40)]
-    before = next(r for r in allocated if (r.method, r.unit, r.bits) == ("allocator", "mixed", 4.0))
+    assert [(r.method, r.granularity, r.bits, r.tuned) for r in rows] == [("allocator, tuned", "mixed", 4.0, 40)]
+    before = next(r for r in allocated if (r.method, r.granularity, r.bits) == ("allocator", "mixed", 4.0))
     table = budget.measure_candidates(model, [before, *rows], known, seed=0, digits=50)
     assert table["mem_mib"].nunique() == table["predicted"].nunique() == 1
     assert table["damage"][1] < table["damage"][0]
@@ -226,7 +227,7 @@ def test_points_and_allocations_by_every_prediction(model, known):
 
 
 def table(ratio, delta_high):
-    columns = {"unit": "tensor", "damage_low": 0, "damage_high": 0, "fid_mnist_delta_high": np.nan, "n_images": 1000}
+    columns = {"granularity": "tensor", "damage_low": 0, "damage_high": 0, "fid_mnist_delta_high": np.nan, "n_images": 1000}
     uniform = [
         {"method": m, "budget_bits": b, "damage": 2.0**-b, "mem_mib": b}
         for m in ("uniform", f"uniform, {methods.FEEDBACK}")
@@ -235,7 +236,7 @@ def table(ratio, delta_high):
     ours = [
         {
             "method": "allocator",
-            "unit": "mixed",
+            "granularity": "mixed",
             "budget_bits": b,
             "damage": d,
             "mem_mib": b,

@@ -17,18 +17,18 @@ def kept(keep):
     return {n: m.reshape(-1).int().tolist() for n, m in keep.items()}
 
 
-def test_by_unit():
-    assert {n: s.item() for n, s in th.by_unit(SCORES, "tensor").items()} == {
+def test_by_granularity():
+    assert {n: s.item() for n, s in th.by_granularity(SCORES, "tensor").items()} == {
         "Layer1.a": 2.5,
         "Layer1.b": 6.5,
         "Layer4.a": 15.0,
         "Layer6.a": 50.0,
     }
-    assert th.by_unit(SCORES, "weight") == SCORES
-    by_channel = th.by_unit({"a": SCORES["Layer1.b"], "b": SCORES["Layer1.b"]}, "channel", {"b": 1})
+    assert th.by_granularity(SCORES, "weight") == SCORES
+    by_channel = th.by_granularity({"a": SCORES["Layer1.b"], "b": SCORES["Layer1.b"]}, "channel", {"b": 1})
     assert {n: s.tolist() for n, s in by_channel.items()} == {"a": [5.5, 7.5], "b": [6.0, 7.0]}
-    with pytest.raises(ValueError, match="unknown unit 'row': choose one of tensor, channel, weight"):
-        th.by_unit(SCORES, "row")
+    with pytest.raises(ValueError, match="unknown granularity 'row': choose one of tensor, channel, weight"):
+        th.by_granularity(SCORES, "row")
 
 
 def test_global():
@@ -38,19 +38,18 @@ def test_global():
 
 
 def test_groups():
-    keep = th.keep_groups(SCORES, {"Layer1-2": 4.0, "Layer3-5": 15.0, "Layer6": 1000.0})
-    assert kept(keep) == {"Layer1.a": [0, 0, 0, 1], "Layer1.b": [1] * 4, "Layer4.a": [0, 1], "Layer6.a": [0, 0]}
     means = th.group_means(SCORES)
     assert means == {"Layer1-2": 4.5, "Layer3-5": 15.0, "Layer6": 50.0}
-    by_factor = th.keep_global(th.relative_to_group(SCORES), 1.1)
-    assert kept(by_factor) == kept(th.keep_groups(SCORES, {g: 1.1 * m for g, m in means.items()}))
+    keep = th.keep_global(th.relative_to_group(SCORES), 1.1)
+    assert kept(keep) == {
+        **{n: (SCORES[n].flatten() >= 1.1 * 4.5).int().tolist() for n in ("Layer1.a", "Layer1.b")},
+        **{"Layer4.a": [0, 1], "Layer6.a": [1, 0]},
+    }
 
 
-def test_groups_bad_input():
-    with pytest.raises(ValueError, match="give one for each of Layer1-2, Layer3-5, Layer6"):
-        th.keep_groups(SCORES, {"Layer1-2": 1.0})
-    with pytest.raises(ValueError, match="unknown layer 'Layer7'"):
-        th.keep_groups({"Layer7.a": torch.ones(1)}, dict.fromkeys(th.GROUPS, 1.0))
+def test_a_layer_in_no_group():
+    with pytest.raises(ValueError, match="unknown layer 'Layer7': the groups cover Layer1, "):
+        th.relative_to_group({"Layer7.a": torch.ones(1)})
 
 
 def test_ratio_keeps_the_top_of_every_layer():
@@ -64,7 +63,7 @@ def test_ratio_is_a_floor(ratio, count):
     assert keep["Layer1.a"].sum() == count
 
 
-def test_ratio_at_tensor_unit_and_ties():
+def test_ratio_of_tensors_and_ties():
     scores = {f"Layer1.{i}": torch.tensor(1.0) for i in range(5)}
     assert [bool(m) for m in th.keep_ratio(scores, 0.40).values()] == [True, True, False, False, False]
     assert [bool(m) for m in th.keep_ratio(scores, 0.38).values()] == [True, False, False, False, False]
@@ -79,17 +78,17 @@ def test_ratio_out_of_range(ratio):
 def test_mean_std():
     values = torch.cat((SCORES["Layer1.a"], SCORES["Layer1.b"].flatten()))
     tau = values.mean() + 0.5 * values.std(correction=0)
-    keep = th.keep_mean_std(SCORES, 0.5)
+    keep = th.keep_global(th.standardized(SCORES), 0.5)
     assert kept(keep)["Layer1.b"] == (SCORES["Layer1.b"].flatten() >= tau).int().tolist()
-    assert kept(th.keep_mean_std(SCORES, -10))["Layer6.a"] == [1, 1]
-    assert kept(th.keep_mean_std({"Layer1.a": torch.ones(3)}, 0.1))["Layer1.a"] == [0, 0, 0]
+    assert kept(th.keep_global(th.standardized(SCORES), -10))["Layer6.a"] == [1, 1]
+    assert kept(th.keep_global(th.standardized({"Layer1.a": torch.ones(3)}), 0.1))["Layer1.a"] == [0, 0, 0]
 
 
-def test_cuts_run_from_nothing_to_everything():
-    few = th.cuts(SCORES, 100)
+def test_thresholds_run_from_nothing_to_everything():
+    few = th.threshold_grid(SCORES, 100)
     assert few[0] == math.inf
     assert few[1:] == sorted({v for s in SCORES.values() for v in s.flatten().tolist()}, reverse=True)
-    many = th.cuts({"Layer1.a": torch.rand(1000)}, 10)
+    many = th.threshold_grid({"Layer1.a": torch.rand(1000)}, 10)
     assert len(many) == 11
     assert sum(m.sum() for m in th.keep_global(SCORES, few[0]).values()) == 0
     assert all(m.all() for m in th.keep_global(SCORES, few[-1]).values())

@@ -15,7 +15,7 @@ import pytest
 import urllib3
 
 from lafq import paths
-from lafq.diffusion.workspace import WEIGHTS
+from lafq.diffusion.weights import WEIGHTS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="make test-browser installs Playwright")
 

@@ -94,7 +94,7 @@ def test_equal_images_differ_by_nothing():
         assert [row[f"delta_{metric}{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
         assert row[f"{metric}_low"] < row[metric] < row[f"{metric}_high"]
     assert torch.isnan(torch.tensor(row["fid_inception"]))
-    assert scoring.damage(torch.ones(5), torch.ones(5), images, images, 0)["rmse"] == 0
+    assert scoring.paired_change(torch.ones(5), torch.ones(5), images, images, 0)["rmse"] == 0
 
 
 def test_a_handful_of_images_has_intervals():
@@ -107,7 +107,7 @@ def test_a_handful_of_images_has_intervals():
 def test_damage_is_of_the_scale_it_says(tiny):
     black, white = torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.full((4, 1, 32, 32), 255, dtype=torch.uint8)
     losses = torch.rand(50, generator=torch.Generator().manual_seed(0))
-    row = scoring.damage(losses + 0.1, losses, white, black, 0)
+    row = scoring.paired_change(losses + 0.1, losses, white, black, 0)
     assert row["rmse"] == 1
     assert row["delta_loss_low"] == pytest.approx(0.1) == row["delta_loss_high"]
     first = scoring.held_out_losses(tiny, seed=0, digits=20)

@@ -11,13 +11,15 @@ from lafq import paths
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation import cluster, samples
 from lafq.evaluation import evaluate as evaluation
-from lafq.evaluation.candidates import Candidate
+from lafq.evaluation.candidates import BASELINE
 from lafq.paper import plans
 from lafq.quantization.model import dequantize, quantize
+from lafq.workspace import Workspace
 from tools.notebooks import notebooks
 from tools.run import check
 
-DRAWN = {"images": 3, "steps": 2, "seed": 0}
+SMOKE = Workspace("smoke")
+DRAWN = samples.Sampling(3, 2, 0)
 
 
 @pytest.fixture(scope="module")
@@ -26,30 +28,34 @@ def two_workers():
         yield found
 
 
+def on(cluster, **settings):
+    return Workspace("smoke", scheduler=cluster.scheduler_address, **settings)
+
+
 def plans_of(model):
     return [{}, *(dict.fromkeys(quantizable(model), low) for low in ("fp16", "int8", "int4", "int3", "int2"))]
 
 
 def test_rows_are_the_same_bytes_on_a_cluster(two_workers, sandbox, tiny, monkeypatch):
-    rows = [Candidate("baseline", "none", "fp32", "none", {}), *plans.uniform(tiny, ("fp16", "int8"))]
-    here, images = evaluation.evaluate(tiny, rows, "smoke", **DRAWN)
+    rows = [BASELINE, *plans.uniform(tiny, ("fp16", "int8"))]
+    here, images = evaluation.evaluate(SMOKE, tiny, rows, DRAWN)
     with monkeypatch.context() as patch:
         patch.setattr(paths, "BUILD", sandbox / "elsewhere")
         patch.setattr(samples, "sample", None)
-        there, drawn = evaluation.evaluate(tiny, rows, "smoke", **DRAWN, scheduler=two_workers.scheduler_address)
+        there, drawn = evaluation.evaluate(on(two_workers), tiny, rows, DRAWN)
     pd.testing.assert_frame_equal(here, there, check_exact=True)
     assert images.keys() == drawn.keys()
     assert all(np.array_equal(images[key], drawn[key]) for key in images)
 
 
 def test_images_kept_by_recipe_are_the_same_files_on_a_cluster(two_workers, sandbox, tiny, monkeypatch):
-    drawn, rows = {**DRAWN, "batch": 2, "keep": True}, plans.uniform(tiny)
-    here, _ = evaluation.evaluate(tiny, rows, "smoke", **drawn)
-    first = {path.name: samples.read(path) for path in samples.kept_folder("smoke").iterdir()}
+    drawn, rows = DRAWN._replace(batch=2), plans.uniform(tiny)
+    here, _ = evaluation.evaluate(Workspace("smoke", keep=True), tiny, rows, drawn)
+    first = {path.name: samples.read(path) for path in samples.kept_folder(SMOKE).iterdir()}
     monkeypatch.setattr(paths, "RESULTS", sandbox / "elsewhere")
-    there, _ = evaluation.evaluate(tiny, rows, "smoke", **drawn, scheduler=two_workers.scheduler_address)
+    there, _ = evaluation.evaluate(on(two_workers, keep=True), tiny, rows, drawn)
     pd.testing.assert_frame_equal(here.drop(columns="same_machine"), there.drop(columns="same_machine"), check_exact=True)
-    for path in samples.kept_folder("smoke").iterdir():
+    for path in samples.kept_folder(SMOKE).iterdir():
         images, record = samples.read(path)
         assert np.array_equal(images, first[path.name][0])
         assert record["drawn_from"] == first[path.name][1]["drawn_from"]
@@ -68,20 +74,20 @@ def test_a_killed_worker_loses_no_row(two_workers, sandbox, tiny, monkeypatch):
         machines.add(record["machine"])
 
     monkeypatch.setattr(samples, "_keep", keep)
-    samples.sample_on_cluster(two_workers.scheduler_address, tiny, packed, 6, "smoke", **DRAWN)
+    samples.sample_on_cluster(on(two_workers), tiny, packed, 6, DRAWN)
     expected = [dequantize(quantize(tiny, plan)) for plan in plans_of(tiny)]
     assert killed
     assert len(machines) == 1
-    assert kept.keys() == {samples.sample_key(model, *DRAWN.values()) for model in expected}
+    assert kept.keys() == {samples.sample_key(model, *DRAWN[:3]) for model in expected}
     for model in expected:
-        assert np.array_equal(kept[samples.sample_key(model, *DRAWN.values())], samples.sample(model, *DRAWN.values()).numpy())
+        assert np.array_equal(kept[samples.sample_key(model, *DRAWN[:3])], samples.sample(model, *DRAWN[:3]).numpy())
 
 
 def test_a_worker_of_other_software_is_refused(two_workers, sandbox, tiny, monkeypatch):
     monkeypatch.setattr(cluster, "software", lambda: "code of another day")
     rows = plans.uniform(tiny, ("fp16",))
     with pytest.raises(RuntimeError, match="install the same lafq and torch on both"):
-        evaluation.evaluate(tiny, rows, "smoke", **DRAWN, scheduler=two_workers.scheduler_address)
+        evaluation.evaluate(on(two_workers), tiny, rows, DRAWN)
 
 
 def test_no_scheduler_is_one_sentence_before_anything_runs(monkeypatch):

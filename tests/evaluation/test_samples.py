@@ -10,16 +10,20 @@ import pytest
 
 from lafq import paths
 from lafq.device import kind_of_machine
-from lafq.diffusion import workspace
+from lafq.diffusion import weights
 from lafq.diffusion.ddpm import sample
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation import evaluate as evaluation
 from lafq.evaluation import samples
+from lafq.evaluation.samples import Sampling
 from lafq.paper import plans
 from lafq.presentation import report
 from lafq.quantization.model import weights_sha256
+from lafq.workspace import Workspace
 
-DRAW = {"images": 5, "steps": 2, "seed": 0, "batch": 2}
+SMOKE = Workspace("smoke")
+KEEPING = Workspace("smoke", keep=True)
+DRAW = Sampling(images=5, steps=2, seed=0, batch=2)
 FISHER = {"samples": 2000, "bins": 20, "seed": 0}
 KEYS = [
     "b1626986d42f7463",
@@ -35,18 +39,18 @@ KEYS = [
 @pytest.fixture
 def rows(tiny, sandbox, monkeypatch):
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
-    workspace.save_fisher("smoke", fisher, 4, **FISHER)
+    weights.save_fisher(SMOKE, fisher, 4, **FISHER)
     sizes = plans.size_sweep(tiny, fisher, "int8", "weight", 20)
     swept = plans.candidates_at("global", "tau", plans.nearest_size(sizes, 0.5), {"weight": fisher})
-    return [*plans.uniform(tiny), *swept, *plans.ratio_configurations(fisher, [0.35], [0.0, 1.0], ["int8"])]
+    return [*plans.uniform(tiny), *swept, *plans.ratio_candidates(fisher, [0.35], [0.0, 1.0], ["int8"])]
 
 
-def evaluate(tiny, rows, **changes):
-    return evaluation.evaluate(tiny, rows, "smoke", keep=True, **{**DRAW, **changes})
+def evaluate(tiny, rows):
+    return evaluation.evaluate(KEEPING, tiny, rows, DRAW)
 
 
 def files():
-    return sorted(samples.kept_folder("smoke").iterdir())
+    return sorted(samples.kept_folder(SMOKE).iterdir())
 
 
 def test_keys_are_what_they_were(tiny, rows):
@@ -62,16 +66,16 @@ def test_keys_are_what_they_were(tiny, rows):
         "kept": "fp32",
         "fisher": {"kind": "empirical", "samples": 2000, "bins": 20, "seed": 0},
     }
-    keys = [samples.recipe_key(recipe, steps=100, seed=0, batch=25) for recipe in recipes]
+    keys = [samples.recipe_key(recipe, Sampling(100, steps=100, seed=0, batch=25)) for recipe in recipes]
     assert keys == KEYS
-    other = (dict(steps=1000, seed=0, batch=25), dict(steps=100, seed=1, batch=25), dict(steps=100, seed=0, batch=50))
-    assert len({samples.recipe_key(recipes[0], **draw) for draw in other} | {keys[0]}) == 4
+    other = [Sampling(100, *draw) for draw in ((1000, 0, 25), (100, 1, 25), (100, 0, 50))]
+    assert len({samples.recipe_key(recipes[0], draw) for draw in other} | {keys[0]}) == 4
 
 
 def test_committed_images_are_named_by_their_recipe():
     for path in (paths.ROOT / "results" / "paper" / "samples").glob("*.npz"):
         images, record = samples.read(path)
-        key = samples.recipe_key(record["recipe"], record["steps"], record["seed"], record["batch"])
+        key = samples.recipe_key(record["recipe"], Sampling(100, record["steps"], record["seed"], record["batch"]))
         first = int(path.stem[17:22])
         assert path.stem == f"{key}_{first:05d}-{first + len(images) - 1:05d}"
 
@@ -89,17 +93,17 @@ def test_a_plan_that_treats_all_weights_alike_is_the_uniform_row_or_the_baseline
 def test_images_are_kept_in_batches_and_found_again(tiny, rows, monkeypatch):
     table, images = evaluate(tiny, rows)
     assert all(name.name[16:] in ("_00000-00001.npz", "_00002-00003.npz", "_00004-00004.npz") for name in files())
-    assert np.array_equal(images[table["sample"][0]], samples.kept("smoke", table["sample"][0], 5))
-    by_weights, same = evaluation.evaluate(tiny, rows, "smoke", **DRAW)
+    assert np.array_equal(images[table["sample"][0]], samples.kept(SMOKE, table["sample"][0], 5))
+    by_weights, same = evaluation.evaluate(SMOKE, tiny, rows, DRAW)
     pd.testing.assert_frame_equal(table.drop(columns="sample"), by_weights.drop(columns="sample"))
     assert all(np.array_equal(images[a], same[b]) for a, b in zip(table["sample"], by_weights["sample"], strict=True))
-    report.save_rows("smoke", "x", table, images)
-    assert not (paths.RESULTS / "smoke" / "x.npz").exists()
-    assert all(np.array_equal(images[key], found) for key, found in report.load_rows("smoke", "x")[1].items())
+    report.save_rows(SMOKE, "x", table, images)
+    assert not (SMOKE.results / "x.npz").exists()
+    assert all(np.array_equal(images[key], found) for key, found in report.load_rows(SMOKE, "x")[1].items())
     monkeypatch.setattr(samples, "sample", None)
     pd.testing.assert_frame_equal(table, evaluate(tiny, rows)[0])
     with pytest.raises(FileNotFoundError, match=r"6 images of row .* are needed, .* has 5: `make reproduce PROFILE=smoke`"):
-        samples.kept("smoke", table["sample"][0], 6)
+        samples.kept(SMOKE, table["sample"][0], 6)
 
 
 CHILD = """
@@ -108,14 +112,16 @@ from pathlib import Path
 from lafq import paths
 from lafq.diffusion.unet import UNet
 from lafq.evaluation import samples
+from lafq.evaluation.samples import Sampling
+from lafq.workspace import Workspace
 paths.RESULTS = Path(sys.argv[1])
-torch.manual_seed(0), torch.set_num_threads(2)
+torch.manual_seed(0), torch.set_num_threads(1)
 keep = samples._keep
 def said(path, *rest):
     keep(path, *rest)
     print(path.name, flush=True)
 samples._keep = said
-samples.cached_samples(UNet(4).eval(), "smoke", 40, 20, 0, batch=2, recipe={"rule": "killed"})
+samples.cached_samples(Workspace("smoke"), UNet(4).eval(), Sampling(40, 20, 0, 2), recipe={"rule": "killed"})
 """
 
 
@@ -134,13 +140,13 @@ def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox
     monkeypatch.setattr(paths, "RESULTS", clone)
     drawn = []
     monkeypatch.setattr(samples, "sample", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k))
-    arguments = (tiny, "smoke", 40, 20, 0)
-    resumed = samples.cached_samples(*arguments, batch=2, recipe={"rule": "killed"})
+    arguments = (SMOKE, tiny, Sampling(40, 20, 0, 2))
+    resumed = samples.cached_samples(*arguments, recipe={"rule": "killed"})
     assert len(drawn) == 20 - len(finished)
     kept = {path.name: path.read_bytes() for path in files()}
     assert {name: kept[name] for name in finished} == finished
     monkeypatch.setattr(paths, "RESULTS", sandbox / "whole")
-    whole = samples.cached_samples(*arguments, batch=2, recipe={"rule": "killed"})
+    whole = samples.cached_samples(*arguments, recipe={"rule": "killed"})
     assert np.array_equal(whole.images, resumed.images)
     assert {path.name: path.read_bytes() for path in files()} == kept
 
@@ -209,7 +215,7 @@ def test_a_full_disk_loses_nothing(tiny, rows, monkeypatch):
 
 def test_the_kind_of_machine_names_what_decides_the_last_bits():
     said = kind_of_machine()
-    assert "2 threads" in said and "torch 2.13.0" in said
+    assert "1 threads" in said and "torch 2.13.0" in said
 
 
 def test_recipes_do_not_depend_on_the_weights_drawn_from(tiny, rows):

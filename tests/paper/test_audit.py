@@ -52,8 +52,8 @@ def test_rank_correlation_and_kept_weights(values):
     assert audit.kept_in_common(values, unrelated, 0.35) == pytest.approx(0.35, abs=0.01)
 
 
-def test_configurations_keep_the_ratio(values):
-    [row] = audit.configurations({"x": values}, 0.35, "int8")
+def test_candidates_keep_the_ratio(values):
+    [row] = audit.candidates({"x": values}, 0.35, "int8")
     assert (row.method, row.threshold, row.format) == ("ratio", "0.35, x", "int8")
     assert all(torch.equal(row.plan[n].keep_mask, m) for n, m in keep_ratio(values, 0.35).items())
 

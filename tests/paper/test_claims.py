@@ -54,7 +54,7 @@ def size_sweep(inside, outside):
     for i, r in enumerate(poster.RATIOS):
         best = poster.BEST_RATIOS[0] <= r <= poster.BEST_RATIOS[1]
         images[f"s{i}"] = digits(inside if best else outside, seed=i)
-        rows.append({"method": "ratio", "threshold": f"{r:.2f}", "format": "fp16", "unit": "weight", "sample": f"s{i}"})
+        rows.append({"method": "ratio", "threshold": f"{r:.2f}", "format": "fp16", "granularity": "weight", "sample": f"s{i}"})
     return pd.DataFrame(rows), images
 
 
@@ -67,7 +67,7 @@ def test_c3(inside, outside, expected):
 
 
 def layerwise(mib, noise):
-    columns = ["method", "threshold", "format", "unit", "mem_mib", "kept_share", "sample"]
+    columns = ["method", "threshold", "format", "granularity", "mem_mib", "kept_share", "sample"]
     rows = [
         ("uniform", "all", "fp16", "tensor", 4.0, 0, "u"),
         ("group", "a", "int8", "weight", 4.1, 0.3, "g"),

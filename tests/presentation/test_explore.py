@@ -11,12 +11,16 @@ from lafq.allocation import thresholds
 from lafq.diffusion import ddpm
 from lafq.diffusion.noising import noised_batches
 from lafq.diffusion.unet import UNet, quantizable
+from lafq.evaluation.samples import Sampling
 from lafq.fisher.monte_carlo import estimate_sensitivity
 from lafq.io import save_tensors
 from lafq.presentation import explore, panel
 from lafq.presentation.explore import Setting
 from lafq.quantization.model import channel_view, nbytes, quantize, resident_bytes
+from lafq.workspace import Workspace
 from tools import cost, notebooks
+
+SMOKE = Workspace("smoke")
 
 RULES = [rule for rule in explore.RULES if rule != "allocator"]
 
@@ -25,20 +29,22 @@ RULES = [rule for rule in explore.RULES if rule != "allocator"]
 def subject(digits, tmp_path_factory):
     torch.manual_seed(0)
     model = UNet(4).eval()
-    known, judge = (estimate_sensitivity(model, noised_batches(digits, 16, seed=i), i, list(quantizable(model))) for i in (0, 1))
+    calibration, validation = (
+        estimate_sensitivity(model, noised_batches(digits, 16, seed=i), i, list(quantizable(model))) for i in (0, 1)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "BUILD", tmp_path_factory.mktemp("build"))
-        yield explore.subject_of(model, known, judge, "smoke", digits=3, steps=2, seed=0)
+        yield explore.subject_of(SMOKE, model, calibration, validation, Sampling(3, 2, 0))
 
 
-@pytest.mark.parametrize("unit", thresholds.UNITS)
+@pytest.mark.parametrize("granularity", thresholds.GRANULARITIES)
 @pytest.mark.parametrize("rule", explore.RULES)
-def test_bytes_are_those_of_the_packed_model(subject, rule, unit):
-    found = explore.outcome(subject, Setting(rule, 0.4, unit, "int4"))
-    packed = quantize(subject.model, found.row.plan)
-    assert found.nbytes == nbytes(subject.model, found.row.plan) == resident_bytes(packed)
+def test_bytes_are_those_of_the_packed_model(subject, rule, granularity):
+    found = explore.outcome(subject, Setting(rule, 0.4, granularity, "int4"))
+    packed = quantize(subject.model, found.plan)
+    assert found.nbytes == nbytes(subject.model, found.plan) == resident_bytes(packed)
     bits = sum(found.by_tensor["bits_per_weight"] * [w.numel() for w in quantizable(subject.model).values()])
-    rest = sum(p.nbytes for n, p in subject.model.named_parameters() if n not in subject.known.fisher)
+    rest = sum(p.nbytes for n, p in subject.model.named_parameters() if n not in subject.calibration.fisher)
     assert bits / 8 + rest == pytest.approx(found.nbytes)
 
 
@@ -47,7 +53,7 @@ def test_everything_kept_is_the_unquantized_model(subject):
     assert (subject.digits == expected).all()
     for rule in (*RULES, "allocator"):
         found = explore.outcome(subject, Setting(rule, 1.0, "weight", "int4"))
-        assert found.row.plan == {}
+        assert found.plan == {}
         assert (found.digits == expected).all()
         assert (found.kept, found.damage, found.nbytes) == (1, 0, nbytes(subject.model, {}))
     assert (explore.outcome(subject, Setting("ratio", 0, "tensor", "int2")).digits != expected).any()
@@ -57,20 +63,20 @@ def test_predicted_damage_is_the_sum_over_all_channels(subject):
     expected = 0.0
     for name, w in quantizable(subject.model).items():
         rows = channel_view(subject.model, name)
-        values, fisher = rows.of(w), rows.of(subject.judge.fisher[name]).double()
+        values, fisher = rows.of(w), rows.of(subject.validation.fisher[name]).double()
         scale = (values.abs().amax(1, keepdim=True) / 7).half().float()
         off = (values - (values / scale).round().clamp(-7, 7) * scale).double()
-        together = torch.einsum("rc,cd,rd->r", off, subject.judge.curvature[name].double(), off)
+        together = torch.einsum("rc,cd,rd->r", off, subject.validation.curvature[name].double(), off)
         expected += (fisher.mean(1) * together).sum().item() / 1024
     assert explore.outcome(subject, Setting("global", 0, "tensor", "int4")).damage == pytest.approx(expected, rel=1e-4)
     assert subject.int8 < expected
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("unit", thresholds.UNITS)
-def test_the_share_asked_for_is_kept(subject, rule, unit):
+@pytest.mark.parametrize("granularity", thresholds.GRANULARITIES)
+def test_the_share_asked_for_is_kept(subject, rule, granularity):
     axes = {f"Layer{i}.resample.weight": 1 for i in (4, 5, 6)}
-    scores = thresholds.by_unit(subject.known.fisher, unit, axes)
+    scores = thresholds.by_granularity(subject.calibration.fisher, granularity, axes)
     words, keep = explore.kept(scores, rule, 0.3)
     counts = {n: (int(k.sum()), k.numel()) for n, k in keep.items()}
     per_layer = thresholds.by_layer(counts).values() if rule == "ratio" else [counts]
@@ -79,9 +85,9 @@ def test_the_share_asked_for_is_kept(subject, rule, unit):
         assert kept == math.floor(0.3 * units + 1e-9)
     if rule == "group":
         factor = float(words.split()[-1])
-        taus = {group: factor * mean for group, mean in thresholds.group_means(scores).items()}
-        own = thresholds.keep_groups(scores, taus)
-        # The threshold is written with three digits: a few units may lie between.
+        mean_of = {layer: m for group, m in thresholds.group_means(scores).items() for layer in thresholds.GROUPS[group]}
+        own = {n: s >= factor * mean_of[n.split(".")[0]] for n, s in scores.items()}
+        # The threshold is written with three digits: a few may lie between.
         assert sum(int((own[n] != keep[n]).sum()) for n in keep) <= 0.01 * sum(k.numel() for k in keep.values()) + 1
 
 
@@ -95,10 +101,10 @@ def test_equal_settings_give_equal_pictures(subject):
     ("change", "message"),
     [
         ({"rule": "best"}, "unknown rule 'best': choose one of global, group, mean_std, ratio, allocator"),
-        ({"unit": "layer"}, "unknown unit 'layer': choose one of tensor, channel, weight"),
+        ({"granularity": "layer"}, "unknown granularity 'layer': choose one of tensor, channel, weight"),
         ({"format": "int1"}, "unknown format 'int1': choose one of fp16, int8, int6, int4, int3, int2"),
-        ({"amount": 1.2}, "amount 1.2 is outside [0, 1]: it is a share of the units, or of FP32's bytes"),
-        ({"amount": math.nan}, "amount nan is outside [0, 1]: it is a share of the units, or of FP32's bytes"),
+        ({"amount": 1.2}, "amount 1.2 is outside [0, 1]: it is the share that is kept, or the share of FP32's bytes"),
+        ({"amount": math.nan}, "amount nan is outside [0, 1]: it is the share that is kept, or the share of FP32's bytes"),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_sentence(subject, change, message):
@@ -107,20 +113,20 @@ def test_a_setting_that_cannot_be_is_one_sentence(subject, change, message):
 
 
 def test_the_allocator_keeps_to_the_size_and_names_the_smallest(subject):
-    subject = subject._replace(frontiers={})
+    subject = subject._replace(fronts={})
     full = nbytes(subject.model, {})
     sizes = [explore.outcome(subject, Setting("allocator", share, "channel")).nbytes / full for share in (0.3, 0.5)]
     assert 0.2 < sizes[0] <= 0.3 < sizes[1] <= 0.5
     with pytest.raises(ValueError, match="cannot be met: the smallest possible is"):
         explore.outcome(subject, Setting("allocator", 0.01, "channel"))
-    assert list(subject.frontiers) == ["channel"]
+    assert list(subject.fronts) == ["channel"]
 
 
 def test_the_picture_follows_the_sliders(subject, capsys):
     first = explore.outcome(subject, Setting("ratio", 0.1, "weight", "int3"))
     capsys.readouterr()
     format_table = panel.panel(subject, first)
-    (rule, amount), (unit, low) = (row.children for row in format_table.children[:2])
+    (rule, amount), (granularity, low) = (row.children for row in format_table.children[:2])
     text, picture = format_table.children[2:]
     before = text.value, picture.value
     assert f"{first.nbytes / 2**20:.2f} MiB stored" in text.value
@@ -130,7 +136,7 @@ def test_the_picture_follows_the_sliders(subject, capsys):
     assert picture.value != before[1]
     amount.value = 0.1
     assert (text.value, picture.value) == before
-    unit.value, low.value, rule.value = "channel", "int4", "allocator"
+    granularity.value, low.value, rule.value = "channel", "int4", "allocator"
     assert (amount.description, low.disabled) == ("size", True)
     drawn = picture.value
     amount.value = 0.02
@@ -140,18 +146,21 @@ def test_the_picture_follows_the_sliders(subject, capsys):
 
 
 def test_only_the_weights_are_needed(tiny, sandbox, capsys):
-    how = {"digits": 2, "steps": 2, "seed": 0}
     with pytest.raises(FileNotFoundError, match="run 01_train with TRAIN=1 first"):
-        explore.subject("smoke", 4, samples=8, **how)
-    save_tensors(paths.RESULTS / "smoke" / "ema.safetensors", tiny.state_dict(), width=4)
-    found = explore.subject("smoke", 4, samples=8, **how)
+        explore.subject(SMOKE, 4, Sampling(2, 2, 0), samples=8)
+    save_tensors(SMOKE.results / "ema.safetensors", tiny.state_dict(), width=4)
+    found = explore.subject(SMOKE, 4, Sampling(2, 2, 0), samples=8)
     assert "estimated here from 8 digits" in capsys.readouterr().out
-    assert set(quantizable(tiny)) < set(found.known.fisher)
-    assert any((f != found.judge.fisher[n]).any() for n, f in found.known.fisher.items())
+    assert set(quantizable(tiny)) < set(found.calibration.fisher)
+    assert any((f != found.validation.fisher[n]).any() for n, f in found.calibration.fisher.items())
     assert found.digits.shape == (2, 32, 32)
-    for change, message in (({"samples": 0}, "from 0 digits"), ({"digits": 0}, "0 images"), ({"steps": 0}, "0 sampling steps")):
+    for count, sampling, message in (
+        (0, (2, 2, 0), "from 0 digits"),
+        (8, (0, 2, 0), "0 images"),
+        (8, (2, 0, 0), "0 sampling steps"),
+    ):
         with pytest.raises(ValueError, match=message):
-            explore.subject("smoke", 4, **{"samples": 8, **how, **change})
+            explore.subject(SMOKE, 4, Sampling(*sampling), samples=count)
 
 
 def test_no_widget_is_written_to_a_notebook(tmp_path):

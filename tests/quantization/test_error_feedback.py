@@ -162,19 +162,19 @@ def test_pack_with_feedback_takes_the_same_bytes_and_less_damage(trained_like, d
     assert off[1] < 0.7 * off[0]
 
 
-@pytest.mark.parametrize("unit", solver.UNITS)
-def test_allocation_predicts_what_pack_stores(trained_like, unit):
+@pytest.mark.parametrize("granularity", solver.GRANULARITIES)
+def test_allocation_predicts_what_pack_stores(trained_like, granularity):
     """The damage in the report is that of the weights as they are read back."""
     model, (fisher, curvature) = trained_like
     budget = 0.3 * nbytes(model, {}) / 2**20
-    found = solver.allocate(model, Sensitivity(fisher, curvature), budget, unit, progress=False)
+    found = solver.allocate(model, Sensitivity(fisher, curvature), budget, granularity, progress=False)
     stored = quantizable(dequantize(quantize(model, found)))
     total = 0.0
     for n, w in quantizable(model).items():
         rows = channel_view(model, n)
         total += damage(rows.of(stored[n] - w), rows.of(fisher[n]), curvature[n]).sum().item()
     assert found.damage == pytest.approx(total, rel=0.02)
-    plain = solver.allocate(model, Sensitivity(fisher, {}), budget, unit, progress=False)
+    plain = solver.allocate(model, Sensitivity(fisher, {}), budget, granularity, progress=False)
     assert found.damage < plain.damage
 
 

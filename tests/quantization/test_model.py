@@ -6,7 +6,7 @@ import torchvision
 from diffusers import UNet2DModel
 from torch import nn
 
-from lafq.allocation.thresholds import by_unit, keep_ratio
+from lafq.allocation.thresholds import by_granularity, keep_ratio
 from lafq.diffusion.unet import UNet, quantizable
 from lafq.quantization import formats
 from lafq.quantization.formats import FORMATS
@@ -31,7 +31,7 @@ def plans(model):
     names = list(weights)
     cycle = ["int2", "int3", "int4", "int6", "int8", "fp16", "fp32"]
     mixed = {n: tuple((cycle * channels(model, n))[: channels(model, n)]) for n in names}
-    scores = by_unit({n: w.square() for n, w in weights.items()}, "channel", dict.fromkeys(TRANSPOSED, 1))
+    scores = by_granularity({n: w.square() for n, w in weights.items()}, "channel", dict.fromkeys(TRANSPOSED, 1))
     return {
         "nothing": {},
         **{f: dict.fromkeys(names, f) for f in FORMATS},

@@ -10,9 +10,12 @@ from lafq.evaluation import samples
 from lafq.io import save_tensors
 from lafq.paper import plans
 from lafq.quantization.model import weights_sha256
+from lafq.workspace import Workspace
 from tools import cost
 from tools.notebooks import notebooks
 from tools.run import check
+
+SMOKE = Workspace("smoke")
 
 SAMPLING = ("01_baseline", "03_global", "04_group", "05_ratio_sweep", "07_audit")
 
@@ -61,11 +64,11 @@ def test_published_rows_counted_are_those_made(tiny):
 
 
 def test_images_that_are_kept_count_for_the_estimate(tiny, sandbox):
-    save_tensors(paths.RESULTS / "smoke" / "ema.safetensors", dict(tiny.named_parameters()), width=4)
+    save_tensors(SMOKE.results / "ema.safetensors", dict(tiny.named_parameters()), width=4)
     recipe = {"weights": weights_sha256(tiny), "rule": "baseline"}
-    samples.cached_samples(tiny, "smoke", 3, 2, 0, batch=2, recipe=recipe)
-    samples.cached_samples(tiny, "smoke", 3, 2, 0, batch=2, recipe=recipe | {"weights": "other"})
-    assert cost.kept_flop("smoke", 4) == 3 * 2 * cost.forward_flop(4)
+    samples.cached_samples(SMOKE, tiny, samples.Sampling(3, 2, 0, 2), recipe=recipe)
+    samples.cached_samples(SMOKE, tiny, samples.Sampling(3, 2, 0, 2), recipe=recipe | {"weights": "other"})
+    assert cost.kept_flop(SMOKE, 4) == 3 * 2 * cost.forward_flop(4)
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(90, "90 s"), (600, "10 minutes"), (9000, "2 hours"), (400000, "5 days")])

@@ -4,8 +4,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lafq import paths
-from lafq.diffusion import workspace
+from lafq.diffusion import weights
 from lafq.diffusion.mnist import mnist
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation import samples
@@ -14,7 +13,10 @@ from lafq.paper import poster, replicates
 from lafq.paper.budget_study import budget, methods, targets
 from lafq.paper.fisher_analysis import fisher_by_timestep
 from lafq.presentation import report
+from lafq.workspace import Workspace
 from tools import evidence
+
+SMOKE = Workspace("smoke")
 
 
 def claims(name, values):
@@ -59,9 +61,9 @@ def fewer(monkeypatch):
 
 @pytest.fixture
 def smoke(sandbox, tiny):
-    save_tensors(paths.RESULTS / "smoke" / workspace.WEIGHTS, dict(tiny.named_parameters()), width=4)
+    save_tensors(SMOKE.results / weights.WEIGHTS, dict(tiny.named_parameters()), width=4)
     fisher = fisher_by_timestep(tiny, list(quantizable(tiny)), mnist(train=True)[0], samples=20, bins=20, seed=0)
-    workspace.save_fisher("smoke", fisher.weights, 4)
+    weights.save_fisher(SMOKE, fisher.weights, 4)
 
 
 def test_rows_have_blocks_and_claims(smoke):
@@ -94,16 +96,16 @@ def test_steps_that_are_there_are_left_alone(sandbox, monkeypatch, capsys):
         return lambda profile: made.append(name) or {name: pd.DataFrame({"x": [1]}), f"{name}_more": pd.DataFrame({"x": [2]})}
 
     monkeypatch.setattr(evidence, "STEPS", {name: step(name) for name in ("first", "second")})
-    report.save_table("smoke", "first", pd.DataFrame({"x": [0]}))
+    report.save_table(SMOKE, "first", pd.DataFrame({"x": [0]}))
     monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke"])
     assert evidence.main() == 0
     assert made == ["second"]
     assert "first: there already" in capsys.readouterr().out
-    assert report.load_table("smoke", "second_more")["x"].tolist() == [2]
+    assert report.load_table(SMOKE, "second_more")["x"].tolist() == [2]
 
 
 def test_missing_fisher_information_is_one_sentence(sandbox, monkeypatch, capsys, tiny):
-    save_tensors(paths.RESULTS / "smoke" / workspace.WEIGHTS, dict(tiny.named_parameters()), width=4)
+    save_tensors(SMOKE.results / weights.WEIGHTS, dict(tiny.named_parameters()), width=4)
     monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke", "--only", "evidence_rows"])
     assert evidence.main() == 1
     said = capsys.readouterr().err.strip()
@@ -122,7 +124,7 @@ def test_budget_rows_join_those_of_06(smoke, tiny, monkeypatch):
         *("global", "group", "ratio", "magnitude", "random"),
     }
     known = methods.measured_sensitivity(tiny, 20, seed=0)
-    allocated = methods.allocated(tiny, known, list(evidence.ALLOCATED), units=("mixed",))
+    allocated = methods.allocated(tiny, known, list(evidence.ALLOCATED), granularities=("mixed",))
     rows = [*methods.uniform(tiny, known), *allocated, *methods.tuned(allocated, [4.0], 2)]
     table = targets.with_fid(budget.measure_candidates(tiny, rows, known, seed=0, digits=10), found)
     joined = table[table["n_images"] == 20]

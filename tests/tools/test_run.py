@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from lafq import paths
-from lafq.allocation.thresholds import by_unit, keep_global
-from lafq.device import select_device
-from lafq.diffusion import workspace
+from lafq.allocation.thresholds import by_granularity, keep_global
+from lafq.diffusion import weights
 from lafq.diffusion.unet import UNet, quantizable
 from lafq.evaluation import evaluate as evaluation
 from lafq.evaluation import samples
@@ -18,8 +17,11 @@ from lafq.evaluation.candidates import Candidate, sizes
 from lafq.paper import plans
 from lafq.presentation import report
 from lafq.quantization.model import make_plan, nbytes
+from lafq.workspace import Workspace
 from tools import cost, run
 from tools.notebooks import profile_parameters
+
+SMOKE = Workspace("smoke")
 
 
 def lafq_run(*arguments):
@@ -64,9 +66,8 @@ def cached_samples(monkeypatch):
     return calls
 
 
-def evaluate(model, configurations, **changes):
-    settings = {"images": 3, "steps": 2, "seed": 0} | changes
-    return evaluation.evaluate(model, configurations, "smoke", **settings)
+def evaluate(model, candidates, **changes):
+    return evaluation.evaluate(SMOKE, model, candidates, samples.Sampling(3, 2, 0)._replace(**changes))
 
 
 def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cached_samples, tiny):
@@ -133,15 +134,15 @@ def test_paper_without_its_weights_refuses_in_one_sentence(sandbox, monkeypatch,
 
 def weights_file(path, width=4, **changes):
     training = profile_parameters("smoke")["TRAINING"] | changes
-    workspace.save_tensors(path, dict(UNet(width).named_parameters()), width=width, seed=0, **training)
+    weights.save_tensors(path, dict(UNet(width).named_parameters()), width=width, seed=0, **training)
 
 
 def test_weights_are_taken_from_a_path(sandbox):
     weights_file(sandbox / "own.safetensors")
     training = profile_parameters("smoke")["TRAINING"]
-    workspace.take_weights(sandbox / "own.safetensors", "smoke", 4, 0, training)
-    assert workspace.load_model("smoke", 4).width == 4
-    workspace.check_weights("smoke", 4, 0, training)
+    weights.take_weights(SMOKE, sandbox / "own.safetensors", 4, 0, training)
+    assert weights.load_model(SMOKE, 4).width == 4
+    weights.check_weights(SMOKE, 4, 0, training)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,8 @@ def test_weights_are_taken_from_a_path(sandbox):
 def test_weights_of_another_width_or_training_are_refused(sandbox, changes, message):
     weights_file(sandbox / "own.safetensors", **changes)
     with pytest.raises(ValueError, match=f"{message}: give the weights of this profile with WEIGHTS=path"):
-        workspace.take_weights(sandbox / "own.safetensors", "smoke", 4, 0, profile_parameters("smoke")["TRAINING"])
-    assert not (paths.RESULTS / "smoke" / workspace.WEIGHTS).exists()
+        weights.take_weights(SMOKE, sandbox / "own.safetensors", 4, 0, profile_parameters("smoke")["TRAINING"])
+    assert not (SMOKE.results / weights.WEIGHTS).exists()
 
 
 def test_a_bad_plan_stops_before_sampling(sandbox, cached_samples, tiny):
@@ -162,7 +163,7 @@ def test_a_bad_plan_stops_before_sampling(sandbox, cached_samples, tiny):
     with pytest.raises(ValueError, match="0 images asked for"):
         evaluate(tiny, [good], images=0)
     with pytest.raises(ValueError, match=r"ratio 1.2 is outside \[0, 1\]"):
-        plans.ratio_configurations({n: w**2 for n, w in quantizable(tiny).items()}, [0.3, 1.2], [], ["fp16"])
+        plans.ratio_candidates({n: w**2 for n, w in quantizable(tiny).items()}, [0.3, 1.2], [], ["fp16"])
     assert not cached_samples
 
 
@@ -179,64 +180,64 @@ def test_sweep_and_nearest(tiny):
     assert nbytes(tiny, candidate.plan) / 2**20 == chosen["mem_mib"].item()
 
 
-@pytest.mark.parametrize("unit", ["tensor", "weight"])
+@pytest.mark.parametrize("granularity", ["tensor", "weight"])
 @pytest.mark.parametrize("low", ["fp16", "int8"])
-def test_sizes_counted_are_those_of_the_plans(tiny, low, unit):
-    scores = by_unit({n: w.square() for n, w in quantizable(tiny).items()}, unit)
-    table = plans.size_sweep(tiny, scores, low, unit, 20)
-    made = [make_plan(keep_global(scores, cut), low) for cut in table["cut"]]
+def test_sizes_counted_are_those_of_the_plans(tiny, low, granularity):
+    scores = by_granularity({n: w.square() for n, w in quantizable(tiny).items()}, granularity)
+    table = plans.size_sweep(tiny, scores, low, granularity, 20)
+    made = [make_plan(keep_global(scores, cut), low) for cut in table["threshold"]]
     pd.testing.assert_frame_equal(table[["kept_share", "mem_mib", "mem_share"]], sizes(tiny, made), check_exact=True)
 
 
 def test_missing_and_foreign_weights(sandbox):
     with pytest.raises(FileNotFoundError, match="run 01_train with TRAIN=1 first"):
-        workspace.load_model("smoke", 4)
+        weights.load_model(SMOKE, 4)
     with pytest.raises(FileNotFoundError, match="run 02_fisher"):
-        workspace.load_fisher("smoke", 4)
-    workspace.save_tensors(paths.RESULTS / "smoke" / workspace.WEIGHTS, dict(UNet(4).named_parameters()), width=4)
+        weights.load_fisher(SMOKE, 4)
+    weights.save_tensors(SMOKE.results / weights.WEIGHTS, dict(UNet(4).named_parameters()), width=4)
     with pytest.raises(ValueError, match="width=4, not 16"):
-        workspace.load_model("smoke", 16)
-    assert workspace.load_model("smoke", 4).width == 4
+        weights.load_model(SMOKE, 16)
+    assert weights.load_model(SMOKE, 4).width == 4
 
 
 def test_fisher_of_other_weights_is_refused(sandbox):
-    weights = paths.RESULTS / "smoke" / workspace.WEIGHTS
-    workspace.save_tensors(weights, dict(UNet(4).named_parameters()), width=4)
-    workspace.save_fisher("smoke", {"a": torch.ones(2)}, 4)
-    assert workspace.load_fisher("smoke", 4)["a"].tolist() == [1, 1]
-    workspace.save_tensors(weights, dict(UNet(4).named_parameters()), width=4)
+    path = SMOKE.results / weights.WEIGHTS
+    weights.save_tensors(path, dict(UNet(4).named_parameters()), width=4)
+    weights.save_fisher(SMOKE, {"a": torch.ones(2)}, 4)
+    assert weights.load_fisher(SMOKE, 4)["a"].tolist() == [1, 1]
+    weights.save_tensors(path, dict(UNet(4).named_parameters()), width=4)
     with pytest.raises(ValueError, match=r"fisher.safetensors was made with weights=.* run 02_fisher"):
-        workspace.load_fisher("smoke", 4)
+        weights.load_fisher(SMOKE, 4)
 
 
 def test_set_up_refuses():
     with pytest.raises(ValueError, match="unknown profile 'tiny'"):
-        select_device("tiny", 2)
+        Workspace.open("tiny", 2)
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="no CUDA GPU is visible"):
-            select_device("smoke", 2, "cuda")
+            Workspace.open("smoke", 2, "cuda")
 
 
 def test_gather_replaces_only_the_methods_it_is_given(sandbox):
     def row(method, threshold, fid):
         return pd.DataFrame(
-            [{"profile": "smoke", "method": method, "threshold": threshold, "format": "fp16", "unit": "t", "fid": fid}]
+            [{"profile": "smoke", "method": method, "threshold": threshold, "format": "fp16", "granularity": "t", "fid": fid}]
         )
 
-    report.update_comparison("smoke", row("ratio", "0.35", 1.0))
-    report.update_comparison("smoke", row("baseline", "none", 2.0))
-    table = report.update_comparison("smoke", row("ratio", "0.40", 3.0))
+    report.update_comparison(SMOKE, row("ratio", "0.35", 1.0))
+    report.update_comparison(SMOKE, row("baseline", "none", 2.0))
+    table = report.update_comparison(SMOKE, row("ratio", "0.40", 3.0))
     assert table[["method", "threshold", "fid"]].to_numpy().tolist() == [["baseline", "none", 2.0], ["ratio", "0.40", 3.0]]
     # A file of an earlier version: its columns are in another order.
-    report.save_table("smoke", "paper_comparison", table[table.columns[::-1]].assign(gone=1))
-    assert list(report.update_comparison("smoke", row("ratio", "0.40", 3.0)).columns) == list(table.columns)
+    report.save_table(SMOKE, "paper_comparison", table[table.columns[::-1]].assign(gone=1))
+    assert list(report.update_comparison(SMOKE, row("ratio", "0.40", 3.0)).columns) == list(table.columns)
 
 
 def test_tables_and_images_come_back(sandbox):
     table = pd.DataFrame({"threshold": ["none", "0.30"], "value": [1.5, float("nan")]})
-    report.save_rows("smoke", "x", table, {"a": np.zeros((2, 32, 32), np.uint8)})
-    loaded, images = report.load_rows("smoke", "x")
+    report.save_rows(SMOKE, "x", table, {"a": np.zeros((2, 32, 32), np.uint8)})
+    loaded, images = report.load_rows(SMOKE, "x")
     pd.testing.assert_frame_equal(table, loaded)
     assert images["a"].shape == (2, 32, 32)
     with pytest.raises(FileNotFoundError, match="make reproduce PROFILE=smoke"):
-        report.load_table("smoke", "y")
+        report.load_table(SMOKE, "y")

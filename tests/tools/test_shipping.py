@@ -1,15 +1,16 @@
 import pytest
 
-from lafq import paths
-from lafq.diffusion import workspace
+from lafq.diffusion import weights
 from lafq.diffusion.unet import UNet
 from lafq.evaluation import samples
 from lafq.paper.budget_study.methods import measured_sensitivity
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.model import dequantize, nbytes, quantize, weights_sha256
+from lafq.workspace import Workspace
 from tools import shipping
 
-SAMPLING = {"images": 20, "steps": 2, "seed": 0, "batch": 10, "keep": True}
+SMOKE = Workspace("smoke", keep=True)
+SAMPLING = samples.Sampling(20, 2, 0, 10)
 MADE = {"rounding": "error feedback, unshrunk scales", "fisher": {"kind": "Monte Carlo", "samples": 20, "seed": 0}}
 
 
@@ -20,13 +21,13 @@ def known(tiny):
 
 def test_the_packed_file_is_the_row_that_was_measured(sandbox, tiny, known, monkeypatch):
     budget = 0.3 * nbytes(tiny, {}) / 2**20
-    table = shipping.ship(tiny, known, "smoke", budget, MADE, **SAMPLING)
-    path = paths.RESULTS / "smoke" / workspace.PACKED
+    table = shipping.ship(SMOKE, tiny, known, budget, MADE, SAMPLING)
+    path = SMOKE.results / weights.PACKED
     assert table["mem_mib"].iloc[1] * 2**20 <= path.stat().st_size
     assert table["mem_mib"].iloc[1] <= budget
     assert table["damage"].tolist()[0] == 0 < table["damage"].iloc[1]
     small = dequantize(load_quantized(path, UNet(4)))
-    [first, _] = sorted(samples.kept_folder("smoke").glob(f"{table['sample'].iloc[1]}_*.npz"))
+    [first, _] = sorted(samples.kept_folder(SMOKE).glob(f"{table['sample'].iloc[1]}_*.npz"))
     images, record = samples.read(first)
     assert record["recipe"]["rounding"] == MADE["rounding"]
     assert record["drawn_from"] == weights_sha256(small)
@@ -34,12 +35,12 @@ def test_the_packed_file_is_the_row_that_was_measured(sandbox, tiny, known, monk
 
 
 def test_packed_weights_never_stand_in_for_the_trained_ones(sandbox, tiny):
-    save_quantized(paths.RESULTS / "smoke" / workspace.PACKED, quantize(tiny, {}), tiny)
+    save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, {}), tiny)
     with pytest.raises(FileNotFoundError, match=r"ema.safetensors is missing: run 01_train with TRAIN=1"):
-        workspace.load_model("smoke", 4)
+        weights.load_model(SMOKE, 4)
 
 
 def test_too_small_a_size_to_ship(sandbox, tiny, known):
     with pytest.raises(ValueError, match="the smallest"):
-        shipping.ship(tiny, known, "smoke", 0.01, MADE, **SAMPLING)
-    assert not (paths.RESULTS / "smoke" / workspace.PACKED).exists()
+        shipping.ship(SMOKE, tiny, known, 0.01, MADE, SAMPLING)
+    assert not (SMOKE.results / weights.PACKED).exists()

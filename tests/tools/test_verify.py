@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lafq import paths
-from lafq.diffusion import workspace
+from lafq.diffusion import weights
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation import evaluate as evaluation
 from lafq.evaluation import samples
@@ -13,16 +12,18 @@ from lafq.paper import plans
 from lafq.presentation import report
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import quantize
+from lafq.workspace import Workspace
 from tools import verify
 from tools.notebooks import profile_parameters
 
-SAMPLING = {"images": 8, "steps": 2, "seed": 0, "batch": 4, "keep": True}
+SMOKE = Workspace("smoke", keep=True)
+SAMPLING = samples.Sampling(8, 2, 0, 4)
 
 
 @pytest.fixture
 def made(tiny, sandbox, monkeypatch):
     p = profile_parameters("smoke")
-    path = paths.RESULTS / "smoke" / workspace.WEIGHTS
+    path = SMOKE.results / weights.WEIGHTS
     save_tensors(path, dict(tiny.named_parameters()), width=4, seed=0, **p["TRAINING"])
     path.rename(sandbox / "weights.safetensors")
     baseline = Candidate("baseline", "none", "fp32", "none", {})
@@ -33,8 +34,8 @@ def made(tiny, sandbox, monkeypatch):
         "packed": [Candidate("shipped", "1 MiB", "mixed", "mixed", plan, made={"rounding": "x"})],
     }
     for name, rows in tables.items():
-        report.save_rows("smoke", name, *evaluation.evaluate(tiny, rows, "smoke", **SAMPLING))
-    save_quantized(paths.RESULTS / "smoke" / workspace.PACKED, quantize(tiny, plan), tiny)
+        report.save_rows(SMOKE, name, *evaluation.evaluate(SMOKE, tiny, rows, SAMPLING))
+    save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, plan), tiny)
     return sandbox / "weights.safetensors"
 
 
@@ -43,10 +44,10 @@ def lines(*found):
 
 
 def test_all_that_is_right_holds(made, monkeypatch, capsys):
-    found = list(verify.checks("smoke", made))
+    found = list(verify.checks(SMOKE, made))
     assert [holds for holds, _ in found] == [True] * 8 + [None]
     assert "8 images drawn again at 2 steps differ by 0 of 255" in found[4][1]
-    without = list(verify.checks("smoke", None))
+    without = list(verify.checks(SMOKE, None))
     assert next(line for holds, line in without if holds is None) == "rows drawn from the FP32 weights: give them with WEIGHTS=path"
     monkeypatch.setattr("sys.argv", ["tools.verify", "--profile", "smoke"])
     assert verify.main() == 0
@@ -54,15 +55,15 @@ def test_all_that_is_right_holds(made, monkeypatch, capsys):
 
 
 def test_a_changed_number_a_damaged_file_and_other_weights_are_found(made, tiny, monkeypatch, capsys):
-    table = report.load_table("smoke", "03_global")
-    report.save_table("smoke", "03_global", table.assign(fid_mnist=table["fid_mnist"] + 0.1))
-    assert ["03_global.csv" in line for line in lines(*verify.checks("smoke", None))] == [True]
-    report.save_table("smoke", "03_global", table)
+    table = report.load_table(SMOKE, "03_global")
+    report.save_table(SMOKE, "03_global", table.assign(fid_mnist=table["fid_mnist"] + 0.1))
+    assert ["03_global.csv" in line for line in lines(*verify.checks(SMOKE, None))] == [True]
+    report.save_table(SMOKE, "03_global", table)
     with torch.no_grad():
         tiny.out2.weight.mul_(0.5)
-    save_quantized(paths.RESULTS / "smoke" / workspace.PACKED, quantize(tiny, {}), tiny)
-    assert ["packed weights: 8 images drawn again" in line for line in lines(*verify.checks("smoke", None))] == [True]
-    next(samples.kept_folder("smoke").iterdir()).write_bytes(b"")
+    save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, {}), tiny)
+    assert ["packed weights: 8 images drawn again" in line for line in lines(*verify.checks(SMOKE, None))] == [True]
+    next(samples.kept_folder(SMOKE).iterdir()).write_bytes(b"")
     monkeypatch.setattr("sys.argv", ["tools.verify", "--profile", "smoke"])
     assert verify.main() == 1
     assert "FAILED: " in capsys.readouterr().out
@@ -70,10 +71,10 @@ def test_a_changed_number_a_damaged_file_and_other_weights_are_found(made, tiny,
 
 def test_a_profile_that_keeps_no_images(sandbox):
     with pytest.raises(ValueError, match="verify needs a profile that keeps its images"):
-        list(verify.checks("smoke", None))
+        list(verify.checks(SMOKE, None))
 
 
 def test_the_tolerance_is_below_one_flipped_image(made):
-    row = next(report.load_table("smoke", "01_baseline").itertuples())
-    kept = samples.kept("smoke", row.sample, 4).astype(int)
+    row = next(report.load_table(SMOKE, "01_baseline").itertuples())
+    kept = samples.kept(SMOKE, row.sample, 4).astype(int)
     assert np.abs(kept - kept[::-1]).mean() > verify.GREY_LEVELS

@@ -11,24 +11,24 @@ from tqdm import tqdm
 
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation import scoring
-from lafq.evaluation.samples import cached_samples
+from lafq.evaluation.candidates import Candidate, quantized
+from lafq.evaluation.samples import Sampling, cached_samples
 from lafq.fisher.monte_carlo import Sensitivity
-from lafq.paper.budget_study.methods import Row, bits_of, mib_at, packed
+from lafq.paper.budget_study.methods import bits_of, mib_at
 from lafq.quantization.error_feedback import damage
 from lafq.quantization.formats import MIB
-from lafq.quantization.model import channel_view, dequantize, nbytes
-from lafq.quantization.plan import Plan
-from lafq.quantization.weight_spec import stored_bytes
+from lafq.quantization.model import bits_per_weight, channel_view, dequantize, nbytes
+from lafq.workspace import Workspace
 
 HALF_PIXELS = 512
 IMAGES = 7
 COLUMNS = [
-    *("method", "unit", "budget_bits", "budget_mib", "mem_mib", "mem_share", "bits_per_weight", "predicted"),
+    *("method", "granularity", "budget_bits", "budget_mib", "mem_mib", "mem_share", "bits_per_weight", "predicted"),
     *("damage", "damage_low", "damage_high", "delta_loss"),
 ]
 
 
-def measure_candidates(model: nn.Module, rows: list[Row], validation: Sensitivity, seed: int, digits: int) -> pd.DataFrame:
+def measure_candidates(model: nn.Module, rows: list[Candidate], validation: Sensitivity, seed: int, digits: int) -> pd.DataFrame:
     """Bytes, predicted and measured damage of every row, columns as COLUMNS; measured on so many held-out digits.
 
     validation: from other draws than the plans were made from, since on the draws that it was fitted to a plan looks better than it
@@ -36,58 +36,60 @@ def measure_candidates(model: nn.Module, rows: list[Row], validation: Sensitivit
     """
     outputs, full, found = scoring.held_out_outputs(model, seed, digits), nbytes(model, {}), []
     for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
-        small = dequantize(packed(model, row, seed))
+        small = dequantize(quantized(model, row, seed))
         size = nbytes(model, row.plan)
-        key = {"method": row.method, "unit": row.unit, "budget_bits": round(row.bits, 3), "budget_mib": mib_at(model, row.bits)}
+        key = {
+            "method": row.method,
+            "granularity": row.granularity,
+            "budget_bits": round(row.bits, 3),
+            "budget_mib": mib_at(model, row.bits),
+        }
         stored = {"mem_mib": size / MIB, "mem_share": size / full, "bits_per_weight": bits_of(model, row.plan)}
-        damages = {"predicted": predicted(model, small, validation)} | scoring.output_damage(small, outputs, seed)
+        damages = {"predicted": predicted_damage(model, small, validation)} | scoring.output_mse(small, outputs, seed)
         found.append(key | stored | damages)
     return pd.DataFrame(found)[COLUMNS]
 
 
-def predicted(model: nn.Module, small: nn.Module, known: Sensitivity) -> float:
-    """Predicted damage of a quantized model whose weights are unpacked, a pixel."""
+def predicted_damage(model: nn.Module, whole: nn.Module, validation: Sensitivity) -> float:
+    """Predicted damage per pixel of a quantized model that has been dequantized."""
     total = 0.0
-    for name, values in known.fisher.items():
+    for name, values in validation.fisher.items():
         rows = channel_view(model, name)
-        change = rows.of(small.get_parameter(name).detach() - model.get_parameter(name).detach()).cpu()
-        total += damage(change, rows.of(values).cpu(), known.curvature[name].cpu()).sum().item()
+        change = rows.of(whole.get_parameter(name).detach() - model.get_parameter(name).detach()).cpu()
+        total += damage(change, rows.of(values).cpu(), validation.curvature[name].cpu()).sum().item()
     return total / HALF_PIXELS
 
 
-def reports(model: nn.Module, fisher: dict[str, Tensor], rows: list[Row], unit: str = "mixed") -> pd.DataFrame:
-    """Bits a weight of every weight tensor in the rows of a unit.
+def bits_by_tensor(model: nn.Module, fisher: dict[str, Tensor], rows: list[Candidate], granularity: str = "mixed") -> pd.DataFrame:
+    """Bits per weight of every weight tensor in the allocator's candidates of a granularity.
 
     Columns budget_bits, parameter, fisher (the tensor's mean), bits_per_weight.
     """
-
-    def bits(name: str, plan: Plan) -> float:
-        rows = channel_view(model, name)
-        return 8 * stored_bytes(rows, plan.get(name, "fp32")) / fisher[name].numel()
-
     found = [
-        (round(row.bits, 3), name, fisher[name].mean().item(), bits(name, row.plan))
+        (round(row.bits, 3), name, fisher[name].mean().item(), bits_per_weight(model, row.plan, [name]))
         for row in rows
-        if row.method == "allocator" and row.unit == unit
+        if row.method == "allocator" and row.granularity == granularity
         for name in quantizable(model)
     ]
     return pd.DataFrame(found, columns=["budget_bits", "parameter", "fisher", "bits_per_weight"])
 
 
 def images(
-    model: nn.Module, rows: list[Row], profile: str, *, bits: list[float], steps: int, seed: int
+    work: Workspace, model: nn.Module, rows: list[Candidate], bits: list[float], steps: int, seed: int
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """A few images of the unquantized model and of the allocator's plans (unit mixed) for these bits, from the same noise.
+    """A few images of the unquantized model and of the allocator's plans (granularity mixed) for these bits, from the same noise.
 
-    Returns a row a model, columns method, threshold, format, unit, mem_mib, sample, and uint8 images (7, 32, 32) by sample.
+    Returns one row per model, columns KEY, mem_mib, sample, and uint8 images (7, 32, 32) by sample.
     """
-    chosen = [row for b in bits for row in rows if row.method == "allocator" and row.unit == "mixed" and abs(row.bits - b) < 1e-6]
+    chosen = [
+        row for b in bits for row in rows if row.method == "allocator" and row.granularity == "mixed" and abs(row.bits - b) < 1e-6
+    ]
     models = {"32 bits": (model, {})}
-    models |= {f"{row.bits:g} bits": (dequantize(packed(model, row, seed)), row.plan) for row in chosen}
+    models |= {f"{row.bits:g} bits": (dequantize(quantized(model, row, seed)), row.plan) for row in chosen}
     found, samples = [], {}
     for name, (own, plan) in models.items():
-        key, generated, _ = cached_samples(own, profile, IMAGES, steps, seed, name)
+        key, generated, _ = cached_samples(work, own, Sampling(IMAGES, steps, seed), name)
         samples[key] = generated[:, 0].numpy()
         method, low = ("allocator", "mixed") if plan else ("baseline", "fp32")
         found.append((method, name, low, low, nbytes(model, plan) / MIB, key))
-    return pd.DataFrame(found, columns=["method", "threshold", "format", "unit", "mem_mib", "sample"]), samples
+    return pd.DataFrame(found, columns=["method", "threshold", "format", "granularity", "mem_mib", "sample"]), samples

@@ -1,52 +1,34 @@
 """The plans of 06_budget: uniform formats, the allocator's (tuned or not), and threshold rules at the same bytes."""
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lafq.allocation import solver
-from lafq.allocation.pareto import UNITS
+from lafq.allocation.pareto import GRANULARITIES
 from lafq.allocation.thresholds import by_layer, keep_global, relative_to_group
 from lafq.diffusion.mnist import mnist
 from lafq.diffusion.noising import noised_batches
 from lafq.diffusion.unet import quantizable
+from lafq.evaluation.candidates import Candidate
 from lafq.fisher.monte_carlo import Sensitivity, estimate_sensitivity
 from lafq.quantization.formats import MIB, unshrunk_scale
-from lafq.quantization.model import channel_view, make_plan, nbytes, quantize
+from lafq.quantization.model import bits_per_weight, make_plan, nbytes
 from lafq.quantization.plan import Plan, Recipe
-from lafq.quantization.tuning import BATCH, tune
-from lafq.quantization.weight_spec import stored_bytes
 from lafq.rng import generator
 
 INTEGERS = ("int2", "int3", "int4", "int6", "int8")
 FEEDBACK = "error feedback"
 
 
-class Row(NamedTuple):
-    """A plan to judge: which method made it, at which unit and for how many bits per weight, and for how many steps biases and
-    norms are tuned after rounding."""
-
-    method: str
-    unit: str
-    bits: float
-    plan: Plan
-    tuned: int = 0
+def budget_candidate(method: str, granularity: str, bits: float, plan: Plan) -> Candidate:
+    """A plan of 06_budget, named by its method and its budget in bits per weight."""
+    return Candidate(method, f"{bits:.3f}", "bits", granularity, plan, bits=bits)
 
 
 def measured_sensitivity(model: nn.Module, samples: int, seed: int) -> Sensitivity:
     """Sensitivity of all weights, the input and output convolutions' too, from so many noised training digits."""
     return estimate_sensitivity(model, noised_batches(mnist(train=True)[0], samples, seed), seed)
-
-
-def packed(model: nn.Module, row: Row, seed: int = 0) -> nn.Module:
-    """The packed model under a row's plan, tuned (on training digits) where the row says so."""
-    small = quantize(model, row.plan)
-    if row.tuned:
-        # Other draws than what plans are made from (seed) and judged by (seed + 1).
-        tune(model, small, noised_batches(mnist(train=True)[0], row.tuned * BATCH, seed + 2, BATCH), row.tuned)
-    return small
 
 
 def mib_at(model: nn.Module, bits: float) -> float:
@@ -56,51 +38,53 @@ def mib_at(model: nn.Module, bits: float) -> float:
 
 
 def bits_of(model: nn.Module, plan: Plan) -> float:
-    """Stored bits a weight of the six layers, scales and masks included."""
-    weights = quantizable(model)
-    stored = sum(stored_bytes(channel_view(model, n), plan.get(n, "fp32")) for n in weights)
-    return 8 * stored / sum(w.numel() for w in weights.values())
+    """Stored bits per weight of the six layers, scales and masks included."""
+    return bits_per_weight(model, plan, quantizable(model))
 
 
-def uniform(model: nn.Module, known: Sensitivity) -> list[Row]:
+def uniform(model: nn.Module, calibration: Sensitivity) -> list[Candidate]:
     """All weights in one format: rounded as everywhere, and with the allocator's scales and error feedback."""
     plans = {low: Plan(dict.fromkeys(quantizable(model), low)) for low in (*INTEGERS, "fp16")}
-    found = [Row("uniform", "tensor", bits_of(model, plan), plan) for plan in plans.values()]
-    recipe = Recipe(unshrunk_scale, *known)
-    return found + [Row(f"uniform, {FEEDBACK}", "tensor", bits_of(model, plans[f]), Plan(plans[f], recipe)) for f in INTEGERS]
+    found = [budget_candidate("uniform", "tensor", bits_of(model, plan), plan) for plan in plans.values()]
+    recipe = Recipe(unshrunk_scale, *calibration)
+    return found + [
+        budget_candidate(f"uniform, {FEEDBACK}", "tensor", bits_of(model, plans[f]), Plan(plans[f], recipe)) for f in INTEGERS
+    ]
 
 
-def allocated(model: nn.Module, known: Sensitivity, bits: list[float], units: tuple[str, ...] = UNITS) -> list[Row]:
-    """The allocator at these units and budgets; at unit mixed also without error feedback, and with all weights to choose from.
+def allocated(
+    model: nn.Module, calibration: Sensitivity, bits: list[float], granularities: tuple[str, ...] = GRANULARITIES
+) -> list[Candidate]:
+    """The allocator at these granularities and budgets; "mixed" also without error feedback, and with all weights to choose from.
 
-    A budget below a unit's smallest size is left out, and a line says so.
+    A budget below the smallest possible size is left out, and a line says so.
     """
-    rows, layers = [], {name: known.fisher[name] for name in quantizable(model)}
-    methods = [("allocator", unit, layers, known.curvature) for unit in units]
+    rows, layers = [], {name: calibration.fisher[name] for name in quantizable(model)}
+    methods = [("allocator", granularity, layers, calibration.curvature) for granularity in granularities]
     methods += [
         ("allocator, nearest code", "mixed", layers, None),
-        ("allocator, all weights", "mixed", known.fisher, known.curvature),
+        ("allocator, all weights", "mixed", calibration.fisher, calibration.curvature),
     ]
-    for method, unit, fisher, curvature in methods:
-        frontiers = solver.frontiers_of(model, fisher, unit, curvature=curvature)
-        recipe = Recipe(unshrunk_scale, known.fisher, curvature)
+    for method, granularity, fisher, curvature in methods:
+        frontiers = solver.frontiers_of(model, fisher, granularity, curvature=curvature)
+        recipe = Recipe(unshrunk_scale, calibration.fisher, curvature)
         for b in bits:
             try:
                 plan = solver.solve_budget(model, frontiers, mib_at(model, b), recipe=recipe)
             except ValueError:
-                print(f"{method}, unit {unit}: {b:.2f} bits a weight cannot be met")
+                print(f"{method}, {granularity}: {b:.2f} bits per weight cannot be met")
                 continue
-            rows.append(Row(method, unit, b, plan))
+            rows.append(budget_candidate(method, granularity, b, plan))
     return rows
 
 
-def tuned(rows: list[Row], bits: list[float], steps: int) -> list[Row]:
-    """The allocator's rows of unit mixed at these budgets, with biases and norms tuned for so many steps."""
-    chosen = [row for row in rows if row.method == "allocator" and row.unit == "mixed" and row.bits in bits]
+def tuned(rows: list[Candidate], bits: list[float], steps: int) -> list[Candidate]:
+    """The allocator's rows of granularity "mixed" at these budgets, with biases and norms tuned for so many steps."""
+    chosen = [row for row in rows if row.method == "allocator" and row.granularity == "mixed" and row.bits in bits]
     return [row._replace(method="allocator, tuned", tuned=steps) for row in chosen]
 
 
-def thresholds(model: nn.Module, fisher: dict[str, Tensor], bits: list[float], seed: int) -> list[Row]:
+def thresholds(model: nn.Module, fisher: dict[str, Tensor], bits: list[float], seed: int) -> list[Candidate]:
     """The paper's three rules, and the same with magnitude or random scores: single weights kept, up to the same bytes.
 
     What is not kept goes to the largest integer format below the budget, what is kept stays FP16 (FP32 where even all FP16 fits).
@@ -118,7 +102,10 @@ def thresholds(model: nn.Module, fisher: dict[str, Tensor], bits: list[float], s
         fitting = [f for f in (*INTEGERS, "fp16") if bits_of(model, dict.fromkeys(fisher, f)) < b]
         if fitting:
             high = "fp32" if fitting[-1] == "fp16" else "fp16"
-            rows += [Row(name, "weight", b, at_bytes(model, s, fitting[-1], high, mib_at(model, b))) for name, s in scores.items()]
+            rows += [
+                budget_candidate(name, "weight", b, at_bytes(model, s, fitting[-1], high, mib_at(model, b)))
+                for name, s in scores.items()
+            ]
     return rows
 
 
@@ -132,12 +119,12 @@ def at_bytes(model: nn.Module, scores: dict[str, Tensor], low: str, high: str, b
             fits = count
         else:
             too_many = count
-    cut = values[fits].item() if fits else float("inf")
-    return make_plan(keep_global(scores, cut), low, high)
+    threshold = values[fits].item() if fits else float("inf")
+    return make_plan(keep_global(scores, threshold), low, high)
 
 
 def _rank_in_layer(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of every weight the share of its layer's weights with lower Fisher values: a cut of these is the ratio rule."""
+    """Of every weight the share of its layer's weights with lower Fisher values: a threshold on these is the ratio rule."""
     result = {}
     for layer in by_layer(fisher).values():
         flat = torch.cat([f.flatten() for f in layer.values()]).cpu()

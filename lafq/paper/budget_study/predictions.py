@@ -12,9 +12,10 @@ from lafq.allocation import solver
 from lafq.allocation.pareto import StorageOption, undominated
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation import scoring
+from lafq.evaluation.candidates import Candidate
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper.budget_study.budget import HALF_PIXELS
-from lafq.paper.budget_study.methods import Row, mib_at
+from lafq.paper.budget_study.methods import budget_candidate, mib_at
 from lafq.quantization.error_feedback import damage
 from lafq.quantization.formats import fake_quantize, get_format, unshrunk_scale
 from lafq.quantization.model import channel_view, dequantize, quantize
@@ -25,7 +26,7 @@ from lafq.rng import generator
 PROXIES = ("curvature x error", "Fisher x error", "rounding error", "Fisher", "magnitude", "random")
 
 
-def by_tensor(model: nn.Module, known: Sensitivity, formats: tuple[str, ...], seed: int, digits: int) -> pd.DataFrame:
+def by_tensor(model: nn.Module, calibration: Sensitivity, formats: tuple[str, ...], seed: int, digits: int) -> pd.DataFrame:
     """One tensor at a time in one format, the rest FP32: measured damage beside what would predict it.
 
     Columns parameter, format, nbytes, measured, and the predictions of PROXIES.
@@ -33,17 +34,17 @@ def by_tensor(model: nn.Module, known: Sensitivity, formats: tuple[str, ...], se
     outputs, weights, found, g = scoring.held_out_outputs(model, seed, digits), quantizable(model), [], generator(seed, 2)
     for name, low in tqdm([(n, f) for n in weights for f in formats], desc="one tensor at a time", unit="plan", leave=False):
         rows = channel_view(model, name)
-        w, f = rows.of(weights[name]), rows.of(known.fisher[name])
+        w, f = rows.of(weights[name]), rows.of(calibration.fisher[name])
         change = fake_quantize(w, get_format(low), unshrunk_scale, f) - w
-        small = dequantize(quantize(model, {name: low}, Recipe(unshrunk_scale, known.fisher)))
+        small = dequantize(quantize(model, {name: low}, Recipe(unshrunk_scale, calibration.fisher)))
         step = 4.0 ** -get_format(low).bits
         found.append(
             {
                 "parameter": name,
                 "format": low,
                 "nbytes": stored_bytes(rows, low),
-                "measured": scoring.output_damage(small, outputs, seed)["damage"],
-                "curvature x error": damage(change, f, known.curvature[name].to(f)).sum().item() / HALF_PIXELS,
+                "measured": scoring.output_mse(small, outputs, seed)["damage"],
+                "curvature x error": damage(change, f, calibration.curvature[name].to(f)).sum().item() / HALF_PIXELS,
                 "Fisher x error": damage(change, f).sum().item() / HALF_PIXELS,
                 "rounding error": change.square().sum().item(),
                 "Fisher": f.mean().item() * step,
@@ -61,23 +62,23 @@ def rank_correlations(points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table, index=list(PROXIES)).rename_axis("prediction").reset_index()
 
 
-def allocate_by_proxy(model: nn.Module, points: pd.DataFrame, bits: float, known: Sensitivity) -> list[Row]:
-    """The same allocation (unit tensor) by every prediction of `by_tensor`, and by the measurement itself."""
+def allocate_by_proxy(model: nn.Module, points: pd.DataFrame, bits: float, calibration: Sensitivity) -> list[Candidate]:
+    """The same allocation (granularity "tensor") by every prediction of `by_tensor`, and by the measurement itself."""
     rows = []
     for proxy in (*PROXIES, "measured"):
         frontiers = {}
         for name, own in points.groupby("parameter", sort=False):
             choices = [StorageOption(int(n), d, f) for n, d, f in own[["nbytes", proxy, "format"]].itertuples(index=False)]
             frontiers[name] = undominated(choices)
-        plan = solver.solve_budget(model, frontiers, mib_at(model, bits), recipe=Recipe(unshrunk_scale, known.fisher))
-        rows.append(Row(f"by {proxy}", "tensor", bits, plan))
+        plan = solver.solve_budget(model, frontiers, mib_at(model, bits), recipe=Recipe(unshrunk_scale, calibration.fisher))
+        rows.append(budget_candidate(f"by {proxy}", "tensor", bits, plan))
     return rows
 
 
-def gaps(model: nn.Module, known: Sensitivity, bits: list[float]) -> pd.DataFrame:
-    """The fast allocation's damage over the integer program's, unit tensor: columns budget_bits, fast, exact, gap."""
-    layers = {name: known.fisher[name] for name in quantizable(model)}
-    frontiers, found = solver.frontiers_of(model, layers, "tensor", curvature=known.curvature), []
+def gaps(model: nn.Module, calibration: Sensitivity, bits: list[float]) -> pd.DataFrame:
+    """The fast allocation's damage over the integer program's, granularity "tensor": columns budget_bits, fast, exact, gap."""
+    layers = {name: calibration.fisher[name] for name in quantizable(model)}
+    frontiers, found = solver.frontiers_of(model, layers, "tensor", curvature=calibration.curvature), []
     for b in bits:
         try:
             found_by = [solver.solve_budget(model, frontiers, mib_at(model, b), exact=e) for e in (False, True)]
