@@ -74,8 +74,8 @@ test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of
 	@echo "all passed: ruff, unit tests, the notebooks with smoke (twice, equal numbers), the committed notebooks"
 	@echo "not run: the sliders of 00_explore in a browser (make test-browser)"
 
-test-fast: lint  ## lint and unit tests, without the notebooks
-	@TQDM_DISABLE=1 $(PYTEST)
+test-fast: lint  ## lint and the unit tests that take no longer than seconds, without the notebooks
+	@TQDM_DISABLE=1 $(PYTEST) -m "not slow"
 
 test-browser: $(READY)  ## 00_explore in JupyterLab, driven in headless Chromium: one slider is moved (a minute; installs Playwright)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-browser.txt

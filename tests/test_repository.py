@@ -110,6 +110,7 @@ def test_readme_names_the_two_commands():
     assert re.search(r"^\s*make test", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_readme_example_runs(digits, tmp_path):
     own, diffusion, sized = re.findall(r"```python\n(.*?)```", readme.PATH.read_text(), flags=re.DOTALL)
     assert len(own.strip().splitlines()) <= 11

@@ -188,6 +188,7 @@ def known(model):
     return methods.measured_sensitivity(model, 64, seed=0)
 
 
+@pytest.mark.slow
 def test_judged_rows_measure_the_plan(model, known):
     rows = [*methods.uniform(model, known)[:5], *methods.allocated(model, known, [4.0])]
     table = budget.measure_candidates(model, rows, known, seed=0, digits=20)
@@ -204,6 +205,7 @@ def test_judged_rows_measure_the_plan(model, known):
     assert scoring.output_mse(model, before, 0)["damage"] == 0
 
 
+@pytest.mark.slow
 def test_tuned_rows_are_the_allocators_with_less_damage(model, known):
     allocated = methods.allocated(model, known, [4.0], granularities=("mixed",))
     rows = methods.tuned(allocated, [4.0], steps=40)
@@ -215,6 +217,7 @@ def test_tuned_rows_are_the_allocators_with_less_damage(model, known):
     assert table["damage_low"].gt(0).all()
 
 
+@pytest.mark.slow
 def test_points_and_allocations_by_every_prediction(model, known):
     points = predictions.by_tensor(model, known, ("int2", "int8"), seed=0, digits=10)
     assert len(points) == 2 * len(quantizable(model))

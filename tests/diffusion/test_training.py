@@ -50,6 +50,7 @@ def test_checkpoint_of_another_width(tmp_path, digits):
         run(tmp_path / "a", digits, steps=2, width=6)
 
 
+@pytest.mark.slow
 def test_loss_falls(tmp_path, digits):
     _, losses = run(tmp_path / "a", digits, steps=60, peak=3e-3, batch_size=8)
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])

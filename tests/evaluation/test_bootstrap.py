@@ -58,6 +58,7 @@ def coverage(n, d, trials):
     return hits / trials, plain / trials
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_expected_value():
     # 95 % of 100 trials has a standard deviation of 2.2 %; the percentile interval misses on account of its bias.
     centred, plain = coverage(100, 16, trials=100)
@@ -116,6 +117,7 @@ def test_damage_is_of_the_scale_it_says(tiny):
     assert 0.5 < first.mean() < 2
 
 
+@pytest.mark.slow
 def test_torchmetrics_agrees():
     from torchmetrics.image.fid import FrechetInceptionDistance
 

@@ -36,6 +36,7 @@ def plans_of(model):
     return [{}, *(dict.fromkeys(quantizable(model), low) for low in ("fp16", "int8", "int4", "int3", "int2"))]
 
 
+@pytest.mark.slow
 def test_rows_are_the_same_bytes_on_a_cluster(two_workers, sandbox, tiny, monkeypatch):
     rows = [BASELINE, *plans.uniform(tiny, ("fp16", "int8"))]
     here, images = evaluation.evaluate(SMOKE, tiny, rows, DRAWN)
@@ -48,6 +49,7 @@ def test_rows_are_the_same_bytes_on_a_cluster(two_workers, sandbox, tiny, monkey
     assert all(np.array_equal(images[key], drawn[key]) for key in images)
 
 
+@pytest.mark.slow
 def test_images_kept_by_recipe_are_the_same_files_on_a_cluster(two_workers, sandbox, tiny, monkeypatch):
     drawn, rows = DRAWN._replace(batch=2), plans.uniform(tiny)
     here, _ = evaluation.evaluate(Workspace("smoke", keep=True), tiny, rows, drawn)
@@ -61,6 +63,7 @@ def test_images_kept_by_recipe_are_the_same_files_on_a_cluster(two_workers, sand
         assert record["drawn_from"] == first[path.name][1]["drawn_from"]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_no_row(two_workers, sandbox, tiny, monkeypatch):
     packed = ((quantize(tiny, plan), lambda _: None) for plan in plans_of(tiny))
     kept, killed, machines = {}, [], set()

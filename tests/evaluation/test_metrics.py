@@ -26,6 +26,7 @@ def test_fid_of_known_gaussians():
     assert metrics.fid(features, gaussian_reference(2.0, 1.0)) == pytest.approx(4 * 2**2 + 4 * (3 - 1) ** 2, rel=0.02)
 
 
+@pytest.mark.slow
 def test_kid_is_zero_for_one_distribution_and_positive_for_two():
     features = torch.randn(1000, 4, generator=torch.Generator().manual_seed(1))
     assert abs(metrics.kid(features, gaussian_reference(0.0, 1.0))) < 0.02
@@ -42,6 +43,7 @@ def test_fid_needs_two_images():
         metrics.fid(torch.zeros(1, 4), gaussian_reference(0.0, 1.0, n=10))
 
 
+@pytest.mark.slow
 def test_classifier_is_as_accurate_as_recorded(network):
     record = json.loads((classifier.FOLDER / "classifier.json").read_text())
     assert classifier.accuracy(network, *mnist(train=False)) == pytest.approx(record["test_accuracy"], abs=2e-4)

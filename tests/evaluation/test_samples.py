@@ -90,6 +90,7 @@ def test_a_plan_that_treats_all_weights_alike_is_the_uniform_row_or_the_baseline
     assert ratio["0.35"]["rule"] == "ratio"
 
 
+@pytest.mark.slow
 def test_images_are_kept_in_batches_and_found_again(tiny, rows, monkeypatch):
     table, images = evaluate(tiny, rows)
     assert all(name.name[16:] in ("_00000-00001.npz", "_00002-00003.npz", "_00004-00004.npz") for name in files())
@@ -125,6 +126,7 @@ samples.cached_samples(Workspace("smoke"), UNet(4).eval(), Sampling(40, 20, 0, 2
 """
 
 
+@pytest.mark.slow
 def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox, monkeypatch):
     command = [sys.executable, "-c", CHILD, str(paths.RESULTS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"}) as child:
@@ -172,6 +174,7 @@ def cut(path):
     ],
     ids=["cut", "other images", "other draw", "other weights"],
 )
+@pytest.mark.slow
 def test_a_bad_file_is_one_sentence_and_once_deleted_is_drawn_anew(tiny, rows, damage, message):
     table, _ = evaluate(tiny, rows[:1])
     before = {path: path.read_bytes() for path in files()}

@@ -29,6 +29,7 @@ def test_reconstruction_fisher_is_one_squared_gradient(tiny, digits):
         torch.testing.assert_close(f, tiny.get_parameter(name).grad.square(), rtol=1e-3, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_variants_are_of_one_shape_and_leave_the_model_alone(tiny, values, digits):
     before = {n: p.clone() for n, p in tiny.named_parameters()}
     found = audit.variants(tiny, values, digits, samples=20, seed=0)
@@ -110,6 +111,7 @@ def test_protocol_choices():
     assert table[table.index.str.contains("R6")].iloc[0]["change"] != 0
 
 
+@pytest.mark.slow
 def test_floor_goes_down_with_n_and_its_extrapolation_near_nothing():
     g = torch.Generator().manual_seed(0)
     other = torch.randn(5000, 16, generator=g)

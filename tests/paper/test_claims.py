@@ -59,6 +59,7 @@ def size_sweep(inside, outside):
 
 
 @pytest.mark.parametrize(("inside", "outside", "expected"), [(5, 60, CASES[0]), (60, 5, CASES[1]), (20, 20, CASES[2])])
+@pytest.mark.slow
 def test_c3(inside, outside, expected):
     claim = claims.best_ratio(*size_sweep(inside, outside), "fp16", seed=0)
     assert claim.verdict == expected

@@ -122,6 +122,7 @@ def test_the_allocator_keeps_to_the_size_and_names_the_smallest(subject):
     assert list(subject.fronts) == ["channel"]
 
 
+@pytest.mark.slow
 def test_the_picture_follows_the_sliders(subject, capsys):
     first = explore.outcome(subject, Setting("ratio", 0.1, "weight", "int3"))
     capsys.readouterr()

@@ -53,6 +53,7 @@ def test_count_file_and_resident_bytes_agree_at_the_papers_width(path, low):
         assert counted <= 0.26 * resident_bytes(model)
 
 
+@pytest.mark.slow
 def test_sampling_from_packed_weights_takes_less_memory(path, tmp_path):
     model, other = UNet(64), tmp_path / "fp32.safetensors"
     packed, full = saved(path, model, dict.fromkeys(quantizable(model), "int8")), saved(other, model, {})

@@ -26,6 +26,7 @@ def change(model, small, digits):
         return (small(x, t) - model(x, t)).square().mean().item()
 
 
+@pytest.mark.slow
 def test_output_comes_nearer_on_other_draws_at_the_same_bytes(tiny, plan, digits):
     before = dequantize(quantize(tiny, plan))
     packed = quantize(tiny, plan)

@@ -66,6 +66,7 @@ def smoke(sandbox, tiny):
     weights.save_fisher(SMOKE, fisher.weights, 4)
 
 
+@pytest.mark.slow
 def test_rows_have_blocks_and_claims(smoke):
     found = evidence.rows("smoke", images=40)
     rows = found["rows"]
@@ -76,6 +77,7 @@ def test_rows_have_blocks_and_claims(smoke):
     assert found["rows_claims"]["claim"].tolist() == ["C3", "C4 images"]
 
 
+@pytest.mark.slow
 def test_training_runs_differ_and_are_not_done_twice(sandbox, monkeypatch):
     once = evidence.runs("smoke", seeds=(1, 2), steps=6, decay=2)
     rows = once["runs"]
@@ -114,6 +116,7 @@ def test_missing_fisher_information_is_one_sentence(sandbox, monkeypatch, capsys
     assert len(said.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_budget_rows_join_those_of_06(smoke, tiny, monkeypatch):
     monkeypatch.setattr(evidence, "ALLOCATED", (3.5, 4.0))
     monkeypatch.setattr(evidence, "RULES", (4.0,))

@@ -47,6 +47,7 @@ def test_bad_input_stops_before_anything_is_touched(arguments, message, monkeypa
     assert len(said.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_exit_status_of_a_process_with_bad_input():
     done = lafq_run("reproduce", "--profile", "huge")
     assert (done.returncode, done.stdout) == (1, "")
@@ -70,6 +71,7 @@ def evaluate(model, candidates, **changes):
     return evaluation.evaluate(SMOKE, model, candidates, samples.Sampling(3, 2, 0)._replace(**changes))
 
 
+@pytest.mark.slow
 def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cached_samples, tiny):
     fp16 = dict.fromkeys(quantizable(tiny), "fp16")
     rows = [
@@ -89,6 +91,7 @@ def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cache
     assert len(cached_samples) == 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypatch):
     rows = [Candidate("baseline", "none", "fp32", "none", {}), *plans.uniform(tiny)]
     whole, _ = evaluate(tiny, rows)

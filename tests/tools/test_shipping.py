@@ -19,6 +19,7 @@ def known(tiny):
     return measured_sensitivity(tiny, 20, seed=0)
 
 
+@pytest.mark.slow
 def test_the_packed_file_is_the_row_that_was_measured(sandbox, tiny, known, monkeypatch):
     budget = 0.3 * nbytes(tiny, {}) / 2**20
     table = shipping.ship(SMOKE, tiny, known, budget, MADE, SAMPLING)

@@ -43,6 +43,7 @@ def lines(*found):
     return [line for holds, line in found if holds is False]
 
 
+@pytest.mark.slow
 def test_all_that_is_right_holds(made, monkeypatch, capsys):
     found = list(verify.checks(SMOKE, made))
     assert [holds for holds, _ in found] == [True] * 8 + [None]
@@ -54,6 +55,7 @@ def test_all_that_is_right_holds(made, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("verify, profile smoke: all that was checked holds\n")
 
 
+@pytest.mark.slow
 def test_a_changed_number_a_damaged_file_and_other_weights_are_found(made, tiny, monkeypatch, capsys):
     table = report.load_table(SMOKE, "03_global")
     report.save_table(SMOKE, "03_global", table.assign(fid_mnist=table["fid_mnist"] + 0.1))
@@ -74,6 +76,7 @@ def test_a_profile_that_keeps_no_images(sandbox):
         list(verify.checks(SMOKE, None))
 
 
+@pytest.mark.slow
 def test_the_tolerance_is_below_one_flipped_image(made):
     row = next(report.load_table(SMOKE, "01_baseline").itertuples())
     kept = samples.kept(SMOKE, row.sample, 4).astype(int)
