@@ -39,9 +39,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "comparison": f"{markdown(tables.comparison(work))}\n\n{tables.note(rows)}",
         "claims": markdown(tables.claims_shown(work)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
         "evidence": evidence(work),
-        "budget": targets.summary_sentence(report.load_table(work, "budget"))
-        + "\n\n"
-        + markdown(report.load_table(work, "06_wanted")),
+        "budget": targets.summary_sentences(report.load_table(work, "budget"), report.load_optional(work, "evidence_budget")),
         "fisher": markdown(fisher_cost(pd.read_csv(paths.RESULTS / "benchmarks" / "fisher.csv"))),
         "cost": (
             f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "

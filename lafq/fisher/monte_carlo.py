@@ -3,10 +3,9 @@
 A network with output f(x) (B, ...) and unit Gaussian noise on it has the true Fisher information E[J^T n n^T J] = J^T J of one
 sample, n ~ N(0, I): for the squared error also the Gauss-Newton matrix (Kunstner et al. 2019). No target is needed.
 
-One backward pass of a batch with n in the place of the residual gives g = sum over samples of J_b^T n_b. The n_b are
-independent and of mean zero, so E[g_i^2] = sum over samples of (J_b^T J_b)_ii: squares of batch gradients, which are wrong
-for the loss itself, are unbiased here. With the residuals themselves under independent random signs, one a sample, the same pass
-gives an unbiased sum of the squared per-sample gradients, the *empirical* Fisher of fisher.py.
+One backward pass of a batch with n instead of the residual gives g = sum over samples of J_b^T n_b. The n_b are independent and
+of mean zero, so E[g_i^2] = sum over samples of (J_b^T J_b)_ii: squares of batch gradients, which are wrong for the loss itself, are
+unbiased here.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,7 +35,7 @@ def monte_carlo_fisher(model: nn.Module, names: list[str], batches: Iterable[tup
     Needs the memory of training and one gradient more.
     Raises ValueError for an unknown name, no batch, or a result that is not finite.
     """
-    return _mean_squares(model, names, ((b, None) for b in batches), seed)
+    return _mean_squares(model, names, batches, seed)
 
 
 def estimate_sensitivity(
@@ -73,23 +72,18 @@ def estimate_sensitivity(
             g = torch.where(scale > 0, g / scale, 0)
             shared[name] = shared[name].to(g).addmm_(g.T, g)
 
-    fisher = _mean_squares(model, names, ((b, None) for b in batches), seed, add)
+    fisher = _mean_squares(model, names, batches, seed, add)
     return Sensitivity(fisher, {n: h / h.diagonal().mean().clamp_min(1e-30) for n, h in shared.items()})
 
 
-def random_sign_fisher(
-    model: nn.Module, names: list[str], batches: Iterable[tuple[tuple[Tensor, ...], Tensor]], seed: int
-) -> dict[str, Tensor]:
-    """The empirical Fisher of l = 1/2 * sum (target - output)^2, as `empirical.empirical_fisher`, from batched passes.
-
-    batches: pairs of the model's arguments and the target (B, ...).
-    """
-    return _mean_squares(model, names, batches, seed)
-
-
 def _mean_squares(
-    model: nn.Module, names: list[str], batches: Iterable, seed: int, also: Callable[[str, Tensor], None] | None = None
+    model: nn.Module,
+    names: list[str],
+    batches: Iterable[tuple[Tensor, ...]],
+    seed: int,
+    also: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
+    """Squared gradients of the output times N(0, I), summed over batches, over the number of samples; `also` sees each gradient."""
     available = dict(model.named_parameters())
     if unknown := [n for n in names if n not in available]:
         raise ValueError(f"the model has no parameter {unknown[0]!r}: names are those of model.named_parameters()")
@@ -100,10 +94,10 @@ def _mean_squares(
     try:
         for n, p in available.items():
             p.requires_grad_(n in set(names))
-        for arguments, target in batches:
+        for arguments in batches:
             output = model(*(a.to(chosen[0].device) for a in arguments))
-            residual = _residual(output.detach(), target, g)
-            for name, sum_, gradient in zip(names, total, torch.autograd.grad(output, chosen, residual), strict=True):
+            noise = torch.randn(output.shape, generator=g, dtype=torch.float32).to(output)
+            for name, sum_, gradient in zip(names, total, torch.autograd.grad(output, chosen, noise), strict=True):
                 sum_.addcmul_(gradient, gradient)
                 if also:
                     also(name, gradient)
@@ -116,11 +110,3 @@ def _mean_squares(
     if bad := [n for n, f in zip(names, total, strict=True) if not torch.isfinite(f).all()]:
         raise ValueError(f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged")
     return {n: (sum_ / count).detach() for n, sum_ in zip(names, total, strict=True)}
-
-
-def _residual(output: Tensor, target: Tensor | None, g: torch.Generator) -> Tensor:
-    """What is sent back through the network: N(0, I), or the residual under one random sign a sample."""
-    if target is None:
-        return torch.randn(output.shape, generator=g, dtype=torch.float32).to(output)
-    signs = torch.randint(2, (len(output),), generator=g) * 2 - 1
-    return (output - target.to(output)) * signs.to(output).view(-1, *[1] * (output.ndim - 1))

@@ -1,4 +1,3 @@
-import ctypes
 import itertools
 
 import numpy as np
@@ -6,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
+from scipy import optimize, sparse
 
 import lafq
 from lafq.allocation import solver
@@ -97,18 +97,35 @@ def total(chosen, taken):
     )
 
 
+def solve_milp(lists, budget):
+    """The optimum, by an integer program with a 0/1 variable for every choice (HiGHS through scipy)."""
+    owner = np.repeat(np.arange(len(lists)), [len(choices) for choices in lists])
+    damage = np.array([c.damage for choices in lists for c in choices])
+    size = np.array([[c.nbytes for choices in lists for c in choices]]) / budget
+    one_each = sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
+    constraints = [optimize.LinearConstraint(size, ub=1), optimize.LinearConstraint(one_each, 1, 1)]
+    # Scaled by what the fast way reaches, so that the solver's absolute tolerances are relative ones.
+    scale = total(lists, solver.local_search(lists, solver.knapsack_dp(lists, budget), budget))[0]
+    costs = np.minimum(damage / scale, 10)
+    found = optimize.milp(
+        costs, integrality=1, bounds=optimize.Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": 1e-6}
+    )
+    assert found.success
+    return [int(np.round(found.x[owner == i]).argmax()) for i in range(len(lists))]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_integer_program_is_the_optimum_and_the_fast_way_is_near(seed):
     small = lists(seed, 5, 4)
     budget = 5 * 2500
     every = [total(small, taken) for taken in itertools.product(*(range(len(c)) for c in small))]
     best = min(d for d, n in every if n <= budget)
-    assert total(small, solver.solve_milp(small, budget))[0] == pytest.approx(best)
+    assert total(small, solve_milp(small, budget))[0] == pytest.approx(best)
     large = lists(seed, 34, 7)
     for share in (0.2, 0.5, 0.8):
         budget = share * sum(c[-1].nbytes for c in large) + (1 - share) * sum(c[0].nbytes for c in large)
         fast = total(large, solver.local_search(large, solver.knapsack_dp(large, budget), budget))
-        exact = total(large, solver.solve_milp(large, budget))
+        exact = total(large, solve_milp(large, budget))
         assert fast[1] <= budget
         assert exact[1] <= budget * (1 + 1e-6)
         assert exact[0] * (1 - 1e-5) <= fast[0] <= 1.02 * exact[0]
@@ -251,25 +268,11 @@ def table(ratio, delta_high):
     return pd.DataFrame([columns | row for row in uniform + ours])
 
 
-@pytest.mark.parametrize(("ratio", "delta_high", "reached", "share"), [(0.3, 2, ["yes"] * 3, 4), (0.6, 4, ["no"] * 3, 8)])
-def test_wanted_figures_follow_from_the_table(ratio, delta_high, reached, share):
-    gaps = pd.DataFrame({"gap": [0.0, 0.01]})
-    evidence = pd.DataFrame({"method": ["baseline"], "fid_mnist": [100.0]})
-    found = targets.wanted(table(ratio, delta_high), gaps, evidence)
-    assert found["reached"].tolist()[:3] == reached
-    assert found["measured"][3].startswith(f"{share / 32:.3f}")
-    assert found["measured"][4] == "1.00%"
-    assert "not measured" in targets.wanted(table(ratio, delta_high), gaps, None)["measured"][3]
-    assert f"{ratio:.2f}" in targets.summary_sentence(table(ratio, delta_high))
-
-
-def test_the_solvers_own_line_is_kept_out(capfd):
-    c = ctypes.CDLL(None)
-    with solver._quiet():
-        c.printf(b"hidden\n")
-    c.printf(b"shown\n")
-    c.fflush(None)
-    assert capfd.readouterr().out == "shown\n"
+def test_the_summary_follows_from_the_table():
+    said = targets.summary_sentences(table(0.3, 2), pd.DataFrame({"method": ["baseline"], "fid_mnist": [100.0]}))
+    assert "0.30 [" in said and "from 4 bits per weight on" in said
+    assert "under 3 % of FP32's at 12.5% of FP32's bytes" in said
+    assert "3 %" not in targets.summary_sentences(table(0.3, 2), None)
 
 
 def test_a_tuned_row_counts_for_the_rise_of_fid():

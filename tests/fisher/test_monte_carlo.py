@@ -7,7 +7,8 @@ from torch.func import functional_call, jacrev
 
 from lafq.diffusion.noising import noised_batches
 from lafq.diffusion.unet import quantizable
-from lafq.fisher.monte_carlo import monte_carlo_fisher, random_sign_fisher
+from lafq.fisher.empirical import empirical_fisher
+from lafq.fisher.monte_carlo import monte_carlo_fisher
 from lafq.rng import generator
 
 
@@ -64,26 +65,6 @@ def test_square_of_the_plain_batch_gradient_is_another_quantity(network, inputs)
     assert plain.sum() > 2 * exact.sum()
 
 
-def test_signs_over_all_their_values_give_the_exact_sum(network, inputs):
-    """All 64 sign patterns of six samples, once each: the mean is the sum over single samples, to rounding."""
-    names = ["0.weight", "3.weight"]
-    target = torch.randn(6, 3, dtype=torch.float64, generator=generator(8))
-    exact = exact_empirical(network, names, inputs, target)
-    patterns = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=6)), dtype=torch.float64)
-    total = {n: 0.0 for n in names}
-    for signs in patterns:
-        output = network(inputs)
-        gradients = torch.autograd.grad(
-            output, [network.get_parameter(n) for n in names], (output - target).detach() * signs[:, None]
-        )
-        for n, g in zip(names, gradients, strict=True):
-            total[n] = total[n] + g.square() / (6 * len(patterns))
-    drawn = random_sign_fisher(network, names, itertools.repeat(((inputs,), target), 4000), seed=1)
-    for n in names:
-        torch.testing.assert_close(total[n], exact[n], rtol=1e-10, atol=1e-12)
-        assert (drawn[n] / exact[n]).mean().item() == pytest.approx(1, abs=0.05)
-
-
 def test_unet_agrees_with_the_empirical_fisher_where_the_model_is_right(tiny, digits):
     """A target drawn from the model's own Gaussian makes the empirical Fisher an estimate of the true one."""
     names = list(quantizable(tiny))
@@ -91,7 +72,7 @@ def test_unet_agrees_with_the_empirical_fisher_where_the_model_is_right(tiny, di
     true = monte_carlo_fisher(tiny, names, batches, seed=0)
     g = generator(5)
     pairs = [((x, t), tiny(x, t).detach() + torch.randn(x.shape, generator=g)) for x, t in batches]
-    drawn = random_sign_fisher(tiny, names, pairs, seed=2)
+    drawn = empirical_fisher(tiny, names, pairs).weights
     for n in names:
         assert drawn[n].shape == true[n].shape
     sums = [sum(f.sum().item() for f in found.values()) for found in (true, drawn)]

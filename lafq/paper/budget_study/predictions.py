@@ -73,17 +73,3 @@ def allocate_by_proxy(model: nn.Module, points: pd.DataFrame, bits: float, calib
         plan = solver.solve_budget(model, frontiers, mib_at(model, bits), recipe=Recipe(unshrunk_scale, calibration.fisher))
         rows.append(budget_candidate(f"by {proxy}", "tensor", bits, plan))
     return rows
-
-
-def gaps(model: nn.Module, calibration: Sensitivity, bits: list[float]) -> pd.DataFrame:
-    """The fast allocation's damage over the integer program's, granularity "tensor": columns budget_bits, fast, exact, gap."""
-    layers = {name: calibration.fisher[name] for name in quantizable(model)}
-    frontiers, found = solver.frontiers_of(model, layers, "tensor", curvature=calibration.curvature), []
-    for b in bits:
-        try:
-            found_by = [solver.solve_budget(model, frontiers, mib_at(model, b), exact=e) for e in (False, True)]
-        except ValueError:
-            continue
-        fast, exact = (a.damage / HALF_PIXELS for a in found_by)
-        found.append((round(b, 3), fast, exact, fast / exact - 1))
-    return pd.DataFrame(found, columns=["budget_bits", "fast", "exact", "gap"])
