@@ -68,7 +68,7 @@ def random_signs(model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Ten
 
 def vmapped(model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
     """torch.func, samples in chunks."""
-    return empirical_fisher(model, names, [((x, t), noise)], CHUNK).weights
+    return empirical_fisher(model, names, [((x, t), noise)], CHUNK).by_weight
 
 
 def with_backpack(names: list[str], width: int, state: dict[str, Tensor]) -> Callable[..., dict[str, Tensor]]:
@@ -104,7 +104,7 @@ def rows(width: int) -> list[dict]:
     names, data = list(quantizable(model)), batch(BATCH[width])
     for n, p in model.named_parameters():
         p.requires_grad_(n in names)
-    x, t, noise = data
+    x, t, _ = data
     exact = {
         "empirical": loop(model, names, *data),
         "true": monte_carlo_fisher(model, names, itertools.repeat((x, t), DRAWS), seed=1),

@@ -24,8 +24,8 @@ from lafq.diffusion.unet import TIMESTEPS, UNet, quantizable
 from lafq.diffusion.weights import load_model
 from lafq.io import atomic_write
 from lafq.quantization.formats import absmax_scale, weighted_mse_scale
-from lafq.quantization.model import channel_view, make_plan, quantize, resident_bytes
-from lafq.quantization.plan import Recipe
+from lafq.quantization.model import channel_view, quantize, resident_bytes
+from lafq.quantization.plan import Recipe, make_plan
 from lafq.quantization.weight_spec import WeightSpec
 from lafq.rng import generator
 from lafq.workspace import Workspace

@@ -1,3 +1,4 @@
+import ast
 import re
 import subprocess
 import sys
@@ -13,8 +14,7 @@ from lafq import paths
 from lafq.diffusion import weights
 from lafq.evaluation.candidates import KEY
 from lafq.io import load_tensors
-from lafq.paper import poster
-from lafq.presentation import report
+from lafq.paper import poster, results
 from lafq.quantization.model import nbytes, resident_bytes
 from lafq.workspace import Workspace
 from tools import notebooks, readme, summary
@@ -23,6 +23,7 @@ MINI = Workspace("mini")
 
 ROOT = paths.ROOT
 PAGES = (readme.PATH, readme.CARD)
+DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
 
 
 def pins(text):
@@ -96,6 +97,30 @@ def test_files_and_headings_that_a_page_names_are_there(path):
         assert (ROOT / name).exists(), name
 
 
+def defined(path):
+    """Names that a module defines at its top, and the attributes and methods of its classes."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {t.id for t in node.targets if isinstance(t, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
+    return found
+
+
+def test_modules_and_names_that_docstrings_mention_are_there():
+    modules = {path.stem: path for path in (ROOT / "lafq").rglob("*.py") if path.stem != "__init__"}
+    for path in modules.values():
+        said = "\n".join(ast.get_docstring(n) or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, DOCUMENTED))
+        for module in re.findall(r"\b(\w+)\.py\b", said):
+            assert module in modules, (path, module)
+        for module, name in re.findall(r"`(\w+)\.(\w+)`", said):
+            if module in modules:
+                assert name in defined(modules[module]), (path, f"{module}.{name}")
+
+
 def test_a_changed_number_is_noticed(known_blocks):
     text = readme.PATH.read_text()
     assert "| 59.30 |" in text
@@ -140,7 +165,7 @@ def test_shipped_weights_are_those_of_the_profile():
 
 @pytest.fixture(scope="module")
 def comparison():
-    return report.load_table(MINI, "paper_comparison")
+    return results.load_table(MINI, "paper_comparison")
 
 
 def test_comparison_has_its_columns_and_a_row_a_key(comparison):
@@ -155,7 +180,7 @@ def test_comparison_has_its_columns_and_a_row_a_key(comparison):
 
 def test_comparison_agrees_with_the_notebooks_tables(comparison):
     for name in ("01_baseline", "03_global", "04_group", "05_ratio_sweep"):
-        table = report.load_table(MINI, name).drop_duplicates(KEY)
+        table = results.load_table(MINI, name).drop_duplicates(KEY)
         both = comparison.merge(table, on=KEY, suffixes=("", "_own"))
         assert len(both)
         for column in ("fid_mnist", "is_mnist", "kid_mnist", "mem_mib", "mem_share"):
@@ -163,6 +188,6 @@ def test_comparison_agrees_with_the_notebooks_tables(comparison):
 
 
 def test_equal_samples_have_equal_scores():
-    rows = pd.concat([report.load_table(MINI, n) for n in ("03_global", "04_group", "05_ratio_sweep")])
+    rows = pd.concat([results.load_table(MINI, n) for n in ("03_global", "04_group", "05_ratio_sweep")])
     assert (rows.groupby("sample")["fid_mnist"].nunique() == 1).all()
     assert rows.groupby("sample").size().max() > 1

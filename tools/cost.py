@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lafq.device import compute_on
 from lafq.diffusion.unet import UNet, layer_of, quantizable
 from lafq.diffusion.weights import WEIGHTS, load_model
-from lafq.evaluation.samples import kept_folder, read
+from lafq.evaluation.samples import read, samples_folder
 from lafq.quantization import tuning
 from lafq.quantization.model import weights_sha256
 from lafq.workspace import Workspace
@@ -97,7 +97,7 @@ def kept_flop(work: Workspace, width: int) -> float:
     if not (work.results / WEIGHTS).is_file():
         return 0.0
     weights, steps = weights_sha256(load_model(work, width)), 0
-    for path in kept_folder(work).glob("*.npz"):
+    for path in samples_folder(work).glob("*.npz"):
         pixels, record = read(path)
         steps += len(pixels) * record["steps"] * (record["recipe"]["weights"] == weights)
     return steps * forward_flop(width)

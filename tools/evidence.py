@@ -13,10 +13,9 @@ from lafq.diffusion.weights import load_fisher, load_model
 from lafq.evaluation.candidates import BASELINE
 from lafq.evaluation.evaluate import evaluate, evaluate_large
 from lafq.evaluation.samples import Sampling
-from lafq.paper import replicates
+from lafq.paper import replicates, results
 from lafq.paper.budget_study import methods
 from lafq.paper.noise_floor import noise_floor
-from lafq.presentation import report
 from lafq.workspace import Workspace
 from tools.notebooks import open_workspace, profile_parameters
 
@@ -78,12 +77,12 @@ def main() -> int:
         for name, make in STEPS.items():
             if args.only not in ("", name):
                 continue
-            if report.load_optional(work, name) is not None and not args.anew:
+            if results.load_optional(work, name) is not None and not args.anew:
                 print(f"{name}: there already, in results/{args.profile}")
                 continue
             # The step's own table comes last: where it is, the others are.
             for table, content in sorted(make(args.profile).items(), key=lambda item: item[0] == name):
-                report.save_table(work, table, content)
+                results.save_table(work, table, content)
                 print(f"{table}: written to results/{args.profile}")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)

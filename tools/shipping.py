@@ -17,8 +17,8 @@ from lafq.evaluation.candidates import BASELINE, Candidate
 from lafq.evaluation.evaluate import evaluate
 from lafq.evaluation.samples import Sampling
 from lafq.fisher.monte_carlo import Sensitivity
+from lafq.paper import results
 from lafq.paper.budget_study import methods
-from lafq.presentation import report
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize, quantize
 from lafq.workspace import Workspace
@@ -74,7 +74,7 @@ def main() -> int:
         known = methods.measured_sensitivity(model, samples, seed)
         made = {"rounding": "error feedback, unshrunk scales", "fisher": {"kind": "Monte Carlo", "samples": samples, "seed": seed}}
         sampling = Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
-        report.save_table(work, "packed", ship(work, model, known, args.mib, made, sampling, p["INCEPTION_REFERENCE"]))
+        results.save_table(work, "packed", ship(work, model, known, args.mib, made, sampling, p["INCEPTION_REFERENCE"]))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
@@ -84,7 +84,7 @@ def main() -> int:
 
 def sentence(work: Workspace) -> str:
     """What the packed weights of a profile cost."""
-    row = report.load_table(work, "packed").iloc[-1]
+    row = results.load_table(work, "packed").iloc[-1]
     low, high = row["delta_fid_mnist_low"], row["delta_fid_mnist_high"]
     return (
         f"The packed weights take {row['mem_mib']:.2f} MiB ({row['mem_share']:.1%} of FP32): FID (MNIST "

@@ -8,9 +8,9 @@ from lafq import paths
 from lafq.diffusion.unet import UNet
 from lafq.diffusion.weights import WEIGHTS
 from lafq.io import load_tensors, sha256
-from lafq.paper import poster, sentences
+from lafq.paper import poster, results, sentences
 from lafq.paper.budget_study import targets
-from lafq.presentation import report, tables
+from lafq.presentation import tables
 from lafq.workspace import Workspace
 from tools import cost
 from tools.notebooks import EXPLORER, notebooks, profile_parameters
@@ -26,9 +26,9 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     """The text of every marked block, computed from the committed results of a profile."""
     work = Workspace(profile)
     _, trained = load_tensors(work.results / WEIGHTS, "01_train")
-    quality = report.load_table(work, "training_quality")
+    quality = results.load_table(work, "training_quality")
     names = ("01_baseline", "03_global", "04_group", "05_ratio_sweep")
-    rows = pd.concat([report.load_table(work, name) for name in names], ignore_index=True)
+    rows = pd.concat([results.load_table(work, name) for name in names], ignore_index=True)
     timed = json.loads((work.results / "timing.json").read_text())["notebooks"]
     classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
     seconds, peak = sum(n["seconds"] for n in timed.values()), max(n["peak_mib_so_far"] for n in timed.values())
@@ -39,7 +39,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "comparison": f"{markdown(tables.comparison(work))}\n\n{tables.note(rows)}",
         "claims": markdown(tables.claims_shown(work)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
         "evidence": evidence(work),
-        "budget": targets.summary_sentences(report.load_table(work, "budget"), report.load_optional(work, "evidence_budget")),
+        "budget": targets.summary_sentences(results.load_table(work, "budget"), results.load_optional(work, "evidence_budget")),
         "fisher": markdown(fisher_cost(pd.read_csv(paths.RESULTS / "benchmarks" / "fisher.csv"))),
         "cost": (
             f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "
@@ -70,7 +70,7 @@ def headline(work: Workspace) -> str:
 
     work: whose claims are named; the rows are those of 08_published.
     """
-    table, base = poster.compare(report.load_table(Workspace("paper"), "08_published"), "paper"), poster.POSTER[0]
+    table, base = poster.compare(results.load_table(Workspace("paper"), "08_published"), "paper"), poster.POSTER[0]
     ours = table[table["method"] != "baseline"]
     cells = [
         (
@@ -84,7 +84,8 @@ def headline(work: Workspace) -> str:
     ]
     columns = ["row", "FID difference from FP32: poster", "ours, same noise", "share of FP32's bytes: poster", "ours"]
     told = [
-        f"{row.claim} {row.verdict}" for row in report.load_table(work, "claims").drop_duplicates(["claim", "verdict"]).itertuples()
+        f"{row.claim} {row.verdict}"
+        for row in results.load_table(work, "claims").drop_duplicates(["claim", "verdict"]).itertuples()
     ]
     images, steps = table["n_images"].iloc[0], table["steps"].iloc[0]
     baseline = table[table["method"] == "baseline"]["fid_inception"].item()
@@ -105,12 +106,12 @@ def headline(work: Workspace) -> str:
 def evidence(work: Workspace) -> str:
     """The claims with more images and over other training runs, as far as `make evidence` has been run."""
     steps, table = ("evidence_rows", "evidence_runs"), tables.evidence_claims(work)
-    missing = [step for step in steps if report.load_optional(work, step) is None]
+    missing = [step for step in steps if results.load_optional(work, step) is None]
     lines = [f"Not made yet: {step} (`make evidence`)." for step in missing]
     if "evidence_runs" not in missing:
-        runs = report.load_table(work, "evidence_runs")
+        runs = results.load_table(work, "evidence_runs")
         fids = runs[runs["method"] == "baseline"]["fid_mnist"]
-        shipped = report.load_table(work, "01_baseline")["fid_mnist"].item()
+        shipped = results.load_table(work, "01_baseline")["fid_mnist"].item()
         lines.append(
             f"The {len(fids)} training runs took {runs['steps'].iloc[0]:,} steps each. FID of their unquantized models (MNIST "
             f"features, N = {runs['n_images'].iloc[0]}) is {fids.min():,.0f} to {fids.max():,.0f}, here {shipped:.0f}: "

@@ -20,8 +20,7 @@ from lafq.diffusion import weights
 from lafq.diffusion.ddpm import sample
 from lafq.diffusion.unet import UNet
 from lafq.evaluation import classifier, metrics, samples
-from lafq.paper import plans
-from lafq.presentation import report
+from lafq.paper import results, threshold_rows
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize, quantize
 from lafq.workspace import Workspace
@@ -39,13 +38,13 @@ ROUNDED = 5e-6
 
 def image_tables(work: Workspace) -> dict[str, pd.DataFrame]:
     """The tables of results/<profile> that name images, by file name."""
-    found = {path.name: report.load_table(work, path.stem) for path in sorted(work.results.glob("*.csv"))}
+    found = {path.name: results.load_table(work, path.stem) for path in sorted(work.results.glob("*.csv"))}
     return {name: table for name, table in found.items() if {"sample", "n_images", "steps"} <= set(table.columns)}
 
 
 def check_files(work: Workspace) -> Iterator[tuple[bool, str]]:
     """Every file of images against its record, and every packed weight against its checksum: (whether it holds, a line)."""
-    files = sorted(samples.kept_folder(work).glob("*.npz"))
+    files = sorted(samples.samples_folder(work).glob("*.npz"))
     damaged, count = [], 0
     for path in files:
         try:
@@ -65,8 +64,8 @@ def check_tables(work: Workspace) -> Iterator[tuple[bool, str]]:
         off = dict.fromkeys(SCORES, 0.0)
         for row in table.itertuples():
             if row.sample not in seen:
-                images = torch.from_numpy(samples.kept(work, row.sample, row.n_images))[:, None]
-                seen[row.sample] = metrics.score(*metrics.mnist_features(network, images), reference)
+                images = torch.from_numpy(samples.stored_images(work, row.sample, row.n_images))[:, None]
+                seen[row.sample] = metrics.mnist_metrics(*metrics.mnist_features(network, images), reference)
             for metric in SCORES:
                 expected = getattr(row, metric)
                 off[metric] = max(off[metric], abs(seen[row.sample][metric] - expected) - ROUNDED * abs(expected))
@@ -78,7 +77,7 @@ def check_tables(work: Workspace) -> Iterator[tuple[bool, str]]:
 def check_drawn(work: Workspace, name: str, model: nn.Module, row: Any, images: int, seed: int) -> tuple[bool, str]:
     """The first images of a row drawn again from `model`, against those that are kept."""
     again = sample(model, images, row.steps, seed, batch_size=images)[:, 0].numpy()
-    off = np.abs(again.astype(int) - samples.kept(work, row.sample, images)).mean()
+    off = np.abs(again.astype(int) - samples.stored_images(work, row.sample, images)).mean()
     line = f"{name}: {images} images drawn again at {row.steps} steps differ by {off:.3g} of 255 grey levels per pixel"
     return bool(off <= GREY_LEVELS), f"{line} (at most {GREY_LEVELS:g})"
 
@@ -86,7 +85,7 @@ def check_drawn(work: Workspace, name: str, model: nn.Module, row: Any, images: 
 def check_packed(work: Workspace, width: int, seed: int) -> tuple[bool, str]:
     """The packed weights: their checksum, and images drawn from them."""
     model = dequantize(load_quantized(work.results / weights.PACKED, UNet(width)))
-    row = next(report.load_table(work, "packed").query("method == 'shipped'").itertuples())
+    row = next(results.load_table(work, "packed").query("method == 'shipped'").itertuples())
     return check_drawn(work, "packed weights", model, row, PACKED_IMAGES, seed)
 
 
@@ -94,10 +93,10 @@ def check_weights(work: Workspace, path: Path, parameters: dict[str, Any]) -> It
     """Images of the baseline and of both uniform formats, drawn again from the FP32 weights in a file."""
     weights.take_weights(work, path, parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"])
     model = weights.load_model(work, parameters["WIDTH"])
-    baseline = next(report.load_table(work, "01_baseline").itertuples())
+    baseline = next(results.load_table(work, "01_baseline").itertuples())
     yield check_drawn(work, "FP32 baseline", model, baseline, IMAGES, parameters["SEED"])
-    table = report.load_table(work, "03_global")
-    for row in plans.uniform(model):
+    table = results.load_table(work, "03_global")
+    for row in threshold_rows.uniform(model):
         [found] = table[(table["method"] == "uniform") & (table["format"] == row.format)].itertuples()
         small = dequantize(quantize(model, row.plan))
         yield check_drawn(work, f"uniform {row.format.upper()}", small, found, IMAGES, parameters["SEED"])
@@ -107,7 +106,7 @@ def checks(work: Workspace, path: Path | None) -> Iterator[tuple[bool | None, st
     """All checks, one after another: whether each holds (None: it could not be made), and a line."""
     p = profile_parameters(work.profile)
     compute_on(p["THREADS"], "cpu")
-    if not samples.kept_folder(work).is_dir():
+    if not samples.samples_folder(work).is_dir():
         raise ValueError(f"results/{work.profile}/samples is missing: verify needs a profile that keeps its images (PROFILE=paper)")
     yield from check_files(work)
     yield from check_tables(work)

@@ -1,6 +1,5 @@
-"""DDPM: linear noise schedule, ancestral sampling with per-image noise.
+"""DDPM: ancestral sampling with per-image noise (Ho et al. 2020); the noise schedule is in `noising`.
 
-x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with beta_t linear from 1e-4 to 0.02 over 1,000 steps (Ho et al. 2020).
 Timestep t = 0 is the cleanest, t = 999 is almost pure noise.
 """
 

@@ -1,4 +1,4 @@
-"""The trained weights of a profile and their Fisher information: make, check, load."""
+"""The trained weights of a profile: make, check, load; and keep their empirical Fisher information."""
 
 import shutil
 from pathlib import Path
@@ -71,7 +71,7 @@ def load_model(work: Workspace, width: int) -> UNet:
 
 
 def save_fisher(work: Workspace, values: dict[str, Tensor], width: int, **settings: int) -> None:
-    """Write every weight's Fisher value to results/<profile>/fisher.safetensors (not committed: 02_fisher makes it).
+    """Write every weight's empirical Fisher value to results/<profile>/fisher.safetensors (not committed: 02_fisher makes it).
 
     settings: how it was estimated (samples, bins, seed), kept in the file.
     """
@@ -84,7 +84,7 @@ def fisher_settings(work: Workspace) -> dict[str, int]:
 
 
 def load_fisher(work: Workspace, width: int) -> dict[str, Tensor]:
-    """The Fisher value of every weight, by parameter name, as `save_fisher` wrote them.
+    """The empirical Fisher value of every weight, by parameter name, as `save_fisher` wrote them.
 
     Raises FileNotFoundError when there are none, ValueError when they are of other weights than the profile's.
     """

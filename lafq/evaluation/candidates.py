@@ -10,7 +10,7 @@ from lafq.diffusion.noising import noised_batches
 from lafq.diffusion.unet import quantizable
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import kept_weights, nbytes, quantize
-from lafq.quantization.plan import Plan
+from lafq.quantization.plan import Entries
 from lafq.quantization.tuning import BATCH, tune
 
 KEY = ["method", "threshold", "format", "granularity"]
@@ -28,7 +28,7 @@ class Candidate(NamedTuple):
     threshold: str
     format: str
     granularity: str
-    plan: Plan
+    plan: Entries
     inception: bool = False
     target: str = ""
     made: dict[str, Any] | None = None
@@ -48,7 +48,7 @@ def quantized(model: nn.Module, candidate: Candidate, seed: int) -> nn.Module:
     return small
 
 
-def sizes(model: nn.Module, plans: list[Plan]) -> pd.DataFrame:
+def sizes(model: nn.Module, plans: list[Entries]) -> pd.DataFrame:
     """Kept share, stored MiB and share of the FP32 bytes, one row per plan."""
     full = nbytes(model, {})
     stored = [(kept_share(model, plan), nbytes(model, plan)) for plan in plans]
@@ -56,7 +56,7 @@ def sizes(model: nn.Module, plans: list[Plan]) -> pd.DataFrame:
     return table.assign(mem_mib=table["mem_mib"] / MIB, mem_share=table["mem_mib"] / full)
 
 
-def kept_share(model: nn.Module, plan: Plan) -> float:
+def kept_share(model: nn.Module, plan: Entries) -> float:
     """Share of the six layers' weights that the plan leaves in FP32."""
     weights = quantizable(model)
     return sum(kept_weights(model, plan, n) for n in weights) / sum(w.numel() for w in weights.values())

@@ -94,11 +94,11 @@ def _scores(
     return score
 
 
-def _recipes(work: Workspace, model: nn.Module) -> Callable[[Candidate, nn.Module], samples.Recipe]:
+def _recipes(work: Workspace, model: nn.Module) -> Callable[[Candidate, nn.Module], samples.Provenance]:
     """A function of a candidate and its quantized model: its recipe, or that of an earlier candidate with the very same weights."""
     of_model, first = weights_sha256(model), {}
 
-    def recipe_of(candidate: Candidate, whole: nn.Module) -> samples.Recipe:
+    def recipe_of(candidate: Candidate, whole: nn.Module) -> samples.Provenance:
         needs_none = candidate.method in ("baseline", "uniform") or candidate.made
         own = samples.recipe(model, candidate, of_model, {} if needs_none else weights.fisher_settings(work))
         return first.setdefault(weights_sha256(whole), own)
@@ -106,8 +106,8 @@ def _recipes(work: Workspace, model: nn.Module) -> Callable[[Candidate, nn.Modul
     return recipe_of
 
 
-def peak_memory(work: Workspace, model: nn.Module, candidates: list[Candidate]) -> pd.DataFrame:
-    """Peak MiB of sampling from each candidate's file, whole (it repeats to a few tenths): columns KEY and peak_mib."""
+def measure_peak_memory(work: Workspace, model: nn.Module, candidates: list[Candidate]) -> pd.DataFrame:
+    """Peak memory of sampling from each candidate's file, in whole MiB (it repeats to a few tenths): columns KEY and peak_mib."""
     path, found = work.build / "peak.safetensors", []
     with PeakMeter(work.device) as meter:
         for candidate in candidates:
@@ -135,7 +135,7 @@ def quality(work: Workspace, model: nn.Module, sampling: Sampling, block: int) -
     reference, found = metrics.mnist_reference(network), []
     for part in (range(len(generated)), *(range(i, i + block) for i in range(0, len(generated) - block + 1, block))):
         features, logits = metrics.mnist_features(network, generated[part.start : part.stop])
-        scores = metrics.score(features, logits, reference)
+        scores = metrics.mnist_metrics(features, logits, reference)
         found.append({"images": f"{part.start}-{part.stop - 1}", "n_images": len(part), **scores})
     return pd.DataFrame(found)
 

@@ -1,4 +1,4 @@
-"""Image quality through torch-fidelity: FID, KID and IS on MNIST features, FID on Inception features.
+"""Image quality through torch-fidelity: FID, FID, KID and IS on MNIST features; FID and KID on Inception features.
 
 Both sides are 32x32 (real digits zero-padded as the generated ones are). The reference set is the first 5,000 test
 digits for MNIST features; for Inception as many of them as the profile says. IS is over one split; KID takes 100
@@ -97,7 +97,7 @@ def inception_score(logits: Tensor) -> float:
     return isc_features_to_metric(logits, splits=1)[KEY_METRIC_ISC_MEAN]
 
 
-def score(features: Tensor, logits: Tensor, reference: Reference) -> dict[str, float]:
+def mnist_metrics(features: Tensor, logits: Tensor, reference: Reference) -> dict[str, float]:
     """fid_mnist, is_mnist and kid_mnist of what `mnist_features` gives."""
     return {
         "fid_mnist": fid(features, reference),

@@ -34,7 +34,7 @@ from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize, weights_sha256
 from lafq.workspace import Workspace
 
-Recipe = dict[str, Any]
+Provenance = dict[str, Any]
 ROUNDING = "nearest code, scale of the largest weight"
 
 
@@ -55,7 +55,7 @@ class Sampled(NamedTuple):
     machines: frozenset[str]
 
 
-def recipe(model: nn.Module, candidate: Candidate, weights: str, fisher: dict[str, int]) -> Recipe:
+def recipe(model: nn.Module, candidate: Candidate, weights: str, fisher: dict[str, int]) -> Provenance:
     """How the weights of a row are made from the FP32 weights with the sha256 `weights` (`weights_sha256`).
 
     A plan that stores all weights alike is the uniform row, or the baseline, whatever rule made it.
@@ -81,7 +81,7 @@ def recipe(model: nn.Module, candidate: Candidate, weights: str, fisher: dict[st
     return found | (candidate.made or {})
 
 
-def recipe_key(recipe: Recipe, sampling: Sampling) -> str:
+def recipe_key(recipe: Provenance, sampling: Sampling) -> str:
     """The key of a row, as this module's docstring says it."""
     words = json.dumps({"recipe": recipe, **_drawn(sampling)}, sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()[:16]
@@ -93,7 +93,7 @@ def sample_key(model: nn.Module, *drawn: int) -> str:
 
 
 def cached_samples(
-    work: Workspace, model: nn.Module, sampling: Sampling, label: str = "sampling", recipe: Recipe | None = None
+    work: Workspace, model: nn.Module, sampling: Sampling, label: str = "sampling", recipe: Provenance | None = None
 ) -> Sampled:
     """`ddpm.sample`, batch by batch drawn or taken from where images are kept: with a recipe, results/<profile>/samples.
 
@@ -135,21 +135,21 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     return pixels, record
 
 
-def kept(work: Workspace, key: str, images: int) -> np.ndarray:
+def stored_images(work: Workspace, key: str, images: int) -> np.ndarray:
     """The first `images` images of a row from results/<profile>/samples, uint8 (N, 32, 32), by the `sample` column of its table.
 
     Raises FileNotFoundError when there are fewer, ValueError as `read`.
     """
-    parts = [read(path)[0][:, 0] for path in sorted(kept_folder(work).glob(f"{key}_*.npz"))]
+    parts = [read(path)[0][:, 0] for path in sorted(samples_folder(work).glob(f"{key}_*.npz"))]
     if sum(map(len, parts)) < images:
         raise FileNotFoundError(
-            f"{images} images of row {key} are needed, {kept_folder(work)} has {sum(map(len, parts))}: "
+            f"{images} images of row {key} are needed, {samples_folder(work)} has {sum(map(len, parts))}: "
             f"`make reproduce PROFILE={work.profile}` draws the others"
         )
     return np.concatenate(parts)[:images]
 
 
-def kept_folder(work: Workspace) -> Path:
+def samples_folder(work: Workspace) -> Path:
     """Where a profile that keeps its images has them."""
     return work.results / "samples"
 
@@ -157,7 +157,7 @@ def kept_folder(work: Workspace) -> Path:
 def sample_on_cluster(
     work: Workspace,
     model: nn.Module,
-    copies: Iterator[tuple[nn.Module, Callable[[nn.Module], Recipe | None]]],
+    copies: Iterator[tuple[nn.Module, Callable[[nn.Module], Provenance | None]]],
     total: int,
     sampling: Sampling,
 ) -> None:
@@ -195,13 +195,13 @@ def _drawn(sampling: Sampling) -> dict[str, int]:
     return {"steps": sampling.steps, "seed": sampling.seed, "batch": sampling.batch}
 
 
-def _place(work: Workspace, model: nn.Module, sampling: Sampling, recipe: Recipe | None) -> tuple[str, dict[range, Path]]:
+def _place(work: Workspace, model: nn.Module, sampling: Sampling, recipe: Provenance | None) -> tuple[str, dict[range, Path]]:
     """The key of a row, and the file of every batch of its images."""
     images, steps, seed, batch = sampling
     if recipe is None:
         folder, key = work.build / "samples", sample_key(model, images, steps, seed)
     else:
-        folder, key = kept_folder(work), recipe_key(recipe, sampling)
+        folder, key = samples_folder(work), recipe_key(recipe, sampling)
     parts = [range(start, min(start + batch, images)) for start in range(0, images, batch)]
     return key, {part: folder / f"{key}_{part.start:05d}-{part.stop - 1:05d}.npz" for part in parts}
 

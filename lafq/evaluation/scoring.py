@@ -43,7 +43,7 @@ def make_scorer(images: int, seed: int, inception: Reference | None) -> Callable
     def score(generated: Tensor, features: Tensor | None = None) -> Scored:
         seen, logits = metrics.mnist_features(network, generated)
         draws = {"fid_mnist": fid(seen), "is_mnist": inception_score(logits), "kid_mnist": kid(seen)}
-        values = metrics.score(seen, logits, reference)
+        values = metrics.mnist_metrics(seen, logits, reference)
         if features is not None:
             found = fid_inception(features)
             values["fid_inception"], draws["fid_inception"] = found[0].item(), found[1:]

@@ -22,12 +22,12 @@ Arguments = tuple[Tensor, ...]
 
 
 class EmpiricalFisher(NamedTuple):
-    """weights: F of every weight, by parameter name, in the parameter's shape.
+    """by_weight: F of every weight, by parameter name, in the parameter's shape.
 
     by_batch: of every batch, by parameter name, F averaged over samples and weights. by_sample: the same of every sample, (B,).
     """
 
-    weights: dict[str, Tensor]
+    by_weight: dict[str, Tensor]
     by_batch: list[dict[str, float]]
     by_sample: list[dict[str, Tensor]]
 
@@ -68,10 +68,10 @@ def empirical_fisher(
     samples = sum(len(each[names[0]]) for each in by_sample)
     if not samples:
         raise ValueError("no batch was given: Fisher information needs at least one sample")
-    weights = {n: value / samples for n, value in total.items()}
-    if bad := [n for n, f in weights.items() if not torch.isfinite(f).all()]:
+    by_weight = {n: value / samples for n, value in total.items()}
+    if bad := [n for n, f in by_weight.items() if not torch.isfinite(f).all()]:
         raise ValueError(f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged")
-    return EmpiricalFisher(weights, by_batch, by_sample)
+    return EmpiricalFisher(by_weight, by_batch, by_sample)
 
 
 def sample_loss(model: nn.Module, parameters: dict[str, Tensor], arguments: Arguments, target: Tensor) -> Tensor:

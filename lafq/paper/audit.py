@@ -20,7 +20,8 @@ from lafq.diffusion.unet import UNet, layer_of, quantizable
 from lafq.evaluation import scoring
 from lafq.evaluation.candidates import Candidate
 from lafq.paper.fisher_analysis import fisher_by_timestep
-from lafq.quantization.model import dequantize, make_plan, quantize
+from lafq.quantization.model import dequantize, quantize
+from lafq.quantization.plan import make_plan
 
 
 def fresh_network(model: UNet, seed: int) -> UNet:
@@ -47,9 +48,9 @@ def variants(model: UNet, fisher: dict[str, Tensor], images: Tensor, samples: in
     together = reconstruction_fisher(fresh, images[0])
     found = {
         "this project": fisher,
-        "untrained network (R2)": fisher_by_timestep(fresh, names, images, samples=samples, bins=20, seed=seed).weights,
+        "untrained network (R2)": fisher_by_timestep(fresh, names, images, samples=samples, bins=20, seed=seed).by_weight,
         "loss against the input, one image, t = 1 (R3)": reconstruction_fisher(model, images[0]),
-        "one sample instead of many": fisher_by_timestep(model, names, images, samples=1, bins=1, seed=seed).weights,
+        "one sample instead of many": fisher_by_timestep(model, names, images, samples=1, bins=1, seed=seed).by_weight,
         "weight tensor as the unit (R4)": {n: f.mean().expand_as(f) for n, f in fisher.items()},
         "all of these, as released": {n: f.mean().expand_as(f) for n, f in together.items()},
     }

@@ -13,7 +13,7 @@ from lafq import paths
 from lafq.evaluation import bootstrap, classifier, metrics
 from lafq.evaluation.evaluate import InceptionFeatures, inception_features
 from lafq.evaluation.samples import Sampling, cached_samples
-from lafq.paper import plans
+from lafq.paper import threshold_rows
 from lafq.quantization.model import dequantize, quantize
 from lafq.workspace import Workspace
 
@@ -54,7 +54,7 @@ def extractors(inception: InceptionFeatures | None) -> dict[str, FeatureExtracto
 
 def measure_protocol(work: Workspace, model: nn.Module, sampling: Sampling, inception_reference: int) -> pd.DataFrame:
     """`protocol_choices` for uniform INT8 of a model, from the noise of the sampling's seed and of the next one."""
-    int8 = dequantize(quantize(model, plans.uniform(model, ("int8",))[0].plan))
+    int8 = dequantize(quantize(model, threshold_rows.uniform(model, ("int8",))[0].plan))
     other = sampling._replace(seed=sampling.seed + 1)
     drawn = [cached_samples(work, m, s).images for m, s in ((model, sampling), (int8, sampling), (int8, other))]
     return protocol_choices(extractors(inception_features(work, inception_reference)), *drawn, sampling.seed)

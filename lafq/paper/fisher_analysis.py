@@ -12,7 +12,7 @@ BLOCKS = 10
 
 
 class Fisher(NamedTuple):
-    """weights: F of every weight, by parameter name, in the parameter's shape.
+    """by_weight: F of every weight, by parameter name, in the parameter's shape.
 
     timesteps: mean F of a tensor within a timestep bin, one row per bin and tensor, columns `parameter, layer, weights,
     t_low, t_high, fisher` (weights: their number in the tensor; t_high inclusive).
@@ -20,7 +20,7 @@ class Fisher(NamedTuple):
     block, samples, fisher`.
     """
 
-    weights: dict[str, Tensor]
+    by_weight: dict[str, Tensor]
     timesteps: pd.DataFrame
     blocks: pd.DataFrame
 
@@ -34,13 +34,13 @@ def fisher_by_timestep(
     """
     batches = stratified_batches(images, samples, bins, seed, next(model.parameters()))
     found = empirical_fisher(model, names, batches, chunk)
-    return Fisher(found.weights, _by_timestep(found, bins), _by_block(found, bins))
+    return Fisher(found.by_weight, _by_timestep(found, bins), _by_block(found, bins))
 
 
 def _by_timestep(found: EmpiricalFisher, bins: int) -> pd.DataFrame:
     edges = bin_edges(bins)
     rows = [
-        (name, name.split(".", 1)[0], found.weights[name].numel(), edges[b], edges[b + 1] - 1, mean)
+        (name, name.split(".", 1)[0], found.by_weight[name].numel(), edges[b], edges[b + 1] - 1, mean)
         for b, means in enumerate(found.by_batch)
         for name, mean in means.items()
     ]

@@ -20,7 +20,7 @@ from lafq.evaluation.bootstrap import LEVEL
 from lafq.evaluation.candidates import BASELINE, Candidate
 from lafq.evaluation.evaluate import evaluate
 from lafq.evaluation.samples import Sampling
-from lafq.paper import claims, plans, poster
+from lafq.paper import claims, poster, threshold_rows
 from lafq.paper.claims import Claim
 from lafq.paper.fisher_analysis import fisher_by_timestep
 from lafq.rng import generator
@@ -34,10 +34,12 @@ RATIOS_OF_MEANS = ("C1", "C2")
 def claimed_rows(model: nn.Module, fisher: dict[str, torch.Tensor], count: int) -> list[Candidate]:
     """The rows C3 and C4 speak of, in INT8: the baseline, uniform FP16, the group row at the paper's size, the ratios."""
     scores = {"weight": relative_to_group(fisher)}
-    sizes = plans.size_sweep(model, scores["weight"], "int8", "weight", count)
-    group = plans.candidates_at("group", "factor", plans.nearest_size(sizes, poster.TARGET_SHARE["group"]), scores)
-    ratios = plans.ratio_candidates(fisher, list(poster.RATIOS), [], ["int8"])
-    return [BASELINE, *plans.uniform(model, ("fp16",)), *group, *(row for row in ratios if row.granularity == "weight")]
+    sizes = threshold_rows.size_sweep(model, scores["weight"], "int8", "weight", count)
+    group = threshold_rows.candidates_at(
+        "group", "factor", threshold_rows.nearest_size(sizes, poster.TARGET_SHARE["group"]), scores
+    )
+    ratios = threshold_rows.ratio_candidates(fisher, list(poster.RATIOS), [], ["int8"])
+    return [BASELINE, *threshold_rows.uniform(model, ("fp16",)), *group, *(row for row in ratios if row.granularity == "weight")]
 
 
 def on_images(table: pd.DataFrame, images: dict, seed: int) -> list[Claim]:
@@ -65,7 +67,7 @@ def replicate(parameters: dict[str, Any], seed: int, steps: int = STEPS, decay: 
     fisher = fisher_by_timestep(
         model, list(quantizable(model)), mnist(train=True)[0], samples=samples, bins=p["TIMESTEP_BINS"], seed=seed
     )
-    rows = claimed_rows(model, fisher.weights, p["THRESHOLDS"])
+    rows = claimed_rows(model, fisher.by_weight, p["THRESHOLDS"])
     table, images = evaluate(work, model, rows, Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed))
     found = [claims.later_steps(fisher.timesteps, seed), claims.front_layers(fisher.timesteps, seed)]
     table_of_claims = pd.DataFrame([*found, *on_images(table, images, seed)])

@@ -1,4 +1,4 @@
-"""Sentences that follow from the tables: what the rows show (the verdicts on the claims are in verdicts.py)."""
+"""Sentences that follow from the tables: what the rows show (the verdicts on the claims are in claims.py)."""
 
 import math
 

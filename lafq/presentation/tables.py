@@ -7,7 +7,7 @@ import pandas as pd
 from lafq.diffusion.mnist import REFERENCE
 from lafq.diffusion.unet import LAYERS, UNet
 from lafq.evaluation.candidates import KEY
-from lafq.presentation.report import METHODS, load_optional, load_table
+from lafq.paper.results import METHODS, load_optional, load_table
 from lafq.workspace import Workspace
 
 SHOWN = [

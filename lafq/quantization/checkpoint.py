@@ -41,7 +41,7 @@ def save_quantized(path: Path, packed: nn.Module, source: nn.Module) -> None:
 
 
 def load_quantized(path: Path, model: nn.Module, source: str | None = None) -> nn.Module:
-    """The packed copy that `save` wrote; `model` gives the architecture (its own weights are not used, "meta" will do).
+    """The quantized copy that `save_quantized` wrote; `model` gives the architecture (its weights are not used, "meta" will do).
 
     source: the fingerprint of the weights it must have been made of; None takes any.
     Raises FileNotFoundError when there is no file, ValueError when it is damaged in any place, of a newer version, of

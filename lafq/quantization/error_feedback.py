@@ -38,9 +38,9 @@ def factor(curvature: Tensor) -> Factor:
 
 
 def round_with_error_feedback(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: Tensor | None = None) -> Tensor:
-    """Rows (R, C) whose integer weights lie on the grid of their row, scales[r] * (-levels[r]..levels[r]).
+    """Rows (R, C) whose integer weights lie on the grid of their row, scales[r] * (-qmax[r]..qmax[r]).
 
-    scales, levels: (R,), levels 0 for a row that is not rounded. kept: boolean (R, C), weights that are not rounded; they take up
+    scales, qmax: (R,), qmax 0 for a row that is not rounded. kept: boolean (R, C), weights that are not rounded; they take up
     errors of others as well.
     """
     order, upper = factor

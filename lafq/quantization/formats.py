@@ -76,7 +76,7 @@ def unshrunk_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) -> Ten
 
 
 def encode(values: Tensor, scale: Tensor, qmax: int) -> Tensor:
-    """Codes round(values / scale), limited to -levels..levels and shifted by `levels` to uint8 (0 is -levels)."""
+    """Codes round(values / scale), limited to -qmax..qmax and shifted by qmax to uint8 (0 is -qmax)."""
     return (values / scale).round_().clamp_(-qmax, qmax).add_(qmax).to(torch.uint8)
 
 
@@ -119,7 +119,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     return codes
 
 
-def nbytes(format: Format, count: int) -> int:
+def packed_bytes(format: Format, count: int) -> int:
     """Bytes of `count` weights in a format, without scales."""
     if not format.qmax:
         return count * format.bits // 8

@@ -1,6 +1,6 @@
 """A precision plan becomes a model of that size: a packed copy, its bytes, and its file.
 
-A plan names the parameters to be stored in less than FP32: `{name: format}`, or `{name: Precision(...)}` where output
+A plan names the parameters to be stored in less than FP32: `{name: format}`, or `{name: WeightSpec(...)}` where output
 channels differ or single weights are kept. Parameters outside the plan stay as they are, bit for bit.
 
 `quantize` copies any module; the planned weights then exist in stored form only, and are unpacked for each use, a layer at a
@@ -17,30 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lafq.quantization import formats
-from lafq.quantization.formats import get_format
-from lafq.quantization.plan import PLAIN, Entries, Plan, Recipe
+from lafq.quantization.plan import PLAIN, Entries, Recipe
 from lafq.quantization.quantized_weight import QuantizedWeight
-from lafq.quantization.weight_spec import ChannelView, WeightSpec, in_fp32, stored_bytes
-
-
-def make_plan(keep_mask: dict[str, Tensor], format: str, keep_format: str = "fp32") -> Plan:
-    """Plan to store in `keep_format` the weights where the mask is True, and the others in `format`.
-
-    keep_mask: by parameter name a boolean tensor, 0-dim for the whole tensor, (output channels,) for channels, or of the
-    weight's shape. Tensors kept whole or quantized whole need no mask.
-    """
-    get_format(format), get_format(keep_format)
-    plan = Plan()
-    for name, mask in keep_mask.items():
-        if not mask.any():
-            plan[name] = format
-        elif mask.all():
-            plan |= {name: keep_format} if keep_format != "fp32" else {}
-        elif mask.ndim == 1:
-            plan[name] = WeightSpec(tuple(keep_format if k else format for k in mask.tolist()))
-        else:
-            plan[name] = WeightSpec(format, mask, keep_format)
-    return plan
+from lafq.quantization.weight_spec import ChannelView, in_fp32, stored_bytes
 
 
 def check_plan(model: nn.Module, plan: Entries) -> None:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lafq.quantization.formats import ScaleRule, absmax_scale
+from lafq.quantization.formats import ScaleRule, absmax_scale, get_format
 from lafq.quantization.weight_spec import WeightSpec
 
 Entries = dict[str, str | WeightSpec]
@@ -35,3 +35,23 @@ class Plan(Entries):
     def __init__(self, entries: Entries | None = None, recipe: Recipe = PLAIN, source: str = "") -> None:
         super().__init__(entries or {})
         self.recipe, self.source = recipe, source
+
+
+def make_plan(keep_mask: dict[str, Tensor], format: str, keep_format: str = "fp32") -> Plan:
+    """Plan to store in `keep_format` the weights where the mask is True, and the others in `format`.
+
+    keep_mask: by parameter name a boolean tensor, 0-dim for the whole tensor, (output channels,) for channels, or of the
+    weight's shape. Tensors kept whole or quantized whole need no mask.
+    """
+    get_format(format), get_format(keep_format)
+    plan = Plan()
+    for name, mask in keep_mask.items():
+        if not mask.any():
+            plan[name] = format
+        elif mask.all():
+            plan |= {name: keep_format} if keep_format != "fp32" else {}
+        elif mask.ndim == 1:
+            plan[name] = WeightSpec(tuple(keep_format if k else format for k in mask.tolist()))
+        else:
+            plan[name] = WeightSpec(format, mask, keep_format)
+    return plan

@@ -24,8 +24,8 @@ class QuantizedWeight(nn.Module):
 
     int8, int6, ..., fp16, fp32: values of the channels in that format, channel after channel, integers bit-packed;
     int8_scale, ...: FP16, one for each of these channels; formats: where channels differ, 4 bits for each channel.
-    kept: values of the kept weights. Where they are, whichever is smaller: mask, a bit a weight (the values above then
-    leave them out), or counts, one a channel, and columns (the values above then hold a 0 in their place).
+    kept: values of the kept weights. Their places, whichever is smaller: mask, one bit per weight (the values above then leave them
+    out), or counts, one per channel, and columns (the values above then hold a 0 there).
     """
 
     def __init__(self, parts: dict[str, Tensor], rows: ChannelView) -> None:

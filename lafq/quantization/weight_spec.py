@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lafq.quantization.formats import FORMATS, Format, get_format, nbytes
+from lafq.quantization.formats import FORMATS, Format, get_format, packed_bytes
 
 ORDER = tuple(FORMATS)
 CHANNEL_CODE = Format("channel code", 4, 1)
@@ -88,9 +88,9 @@ def stored_bytes(rows: ChannelView, entry: str | WeightSpec) -> int:
 def counted_bytes(rows: ChannelView, format: str | tuple[str, ...], in_row: Tensor, keep_format: str = "fp32") -> int:
     """`stored_bytes` where only the number of kept weights in each channel is known: in_row, int64 (channels,)."""
     by_format = channels_by_format(format, rows.size[0])
-    total = nbytes(CHANNEL_CODE, rows.size[0]) if len(by_format) > 1 else 0
+    total = packed_bytes(CHANNEL_CODE, rows.size[0]) if len(by_format) > 1 else 0
     total += sum(2 * len(r) for f, r in by_format.items() if f.qmax)
-    return total + nbytes(get_format(keep_format), int(in_row.sum())) + mask_encoding(by_format, in_row, rows.size[1])[1]
+    return total + packed_bytes(get_format(keep_format), int(in_row.sum())) + mask_encoding(by_format, in_row, rows.size[1])[1]
 
 
 def in_fp32(rows: ChannelView, entry: str | WeightSpec) -> int:
@@ -111,13 +111,13 @@ def channels_by_format(format: str | tuple[str, ...], channels: int, device: tor
 
 def mask_encoding(by_format: dict[Format, Tensor], in_row: Tensor, length: int) -> tuple[str, int]:
     """How to tell the kept weights ("mask" or "columns") and the bytes of that with the other weights' values."""
-    keep_mask, channels = int(in_row.sum()), len(in_row)
-    dense = sum(nbytes(f, len(r) * length) for f, r in by_format.items())
-    if not keep_mask:
+    kept, channels = int(in_row.sum()), len(in_row)
+    dense = sum(packed_bytes(f, len(r) * length) for f, r in by_format.items())
+    if not kept:
         return "", dense
-    split = sum(nbytes(f, len(r) * length - int(in_row[r].sum())) for f, r in by_format.items())
-    masked = split + nbytes(Format("mask", 1, 1), channels * length)
-    sparse = dense + 4 * channels + index_dtype(length).itemsize * keep_mask
+    split = sum(packed_bytes(f, len(r) * length - int(in_row[r].sum())) for f, r in by_format.items())
+    masked = split + packed_bytes(Format("mask", 1, 1), channels * length)
+    sparse = dense + 4 * channels + index_dtype(length).itemsize * kept
     return ("mask", masked) if masked <= sparse else ("columns", sparse)
 
 

@@ -12,7 +12,7 @@ from lafq.diffusion.unet import quantizable
 from lafq.evaluation import cluster, samples
 from lafq.evaluation import evaluate as evaluation
 from lafq.evaluation.candidates import BASELINE
-from lafq.paper import plans
+from lafq.paper import threshold_rows
 from lafq.quantization.model import dequantize, quantize
 from lafq.workspace import Workspace
 from tools.notebooks import notebooks
@@ -38,7 +38,7 @@ def plans_of(model):
 
 @pytest.mark.slow
 def test_rows_are_the_same_bytes_on_a_cluster(two_workers, sandbox, tiny, monkeypatch):
-    rows = [BASELINE, *plans.uniform(tiny, ("fp16", "int8"))]
+    rows = [BASELINE, *threshold_rows.uniform(tiny, ("fp16", "int8"))]
     here, images = evaluation.evaluate(SMOKE, tiny, rows, DRAWN)
     with monkeypatch.context() as patch:
         patch.setattr(paths, "BUILD", sandbox / "elsewhere")
@@ -51,13 +51,13 @@ def test_rows_are_the_same_bytes_on_a_cluster(two_workers, sandbox, tiny, monkey
 
 @pytest.mark.slow
 def test_images_kept_by_recipe_are_the_same_files_on_a_cluster(two_workers, sandbox, tiny, monkeypatch):
-    drawn, rows = DRAWN._replace(batch=2), plans.uniform(tiny)
+    drawn, rows = DRAWN._replace(batch=2), threshold_rows.uniform(tiny)
     here, _ = evaluation.evaluate(Workspace("smoke", keep=True), tiny, rows, drawn)
-    first = {path.name: samples.read(path) for path in samples.kept_folder(SMOKE).iterdir()}
+    first = {path.name: samples.read(path) for path in samples.samples_folder(SMOKE).iterdir()}
     monkeypatch.setattr(paths, "RESULTS", sandbox / "elsewhere")
     there, _ = evaluation.evaluate(on(two_workers, keep=True), tiny, rows, drawn)
     pd.testing.assert_frame_equal(here.drop(columns="same_machine"), there.drop(columns="same_machine"), check_exact=True)
-    for path in samples.kept_folder(SMOKE).iterdir():
+    for path in samples.samples_folder(SMOKE).iterdir():
         images, record = samples.read(path)
         assert np.array_equal(images, first[path.name][0])
         assert record["drawn_from"] == first[path.name][1]["drawn_from"]
@@ -88,7 +88,7 @@ def test_a_killed_worker_loses_no_row(two_workers, sandbox, tiny, monkeypatch):
 
 def test_a_worker_of_other_software_is_refused(two_workers, sandbox, tiny, monkeypatch):
     monkeypatch.setattr(cluster, "software", lambda: "code of another day")
-    rows = plans.uniform(tiny, ("fp16",))
+    rows = threshold_rows.uniform(tiny, ("fp16",))
     with pytest.raises(RuntimeError, match="install the same lafq and torch on both"):
         evaluation.evaluate(on(two_workers), tiny, rows, DRAWN)
 

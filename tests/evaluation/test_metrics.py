@@ -80,7 +80,7 @@ class Registered(FeatureExtractorBase):
 
 def test_torch_fidelity_from_images_agrees(network):
     images = mnist(train=False)[0]
-    ours = metrics.score(*metrics.mnist_features(network, images[HELD_OUT][:60]), metrics.mnist_reference(network))
+    ours = metrics.mnist_metrics(*metrics.mnist_features(network, images[HELD_OUT][:60]), metrics.mnist_reference(network))
     torch_fidelity.register_feature_extractor("lafq-mnist", Registered)
     rgb = [torch.utils.data.TensorDataset(x.expand(-1, 3, -1, -1)) for x in (images[HELD_OUT][:60], images[:5000])]
 
@@ -108,10 +108,10 @@ def test_torch_fidelity_from_images_agrees(network):
 
 def test_real_digits_score_well_and_noise_badly(network):
     reference = metrics.mnist_reference(network)
-    real = metrics.score(*metrics.mnist_features(network, mnist(train=False)[0][HELD_OUT][:500]), reference)
+    real = metrics.mnist_metrics(*metrics.mnist_features(network, mnist(train=False)[0][HELD_OUT][:500]), reference)
     noise = torch.randint(256, (500, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert real["is_mnist"] > 9
-    assert metrics.score(*metrics.mnist_features(network, noise), reference)["fid_mnist"] > 10 * real["fid_mnist"]
+    assert metrics.mnist_metrics(*metrics.mnist_features(network, noise), reference)["fid_mnist"] > 10 * real["fid_mnist"]
 
 
 def test_no_inception_weights_is_said_in_one_line(monkeypatch, tmp_path):

@@ -16,8 +16,7 @@ from lafq.diffusion.unet import quantizable
 from lafq.evaluation import evaluate as evaluation
 from lafq.evaluation import samples
 from lafq.evaluation.samples import Sampling
-from lafq.paper import plans
-from lafq.presentation import report
+from lafq.paper import results, threshold_rows
 from lafq.quantization.model import weights_sha256
 from lafq.workspace import Workspace
 
@@ -40,9 +39,9 @@ KEYS = [
 def rows(tiny, sandbox, monkeypatch):
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
     weights.save_fisher(SMOKE, fisher, 4, **FISHER)
-    sizes = plans.size_sweep(tiny, fisher, "int8", "weight", 20)
-    swept = plans.candidates_at("global", "tau", plans.nearest_size(sizes, 0.5), {"weight": fisher})
-    return [*plans.uniform(tiny), *swept, *plans.ratio_candidates(fisher, [0.35], [0.0, 1.0], ["int8"])]
+    sizes = threshold_rows.size_sweep(tiny, fisher, "int8", "weight", 20)
+    swept = threshold_rows.candidates_at("global", "tau", threshold_rows.nearest_size(sizes, 0.5), {"weight": fisher})
+    return [*threshold_rows.uniform(tiny), *swept, *threshold_rows.ratio_candidates(fisher, [0.35], [0.0, 1.0], ["int8"])]
 
 
 def evaluate(tiny, rows):
@@ -50,7 +49,7 @@ def evaluate(tiny, rows):
 
 
 def files():
-    return sorted(samples.kept_folder(SMOKE).iterdir())
+    return sorted(samples.samples_folder(SMOKE).iterdir())
 
 
 def test_keys_are_what_they_were(tiny, rows):
@@ -94,17 +93,17 @@ def test_a_plan_that_treats_all_weights_alike_is_the_uniform_row_or_the_baseline
 def test_images_are_kept_in_batches_and_found_again(tiny, rows, monkeypatch):
     table, images = evaluate(tiny, rows)
     assert all(name.name[16:] in ("_00000-00001.npz", "_00002-00003.npz", "_00004-00004.npz") for name in files())
-    assert np.array_equal(images[table["sample"][0]], samples.kept(SMOKE, table["sample"][0], 5))
+    assert np.array_equal(images[table["sample"][0]], samples.stored_images(SMOKE, table["sample"][0], 5))
     by_weights, same = evaluation.evaluate(SMOKE, tiny, rows, DRAW)
     pd.testing.assert_frame_equal(table.drop(columns="sample"), by_weights.drop(columns="sample"))
     assert all(np.array_equal(images[a], same[b]) for a, b in zip(table["sample"], by_weights["sample"], strict=True))
-    report.save_rows(SMOKE, "x", table, images)
+    results.save_rows(SMOKE, "x", table, images)
     assert not (SMOKE.results / "x.npz").exists()
-    assert all(np.array_equal(images[key], found) for key, found in report.load_rows(SMOKE, "x")[1].items())
+    assert all(np.array_equal(images[key], found) for key, found in results.load_rows(SMOKE, "x")[1].items())
     monkeypatch.setattr(samples, "sample", None)
     pd.testing.assert_frame_equal(table, evaluate(tiny, rows)[0])
     with pytest.raises(FileNotFoundError, match=r"6 images of row .* are needed, .* has 5: `make reproduce PROFILE=smoke`"):
-        samples.kept(SMOKE, table["sample"][0], 6)
+        samples.stored_images(SMOKE, table["sample"][0], 6)
 
 
 CHILD = """

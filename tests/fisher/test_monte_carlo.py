@@ -72,7 +72,7 @@ def test_unet_agrees_with_the_empirical_fisher_where_the_model_is_right(tiny, di
     true = monte_carlo_fisher(tiny, names, batches, seed=0)
     g = generator(5)
     pairs = [((x, t), tiny(x, t).detach() + torch.randn(x.shape, generator=g)) for x, t in batches]
-    drawn = empirical_fisher(tiny, names, pairs).weights
+    drawn = empirical_fisher(tiny, names, pairs).by_weight
     for n in names:
         assert drawn[n].shape == true[n].shape
     sums = [sum(f.sum().item() for f in found.values()) for found in (true, drawn)]

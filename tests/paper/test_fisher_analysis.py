@@ -33,11 +33,11 @@ def test_float64_is_the_loop_over_single_samples(tiny, digits):
                     in_bin[n] += (p.grad**2).mean().item() / 3
         by_bin.append(in_bin)
     for n in names:
-        torch.testing.assert_close(fisher.weights[n], total[n], rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(fisher.by_weight[n], total[n], rtol=1e-9, atol=1e-14)
         rows = fisher.timesteps[fisher.timesteps["parameter"] == n]
         assert rows["fisher"].tolist() == pytest.approx([by_bin[0][n], by_bin[1][n]], rel=1e-9)
     wrong = torch.cat([(batch_gradient[n] ** 2).flatten() for n in names]).sum()
-    right = torch.cat([fisher.weights[n].flatten() for n in names]).sum()
+    right = torch.cat([fisher.by_weight[n].flatten() for n in names]).sum()
     assert wrong < 0.9 * right
 
 
@@ -47,12 +47,12 @@ def test_bins_are_stratified_and_average_to_the_whole(tiny, digits):
     assert len(rows) == 20
     assert rows["t_low"].tolist() == list(range(0, 1000, 50))
     assert rows["t_high"].iloc[-1] == 999
-    assert rows["fisher"].mean() == pytest.approx(fisher.weights["Layer1.block1.conv1.weight"].mean().item(), rel=1e-4)
+    assert rows["fisher"].mean() == pytest.approx(fisher.by_weight["Layer1.block1.conv1.weight"].mean().item(), rel=1e-4)
 
 
 def test_repeats_and_does_not_depend_on_the_chunk(tiny, digits):
     def run(chunk):
-        return fisher_by_timestep(tiny, list(quantizable(tiny)), digits, samples=8, bins=2, seed=0, chunk=chunk).weights
+        return fisher_by_timestep(tiny, list(quantizable(tiny)), digits, samples=8, bins=2, seed=0, chunk=chunk).by_weight
 
     once, again, other = run(4), run(4), run(1)
     assert all(torch.equal(once[n], again[n]) for n in once)

@@ -11,7 +11,8 @@ from lafq.diffusion.unet import UNet, quantizable
 from lafq.evaluation.peak_memory import PeakMeter
 from lafq.quantization import checkpoint
 from lafq.quantization.checkpoint import load_quantized, save_quantized
-from lafq.quantization.model import make_plan, nbytes, quantize, resident_bytes, weights_sha256
+from lafq.quantization.model import nbytes, quantize, resident_bytes, weights_sha256
+from lafq.quantization.plan import make_plan
 from lafq.quantization.weight_spec import WeightSpec
 
 

@@ -7,7 +7,7 @@ from lafq.quantization.formats import (
     absmax_scale,
     encode,
     get_format,
-    nbytes,
+    packed_bytes,
     pack_bits,
     unpack_bits,
     unshrunk_scale,
@@ -28,7 +28,7 @@ def test_codes_come_back_from_dense_bytes(bits, count):
     codes = torch.randint(2**bits, (count,), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
     packed = pack_bits(codes, bits)
     assert packed.dtype == torch.uint8
-    assert packed.numel() == nbytes(formats.Format("x", bits, 1), count)
+    assert packed.numel() == packed_bytes(formats.Format("x", bits, 1), count)
     assert packed.numel() * 8 <= count * bits + 7 * 2
     assert torch.equal(unpack_bits(packed, bits, count), codes)
 

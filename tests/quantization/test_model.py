@@ -10,8 +10,8 @@ from lafq.allocation.thresholds import by_granularity, keep_ratio
 from lafq.diffusion.unet import UNet, quantizable
 from lafq.quantization import formats
 from lafq.quantization.formats import FORMATS
-from lafq.quantization.model import dequantize, make_plan, nbytes, quantize, resident_bytes
-from lafq.quantization.plan import Recipe
+from lafq.quantization.model import dequantize, nbytes, quantize, resident_bytes
+from lafq.quantization.plan import Recipe, make_plan
 from lafq.quantization.weight_spec import ChannelView, WeightSpec
 
 TRANSPOSED = ("Layer4.resample.weight", "Layer5.resample.weight", "Layer6.resample.weight")

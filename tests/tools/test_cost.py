@@ -8,7 +8,7 @@ from lafq.diffusion import ddpm, training
 from lafq.diffusion.unet import UNet, quantizable
 from lafq.evaluation import samples
 from lafq.io import save_tensors
-from lafq.paper import plans
+from lafq.paper import threshold_rows
 from lafq.quantization.model import weights_sha256
 from lafq.workspace import Workspace
 from tools import cost
@@ -58,7 +58,7 @@ def test_the_estimate_names_what_was_selected_and_grows_with_it():
 def test_published_rows_counted_are_those_made(tiny):
     ratios = check("paper", {}, notebooks())["PUBLISHED"]["ratios"]
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
-    rows = plans.published_rows(tiny, fisher, ratios, 20)
+    rows = threshold_rows.published_rows(tiny, fisher, ratios, 20)
     assert len(rows) == cost.PUBLISHED_ROWS + len(ratios) == 9
     assert all(row.inception for row in rows)
 

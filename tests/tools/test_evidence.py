@@ -9,10 +9,9 @@ from lafq.diffusion.mnist import mnist
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation import samples
 from lafq.io import save_tensors
-from lafq.paper import poster, replicates
+from lafq.paper import poster, replicates, results
 from lafq.paper.budget_study import budget, methods, targets
 from lafq.paper.fisher_analysis import fisher_by_timestep
-from lafq.presentation import report
 from lafq.workspace import Workspace
 from tools import evidence
 
@@ -63,7 +62,7 @@ def fewer(monkeypatch):
 def smoke(sandbox, tiny):
     save_tensors(SMOKE.results / weights.WEIGHTS, dict(tiny.named_parameters()), width=4)
     fisher = fisher_by_timestep(tiny, list(quantizable(tiny)), mnist(train=True)[0], samples=20, bins=20, seed=0)
-    weights.save_fisher(SMOKE, fisher.weights, 4)
+    weights.save_fisher(SMOKE, fisher.by_weight, 4)
 
 
 @pytest.mark.slow
@@ -98,12 +97,12 @@ def test_steps_that_are_there_are_left_alone(sandbox, monkeypatch, capsys):
         return lambda profile: made.append(name) or {name: pd.DataFrame({"x": [1]}), f"{name}_more": pd.DataFrame({"x": [2]})}
 
     monkeypatch.setattr(evidence, "STEPS", {name: step(name) for name in ("first", "second")})
-    report.save_table(SMOKE, "first", pd.DataFrame({"x": [0]}))
+    results.save_table(SMOKE, "first", pd.DataFrame({"x": [0]}))
     monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke"])
     assert evidence.main() == 0
     assert made == ["second"]
     assert "first: there already" in capsys.readouterr().out
-    assert report.load_table(SMOKE, "second_more")["x"].tolist() == [2]
+    assert results.load_table(SMOKE, "second_more")["x"].tolist() == [2]
 
 
 def test_missing_fisher_information_is_one_sentence(sandbox, monkeypatch, capsys, tiny):

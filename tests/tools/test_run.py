@@ -14,9 +14,9 @@ from lafq.diffusion.unet import UNet, quantizable
 from lafq.evaluation import evaluate as evaluation
 from lafq.evaluation import samples
 from lafq.evaluation.candidates import Candidate, sizes
-from lafq.paper import plans
-from lafq.presentation import report
-from lafq.quantization.model import make_plan, nbytes
+from lafq.paper import results, threshold_rows
+from lafq.quantization.model import nbytes
+from lafq.quantization.plan import make_plan
 from lafq.workspace import Workspace
 from tools import cost, run
 from tools.notebooks import profile_parameters
@@ -77,7 +77,7 @@ def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cache
     rows = [
         Candidate("baseline", "none", "fp32", "none", {}),
         Candidate("ratio", "0.00", "fp16", "weight", fp16),
-        *plans.uniform(tiny, ("fp16",)),
+        *threshold_rows.uniform(tiny, ("fp16",)),
     ]
     table, images = evaluate(tiny, rows)
     assert len(cached_samples) == 2
@@ -93,7 +93,7 @@ def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cache
 
 @pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypatch):
-    rows = [Candidate("baseline", "none", "fp32", "none", {}), *plans.uniform(tiny)]
+    rows = [Candidate("baseline", "none", "fp32", "none", {}), *threshold_rows.uniform(tiny)]
     whole, _ = evaluate(tiny, rows)
     shutil.rmtree(paths.BUILD)
     calls = []
@@ -166,20 +166,20 @@ def test_a_bad_plan_stops_before_sampling(sandbox, cached_samples, tiny):
     with pytest.raises(ValueError, match="0 images asked for"):
         evaluate(tiny, [good], images=0)
     with pytest.raises(ValueError, match=r"ratio 1.2 is outside \[0, 1\]"):
-        plans.ratio_candidates({n: w**2 for n, w in quantizable(tiny).items()}, [0.3, 1.2], [], ["fp16"])
+        threshold_rows.ratio_candidates({n: w**2 for n, w in quantizable(tiny).items()}, [0.3, 1.2], [], ["fp16"])
     assert not cached_samples
 
 
 def test_sweep_and_nearest(tiny):
     scores = {n: w.square() for n, w in quantizable(tiny).items()}
-    table = plans.size_sweep(tiny, scores, "int8", "weight", 20)
+    table = threshold_rows.size_sweep(tiny, scores, "int8", "weight", 20)
     assert table["kept_share"].iloc[0] == 0
     assert table["kept_share"].iloc[-1] == 1
     assert table["kept_share"].is_monotonic_increasing
     assert table["mem_share"].iloc[-1] == 1
-    chosen = plans.nearest_size(table, 0.5)
+    chosen = threshold_rows.nearest_size(table, 0.5)
     assert abs(chosen["mem_share"].item() - 0.5) == (table["mem_share"] - 0.5).abs().min()
-    [candidate] = plans.candidates_at("global", "tau", chosen, {"weight": scores})
+    [candidate] = threshold_rows.candidates_at("global", "tau", chosen, {"weight": scores})
     assert nbytes(tiny, candidate.plan) / 2**20 == chosen["mem_mib"].item()
 
 
@@ -187,7 +187,7 @@ def test_sweep_and_nearest(tiny):
 @pytest.mark.parametrize("low", ["fp16", "int8"])
 def test_sizes_counted_are_those_of_the_plans(tiny, low, granularity):
     scores = by_granularity({n: w.square() for n, w in quantizable(tiny).items()}, granularity)
-    table = plans.size_sweep(tiny, scores, low, granularity, 20)
+    table = threshold_rows.size_sweep(tiny, scores, low, granularity, 20)
     made = [make_plan(keep_global(scores, cut), low) for cut in table["threshold"]]
     pd.testing.assert_frame_equal(table[["kept_share", "mem_mib", "mem_share"]], sizes(tiny, made), check_exact=True)
 
@@ -227,20 +227,20 @@ def test_gather_replaces_only_the_methods_it_is_given(sandbox):
             [{"profile": "smoke", "method": method, "threshold": threshold, "format": "fp16", "granularity": "t", "fid": fid}]
         )
 
-    report.update_comparison(SMOKE, row("ratio", "0.35", 1.0))
-    report.update_comparison(SMOKE, row("baseline", "none", 2.0))
-    table = report.update_comparison(SMOKE, row("ratio", "0.40", 3.0))
+    results.update_comparison(SMOKE, row("ratio", "0.35", 1.0))
+    results.update_comparison(SMOKE, row("baseline", "none", 2.0))
+    table = results.update_comparison(SMOKE, row("ratio", "0.40", 3.0))
     assert table[["method", "threshold", "fid"]].to_numpy().tolist() == [["baseline", "none", 2.0], ["ratio", "0.40", 3.0]]
     # A file of an earlier version: its columns are in another order.
-    report.save_table(SMOKE, "paper_comparison", table[table.columns[::-1]].assign(gone=1))
-    assert list(report.update_comparison(SMOKE, row("ratio", "0.40", 3.0)).columns) == list(table.columns)
+    results.save_table(SMOKE, "paper_comparison", table[table.columns[::-1]].assign(gone=1))
+    assert list(results.update_comparison(SMOKE, row("ratio", "0.40", 3.0)).columns) == list(table.columns)
 
 
 def test_tables_and_images_come_back(sandbox):
     table = pd.DataFrame({"threshold": ["none", "0.30"], "value": [1.5, float("nan")]})
-    report.save_rows(SMOKE, "x", table, {"a": np.zeros((2, 32, 32), np.uint8)})
-    loaded, images = report.load_rows(SMOKE, "x")
+    results.save_rows(SMOKE, "x", table, {"a": np.zeros((2, 32, 32), np.uint8)})
+    loaded, images = results.load_rows(SMOKE, "x")
     pd.testing.assert_frame_equal(table, loaded)
     assert images["a"].shape == (2, 32, 32)
     with pytest.raises(FileNotFoundError, match="make reproduce PROFILE=smoke"):
-        report.load_table(SMOKE, "y")
+        results.load_table(SMOKE, "y")

@@ -28,7 +28,7 @@ def test_the_packed_file_is_the_row_that_was_measured(sandbox, tiny, known, monk
     assert table["mem_mib"].iloc[1] <= budget
     assert table["damage"].tolist()[0] == 0 < table["damage"].iloc[1]
     small = dequantize(load_quantized(path, UNet(4)))
-    [first, _] = sorted(samples.kept_folder(SMOKE).glob(f"{table['sample'].iloc[1]}_*.npz"))
+    [first, _] = sorted(samples.samples_folder(SMOKE).glob(f"{table['sample'].iloc[1]}_*.npz"))
     images, record = samples.read(first)
     assert record["recipe"]["rounding"] == MADE["rounding"]
     assert record["drawn_from"] == weights_sha256(small)

@@ -8,8 +8,7 @@ from lafq.evaluation import evaluate as evaluation
 from lafq.evaluation import samples
 from lafq.evaluation.candidates import Candidate
 from lafq.io import save_tensors
-from lafq.paper import plans
-from lafq.presentation import report
+from lafq.paper import results, threshold_rows
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import quantize
 from lafq.workspace import Workspace
@@ -30,11 +29,11 @@ def made(tiny, sandbox, monkeypatch):
     plan = dict.fromkeys(quantizable(tiny), "int4")
     tables = {
         "01_baseline": [baseline],
-        "03_global": plans.uniform(tiny),
+        "03_global": threshold_rows.uniform(tiny),
         "packed": [Candidate("shipped", "1 MiB", "mixed", "mixed", plan, made={"rounding": "x"})],
     }
     for name, rows in tables.items():
-        report.save_rows(SMOKE, name, *evaluation.evaluate(SMOKE, tiny, rows, SAMPLING))
+        results.save_rows(SMOKE, name, *evaluation.evaluate(SMOKE, tiny, rows, SAMPLING))
     save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, plan), tiny)
     return sandbox / "weights.safetensors"
 
@@ -57,15 +56,15 @@ def test_all_that_is_right_holds(made, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_changed_number_a_damaged_file_and_other_weights_are_found(made, tiny, monkeypatch, capsys):
-    table = report.load_table(SMOKE, "03_global")
-    report.save_table(SMOKE, "03_global", table.assign(fid_mnist=table["fid_mnist"] + 0.1))
+    table = results.load_table(SMOKE, "03_global")
+    results.save_table(SMOKE, "03_global", table.assign(fid_mnist=table["fid_mnist"] + 0.1))
     assert ["03_global.csv" in line for line in lines(*verify.checks(SMOKE, None))] == [True]
-    report.save_table(SMOKE, "03_global", table)
+    results.save_table(SMOKE, "03_global", table)
     with torch.no_grad():
         tiny.out2.weight.mul_(0.5)
     save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, {}), tiny)
     assert ["packed weights: 8 images drawn again" in line for line in lines(*verify.checks(SMOKE, None))] == [True]
-    next(samples.kept_folder(SMOKE).iterdir()).write_bytes(b"")
+    next(samples.samples_folder(SMOKE).iterdir()).write_bytes(b"")
     monkeypatch.setattr("sys.argv", ["tools.verify", "--profile", "smoke"])
     assert verify.main() == 1
     assert "FAILED: " in capsys.readouterr().out
@@ -78,6 +77,6 @@ def test_a_profile_that_keeps_no_images(sandbox):
 
 @pytest.mark.slow
 def test_the_tolerance_is_below_one_flipped_image(made):
-    row = next(report.load_table(SMOKE, "01_baseline").itertuples())
-    kept = samples.kept(SMOKE, row.sample, 4).astype(int)
+    row = next(results.load_table(SMOKE, "01_baseline").itertuples())
+    kept = samples.stored_images(SMOKE, row.sample, 4).astype(int)
     assert np.abs(kept - kept[::-1]).mean() > verify.GREY_LEVELS

@@ -13,8 +13,8 @@ from lafq.diffusion.unet import quantizable
 from lafq.evaluation.candidates import Candidate
 from lafq.fisher.monte_carlo import Sensitivity, estimate_sensitivity
 from lafq.quantization.formats import MIB, unshrunk_scale
-from lafq.quantization.model import bits_per_weight, make_plan, nbytes
-from lafq.quantization.plan import Plan, Recipe
+from lafq.quantization.model import bits_per_weight, nbytes
+from lafq.quantization.plan import Plan, Recipe, make_plan
 from lafq.rng import generator
 
 INTEGERS = ("int2", "int3", "int4", "int6", "int8")

@@ -8,7 +8,8 @@ from lafq.allocation.thresholds import by_granularity, keep_global, keep_ratio, 
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation.candidates import BASELINE, MIB, Candidate
 from lafq.paper.poster import TARGET_SHARE
-from lafq.quantization.model import channel_view, make_plan, nbytes
+from lafq.quantization.model import channel_view, nbytes
+from lafq.quantization.plan import make_plan
 from lafq.quantization.weight_spec import counted_bytes
 
 
@@ -30,6 +31,7 @@ def size_sweep(model: nn.Module, scores: dict[str, Tensor], format: str, granula
         total += kept
         in_first_row = torch.zeros(rows.size[0], dtype=torch.int64)
         for i, number in enumerate(kept.tolist()):
+            # For one format in all rows, bytes depend on the number of kept weights alone, not on their rows.
             in_first_row[0] = number
             stored[i] += 4 * size if number == size else counted_bytes(rows, format, in_first_row)
     sizes = {"kept_share": total.double() / sum(w.numel() for w in weights.values())}
@@ -60,7 +62,11 @@ def nearest_size(sweeps: pd.DataFrame, share: float) -> pd.DataFrame:
 def candidates_at(
     method: str, symbol: str, chosen: pd.DataFrame, scores: dict[str, dict[str, Tensor]], inception: bool = False
 ) -> list[Candidate]:
-    """A candidate for every row of `nearest_size`; scores by granularity; its threshold is written `symbol=value`."""
+    """A candidate for every row of `nearest_size`; its threshold is written `symbol=value`.
+
+    scores: by granularity, Fisher values, or what a rule makes of them (`relative_to_group`, `standardized`): all keep what lies at
+    or above the threshold.
+    """
     return [
         Candidate(
             method,

@@ -1,0 +1,133 @@
+"""The study's tables and images as files: how the notebooks make, keep and load them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from lafq.evaluation import samples
+from lafq.evaluation.candidates import KEY, Candidate
+from lafq.evaluation.evaluate import evaluate, measure_peak_memory
+from lafq.evaluation.samples import Sampling
+from lafq.io import atomic_write
+from lafq.paper import claims, poster
+from lafq.workspace import Workspace
+
+METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
+
+
+def save_table(work: Workspace, name: str, table: pd.DataFrame) -> None:
+    """Write results/<profile>/<name>.csv, six significant digits."""
+    with atomic_write(work.results / f"{name}.csv") as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
+
+
+def load_table(work: Workspace, name: str) -> pd.DataFrame:
+    """Read results/<profile>/<name>.csv; FileNotFoundError names the remedy when there is none."""
+    path = _existing(work, f"{name}.csv")
+    return pd.read_csv(path, dtype={"threshold": str}, keep_default_na=False, na_values=[""])
+
+
+def load_optional(work: Workspace, name: str) -> pd.DataFrame | None:
+    """Read a table that not every profile has; None where it has not been made."""
+    return load_table(work, name) if (work.results / f"{name}.csv").is_file() else None
+
+
+def save_images(work: Workspace, name: str, images: dict[str, np.ndarray]) -> None:
+    """Write generated images, uint8 (N, 32, 32) by key, to results/<profile>/<name>.npz."""
+    with atomic_write(work.results / f"{name}.npz") as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **images)
+
+
+def load_images(work: Workspace, name: str) -> dict[str, np.ndarray]:
+    """Read what `save_images` wrote."""
+    with np.load(_existing(work, f"{name}.npz")) as file:
+        return dict(file)
+
+
+def save_rows(work: Workspace, name: str, table: pd.DataFrame, images: dict[str, np.ndarray]) -> None:
+    """Write what `evaluate.evaluate` returned: the table, and the images unless they are kept in results/<profile>/samples."""
+    if not samples.samples_folder(work).is_dir():
+        save_images(work, name, images)
+    save_table(work, name, table)
+
+
+def load_rows(work: Workspace, name: str, with_baseline: bool = False) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Read what `save_rows` wrote, on request with the baseline of 01_train as the first row."""
+    table = load_table(work, name)
+    if samples.samples_folder(work).is_dir():
+        images = {row.sample: samples.stored_images(work, row.sample, row.n_images) for row in table.itertuples()}
+    else:
+        images = load_images(work, name)
+    if with_baseline:
+        baseline, its_images = load_rows(work, "01_baseline")
+        table, images = pd.concat([baseline, table], ignore_index=True), its_images | images
+    return table, images
+
+
+def compute_or_load(work: Workspace, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table results/<profile>/<name>.csv, made and written first where the workspace computes."""
+    if work.compute:
+        save_table(work, name, make())
+    return load_table(work, name)
+
+
+def evaluate_rows(
+    work: Workspace,
+    name: str,
+    model: nn.Module,
+    rows: list[Candidate],
+    sampling: Sampling,
+    inception_reference: int = 0,
+    compared: Sequence[Candidate] = (),
+) -> None:
+    """Evaluate the candidates of a notebook and write its table, its images and their peak memory.
+
+    compared: those of the rows that go into paper_comparison.csv. The rest as in `evaluate.evaluate`.
+    """
+    table, images = evaluate(work, model, rows, sampling, inception_reference)
+    save_rows(work, name, table, images)
+    update(work, "peak_memory", measure_peak_memory(work, model, rows))
+    keys = {tuple(getattr(row, column) for column in KEY) for row in compared}
+    if keys:
+        beside = table[[key in keys for key in table[KEY].itertuples(index=False)]]
+        update_comparison(work, poster.compare(beside, work.profile))
+
+
+def update(work: Workspace, name: str, rows: pd.DataFrame) -> None:
+    """Put rows into the table <name>.csv in place of those of the same KEY."""
+    known = load_optional(work, name)
+    save_table(work, name, pd.concat([known, rows]).drop_duplicates(KEY, keep="last"))
+
+
+def update_comparison(work: Workspace, rows: pd.DataFrame) -> pd.DataFrame:
+    """Put rows of `poster.compare` into results/<profile>/paper_comparison.csv in place of those of the same methods.
+
+    Returns the rows as the file has them.
+    """
+    path = work.results / "paper_comparison.csv"
+    if path.is_file():
+        old = load_table(work, "paper_comparison")
+        # The file's own columns may be in another order, or fewer, where an earlier version wrote it.
+        rows = pd.concat([old[~old["method"].isin(rows["method"])], rows])[list(rows.columns)]
+    rows = rows.drop_duplicates(KEY, keep="last")
+    order = [METHODS.index(m) for m in rows["method"]]
+    rows = rows.assign(order=order).sort_values(["order", "threshold", "format", "granularity"], kind="stable")
+    save_table(work, "paper_comparison", rows.drop(columns="order"))
+    return load_table(work, "paper_comparison")
+
+
+def update_claims(work: Workspace, seed: int) -> None:
+    """Write claims.csv from the tables and images of 02, 04 and 05."""
+    (table, images), (group, group_images) = (load_rows(work, name, True) for name in ("05_ratio_sweep", "04_group"))
+    rows = pd.concat([table, group], ignore_index=True)
+    save_table(work, "claims", claims.claims_table(load_table(work, "02_fisher"), rows, images | group_images, seed))
+
+
+def _existing(work: Workspace, name: str) -> Path:
+    path = work.results / name
+    if not path.is_file():
+        raise FileNotFoundError(f"results/{work.profile}/{name} is missing: `make reproduce PROFILE={work.profile}` makes it")
+    return path
