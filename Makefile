@@ -46,7 +46,7 @@ publish: $(READY)  ## refresh notebooks/ from results/, without computing anythi
 classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
 	@$(BIN)/python -m lafq.evaluation.classifier
 
-evidence: $(READY)  ## what takes longer than reproduce may: noise floor, 1,000 images a row, other training runs (mini: about two hours)
+evidence: $(READY)  ## experiments that take hours: noise floor, 1,000 images per row, other training runs (mini: about two hours)
 	@$(BIN)/python -m tools.evidence $(if $(PROFILE),--profile $(PROFILE))
 
 benchmark: $(READY)  ## the quantizer beside optimum-quanto and torchao, Fisher beside BackPACK, the notebooks in 2 GiB (about 20 minutes)
@@ -64,7 +64,7 @@ verify: $(READY)  ## check the committed results of profile paper, without its w
 lint: $(READY)  ## ruff over code and notebooks; imports go one way
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
-test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (about 15 minutes on two cores)
+test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (about 15 minutes on two slow cores)
 	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; nbval="$(PYTEST) --nbval --nbval-current-env"; \
 	$(PYTEST); \
 	$(RUN) reproduce --profile smoke; \

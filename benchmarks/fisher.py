@@ -98,7 +98,7 @@ def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
 
 
 def rows(width: int) -> list[dict]:
-    """One row a method; times are medians of ratios to an ordinary pass run just before."""
+    """One row per method; times are medians of ratios to an ordinary pass run just before."""
     torch.manual_seed(0)
     model = load_model(Workspace("mini"), width) if width == 16 else UNet(width).eval().to(memory_format=torch.channels_last)
     names, data = list(quantizable(model)), batch(BATCH[width])

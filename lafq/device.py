@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+DEVICES = ("auto", "cpu", "cuda")
+
 
 def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """CPU cores that this process may use: of the machine, or fewer where its container limits them (cgroup, CPU_LIMIT)."""
@@ -22,8 +24,10 @@ def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 def compute_on(threads: int, device: str = "auto") -> torch.device:
     """Fix the number of threads (fewer where there are fewer cores) and how FP32 is computed; choose the device.
 
-    "auto": a CUDA GPU where one is visible. Raises RuntimeError when CUDA is asked for and absent.
+    "auto": a CUDA GPU where one is visible. Raises ValueError for another device, RuntimeError when CUDA is asked for and absent.
     """
+    if device not in DEVICES:
+        raise ValueError(f"DEVICE is {device!r}: choose one of {', '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("DEVICE is cuda, but no CUDA GPU is visible: set DEVICE to auto or cpu")
     if (available := cores()) < threads:

@@ -12,17 +12,19 @@ import yaml
 
 from lafq import paths
 from lafq.diffusion import weights
-from lafq.evaluation.candidates import KEY
+from lafq.diffusion.unet import quantizable
+from lafq.evaluation.candidates import KEY, Candidate, kept_share
 from lafq.io import load_tensors
 from lafq.paper import poster, results
 from lafq.quantization.model import nbytes, resident_bytes
+from lafq.quantization.plan import make_plan
 from lafq.workspace import Workspace
 from tools import notebooks, readme, summary
 
 MINI = Workspace("mini")
 
 ROOT = paths.ROOT
-PAGES = (readme.PATH, readme.CARD)
+PAGES = readme.PAGES
 DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
 
 
@@ -122,10 +124,14 @@ def test_modules_and_names_that_docstrings_mention_are_there():
 
 
 def test_a_changed_number_is_noticed(known_blocks):
-    text = readme.PATH.read_text()
+    text = (ROOT / "docs" / "paper-and-ours.md").read_text()
     assert "| 59.30 |" in text
     changed = text.replace("| 59.30 |", "| 59.31 |")
     assert readme.filled(changed) != changed
+
+
+def test_the_readme_is_short():
+    assert len(readme.PATH.read_text().split()) <= 900
 
 
 def test_readme_names_the_two_commands():
@@ -135,11 +141,16 @@ def test_readme_names_the_two_commands():
     assert re.search(r"^\s*make test", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
 
 
+def snippets(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
+
+
 @pytest.mark.slow
-def test_readme_example_runs(digits, tmp_path):
-    own, diffusion, sized = re.findall(r"```python\n(.*?)```", readme.PATH.read_text(), flags=re.DOTALL)
-    assert len(own.strip().splitlines()) <= 11
-    imports = "\n".join(line for line in own.splitlines() if "import " in line)
+def test_examples_run(digits, tmp_path):
+    own, diffusion, sized = snippets("docs/own-model.md")
+    [first] = snippets("README.md")
+    assert max(len(s.strip().splitlines()) for s in (own, sized, first)) <= 11
+    imports = "\n".join(line for s in (own, first) for line in s.splitlines() if "import " in line)
     subprocess.run([sys.executable, "-c", imports], check=True)  # in the page's order, in an interpreter of its own
     scope = {"path": tmp_path / "model.safetensors"}
     exec(own, scope)
@@ -151,10 +162,21 @@ def test_readme_example_runs(digits, tmp_path):
     scope = {"images": digits}
     exec(diffusion.replace("width=16", "width=4").replace("samples=200", "samples=20"), scope)
     assert resident_bytes(scope["small"]) == nbytes(scope["model"], scope["plan"])
-    assert len(sized.strip().splitlines()) <= 11
-    scope = {"model": torchvision.models.mobilenet_v3_small(num_classes=10).eval(), "inputs": torch.randn(16, 3, 32, 32)}
-    exec(sized.replace("budget_mib=5.0", "budget_mib=2.0"), scope)
-    assert 0.99 * 2 < resident_bytes(scope["small"]) / 2**20 <= 2
+    network = torchvision.models.mobilenet_v3_small(num_classes=10).eval()
+    for snippet in (sized, first):
+        scope = {"model": network, "inputs": torch.randn(16, 3, 32, 32), "path": tmp_path / "sized.safetensors"}
+        exec(snippet.replace("budget_mib=5.0", "budget_mib=2.0"), scope)
+        assert 0.99 * 2 < resident_bytes(scope["small"]) / 2**20 <= 2
+    assert scope["path"].is_file()
+
+
+def test_a_new_threshold_rule_as_contributing_shows_it(tiny):
+    rule, row = snippets("CONTRIBUTING.md")
+    fisher = {n: w.square() for n, w in quantizable(tiny).items()}
+    scope = {"Tensor": torch.Tensor, "Candidate": Candidate, "make_plan": make_plan, "fisher": fisher, "rows": []}
+    exec(rule + row, scope)
+    [candidate] = scope["rows"]
+    assert 0.45 < kept_share(tiny, candidate.plan) < 0.55
 
 
 def test_shipped_weights_are_those_of_the_profile():

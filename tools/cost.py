@@ -62,12 +62,13 @@ def work(parameters: dict[str, Any]) -> dict[str, float]:
     p, one = parameters, forward_flop(parameters["WIDTH"])
     image = p["SAMPLING_STEPS"] * one
     seen = INCEPTION if p["INCEPTION_REFERENCE"] else 0
-    by_vision = {"01_train": 1, "03_global": 5, "04_group": 3, "05_ratio_sweep": 2 + len(p["RATIOS"])}
+    by_vision = {"01_train": 1, "03_global": 5, "04_group": 3, "05_ratio_sweep": 4 + 2 * len(p["RATIOS"])}
     found = {name: p["IMAGES"] * (by_vision.get(name, 0) * seen + rows * image) for name, rows in sampled_rows(p).items()}
     found["01_train"] += p["INCEPTION_REFERENCE"] * seen
     if p["TRAIN"]:
         found["01_train"] += training_flop(p) + p["CHECK_IMAGES"] * image
-    found["02_fisher"] = 3 * one * p["FISHER_SAMPLES"]
+    # Empirical, and Monte Carlo on as many noised digits and as many states of the reverse process.
+    found["02_fisher"] = 3 * 3 * one * p["FISHER_SAMPLES"] + p["FISHER_SAMPLES"] // p["TIMESTEP_BINS"] * image
     measure_candidates = 11 + 10 * len(p["BUDGET_BITS"]) + len(p["TUNED"]["bits"]) + 34 * 6 / 2
     found["06_budget"] = 6 * one * p["TRUE_FISHER_SAMPLES"] + measure_candidates * p["DAMAGE_DIGITS"] * one + 5 * 7 * image
     found["06_budget"] += 4 * one * len(p["TUNED"]["bits"]) * p["TUNED"]["steps"] * tuning.BATCH

@@ -18,11 +18,10 @@ QUIET_KERNEL = ["--IPKernelApp.log_level=40"]
 
 def profile_parameters(profile: str) -> dict[str, Any]:
     """The parameters of a profile; ValueError, naming the known ones, for an unknown profile."""
-    path = paths.PROFILES / f"{profile}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
-        raise ValueError(f"unknown profile {profile!r}: choose one of {known}")
-    return {name: value for name, value in yaml.safe_load(path.read_text()).items() if name.isupper()}
+    known = {path.stem: path for path in sorted(paths.PROFILES.glob("*.yaml"))}
+    if profile not in known:
+        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
+    return {name: value for name, value in yaml.safe_load(known[profile].read_text()).items() if name.isupper()}
 
 
 def open_workspace(parameters: dict[str, Any]) -> Workspace:

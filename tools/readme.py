@@ -1,4 +1,4 @@
-"""The pages with numbers, README and model card: filled from results/ between `<!-- name -->` and `<!-- /name -->` marks."""
+"""The pages with numbers (README, docs/, model card), filled from results/ between `<!-- name -->` and `<!-- /name -->` marks."""
 
 import re
 
@@ -7,6 +7,7 @@ from lafq.io import atomic_write
 from tools.summary import blocks
 
 PATH, CARD = paths.ROOT / "README.md", paths.ROOT / "results" / "MODEL_CARD.md"
+PAGES = (PATH, CARD, *sorted((paths.ROOT / "docs").glob("*.md")))
 
 
 def filled(text: str, profile: str = "mini") -> str:
@@ -26,7 +27,7 @@ def filled(text: str, profile: str = "mini") -> str:
 
 def refresh() -> None:
     """Write the pages' numbers anew."""
-    for path in (PATH, CARD):
+    for path in PAGES:
         text = filled(path.read_text())
         with atomic_write(path) as temporary:
             temporary.write_text(text)

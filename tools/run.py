@@ -45,6 +45,10 @@ def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict
     for names, allowed in ((overrides, known), (parameters, everywhere)):
         if unknown := sorted(set(names) - allowed):
             raise ValueError(f"unknown parameter {unknown[0]}: the notebooks declare {', '.join(sorted(allowed))}")
+    defaults = profile_parameters(profile)
+    for name, value in overrides.items():
+        if name in defaults and not isinstance(value, int if isinstance(defaults[name], int) else type(defaults[name])):
+            raise ValueError(f"{name} is {value!r}: give a value like {defaults[name]!r}, as in NAME=VALUE")
     for name, least in LEAST.items():
         if parameters[name] < least:
             raise ValueError(f"{name} is {parameters[name]}: at least {least} is needed")
@@ -152,16 +156,28 @@ def refresh_pages() -> None:
     from tools import readme
 
     readme.refresh()
-    print("README.md and results/MODEL_CARD.md: numbers refreshed from results/")
+    print("README.md, docs/ and results/MODEL_CARD.md: numbers refreshed from results/")
+
+
+def _override(item: str) -> tuple[str, Any]:
+    """The name and the value of NAME=VALUE; ValueError when it is anything else."""
+    name, equals, value = item.partition("=")
+    try:
+        return name, yaml.safe_load(value) if equals else {}[name]
+    except (yaml.YAMLError, KeyError):
+        raise ValueError(f"--set {item!r} is not NAME=VALUE with a value in YAML") from None
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Check what is asked for, remember it for `resume`, and execute it."""
-    overrides = {k: yaml.safe_load(v) for k, _, v in (item.partition("=") for item in arguments.set)}
+    overrides = dict(_override(item) for item in arguments.set)
     asked = {"profile": arguments.profile, "overrides": overrides, "only": arguments.only}
     last = paths.BUILD / LAST
     if arguments.verb == "resume" and last.is_file() and not any(asked.values()):
-        asked = json.loads(last.read_text())
+        try:
+            asked = json.loads(last.read_text())
+        except ValueError:
+            raise ValueError(f"{last} is damaged: delete it, and name what to run") from None
         print(f"resuming the last run: {asked}")
     asked["profile"] = asked["profile"] or "mini"
     asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}

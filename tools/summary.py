@@ -8,9 +8,9 @@ from lafq import paths
 from lafq.diffusion.unet import UNet
 from lafq.diffusion.weights import WEIGHTS
 from lafq.io import load_tensors, sha256
-from lafq.paper import poster, results, sentences
+from lafq.paper import claims, poster, results
 from lafq.paper.budget_study import targets
-from lafq.presentation import tables
+from lafq.presentation import sentences, tables
 from lafq.workspace import Workspace
 from tools import cost
 from tools.notebooks import EXPLORER, notebooks, profile_parameters
@@ -23,39 +23,45 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def blocks(profile: str = "mini") -> dict[str, str]:
-    """The text of every marked block, computed from the committed results of a profile."""
-    work = Workspace(profile)
+    """The text of every marked block, from the committed results of a profile and, at the poster's size, of profile paper."""
+    work, paper = Workspace(profile), Workspace("paper")
     _, trained = load_tensors(work.results / WEIGHTS, "01_train")
     quality = results.load_table(work, "training_quality")
     names = ("01_baseline", "03_global", "04_group", "05_ratio_sweep")
     rows = pd.concat([results.load_table(work, name) for name in names], ignore_index=True)
     timed = json.loads((work.results / "timing.json").read_text())["notebooks"]
     classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
-    seconds, peak = sum(n["seconds"] for n in timed.values()), max(n["peak_mib_so_far"] for n in timed.values())
-    times = [f"{name} {n['seconds'] / 60:.1f} min" for name, n in timed.items()]
-    said = [sentences.published_ratio_sizes(), sentences.against_baseline(rows)]
+    minutes, peak = sum(n["seconds"] for n in timed.values()) / 60, max(n["peak_mib_so_far"] for n in timed.values()) / 1024
+    budget, evidence_budget = results.load_table(work, "budget"), results.load_optional(work, "evidence_budget")
+    published = poster.compare(results.load_table(paper, "08_published"), "paper")
+    found = sentences.findings(published, budget, evidence_budget)
+    said = [sentences.published_ratio_sizes(), sentences.against_baseline(rows), sentences.layerwise_size()]
+    benchmarks = {name: pd.read_csv(paths.RESULTS / "benchmarks" / f"{name}.csv") for name in ("fisher", "quantizers", "binder")}
     return {
-        "headline": headline(work),
+        "findings": "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(found, start=1)),
+        "headline": headline(published),
+        "verdicts": verdicts(paper, work),
         "comparison": f"{markdown(tables.comparison(work))}\n\n{tables.note(rows)}",
         "claims": markdown(tables.claims_shown(work)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
+        "claims_paper": markdown(tables.claims_shown(paper)),
         "evidence": evidence(work),
-        "budget": targets.summary_sentences(results.load_table(work, "budget"), results.load_optional(work, "evidence_budget")),
-        "fisher": markdown(fisher_cost(pd.read_csv(paths.RESULTS / "benchmarks" / "fisher.csv"))),
+        "budget": targets.summary_sentences(budget, evidence_budget),
+        "fisher": markdown(fisher_cost(benchmarks["fisher"])),
         "cost": (
-            f"The notebooks took {seconds / 60:.0f} minutes on two cores ({', '.join(times)}) and {peak / 1024:.1f} GiB of "
-            f"memory at most, at the speed of that machine; setting up `.venv` comes on top, once.{untimed(timed)}"
+            f"`make reproduce` took {minutes:.0f} minutes on two cores and {peak:.1f} GiB of memory; setting up `.venv` "
+            f"comes on top, once.{untimed(timed)}"
         ),
         "model": f"{trained['steps']:,} training steps of batch {trained['batch_size']}. {sentences.training_quality(quality)}",
         "classifier": (
             f"test accuracy {classifier['test_accuracy']:.2%}, {classifier['parameters']:,} parameters, sha256 "
             f"`{classifier['sha256']}`"
         ),
-        "quantizers": markdown(quantizers(pd.read_csv(paths.RESULTS / "benchmarks" / "quantizers.csv"))),
+        "quantizers": markdown(quantizers(benchmarks["quantizers"])),
         "deviations": markdown(deviations()),
         "counted": counted(),
         "timing": markdown(timing()),
         "card": card(work),
-        "binder": markdown(pd.read_csv(paths.RESULTS / "benchmarks" / "binder.csv")),
+        "binder": markdown(benchmarks["binder"]),
     }
 
 
@@ -65,13 +71,9 @@ def untimed(timed: dict) -> str:
     return f" That run was before {' and '.join(missing)}, which take some minutes each." if missing else ""
 
 
-def headline(work: Workspace) -> str:
-    """The poster's rows as the paper and as we have them at the poster's size, and what FID can tell at this N.
-
-    work: whose claims are named; the rows are those of 08_published.
-    """
-    table, base = poster.compare(results.load_table(Workspace("paper"), "08_published"), "paper"), poster.POSTER[0]
-    ours = table[table["method"] != "baseline"]
+def headline(table: pd.DataFrame) -> str:
+    """The poster's rows beside ours at the poster's size: `poster.compare` of 08_published."""
+    base = poster.POSTER[0]
     cells = [
         (
             f"{row.method} {row.threshold if row.method == 'ratio' else ''}".strip() + f", {row.format.upper()}",
@@ -80,27 +82,39 @@ def headline(work: Workspace) -> str:
             f"{row.mem_share_paper:.1%}" if pd.notna(row.mem_share_paper) else "",
             f"{row.mem_share:.1%}",
         )
-        for row in ours.itertuples()
+        for row in table[table["method"] != "baseline"].itertuples()
     ]
-    columns = ["row", "FID difference from FP32: poster", "ours, same noise", "share of FP32's bytes: poster", "ours"]
-    told = [
-        f"{row.claim} {row.verdict}"
-        for row in results.load_table(work, "claims").drop_duplicates(["claim", "verdict"]).itertuples()
-    ]
+    columns = ["row", "FID difference from FP32: poster", "ours", "share of FP32's bytes: poster", "ours"]
     images, steps = table["n_images"].iloc[0], table["steps"].iloc[0]
     baseline = table[table["method"] == "baseline"]["fid_inception"].item()
-    largest = max(abs(p.fid - base.fid) for p in poster.POSTER if p.source == "poster")
-    noise = (poster.FID_NOISE, 2**0.5 * poster.FID_NOISE)
     return (
-        f"**In short** (model of a quarter of the width): {'; '.join(told)} ([how](#the-papers-claims-tested)).\n\n"
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
-        f"Both: width {poster.WIDTH}, {poster.BASELINE_MIB:.2f} MiB in FP32, {images} images per row, FID on Inception features "
-        f"(a positive difference is worse than FP32). Poster: {poster.SAMPLING_STEPS:,} sampling steps, other noise in every row, "
-        f"baseline {base.fid:.2f}. Ours: {steps:,} steps, the same noise in every row, baseline {baseline:.2f}; thresholds on "
-        f"single weights; in brackets 95 % intervals. The largest of the poster's differences is {largest:.2f}. On the authors' "
-        f"published images, the FID of one model varies by {noise[0]} (1 sd) from one draw of {images} images to the next, so two "
-        f"draws differ by {noise[1]:.1f}."
+        f"Width {poster.WIDTH}, {poster.BASELINE_MIB:.2f} MiB in FP32, {images} images per row, FID on Inception features; "
+        f"a positive difference is worse than FP32. Poster: {poster.SAMPLING_STEPS:,} sampling steps, other noise in every row, "
+        f"baseline {base.fid:.2f}. Ours: {steps:,} steps, the same noise in every row, baseline {baseline:.2f}, thresholds on "
+        "single weights; in brackets 95 % intervals."
     )
+
+
+def verdicts(paper: Workspace, small: Workspace) -> str:
+    """One row per claim: what was measured at the poster's size and at a quarter of its width, and the verdicts."""
+    cells = []
+    for claim in ("C1", "C2", "C3", "C4 images"):
+        row = [f"{claim.removesuffix(' images')}: {claims.SAID[claim]}"]
+        for work in (paper, small):
+            found = results.load_table(work, "claims")
+            found = found[found["claim"] == claim]
+            found = found[found["quantity"].str.contains("INT8")] if claim == "C3" else found
+            known = [f"**{r.verdict}** ({r.measured:.3g} [{r.low:.3g}, {r.high:.3g}])" for r in found.itertuples()]
+            row.append(known[0] if known else "not tested yet")
+        cells.append(row)
+    quantities = (
+        "C1: mean Fisher information at t < 500 over that at t >= 500. C2: per weight, Layers 1-2 over Layers 3-6. C3: FID of the "
+        "INT8 rows at ratios 0.35-0.40 minus that of the other ratios. C4: FID of a threshold per group in INT8 minus that of "
+        "uniform FP16, at equal bytes."
+    )
+    table = pd.DataFrame(cells, columns=["the poster's claim", "at the poster's size", "at a quarter of its width"])
+    return f"{markdown(table)}\n\n{quantities}"
 
 
 def evidence(work: Workspace) -> str:

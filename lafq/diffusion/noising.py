@@ -18,7 +18,9 @@ BATCH = 8
 
 
 def unit_interval(images: Tensor) -> Tensor:
-    """uint8 images -> float32 in [0, 1], the model's range."""
+    """uint8 images -> float32 in [0, 1], the model's range; ValueError for images of another dtype."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8 (0 to 255), these are {images.dtype}: convert them first")
     return images.float() / 255
 
 

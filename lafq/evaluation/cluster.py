@@ -91,7 +91,7 @@ def sample_all(
 ) -> None:
     """Draw the images of packed models on the cluster at `address`, calling keep(key, images, kind of machine) as each comes back.
 
-    tasks: the key of a row, and its packed model as a file's bytes; taken as workers have room, two a thread ahead.
+    tasks: the key of a row, and its packed model as a file's bytes; taken as workers have room, two per thread ahead.
     Raises ValueError as `connect`, RuntimeError for a worker of other software or one sentence of what failed there.
     """
     from distributed import as_completed

@@ -50,7 +50,7 @@ def load(weights: str | None = None, cache: Path = paths.BUILD / "inception") ->
         try:
             extractor = _build(get())
         except Exception as error:  # whatever is wrong with one source, the next may do
-            failed.append(f"{name} not to be had ({type(error).__name__})")
+            failed.append(f"{name} failed ({type(error).__name__})")
             continue
         return extractor, "; ".join([*failed, f"Inception weights: {name}"])
     return None, "; ".join([*failed, "the Inception columns stay empty"])

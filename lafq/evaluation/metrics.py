@@ -39,6 +39,7 @@ _REFERENCES: dict[str, Reference] = {}
 @torch.inference_mode()
 def mnist_features(classifier: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 images (N, 1, 32, 32) -> features (N, 128) and logits (N, 10) of the shipped classifier."""
+    _check(images, (32, 32))
     pairs = [classifier(unit_interval(batch)) for batch in images.split(500)]
     return torch.cat([f for f, _ in pairs]), torch.cat([z for _, z in pairs])
 
@@ -46,8 +47,15 @@ def mnist_features(classifier: Classifier, images: Tensor) -> tuple[Tensor, Tens
 @torch.inference_mode()
 def inception_features(extractor: FeatureExtractorInceptionV3, images: Tensor) -> Tensor:
     """uint8 images (N, 1, 32, 32) -> pool features (N, 2048), the grey value repeated in the three colours."""
+    _check(images)
     batches = tqdm(images.split(50), desc="Inception features", unit="batch", leave=False)
     return torch.cat([extractor(batch.expand(-1, 3, -1, -1))[0] for batch in batches])
+
+
+def _check(images: Tensor, size: tuple[int, int] | None = None) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1 or (size and images.shape[2:] != size):
+        wanted = "H, W" if size is None else "{}, {}".format(*size)
+        raise ValueError(f"images must be uint8 (N, 1, {wanted}), these are {images.dtype} of shape {tuple(images.shape)}")
 
 
 def mnist_reference(classifier: Classifier) -> Reference:

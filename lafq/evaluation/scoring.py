@@ -12,6 +12,7 @@ from lafq.diffusion.noising import add_noise, unit_interval
 from lafq.diffusion.unet import TIMESTEPS
 from lafq.evaluation import bootstrap, classifier, metrics
 from lafq.evaluation.metrics import Reference
+from lafq.modes import evaluating
 from lafq.rng import generator
 
 METRICS = ("fid_mnist", "is_mnist", "kid_mnist", "fid_inception", "kid_inception")
@@ -86,7 +87,10 @@ def held_out_outputs(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> 
     noise = torch.randn(x0.shape, generator=generator(seed, HELD_OUT.start))
     noised = add_noise(x0, t, noise)
     batches = zip(noised.split(100), t.split(100), strict=True)
-    outputs = [model(x.to(device).contiguous(memory_format=torch.channels_last), steps.to(device)).cpu() for x, steps in batches]
+    with evaluating(model):
+        outputs = [
+            model(x.to(device).contiguous(memory_format=torch.channels_last), steps.to(device)).cpu() for x, steps in batches
+        ]
     return torch.cat(outputs), noise
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lafq.modes import evaluating
+
 GRADIENT_BYTES = 2**29
 Arguments = tuple[Tensor, ...]
 
@@ -40,11 +42,13 @@ def empirical_fisher(
     Args:
         model: any network; called as `model(*arguments)`.
         names: parameters, as in `model.named_parameters()`.
-        batches: pairs of the model's arguments, each (B, ...), and the target (B, ...), on the model's device.
+        batches: pairs of the model's arguments (or its one argument), each (B, ...), and the target (B, ...), of the output's
+            shape, on the model's device.
         chunk: samples whose gradients are held at once; None: as many as fit in 512 MiB, so the memory needed is that, one
             accumulator and the model.
 
-    Raises ValueError for an unknown name, no name, no batch, or gradients that are not finite.
+    The model runs in evaluation mode. Raises ValueError for an unknown name, no name, no batch, an output that is not one tensor
+    with the batch as its first axis, a target of another shape, or gradients that are not finite.
     """
     available = dict(model.named_parameters())
     if unknown := [n for n in names if n not in available]:
@@ -55,16 +59,18 @@ def empirical_fisher(
     squares_of = _squared_gradients(model, chosen, {n: p.detach() for n, p in available.items() if n not in chosen})
     chunk = chunk or samples_at_once(sum(p.nbytes for p in chosen.values()))
     total, by_batch, by_sample = {n: torch.zeros_like(p) for n, p in chosen.items()}, [], []
-    for arguments, target in batches:
-        means, each = dict.fromkeys(names, 0.0), {n: torch.empty(len(target), dtype=target.dtype) for n in names}
-        for part in torch.arange(len(target)).split(chunk):
-            for name, square in squares_of(tuple(a[part] for a in arguments), target[part]).items():
-                each[name][part] = square.flatten(1).mean(1).cpu()
-                value = square.sum(0)
-                total[name] += value
-                means[name] += value.mean().item()
-        by_batch.append({n: mean / len(target) for n, mean in means.items()})
-        by_sample.append(each)
+    with evaluating(model):
+        for arguments, target in batches:
+            arguments = (arguments,) if isinstance(arguments, Tensor) else arguments
+            means, each = dict.fromkeys(names, 0.0), {n: torch.empty(len(target), dtype=target.dtype) for n in names}
+            for part in torch.arange(len(target)).split(chunk):
+                for name, square in squares_of(tuple(a[part] for a in arguments), target[part]).items():
+                    each[name][part] = square.flatten(1).mean(1).cpu()
+                    value = square.sum(0)
+                    total[name] += value
+                    means[name] += value.mean().item()
+            by_batch.append({n: mean / len(target) for n, mean in means.items()})
+            by_sample.append(each)
     samples = sum(len(each[names[0]]) for each in by_sample)
     if not samples:
         raise ValueError("no batch was given: Fisher information needs at least one sample")
@@ -76,8 +82,23 @@ def empirical_fisher(
 
 def sample_loss(model: nn.Module, parameters: dict[str, Tensor], arguments: Arguments, target: Tensor) -> Tensor:
     """l of one sample: arguments and target without the batch axis -> scalar."""
-    output = functional_call(model, parameters, tuple(a[None] for a in arguments))[0]
+    output = checked_output(functional_call(model, parameters, tuple(a[None] for a in arguments)), 1)[0]
+    if output.shape != target.shape:
+        raise ValueError(f"the model's output for one sample has shape {tuple(output.shape)}, the target {tuple(target.shape)}")
     return 0.5 * (target - output).square().sum()
+
+
+def checked_output(output: object, samples: int) -> Tensor:
+    """The output of a model for a batch of so many samples; ValueError unless it is one tensor whose first axis is the batch."""
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"the model's output is a {type(output).__name__}: wrap the model in a module whose forward gives one tensor of it"
+        )
+    if output.ndim == 0 or len(output) != samples:
+        raise ValueError(
+            f"the model's output has shape {tuple(output.shape)} for {samples} samples: its first axis must be the batch"
+        )
+    return output
 
 
 def samples_at_once(gradient_bytes: int) -> int:
@@ -89,7 +110,6 @@ def _squared_gradients(
     model: nn.Module, chosen: dict[str, Tensor], rest: dict[str, Tensor]
 ) -> Callable[[Arguments, Tensor], dict[str, Tensor]]:
     """A function of (arguments, target) that gives every sample's squared gradient, (B, ...) by parameter name."""
-    model.eval()
     gradients = vmap(grad(lambda part, *sample: sample_loss(model, part | rest, *sample)), in_dims=(None, 0, 0))
 
     def squares(arguments: Arguments, target: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lafq.fisher.empirical import checked_output
+from lafq.modes import evaluating
 from lafq.quantization.model import channel_view
 from lafq.rng import generator
 
@@ -39,13 +41,14 @@ def monte_carlo_fisher(model: nn.Module, names: list[str], batches: Iterable[tup
 
 
 def estimate_sensitivity(
-    model: nn.Module, batches: Iterable[tuple[Tensor, ...]], seed: int = 0, names: list[str] | None = None
+    model: nn.Module, batches: Iterable[tuple[Tensor, ...] | Tensor], seed: int = 0, names: list[str] | None = None
 ) -> Sensitivity:
     """Estimate the diagonal of the true Fisher information, and from the same passes the curvature that output channels share.
 
     Args:
         model: any network; called as `model(*batch)`.
-        batches: the model's arguments, batch by batch, each first argument (B, ...). Many small batches beat few large ones.
+        batches: the model's arguments (or its one argument), batch by batch, the first (B, ...). The output must be one tensor
+            (B, ...). Many small batches beat few large ones.
         seed: of the noise that is sent back through the network.
         names: the parameters; None: all with two dimensions or more.
 
@@ -79,32 +82,31 @@ def estimate_sensitivity(
 def _mean_squares(
     model: nn.Module,
     names: list[str],
-    batches: Iterable[tuple[Tensor, ...]],
+    batches: Iterable[tuple[Tensor, ...] | Tensor],
     seed: int,
     also: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
     """Squared gradients of the output times N(0, I), summed over batches, over the number of samples; `also` sees each gradient."""
     available = dict(model.named_parameters())
+    if not names:
+        raise ValueError("no parameter is named: give the names whose Fisher information is wanted")
     if unknown := [n for n in names if n not in available]:
         raise ValueError(f"the model has no parameter {unknown[0]!r}: names are those of model.named_parameters()")
-    model.eval()
     chosen = [available[n] for n in names]
-    frozen = {n: p.requires_grad for n, p in available.items()}
     total, count, g = [torch.zeros_like(p) for p in chosen], 0, generator(seed, 1)
-    try:
+    with evaluating(model), torch.enable_grad():
         for n, p in available.items():
             p.requires_grad_(n in set(names))
-        for arguments in batches:
-            output = model(*(a.to(chosen[0].device) for a in arguments))
+        for batch in batches:
+            arguments = [a.to(chosen[0].device) for a in ((batch,) if isinstance(batch, Tensor) else batch)]
+            output = checked_output(model(*arguments), len(arguments[0]))
             noise = torch.randn(output.shape, generator=g, dtype=torch.float32).to(output)
-            for name, sum_, gradient in zip(names, total, torch.autograd.grad(output, chosen, noise), strict=True):
+            gradients = torch.autograd.grad(output, chosen, noise, allow_unused=True, materialize_grads=True)
+            for name, sum_, gradient in zip(names, total, gradients, strict=True):
                 sum_.addcmul_(gradient, gradient)
                 if also:
                     also(name, gradient)
             count += len(output)
-    finally:
-        for n, p in available.items():
-            p.requires_grad_(frozen[n])
     if not count:
         raise ValueError("no batch was given: Fisher information needs at least one sample")
     if bad := [n for n, f in zip(names, total, strict=True) if not torch.isfinite(f).all()]:

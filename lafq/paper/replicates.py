@@ -7,6 +7,7 @@ gives each claim as one number; the spread of that number over the runs is what 
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
@@ -23,6 +24,7 @@ from lafq.evaluation.samples import Sampling
 from lafq.paper import claims, poster, threshold_rows
 from lafq.paper.claims import Claim
 from lafq.paper.fisher_analysis import fisher_by_timestep
+from lafq.paper.verdict import verdict
 from lafq.rng import generator
 from lafq.workspace import Workspace
 
@@ -42,9 +44,10 @@ def claimed_rows(model: nn.Module, fisher: dict[str, torch.Tensor], count: int) 
     return [BASELINE, *threshold_rows.uniform(model, ("fp16",)), *group, *(row for row in ratios if row.granularity == "weight")]
 
 
-def on_images(table: pd.DataFrame, images: dict, seed: int) -> list[Claim]:
-    """C3 (INT8) and C4 (images) on the rows of `claimed_rows` with their images."""
-    return [claims.best_ratio(table, images, "int8", seed), claims.layerwise_images(table, images, seed)]
+def on_images(table: pd.DataFrame, images: dict[str, np.ndarray], seed: int) -> list[Claim]:
+    """C3 (INT8) and C4 (images) on the rows of `claimed_rows` with their images, on MNIST features."""
+    by = claims.judge(images, seed, None)
+    return [*claims.best_ratio(table, by, ["int8"]), claims.layerwise_images(table, by)]
 
 
 def trained(work: Workspace, parameters: dict[str, Any], seed: int, steps: int, decay: int) -> UNet:
@@ -69,7 +72,8 @@ def replicate(parameters: dict[str, Any], seed: int, steps: int = STEPS, decay: 
     )
     rows = claimed_rows(model, fisher.by_weight, p["THRESHOLDS"])
     table, images = evaluate(work, model, rows, Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed))
-    found = [claims.later_steps(fisher.timesteps, seed), claims.front_layers(fisher.timesteps, seed)]
+    weights = fisher.timesteps.drop_duplicates("parameter").set_index("parameter")["weights"]
+    found = claims.fisher_claims(fisher.blocks, weights, "empirical, noised digits", seed)
     table_of_claims = pd.DataFrame([*found, *on_images(table, images, seed)])
     return tuple(t.assign(seed=seed, steps=steps)[["seed", "steps", *t.columns]] for t in (table, table_of_claims))
 
@@ -84,9 +88,9 @@ def over_runs(found_by_run: pd.DataFrame) -> pd.DataFrame:
         ratio = name in RATIOS_OF_MEANS
         forth, back = (math.log, math.exp) if ratio else (float, float)
         mean, low, high = (back(v) for v in _student([forth(v) for v in rows["measured"]]))
-        bound = claims.verdict(low, high, 1.0 if ratio else 0.0, above=ratio)
+        found_verdict = verdict(low, high, above=name in claims.NULL, null=claims.NULL.get(name, 0.0))
         quantity = f"{'geometric mean' if ratio else 'mean'} of the {len(rows)} training runs' numbers"
-        found.append(Claim(name, rows["paper"].iloc[0], quantity, mean, low, high, bound))
+        found.append(Claim(name, rows["paper"].iloc[0], quantity, mean, low, high, found_verdict))
     return pd.DataFrame(found)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lafq.evaluation import samples
 from lafq.evaluation.candidates import KEY, Candidate
-from lafq.evaluation.evaluate import evaluate, measure_peak_memory
+from lafq.evaluation.evaluate import evaluate, inception_features, measure_peak_memory
 from lafq.evaluation.samples import Sampling
 from lafq.io import atomic_write
 from lafq.paper import claims, poster
@@ -119,11 +119,22 @@ def update_comparison(work: Workspace, rows: pd.DataFrame) -> pd.DataFrame:
     return load_table(work, "paper_comparison")
 
 
-def update_claims(work: Workspace, seed: int) -> None:
-    """Write claims.csv from the tables and images of 02, 04 and 05."""
-    (table, images), (group, group_images) = (load_rows(work, name, True) for name in ("05_ratio_sweep", "04_group"))
-    rows = pd.concat([table, group], ignore_index=True)
-    save_table(work, "claims", claims.claims_table(load_table(work, "02_fisher"), rows, images | group_images, seed))
+def update_claims(work: Workspace, seed: int, inception_reference: int, rows: Sequence[str]) -> None:
+    """Write claims.csv from the tables of 02 and from these tables of rows with their images."""
+    tables, images = zip(*(load_rows(work, name) for name in rows), strict=True)
+    table = pd.concat(tables, ignore_index=True)
+    by = claims.judge({k: v for found in images for k, v in found.items()}, seed, inception_features(work, inception_reference))
+    found = [*fisher_claims(work, seed), *claims.best_ratio(table, by), claims.layerwise_images(table, by)]
+    save_table(work, "claims", pd.DataFrame(found))
+
+
+def fisher_claims(work: Workspace, seed: int) -> list[claims.Claim]:
+    """C1 and C2 on every kind of Fisher information that 02 has estimated."""
+    weights = load_table(work, "02_fisher").drop_duplicates("parameter").set_index("parameter")["weights"]
+    blocks = load_table(work, "02_fisher_blocks")
+    other = load_optional(work, "02_fisher_kinds")
+    kinds = {"empirical, noised digits": blocks} | (dict(iter(other.groupby("kind", sort=False))) if other is not None else {})
+    return [claim for kind, rows in kinds.items() for claim in claims.fisher_claims(rows, weights, kind, seed)]
 
 
 def _existing(work: Workspace, name: str) -> Path:

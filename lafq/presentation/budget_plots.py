@@ -63,7 +63,7 @@ def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
 
 
 def bits_map(axes: Sequence[Axes], report: pd.DataFrame) -> None:
-    """Above, the mean Fisher value of every weight tensor; below, the bits a weight it got at each budget.
+    """Above, the mean Fisher value of every weight tensor; below, the bits per weight it got at each budget.
 
     report: columns parameter, fisher, bits_per_weight, budget_bits.
     """

@@ -93,9 +93,16 @@ def listed(table: pd.DataFrame) -> pd.DataFrame:
 
 def claims_shown(work: Workspace, name: str = "claims") -> pd.DataFrame:
     """A table of claims as it is shown: the interval in brackets behind the measured value."""
-    table = load_table(work, name)
+    return claims_text(load_table(work, name))
+
+
+def claims_text(table: pd.DataFrame) -> pd.DataFrame:
+    """Claims, one per row, as text."""
     ends = zip(table["measured"], table["low"], table["high"], strict=True)
-    table["measured"] = [f"{v:.4g} [{low:.4g}, {high:.4g}]" if low < high else f"{v:.6g}" for v, low, high in ends]
+    table = table.assign(measured=[f"{v:.4g} [{low:.4g}, {high:.4g}]" for v, low, high in ends])
+    if "p" in table:
+        table["p"] = [f"{p:.2g}" if pd.notna(p) else "" for p in table["p"]]
+        table["note"] = table["note"].fillna("")
     return table.drop(columns=["low", "high"])
 
 

@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from lafq.io import load_tensors, save_tensors
-from lafq.quantization.model import weights_sha256, with_quantized
+from lafq.quantization.model import tied, weights_sha256, with_quantized
 from lafq.quantization.quantized_weight import QuantizedWeight
 from lafq.quantization.weight_spec import ChannelView
 
 FORMAT_VERSION = 1
 
 
-def save_quantized(path: Path, packed: nn.Module, source: nn.Module) -> None:
+def save_quantized(path: Path | str, packed: nn.Module, source: nn.Module) -> None:
     """Write a packed copy as safetensors; `source` is the model it was made of, whose fingerprint goes along.
 
     >>> from tempfile import mkdtemp
@@ -24,29 +24,39 @@ def save_quantized(path: Path, packed: nn.Module, source: nn.Module) -> None:
 
     The metadata holds the format version, the plan in words, the width (None for a model without one), the source's
     sha256, and a checksum of the whole file.
+    Raises ValueError for a state that is no tensor, and for a name that would be taken for a part of a planned parameter.
     """
-    tensors, plan = {}, {}
-    for name, tensor in packed.state_dict().items():
-        owner, found, rest = name.partition("parametrizations.")
-        parameter, _, part = rest.partition(".0.")
-        if not found:
-            tensors[name] = tensor
-        elif part:
-            tensors[f"{owner}{parameter}/{part}"] = tensor
+    path, plan, chains = Path(path), {}, {}
     for name, module in packed.named_modules():
         if isinstance(module, QuantizedWeight):
-            plan[name.replace("parametrizations.", "").removesuffix(".0")] = module.describe()
+            chain = name.removesuffix(".0")
+            owner, _, parameter = chain.rpartition("parametrizations.")
+            plan[owner + parameter], chains[chain] = module.describe(), owner + parameter
+    tensors = {}
+    for name, tensor in packed.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is no tensor, and a file of tensors cannot hold it: leave it out of the model's state_dict")
+        chain, _, part = name.rpartition(".") if name.rpartition(".")[0] in chains else name.rpartition(".0.")
+        if chain not in chains:
+            if planned := [p for p in plan if name.startswith(f"{p}/")]:
+                raise ValueError(f"{name} has the name of a part of {planned[0]}: rename it, or leave {planned[0]} out of the plan")
+            tensors[name] = tensor
+        elif name != f"{chain}.original":  # that is the empty stand-in
+            tensors[f"{chains[chain]}/{part}"] = tensor
+    shared = tied(tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in shared}
     about = {"format_version": FORMAT_VERSION, "width": getattr(packed, "width", None), "source": weights_sha256(source)}
-    save_tensors(path, tensors, sealed=True, **about, plan=plan)
+    save_tensors(path, tensors, sealed=True, **about, plan=plan, **({"tied": shared} if shared else {}))
 
 
-def load_quantized(path: Path, model: nn.Module, source: str | None = None) -> nn.Module:
+def load_quantized(path: Path | str, model: nn.Module, source: str | None = None) -> nn.Module:
     """The quantized copy that `save_quantized` wrote; `model` gives the architecture (its weights are not used, "meta" will do).
 
     source: the fingerprint of the weights it must have been made of; None takes any.
     Raises FileNotFoundError when there is no file, ValueError when it is damaged in any place, of a newer version, of
     another model, or of other source weights.
     """
+    path = Path(path)
     tensors, about = load_tensors(path, "`save_quantized`", sealed=True)
     if (version := about.get("format_version", 0)) > FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}, this lafq reads up to {FORMAT_VERSION}: update lafq")
@@ -56,7 +66,8 @@ def load_quantized(path: Path, model: nn.Module, source: str | None = None) -> n
         raise ValueError(f"{path} is of width {about['width']}, the model of {getattr(model, 'width', None)}: build the model anew")
     if source not in (None, about["source"]):
         raise ValueError(f"{path} was made of weights {about['source'][:12]}, not of {source[:12]}: pack these and save again")
-    rest = {n: t for n, t in tensors.items() if "/" not in n}
+    rest = {n: t for n, t in tensors.items() if not any(n.startswith(f"{planned}/") for planned in about["plan"])}
+    rest |= {name: rest[first] for name, first in about.get("tied", {}).items()}
     packed = {}
     for name, words in about["plan"].items():
         parts = {n.removeprefix(f"{name}/"): t for n, t in tensors.items() if n.startswith(f"{name}/")}
@@ -72,4 +83,7 @@ def load_quantized(path: Path, model: nn.Module, source: str | None = None) -> n
         )
     loaded = with_quantized(model, packed)
     loaded.load_state_dict(rest, strict=False, assign=True)
+    for name, first in about.get("tied", {}).items():
+        (owner, _, own), (other, _, its) = name.rpartition("."), first.rpartition(".")
+        setattr(loaded.get_submodule(owner), own, getattr(loaded.get_submodule(other), its))
     return loaded

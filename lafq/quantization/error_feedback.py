@@ -1,4 +1,4 @@
-"""Rounding with error feedback: what rounding one weight does to the output, the weights after it make good.
+"""Round weights in order; later weights compensate for earlier errors.
 
 To second order an error dw of an output channel's weights does the damage c/2 * dw^T H dw, c its mean Fisher value and H the
 channels' common curvature (`monte_carlo.estimate_sensitivity`). By its diagonal alone every weight goes to its nearest code. With
@@ -25,7 +25,7 @@ class Factor(NamedTuple):
 
 
 def factor(curvature: Tensor) -> Factor:
-    """The factor of H (C, C), damped; weights of large H_kk come first, while many are left to make their errors good.
+    """The factor of H (C, C), damped; weights of large H_kk come first, while many are left to compensate for their errors.
 
     With P the reversal of the order and P H P = L L^T, the columns of P L P over its diagonal are U.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Format(NamedTuple):
-    """A number format: bits a weight and, of an integer, the largest code."""
+    """A number format: bits per weight and, of an integer, the largest code."""
 
     name: str
     bits: int
@@ -42,6 +42,11 @@ def get_format(name: str) -> Format:
     return FORMATS[name]
 
 
+def smallest(f: Format) -> float:
+    """The least size that the largest weight of a tensor may have: below it, FP16 numbers or scales err by 3 % and more."""
+    return 0.0 if f.bits == 32 else max(1, f.qmax) * 2**-20
+
+
 def absmax_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) -> Tensor:
     """FP16 scales (R,) that give the largest |w| of each row the largest code; 1 for a row of zeros."""
     return _usable(rows.abs().amax(1) / qmax)
@@ -61,7 +66,9 @@ def weighted_mse_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) ->
 
 
 def unshrunk_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) -> Tensor:
-    """FP16 scales (R,) that hardly shrink a row: from `weighted_mse_scale`, twice to sum(F * w * (s * q - w)) = 0 for its codes q.
+    """FP16 scales (R,) without least-squares shrinkage.
+
+    `weighted_mse_scale`, moved twice to sum(F * w * (s * q - w)) = 0 for its codes q.
 
     The scale of least error shrinks the row, since its error is orthogonal to q and not to w: as a whole and so coherently,
     which at 2 and 3 bits changes the output by more than the diagonal of the Fisher information tells.

@@ -11,15 +11,16 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lafq.quantization import formats
+from lafq.quantization.formats import LARGEST, get_format, smallest
 from lafq.quantization.plan import PLAIN, Entries, Recipe
 from lafq.quantization.quantized_weight import QuantizedWeight
-from lafq.quantization.weight_spec import ChannelView, in_fp32, stored_bytes
+from lafq.quantization.weight_spec import ChannelView, in_fp32, stored_bytes, weight_spec
 
 
 def check_plan(model: nn.Module, plan: Entries) -> None:
@@ -35,6 +36,8 @@ def check_plan(model: nn.Module, plan: Entries) -> None:
             raise ValueError(f"{name} is {p.dtype}: plans start from FP32 weights, call model.float() first")
         if not p.numel():
             raise ValueError(f"{name} is empty, of shape {tuple(p.shape)}: leave it out of the plan")
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.RNNBase):
+            raise ValueError(f"{name} is of a recurrent layer, which keeps FP32 copies of its weights: leave it out of the plan")
         channel_view(model, name).check(name, entry)
 
 
@@ -51,7 +54,7 @@ def check_curvature(model: nn.Module, curvature: dict[str, Tensor]) -> None:
 def nbytes(model: nn.Module, plan: Entries) -> int:
     """Bytes that must be stored for the model under the plan: all parameters and persistent buffers, scales and masks."""
     check_plan(model, plan)
-    rest = sum(t.nbytes for n, t in model.state_dict().items() if n not in plan)
+    rest = _nbytes(t for n, t in _tensors(model).items() if n not in plan)
     return rest + sum(stored_bytes(channel_view(model, n), entry) for n, entry in plan.items())
 
 
@@ -65,7 +68,7 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
         recipe: how to round; None: as the plan says (`Plan.recipe`), or to the nearest code with `formats.absmax_scale`.
 
     Raises ValueError as `check_plan`; for a plan that was made for other weights; for Fisher values of another shape or below 0,
-    a curvature of another shape, and weights that are NaN, infinite or beyond FP16's range.
+    a curvature of another shape, and weights that are NaN, infinite, or too large or too small for FP16.
 
     >>> from torch import nn
     >>> layer = nn.Linear(4, 2)
@@ -85,8 +88,14 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
             raise ValueError(f"{name} holds NaN or infinite weights: it cannot be quantized")
         if name not in plan:
             continue
-        if p.abs().max() > formats.LARGEST:
-            raise ValueError(f"{name} holds weights beyond +-{formats.LARGEST:.0f}, FP16's range: leave it out of the plan")
+        largest = p.abs().max().item()
+        used = weight_spec(plan[name]).format
+        if 0 < largest < max(smallest(get_format(f)) for f in ([used] if isinstance(used, str) else used)):
+            raise ValueError(
+                f"{name} holds weights of {largest:.1g} at most, too small for FP16 numbers and scales: leave it out of the plan"
+            )
+        if largest > LARGEST:
+            raise ValueError(f"{name} holds weights beyond +-{LARGEST:.0f}, FP16's range: leave it out of the plan")
         of_weight = fisher.get(name)
         if of_weight is not None and (of_weight.shape != p.shape or not (of_weight >= 0).all()):
             raise ValueError(f"the Fisher values of {name} must have the shape {tuple(p.shape)} and none below 0 or NaN")
@@ -105,25 +114,61 @@ def dequantize(packed: nn.Module) -> nn.Module:
     >>> (fast.weight - layer.weight).abs().max() < 1e-3
     tensor(True)
     """
+    vars(packed).pop("save_pretrained", None)
     for module in packed.modules():
         for name, chain in list(getattr(module, "parametrizations", {}).items()):
             if isinstance(chain[0], QuantizedWeight):
+                _give_own_class(module)
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return packed
 
 
+def _refuse_save_pretrained(*_: Any, **__: Any) -> None:
+    raise ValueError("save_pretrained would lose the quantized weights: write the model with lafq.save_quantized")
+
+
+def _give_own_class(module: nn.Module) -> None:
+    """A deepcopy shares the class that a parametrization made, and removing the parametrization changes that class."""
+    shared = type(module)
+    content = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, content)
+
+
 def resident_bytes(model: nn.Module) -> int:
     """Bytes that the parameters and persistent buffers of a model, packed or not, hold in memory."""
-    return sum(t.nbytes for t in model.state_dict().values())
+    return _nbytes(_tensors(model).values())
 
 
 def weights_sha256(model: nn.Module) -> str:
     """Hexadecimal sha256 of a model's parameters and persistent buffers (names and values)."""
     content = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(_tensors(model).items()):
         content.update(f"{name} {tuple(tensor.shape)} ".encode())
         content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()
+
+
+def tied(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that share their memory with an earlier one, and that one's name."""
+    first: dict[tuple, str] = {}
+    found = {
+        n: first.setdefault((t.data_ptr(), t.shape, t.stride(), t.dtype), n)
+        for n, t in tensors.items()
+        if t.numel() and not t.is_meta
+    }
+    return {n: other for n, other in found.items() if other != n}
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, those that share their memory once."""
+    named = {str(i): t for i, t in enumerate(tensors)}
+    shared = tied(named)
+    return sum(t.nbytes for i, t in named.items() if i not in shared)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers; a model's extra state need not be a tensor, and has no bytes here."""
+    return {name: state for name, state in model.state_dict().items() if isinstance(state, Tensor)}
 
 
 def bits_per_weight(model: nn.Module, plan: Entries, names: Iterable[str]) -> float:
@@ -143,10 +188,12 @@ def with_quantized(model: nn.Module, packed: dict[str, QuantizedWeight]) -> nn.M
     parameters = dict(model.named_parameters())
     # The copy takes an empty stand-in for each planned weight, so that the FP32 weights are never copied.
     stand_ins = {
-        id(parameters[n]): nn.Parameter(torch.empty(0, device=next(p.buffers()).device), requires_grad=False)
+        id(parameters[n]): nn.Parameter(torch.empty(0, device=next(p.buffers()).device), parameters[n].requires_grad)
         for n, p in packed.items()
     }
     result = copy.deepcopy(model, stand_ins).eval()
+    if packed and hasattr(result, "save_pretrained"):
+        result.save_pretrained = _refuse_save_pretrained
     for name, p in packed.items():
         owner, _, parameter = name.rpartition(".")
         parametrize.register_parametrization(result.get_submodule(owner), parameter, p, unsafe=True)

@@ -1,5 +1,6 @@
 """One parameter in its stored form: codes, scales, masks; calling it gives the weight back in FP32."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,9 +72,18 @@ class QuantizedWeight(nn.Module):
             parts["formats"] = pack_bits(codes, CHANNEL_CODE.bits)
         return cls(parts, rows)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
+        """Moves follow, casts do not: what is stored keeps its dtype, as its bits mean something else in another."""
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = buffer.to(fn(buffer).device)
+        return self
+
     @torch.no_grad()
-    def forward(self, _: Tensor) -> Tensor:
-        """The FP32 weight, of the parameter's shape; the argument (the parametrization's empty original) is not used."""
+    def forward(self, original: Tensor) -> Tensor:
+        """The weight, of the parameter's shape, in FP32 or in the dtype that the model has been cast to.
+
+        original: the parametrization's empty original, of which only the dtype counts.
+        """
         channels, length = self.rows.size
         parts = dict(self.named_buffers())
         mask = unpack_bits(parts["mask"], 1, channels * length).bool().view(channels, length) if "mask" in parts else None
@@ -90,7 +100,7 @@ class QuantizedWeight(nn.Module):
         elif "columns" in parts:
             row = torch.arange(channels, device=weight.device).repeat_interleave(parts["counts"])
             weight[row, parts["columns"].long()] = parts["kept"].float()
-        return self.rows.back(weight)
+        return self.rows.back(weight).to(original.dtype)
 
     def describe(self) -> dict[str, Any]:
         """The entry of the plan in words, for the metadata of a file."""

@@ -25,7 +25,7 @@ class WeightSpec(NamedTuple):
 
 
 class ChannelView(NamedTuple):
-    """A parameter seen as rows, one an output channel, the weights of a row in channels-last order.
+    """A parameter seen as rows, one per output channel, the weights of a row in channels-last order.
 
     shape: the parameter's; groups: of a transposed convolution, whose output channels lie in axis 1; else 0.
     A vector (bias, norm) is a column.

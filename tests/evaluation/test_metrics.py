@@ -149,7 +149,7 @@ def test_a_source_that_breaks_in_any_way_gives_way_to_the_next(monkeypatch, tmp_
     monkeypatch.setattr(inception, "_wheel_member", lambda path: b"")
     monkeypatch.setattr(inception, "_from_torchscript", lambda content: whole.state_dict())
     extractor, line = inception.load(cache=tmp_path)
-    assert "download not to be had (KeyError)" in line
+    assert "download failed (KeyError)" in line
     assert weights_sha256(extractor) == weights_sha256(whole)
 
 
@@ -179,3 +179,13 @@ def test_inception_tells_digits_from_noise():
     noise = torch.randint(256, (16, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     first, second, other = (metrics.inception_features(extractor, x).mean(0) for x in (images[:16], images[16:32], noise))
     assert (first - other).norm() > 3 * (first - second).norm()
+
+
+@pytest.mark.parametrize(
+    "images",
+    [torch.rand(4, 1, 32, 32), torch.zeros(4, 32, 32, dtype=torch.uint8), torch.zeros(4, 1, 28, 28, dtype=torch.uint8)],
+    ids=["float", "no channel", "28x28"],
+)
+def test_images_of_another_kind_are_refused(images):
+    with pytest.raises(ValueError, match=r"images must be uint8 \(N, 1, 32, 32\), these are"):
+        metrics.mnist_features(classifier.load(), images)

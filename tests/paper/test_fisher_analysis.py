@@ -1,11 +1,13 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from lafq.diffusion import ddpm
 from lafq.diffusion.noising import add_noise, unit_interval
 from lafq.diffusion.unet import quantizable
 from lafq.fisher.empirical import samples_at_once
-from lafq.paper.fisher_analysis import fisher_by_timestep
+from lafq.paper.fisher_analysis import fisher_by_timestep, fisher_kinds
 from lafq.rng import generator
 
 
@@ -102,3 +104,22 @@ def test_blocks_average_to_the_bins(tiny, digits):
     total = found.blocks.assign(sum=found.blocks["fisher"] * found.blocks["samples"]).groupby(["parameter", "t_low"])["sum"].sum()
     expected = found.timesteps.set_index(["parameter", "t_low"])["fisher"]
     assert np.allclose(total / 25, expected.loc[total.index], rtol=1e-5)
+
+
+def test_kinds_of_fisher_information(tiny, digits):
+    names = list(quantizable(tiny))
+    found = fisher_kinds(tiny, names, digits, samples=20, bins=4, seed=0, steps=8)
+    assert found.groupby("kind", sort=False).size().to_dict() == {
+        "Monte Carlo, noised digits": 4 * 5 * len(names),
+        "Monte Carlo, states of the reverse process": 4 * 5 * len(names),
+    }
+    assert (found["fisher"] > 0).all()
+    assert sorted(found["t_low"].unique()) == [0, 250, 500, 750]
+    pd.testing.assert_frame_equal(found, fisher_kinds(tiny, names, digits, samples=20, bins=4, seed=0, steps=8))
+
+
+def test_the_last_state_of_the_reverse_process_is_the_image(tiny):
+    states = dict(ddpm.reverse_process(tiny, [generator(0, i) for i in range(3)], 4))
+    assert list(states) == [999, 749, 499, 249, -1]
+    images = (states[-1].clamp(0, 1) * 255).round().to(torch.uint8)
+    assert torch.equal(images, ddpm.sample(tiny, 3, 4, seed=0))

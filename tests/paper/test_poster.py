@@ -1,7 +1,8 @@
 import pandas as pd
 import pytest
 
-from lafq.paper import poster, sentences
+from lafq.paper import poster
+from lafq.presentation import sentences
 
 PUBLISHED = {
     ("baseline", "none"): (59.3030, 1.7225, 134.20),
@@ -63,4 +64,4 @@ def test_published_ratio_sizes():
 def test_against_baseline_and_nearest_size():
     table = pd.concat([ours("baseline", "none", "fp32"), ours("global", "tau=1").assign(fid_mnist=9.5)])
     assert "fp16 by +0.500 to +0.500" in sentences.against_baseline(table)
-    assert "fp16, granularity tensor: 50.0% (10.0% of the weights kept)" in sentences.nearest_size(table, "global", 0.533)
+    assert "fp16 by tensor: 50.0% (10.0% of the weights kept)" in sentences.nearest_size(table, "global", 0.533)

@@ -25,12 +25,12 @@ def claims(name, values):
 @pytest.mark.parametrize(
     ("name", "values", "expected"),
     [
-        ("C1", (90, 100, 110), "holds"),
-        ("C2", (0.4, 0.5, 0.6), "does not hold"),
-        ("C1", (0.2, 1, 5), "cannot be told"),
-        ("C3", (-1.1, -1, -0.9), "holds"),
-        ("C3", (0.9, 1, 1.1), "does not hold"),
-        ("C4 images", (-1, 0.1, 1), "cannot be told"),
+        ("C1", (90, 100, 110), "supported"),
+        ("C2", (0.4, 0.5, 0.6), "contradicted"),
+        ("C1", (0.2, 1, 5), "inconclusive"),
+        ("C3", (-1.1, -1, -0.9), "supported"),
+        ("C3", (0.9, 1, 1.1), "contradicted"),
+        ("C4 images", (-1, 0.1, 1), "inconclusive"),
     ],
 )
 def test_verdict_over_training_runs(name, values, expected):
@@ -82,8 +82,8 @@ def test_training_runs_differ_and_are_not_done_twice(sandbox, monkeypatch):
     rows = once["runs"]
     assert rows.groupby("seed").size().to_dict() == {1: 5, 2: 5}
     assert not set(rows[rows["seed"] == 1]["sample"]) & set(rows[rows["seed"] == 2]["sample"])
-    assert once["runs_claims"]["claim"].tolist() == ["C1", "C2", "C3", "C4 images"] * 2
-    assert len(once["runs_over"]) == 4
+    assert once["runs_claims"]["claim"].tolist() == ["C1", "C2", "C2 share", "C3", "C4 images"] * 2
+    assert len(once["runs_over"]) == 5
     monkeypatch.setattr(samples, "sample", None)
     again = evidence.runs("smoke", seeds=(1, 2), steps=6, decay=2)
     for name, table in once.items():

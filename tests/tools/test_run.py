@@ -36,6 +36,12 @@ def lafq_run(*arguments):
         (["reproduce", "--profile", "smoke", "--set", "IMAGE=3"], "unknown parameter IMAGE: the notebooks declare"),
         (["reproduce", "--profile", "smoke", "--set", "IMAGES=0"], "IMAGES is 0: at least 2 is needed"),
         (["reproduce", "--profile", "smoke", "--set", "RATIOS=[0.3, 1.2]"], "ratio 1.2 is outside [0, 1]"),
+        (["reproduce", "--profile", "smoke", "--set", "IMAGES=abc"], "IMAGES is 'abc': give a value like 4"),
+        (["reproduce", "--profile", "smoke", "--set", "IMAGES=2.5"], "IMAGES is 2.5: give a value like 4"),
+        (["reproduce", "--profile", "smoke", "--set", "TRAINING=3"], "TRAINING is 3: give a value like {'steps': 12"),
+        (["reproduce", "--profile", "smoke", "--set", "IMAGES"], "--set 'IMAGES' is not NAME=VALUE"),
+        (["reproduce", "--profile", "smoke", "--set", "RATIOS=["], "--set 'RATIOS=[' is not NAME=VALUE"),
+        (["reproduce", "--profile", "../profiles/smoke"], "unknown profile '../profiles/smoke': choose one of mini, paper, smoke"),
         (["resume", "--profile", "smoke", "--only", "09"], "no notebook's name begins with '09'"),
     ],
 )
@@ -45,6 +51,14 @@ def test_bad_input_stops_before_anything_is_touched(arguments, message, monkeypa
     said = capsys.readouterr().err
     assert message in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_a_damaged_record_of_the_last_run(sandbox, monkeypatch, capsys):
+    (paths.BUILD / run.LAST).parent.mkdir(parents=True)
+    (paths.BUILD / run.LAST).write_text("{")
+    monkeypatch.setattr(sys, "argv", ["tools.run", "resume"])
+    assert run.main() == 1
+    assert "last_run.json is damaged: delete it" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -216,6 +230,8 @@ def test_fisher_of_other_weights_is_refused(sandbox):
 def test_set_up_refuses():
     with pytest.raises(ValueError, match="unknown profile 'tiny'"):
         Workspace.open("tiny", 2)
+    with pytest.raises(ValueError, match="DEVICE is 'gpu': choose one of auto, cpu, cuda"):
+        Workspace.open("smoke", 2, "gpu")
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="no CUDA GPU is visible"):
             Workspace.open("smoke", 2, "cuda")

@@ -1,6 +1,6 @@
 """06_budget: every method at every budget, the damage that was predicted and the damage that was measured.
 
-The unit of all damages here is the mean squared change of the output a pixel; half the squared error summed over the 1,024
+The unit of all damages here is the mean squared change of the output per pixel; half the squared error summed over the 1,024
 pixels, which the Fisher information is of, is 512 times that.
 """
 
