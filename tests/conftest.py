@@ -6,7 +6,7 @@ from lafq.diffusion.mnist import mnist
 from lafq.diffusion.unet import UNet
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread():
     """The models are tiny, and `make test` runs as many processes as there are cores."""
     torch.set_num_threads(1)

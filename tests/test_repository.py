@@ -85,15 +85,23 @@ def test_marks_that_make_no_block(text, known_blocks):
 TEXTS = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "results/README.md", "data/README.md"))]
 
 
+def headings(path):
+    """The anchors of a page's headings, as GitHub names them."""
+    found = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in found}
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_headings_that_a_page_names_are_there(path):
     text = path.read_text()
-    anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)}
+    anchors = headings(path)
     for link in re.findall(r"\]\(([^)]+)\)", text):
         if link.startswith("#"):
             assert link[1:] in anchors, link
         elif "://" not in link:
-            assert (path.parent / link).exists(), link
+            page, _, heading = link.partition("#")
+            assert (path.parent / page).exists(), link
+            assert not heading or heading in headings(path.parent / page), link
     committed = r"`((?:lafq|tests|notebooks|benchmarks|figures/mini|results/mini)/[\w./-]+)`"
     for name in re.findall(committed, text):
         assert (ROOT / name).exists(), name

@@ -37,9 +37,9 @@ def test_which_published_differences_lie_inside(low, high, said):
 
 
 def test_findings_follow_from_the_tables():
-    found = sentences.findings(published(0.05, -0.1, 0.2), budget(), None)
+    found = sentences.findings(published(0.05, -0.1, 0.2), budget())
     assert len(found) == 4
-    assert "in INT8 by +0.05 [-0.10, +0.20]" in found[0]
+    assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps" in found[0]
     assert "largest gain is 3.09" in found[0]
     assert f"{2**0.5 * poster.FID_NOISE:.1f} (1 sd)" in found[1]

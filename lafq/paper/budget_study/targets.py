@@ -24,20 +24,21 @@ def smallest_with_fid(table: pd.DataFrame, baseline_fid: float) -> pd.Series | N
     return rows.loc[rows["mem_mib"].idxmin()] if len(rows) else None
 
 
-def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
-    """The allocator at 4 bits per weight against uniform INT8, from where on it halves the damage, and how small FID lets it be."""
-    mixed = table[(table["method"] == "allocator") & (table["granularity"] == "mixed")].sort_values("budget_bits")
-    ours = mixed[np.isclose(mixed["budget_bits"], RATE)].iloc[0]
-    uniform = table[(table["method"] == "uniform") & (table["budget_bits"] < 10)]
-    int8 = uniform.loc[uniform["budget_bits"].idxmax()]
+def against_int8(table: pd.DataFrame) -> str:
+    """The allocator at 4 bits per weight against uniform INT8."""
+    ours, int8 = _mixed(table).loc[RATE], _int8(table)
     ratio, low, high = (ours[c] / int8["damage"] for c in ("damage", "damage_low", "damage_high"))
-    half = mixed[mixed["damage"] <= 0.5 * int8["damage"]]
-    from_there = f"from {half['budget_bits'].iloc[0]:g} bits per weight on" if len(half) else "nowhere"
-    said = (
+    return (
         f"At {ours['mem_mib']:.2f} MiB ({ours['mem_share']:.1%} of FP32, 4 bits per weight) the allocator does {ratio:.2f} "
-        f"[{low:.2f}, {high:.2f}] times the damage to the model's output that uniform INT8 does at {int8['mem_mib']:.2f} MiB. "
-        f"It does half of that damage or less {from_there}."
+        f"[{low:.2f}, {high:.2f}] times the damage to the model's output that uniform INT8 does at {int8['mem_mib']:.2f} MiB."
     )
+
+
+def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
+    """`against_int8`, from where on the allocator does half of INT8's damage, and how small FID lets it be."""
+    half = _mixed(table)["damage"] <= 0.5 * _int8(table)["damage"]
+    from_there = f"from {half.index[half][0]:g} bits per weight on" if half.any() else "nowhere"
+    said = f"{against_int8(table)} It does half of that damage or less {from_there}."
     baseline = None if evidence is None else evidence[evidence["method"] == "baseline"]["fid_mnist"].item()
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:
@@ -46,3 +47,15 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
             f"at {found['mem_share']:.1%} of FP32's bytes ({found['mem_mib']:.2f} MiB, {found['method']})."
         )
     return said
+
+
+def _mixed(table: pd.DataFrame) -> pd.DataFrame:
+    """The allocator's rows of granularity "mixed", by budget."""
+    rows = table[(table["method"] == "allocator") & (table["granularity"] == "mixed")]
+    return rows.sort_values("budget_bits").set_index("budget_bits")
+
+
+def _int8(table: pd.DataFrame) -> pd.Series:
+    """The largest uniform integer row."""
+    uniform = table[(table["method"] == "uniform") & (table["budget_bits"] < 10)]
+    return uniform.loc[uniform["budget_bits"].idxmax()]
