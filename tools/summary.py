@@ -13,7 +13,7 @@ from lafq.paper.budget_study import targets
 from lafq.presentation import sentences, tables
 from lafq.workspace import Workspace
 from tools import cost
-from tools.notebooks import EXPLORER, notebooks, profile_parameters
+from tools.notebooks import notebooks, profile_parameters
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -35,7 +35,8 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     budget, evidence_budget = results.load_table(work, "budget"), results.load_optional(work, "evidence_budget")
     published = poster.compare(results.load_table(paper, "08_published"), "paper")
     found = sentences.findings(published, budget)
-    said = [sentences.published_ratio_sizes(), sentences.against_baseline(rows), sentences.layerwise_size()]
+    drivers = {w.profile: sentences.drivers_of_fisher(results.load_table(w, "02_fisher")) for w in (work, paper)}
+    said = [drivers[profile], sentences.published_ratio_sizes(), sentences.against_baseline(rows), sentences.layerwise_size()]
     benchmarks = {name: pd.read_csv(paths.RESULTS / "benchmarks" / f"{name}.csv") for name in ("fisher", "quantizers", "binder")}
     return {
         "findings": "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(found, start=1)),
@@ -43,13 +44,13 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "verdicts": verdicts(paper, work),
         "comparison": f"{markdown(tables.comparison(work))}\n\n{tables.note(rows)}",
         "claims": markdown(tables.claims_shown(work)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
-        "claims_paper": markdown(tables.claims_shown(paper)),
+        "claims_paper": f"{markdown(tables.claims_shown(paper))}\n\n{drivers['paper']}",
         "evidence": evidence(work),
         "budget": targets.summary_sentences(budget, evidence_budget),
         "fisher": markdown(fisher_cost(benchmarks["fisher"])),
         "cost": (
             f"`make reproduce` took {minutes:.0f} minutes on two cores and {peak:.1f} GiB of memory; setting up `.venv` "
-            f"comes on top, once.{untimed(timed)}"
+            f"comes on top, once."
         ),
         "model": f"{trained['steps']:,} training steps of batch {trained['batch_size']}. {sentences.training_quality(quality)}",
         "classifier": (
@@ -63,12 +64,6 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "card": card(work),
         "binder": markdown(benchmarks["binder"]),
     }
-
-
-def untimed(timed: dict) -> str:
-    """A sentence on the notebooks that the timed run had not yet, "" where it had all."""
-    missing = [path.stem for path in notebooks(profile="mini") if path.stem not in timed and path.stem != EXPLORER]
-    return f" That run was before {' and '.join(missing)}, which take some minutes each." if missing else ""
 
 
 def headline(table: pd.DataFrame) -> str:
@@ -110,7 +105,7 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
             row.append((known[0] if known else "not tested yet") + "".join(f"; true Fisher: {v:.3g}" for v in true))
         cells.append(row)
     quantities = (
-        "C1: mean empirical Fisher information at t < 500 over t >= 500; C2: per weight, Layers 1-2 over Layers 3-6. "
+        "C1: ratio of mean Fisher information, t < 500 to t >= 500; C2: ratio per weight, Layers 1-2 to Layers 3-6. "
         "C3, C4: FID differences (negative: better), INT8."
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "at the poster's size", "at a quarter of its width"])
@@ -129,7 +124,7 @@ def evidence(work: Workspace) -> str:
         lines.append(
             f"The {len(fids)} training runs took {runs['steps'].iloc[0]:,} steps each. FID of their unquantized models (MNIST "
             f"features, N = {runs['n_images'].iloc[0]}) is {fids.min():,.0f} to {fids.max():,.0f}, here {shipped:.0f}: "
-            "on C3 and C4 they speak of far worse images."
+            "their images are far worse, so they say little about C3 and C4."
         )
     return "\n".join(([markdown(table), ""] if table is not None else []) + lines)
 

@@ -123,14 +123,14 @@ def best_ratio(table: pd.DataFrame, by: Judge, formats: Sequence[str] = ("fp16",
     for low in formats:
         rows = table[(table["method"] == "ratio") & (table["format"] == low) & (table["granularity"] == "weight")]
         rows = rows[rows["threshold"].isin([f"{r:.2f}" for r in poster.RATIOS])].drop_duplicates("threshold")
-        inside = rows["threshold"].astype(float).between(*poster.BEST_RATIOS).to_numpy()
+        inside = rows["threshold"].astype(float).between(*poster.BEST_RATIOS).to_numpy(copy=True)
         if inside.all() or not inside.any():
             continue
         scored = [by.scored(sample) for sample in rows["sample"]]
         values = torch.tensor([s.values[by.metric] for s in scored])
         draws = torch.stack([s.draws[by.metric] for s in scored], 1)
         best = inside[draws.argmin(1).numpy()].mean()
-        note = f"the best ratio lies there in {best:.0%} of resamples, by chance {inside.mean():.0%}"
+        note = f"in {best:.0%} of resamples the best ratio is one of these; a random pick would be in {inside.mean():.0%}"
         contrasts = [v[..., inside].mean(-1) - v[..., ~inside].mean(-1) for v in (values, draws)]
         quantity = f"mean FID of the ratios in 0.35-0.40 minus that of the others ({low.upper()} by weight; {by.features})"
         found.append((_contrast("C3", quantity, contrasts[0].item(), contrasts[1], by.margin)._replace(note=note), contrasts[1]))

@@ -5,10 +5,12 @@ Colours are seaborn's colour-blind palette, or viridis where they stand for a ti
 
 from collections.abc import Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lafq.paper.poster import BEST_RATIOS, Published
 
@@ -135,13 +137,15 @@ def ratio_figure(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[
     ratio_sweep(axes[2], table, "mem_mib", "stored MiB", "Values, scales and masks")
 
 
-def evidence_figure(axes: Sequence[Axes], many: pd.DataFrame, runs: pd.DataFrame) -> None:
+def evidence_figure(many: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """The ratio sweep with many images per row and in blocks of the poster's size (left), and over training runs (right)."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.8))
     label = "FID difference from FP32 (MNIST features, N = {})".format
     ratio_sweep(axes[0], many, "delta_fid_mnist", label(many["n_images"][0]), "int8, single weights kept", KIND)
     block_statistics(axes[0], many)
     title = f"other training runs, {runs['steps'][0]:,} steps each"
     ratio_sweep(axes[1], runs, "delta_fid_mnist", label(runs["n_images"][0]), title, RUN)
+    return figure
 
 
 def published_sweep(ax: Axes, rows: Sequence[Published]) -> None:
@@ -152,7 +156,7 @@ def published_sweep(ax: Axes, rows: Sequence[Published]) -> None:
         points = [(float(row.threshold), row.fid) for row in ratio if row.source == source]
         label = source if source == "poster" else "read off the poster's plot"
         ax.plot(*zip(*points, strict=True), "o", ms=5, color="C0", mfc=face, label=label)
-    ax.plot([float(row.threshold) for row in ratio], [row.fid for row in ratio], color="C0", lw=1, zorder=0)
+    ax.plot([float(row.threshold) for row in ratio], [row.fid for row in ratio], color="C0", lw=1, zorder=2)
     ax.axhline(rows[0].fid, color="black", ls="--", lw=1, label="FP32 baseline (poster)")
     ax.set(xlabel="ratio r", ylabel="FID (Inception, N = 100, 1,000 steps)", title="Published", xlim=SWEPT)
     ax.legend(fontsize=9)

@@ -102,7 +102,7 @@ def claims_text(table: pd.DataFrame) -> pd.DataFrame:
     table = table.assign(measured=[f"{v:.4g} [{low:.4g}, {high:.4g}]" for v, low, high in ends])
     if "p" in table:
         table["p"] = [f"{p:.2g}" if pd.notna(p) else "" for p in table["p"]]
-        table["note"] = table["note"].fillna("")
+        table["note"] = ["" if pd.isna(note) else note for note in table["note"]]
     return table.drop(columns=["low", "high"])
 
 

@@ -38,13 +38,13 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
     """`against_int8`, from where on the allocator does half of INT8's damage, and how small FID lets it be."""
     half = _mixed(table)["damage"] <= 0.5 * _int8(table)["damage"]
     from_there = f"from {half.index[half][0]:g} bits per weight on" if half.any() else "nowhere"
-    said = f"{against_int8(table)} It does half of that damage or less {from_there}."
+    said = f"{against_int8(table)} It does at most half of that damage {from_there}."
     baseline = None if evidence is None else evidence[evidence["method"] == "baseline"]["fid_mnist"].item()
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:
         said += (
-            f" With N = {found['n_images']:,.0f} images, the upper end of the interval of its FID rise stays under 3 % of FP32's "
-            f"at {found['mem_share']:.1%} of FP32's bytes ({found['mem_mib']:.2f} MiB, {found['method']})."
+            f" With N = {found['n_images']:,.0f} images, FID rises by less than 3 % of FP32's (upper end of the 95 % interval) at "
+            f"{found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; {found['method']})."
         )
     return said
 
