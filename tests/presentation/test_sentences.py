@@ -43,7 +43,7 @@ def test_findings_follow_from_the_tables():
     assert "N = 100, 1,000 sampling steps" in found[0]
     assert "largest gain is 3.09" in found[0]
     assert f"{2**0.5 * poster.FID_NOISE:.1f} (1 sd)" in found[1]
-    assert "per group 5 times as much, per layer (ratio) 15 times" in found[2]
+    assert "A threshold per group changes it 5 times as much, one per layer (ratio) 15 times" in found[2]
     assert "0.20 [0.10, 0.30] times the damage" in found[3]
 
 
