@@ -180,7 +180,7 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     ax.set_yticks(at, [f"{r.method} {r.threshold}, {r.format.upper()}, {r.mem_share:.0%} of FP32" for r in rows.itertuples()])
     features = {"fid_inception": "Inception", "fid_mnist": "MNIST"}[metric]
     at_n = f"N = {rows['n_images'].iloc[0]}, {rows['steps'].iloc[0]:,} sampling steps"
-    ax.set(xlabel=f"FID difference from FP32 (positive: worse), {features} features; ours: {at_n}")
+    ax.set(xlabel=f"FID difference from FP32 (positive: worse)\n{features} features; ours: {at_n}")
     ours, theirs = (values.abs().max() for values in (rows[f"delta_{metric}"], published))
     ax.set_title(f"From the same noise, FID changes by {ours:.2f} at most; the poster's by {theirs:.2f}")
     ax.legend(fontsize=9)

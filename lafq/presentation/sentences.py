@@ -66,7 +66,7 @@ def findings(published: pd.DataFrame, budget: pd.DataFrame) -> list[str]:
     return [
         f"FP16 weights change FID by {said['fp16']}, INT8 weights by {said['int8']} (N = {n}, {steps:,} sampling steps). "
         f"The poster's largest gain is {-theirs.min():.2f}.",
-        f"{published_inside(published)} They are {'smaller' if theirs.abs().max() < noise else 'not all smaller'} than what other "
+        f"{published_inside(published)} {'All' if theirs.abs().max() < noise else 'Not all'} are smaller than what other "
         f"noise alone does to the FID of {n} images: {noise:.1f} (1 sd).",
         f"Of the threshold rules, at {RATE:g} bits per weight and equal bytes, one threshold for the whole model changes the "
         f"output least. A threshold per group changes it {over['group']:.0f} times as much, one per layer (ratio) "

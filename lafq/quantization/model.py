@@ -114,7 +114,8 @@ def dequantize(packed: nn.Module) -> nn.Module:
     >>> (fast.weight - layer.weight).abs().max() < 1e-3
     tensor(True)
     """
-    vars(packed).pop("save_pretrained", None)
+    if vars(packed).get("save_pretrained") is _refuse_save_pretrained:
+        del packed.save_pretrained
     for module in packed.modules():
         for name, chain in list(getattr(module, "parametrizations", {}).items()):
             if isinstance(chain[0], QuantizedWeight):

@@ -25,7 +25,7 @@ def tune(model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ..
 
     batches: arguments of the model (or its one argument), one batch per step of Adam (Kingma and Ba 2015), whose rate rises over
     the first tenth of the steps and then falls linearly to zero. Both models run in evaluation mode. A vector that the plan
-    stores in FP16 is fitted and stored in FP16 again.
+    stores in one format is fitted and stored in it again; one that it stores in several stays as it is.
     Raises ValueError for no steps, fewer batches than steps, nothing to fit, and a batch whose outputs are not finite; the copy is
     then as it was.
     """
@@ -33,7 +33,7 @@ def tune(model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ..
     with torch.no_grad():
         for name, p in small.named_parameters():
             p.copy_(_stored(packed, name))
-    free = {name: p.requires_grad_(True) for name, p in small.named_parameters() if p.ndim < 2}
+    free = {name: p.requires_grad_(True) for name, p in small.named_parameters() if p.ndim < 2 and _place(packed, name) is not None}
     if steps < 1 or not free:
         raise ValueError("tuning needs one step at least, and a model that has biases or norms")
     optimizer = torch.optim.Adam(free.values(), lr=PEAK)
@@ -56,7 +56,8 @@ def tune(model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ..
         raise ValueError(f"{steps} steps of tuning need as many batches, and there were {done}: give more batches or fewer steps")
     with torch.no_grad():
         for name, value in free.items():
-            _store(packed, name, value)
+            place = _place(packed, name)
+            place.copy_((value.clamp(-LARGEST, LARGEST) if place.dtype == torch.float16 else value).view_as(place))
     return packed
 
 
@@ -65,11 +66,11 @@ def _stored(packed: nn.Module, name: str) -> Tensor:
     return getattr(packed.get_submodule(owner), own)
 
 
-def _store(packed: nn.Module, name: str, value: Tensor) -> None:
-    """Write a vector to where the quantized copy has it, in FP16 where the plan says so."""
+def _place(packed: nn.Module, name: str) -> Tensor | None:
+    """Where a quantized copy has a vector: its parameter, or its one stored part; None where it is stored in several."""
     owner, _, own = name.rpartition(".")
     module = packed.get_submodule(owner)
-    if own in getattr(module, "parametrizations", {}):
-        module.parametrizations[own][0].fp16.copy_(value.clamp(-LARGEST, LARGEST).view_as(module.parametrizations[own][0].fp16))
-    else:
-        getattr(module, own).copy_(value)
+    if own not in getattr(module, "parametrizations", {}):
+        return getattr(module, own)
+    parts = list(module.parametrizations[own][0].buffers())
+    return parts[0] if len(parts) == 1 else None

@@ -10,6 +10,7 @@ from lafq import allocate, dequantize, estimate_sensitivity, load_quantized, qua
 from lafq.fisher.empirical import empirical_fisher
 from lafq.quantization.model import nbytes, resident_bytes, weights_sha256
 from lafq.quantization.tuning import tune
+from lafq.quantization.weight_spec import WeightSpec
 
 
 @pytest.fixture
@@ -143,6 +144,14 @@ def test_an_unused_parameter_has_no_fisher_information_and_can_be_allocated():
     assert sensitivity.fisher["unused.weight"].eq(0).all()
     plan = allocate(model, sensitivity, nbytes(model, dict.fromkeys(sensitivity.fisher, "int8")) / 2**20, progress=False)
     assert quantize(model, plan)(torch.randn(2, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("entry", ["fp32", WeightSpec(("fp16",) * 2 + ("fp32",) * 2)], ids=["fp32", "several formats"])
+def test_a_vector_planned_otherwise_is_no_obstacle_to_tuning(network, inputs, entry):
+    small = quantize(network, {"5.weight": "int2", "5.bias": entry})
+    before = dequantize(copy.deepcopy(small))[5].bias.clone()
+    tune(network, small, inputs.split(8), steps=4)
+    assert torch.equal(dequantize(small)[5].bias, before) == (entry != "fp32")
 
 
 def test_planned_vectors_are_fitted_as_they_are_stored(network, inputs):
