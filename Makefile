@@ -7,6 +7,7 @@ NOTEBOOK ?=
 TRAIN ?= 0
 SCHEDULER ?=
 WEIGHTS ?=
+PUBLISHED ?=
 # Idle worker threads sleep instead of spinning: other work on the same cores costs less then.
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN = $(BIN)/python -m tools.run
@@ -46,8 +47,8 @@ publish: $(READY)  ## refresh notebooks/ from results/, without computing anythi
 classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
 	@$(BIN)/python -m lafq.evaluation.classifier
 
-evidence: $(READY)  ## experiments that take hours: noise floor, 1,000 images per row, other training runs (mini: about two hours)
-	@$(BIN)/python -m tools.evidence $(if $(PROFILE),--profile $(PROFILE))
+evidence: $(READY)  ## experiments that take hours: noise floor, 1,000 images per row, other training runs (about two hours); PUBLISHED=path: the authors' images
+	@$(BIN)/python -m tools.evidence $(if $(PROFILE),--profile $(PROFILE)) $(if $(PUBLISHED),--published $(PUBLISHED))
 
 benchmark: $(READY)  ## the quantizer beside optimum-quanto and torchao, Fisher beside BackPACK, the notebooks in 2 GiB (about 20 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt

@@ -6,9 +6,11 @@ bytes (taken with 64 zeros in the seal's own place), which loading checks before
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 BLANK = "0" * 64
 HEADER_LIMIT = 2**26
+_COUNT = count()
 
 
 def sha256(path: Path) -> str:
@@ -31,7 +34,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Raises OSError with one sentence when the file cannot be written (a full disk, a read-only folder).
     """
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_COUNT)}.part")  # no two writers share it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -42,14 +45,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
             "the files already there are unchanged"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a file system that has become read-only; the error above says so
+            temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], *, sealed: bool = False, **metadata: Any) -> None:
     """Write named tensors and a metadata record (any JSON values) as safetensors, with a seal when asked for."""
     about = {"lafq": json.dumps(metadata)} | ({"seal": BLANK} if sealed else {})
     with atomic_write(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's umask; safetensors writes files that are its owner's alone
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, about)
+        temporary.chmod(mode)
         if sealed:
             digest, place = _seal(temporary)
             with temporary.open("r+b") as file:

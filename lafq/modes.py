@@ -1,24 +1,59 @@
-"""Run a model of the user's without leaving a trace in it."""
+"""Run a model of the user's: its arguments, its output, and no trace left in it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
     """The model in evaluation mode; afterwards each of its modules is in its former mode and each parameter requires what it did.
 
     In evaluation mode batch norm does not change its buffers, and dropout passes everything on.
+    gradients: they can be taken inside, even where the caller has switched them off.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     model.eval()
     try:
-        yield
+        with ExitStack() as stack:
+            if gradients:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.enable_grad())
+            yield
     finally:
         for module, training in modes:
             module.training = training
         for p, required in flags:
             p.requires_grad_(required)
+
+
+def arguments_of(batch: object, device: torch.device) -> list[Any]:
+    """A batch, a tensor or a tuple of the model's arguments, as these arguments, tensors on the device.
+
+    Raises ValueError for anything else, and for a first argument that is no tensor (B, ...).
+    """
+    arguments = (batch,) if isinstance(batch, Tensor) else batch
+    if not isinstance(arguments, tuple | list) or not arguments or not isinstance(arguments[0], Tensor) or not arguments[0].ndim:
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}: give one tensor (B, ...), or a tuple of the model's arguments that begins with "
+            "one; wrap a model that takes anything else in a module that takes these"
+        )
+    # A tensor made in inference mode cannot be part of a backward pass.
+    return [(a.clone() if a.is_inference() else a).to(device) if isinstance(a, Tensor) else a for a in arguments]
+
+
+def checked_output(output: object, samples: int) -> Tensor:
+    """The output of a model for a batch of so many samples; ValueError unless it is one tensor whose first axis is the batch."""
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"the model's output is a {type(output).__name__}: wrap the model in a module whose forward gives one tensor of it"
+        )
+    if output.ndim == 0 or len(output) != samples:
+        raise ValueError(
+            f"the model's output has shape {tuple(output.shape)} for {samples} samples: its first axis must be the batch"
+        )
+    return output

@@ -1,4 +1,5 @@
 import errno
+import os
 
 import pytest
 import torch
@@ -45,3 +46,31 @@ def test_not_our_file(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a.safetensors is damaged or not a lafq file .*: delete it and run 02 again"):
         io.load_tensors(path, "02")
+
+
+def test_two_writers_of_one_path_do_not_meet(tmp_path):
+    path = tmp_path / "a.txt"
+    with io.atomic_write(path) as first, io.atomic_write(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # its writer finished last
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_clean_up_that_fails_does_not_hide_the_error(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(io.Path, "unlink", read_only)
+    with pytest.raises(OSError, match=r"could not write .*No space"), io.atomic_write(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_files_have_the_users_umask(tmp_path):
+    before = os.umask(0o022)
+    try:
+        io.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, sealed=True)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644

@@ -6,6 +6,7 @@ and training that was done before an interruption are kept in build/<profile>.
 
 import argparse
 import sys
+from pathlib import Path
 
 import pandas as pd
 
@@ -14,13 +15,16 @@ from lafq.evaluation.candidates import BASELINE
 from lafq.evaluation.evaluate import evaluate, evaluate_large
 from lafq.evaluation.samples import Sampling
 from lafq.paper import replicates, results
-from lafq.paper.budget_study import methods
-from lafq.paper.noise_floor import noise_floor
+from lafq.paper.audit import published_images
+from lafq.paper.audit.noise_floor import noise_floor
+from lafq.paper.budget_study import budget, methods, rules
 from lafq.workspace import Workspace
 from tools.notebooks import open_workspace, profile_parameters
 
 IMAGES = 1000
-ALLOCATED, RULES = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
+ALLOCATED, RULE_BITS = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
+RULES = ("global", "group", "ratio", "magnitude", "random")
+FRESH = ("allocator", "allocator, tuned", *(f"{rule}, {methods.FEEDBACK}" for rule in ("global", "group", "ratio")))
 # A row of 1,000 images takes minutes: of these methods no other budgets.
 SELECTED = {f"uniform, {methods.FEEDBACK}": (), "allocator, nearest code": (4.0,), "allocator, all weights": (3.5,)}
 
@@ -51,15 +55,31 @@ def budgets(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     allocated = methods.allocated(model, known, list(ALLOCATED), granularities=("mixed",))
     rows = [BASELINE._replace(threshold="32.000", bits=32.0), *methods.uniform(model, known), *allocated]
     rows += methods.tuned(allocated, **p["TUNED"])
-    rows += methods.thresholds(model, known.fisher, list(RULES), p["SEED"])
+    rows += [row for row in methods.thresholds(model, known, list(RULE_BITS), p["SEED"]) if row.method in RULES]
     rows = [row for row in rows if row.bits in SELECTED.get(row.method, (row.bits,))]
     table, _ = evaluate(work, model, rows, Sampling(images, p["SAMPLING_STEPS"], p["SEED"]))
     return {"budget": table.rename(columns={"threshold": "budget_bits"}).drop(columns=["format", "sample"])}
 
 
+def fresh(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
+    """Rows of 06_budget at 4 bits per weight, the allocator and the rules rounded alike, from noise never used before."""
+    p = profile_parameters(profile)
+    work = open_workspace(p)
+    model, seed = load_model(work, p["WIDTH"]), p["SEED"] + budget.FRESH_SEED
+    known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
+    allocated = methods.allocated(model, known, [rules.RATE], granularities=("mixed",))
+    found = [*allocated, *methods.tuned(allocated, [rules.RATE], p["TUNED"]["steps"])]
+    found += methods.thresholds(model, known, [rules.RATE], p["SEED"])
+    chosen = [BASELINE, *(row for row in found if row.method in FRESH)]
+    table, samples = evaluate(work, model, chosen, Sampling(images, p["SAMPLING_STEPS"], seed))
+    claims = rules.image_claims(table[table["method"].str.contains(methods.FEEDBACK)], samples, seed)
+    return {"fresh": table, "fresh_claims": pd.DataFrame(claims)}
+
+
 STEPS = {
     "noise_floor": lambda profile: {"noise_floor": noise_floor(profile_parameters(profile))},
     "evidence_budget": lambda profile: {f"evidence_{name}": table for name, table in budgets(profile).items()},
+    "evidence_fresh": lambda profile: {f"evidence_{name}": table for name, table in fresh(profile).items()},
     "evidence_rows": lambda profile: {f"evidence_{name}": table for name, table in rows(profile).items()},
     "evidence_runs": lambda profile: {f"evidence_{name}": table for name, table in runs(profile).items()},
 }
@@ -70,10 +90,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tools.evidence")
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--anew", action="store_true", help="make every step again")
-    parser.add_argument("--only", default="", choices=["", *STEPS])
+    parser.add_argument("--only", default="", choices=["", "published", *STEPS])
+    parser.add_argument("--published", type=Path, help="the authors' published images: a clone of their repository, or an npz file")
     args = parser.parse_args()
     work = Workspace(args.profile)
     try:
+        if args.published:
+            published_images.measure(args.published, profile_parameters(args.profile)["SEED"])
+        elif args.only in ("", "published"):
+            print("published: the authors' images are not in this repository; PUBLISHED=path scores them (07_audit)")
         for name, make in STEPS.items():
             if args.only not in ("", name):
                 continue

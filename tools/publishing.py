@@ -16,6 +16,8 @@ from nbclient import NotebookClient
 
 from lafq import paths
 from lafq.io import atomic_write
+from lafq.workspace import Workspace
+from tools import openings
 from tools.notebooks import EXPLORER, QUIET_KERNEL, clean, declared, notebooks, profile_parameters
 
 PAPER = "paper"
@@ -42,10 +44,12 @@ def publish(only: str = "") -> None:
             shutil.copy(timing, temporary)
     for path in selected:
         _execute(nbformat.read(path, as_version=4), path)
+        openings.fill(path, Workspace(ast.literal_eval(declared(path)["PROFILE"])))
     for path in selected:
         if path in rendered(PAPER):
             notebook = with_parameters(nbformat.read(path, as_version=4), profile_parameters(PAPER))
             _execute(notebook, paths.NOTEBOOKS / PAPER / path.name)
+            openings.fill(paths.NOTEBOOKS / PAPER / path.name, Workspace(PAPER))
 
 
 def rendered(profile: str) -> list[Path]:

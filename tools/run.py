@@ -20,7 +20,7 @@ from typing import Any
 import papermill
 import torch
 import yaml
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from lafq import paths
@@ -141,6 +141,16 @@ def main() -> int:
             refresh_pages()
         else:
             run(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was finished is kept, and `make resume` goes on from here", file=sys.stderr)
+        return 130
+    except DeadKernelError:
+        print(
+            "stopped: the notebook's process died, most likely for want of memory: free some, or lower SAMPLING_BATCH in "
+            "notebooks/profiles; then `make resume` goes on from here",
+            file=sys.stderr,
+        )
+        return 1
     except (PapermillExecutionError, CellExecutionError) as error:
         print(f"stopped: {error.ename}: {error.evalue}\nmend this, then `make resume` goes on from here", file=sys.stderr)
         return 1

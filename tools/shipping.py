@@ -56,7 +56,7 @@ def ship(
     table, _ = evaluate(work, model, rows, sampling, inception_reference)
     seed = sampling.seed + OTHER_NOISE
     outputs = scoring.held_out_outputs(model, seed)
-    damage = [scoring.output_mse(m, outputs, seed) for m in (model, dequantize(small))]
+    damage = [scoring.output_mse(*scoring.output_errors(m, outputs, seed), seed) for m in (model, dequantize(small))]
     return table.join(pd.DataFrame(damage)[["damage", "damage_low", "damage_high"]])
 
 

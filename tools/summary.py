@@ -9,7 +9,7 @@ from lafq.diffusion.unet import UNet
 from lafq.diffusion.weights import WEIGHTS
 from lafq.io import load_tensors, sha256
 from lafq.paper import claims, poster, results
-from lafq.paper.budget_study import targets
+from lafq.paper.budget_study import summaries
 from lafq.presentation import sentences, tables
 from lafq.workspace import Workspace
 from tools import cost
@@ -46,7 +46,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "claims": markdown(tables.claims_shown(work)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
         "claims_paper": f"{markdown(tables.claims_shown(paper))}\n\n{drivers['paper']}",
         "evidence": evidence(work),
-        "budget": targets.summary_sentences(budget, evidence_budget),
+        "budget": summaries.summary_sentences(budget, evidence_budget),
         "fisher": markdown(fisher_cost(benchmarks["fisher"])),
         "cost": (
             f"`make reproduce` took {minutes:.0f} minutes on two cores and {peak:.1f} GiB of memory; setting up `.venv` "
@@ -77,7 +77,7 @@ def headline(table: pd.DataFrame) -> str:
             f"{row.mem_share_paper:.1%}" if pd.notna(row.mem_share_paper) else "",
             f"{row.mem_share:.1%}",
         )
-        for row in table[table["method"] != "baseline"].itertuples()
+        for row in tables.listed(table[table["method"] != "baseline"]).itertuples()
     ]
     columns = ["row", "FID difference from FP32: poster", "ours", "share of FP32's bytes: poster", "ours"]
     images, steps = table["n_images"].iloc[0], table["steps"].iloc[0]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lafq.allocation.pareto import GRANULARITIES, StorageOption, pareto_front
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.quantization.formats import FORMATS, MIB, get_format, unshrunk_scale
-from lafq.quantization.model import channel_view, check_curvature, check_plan, nbytes, weights_sha256
+from lafq.quantization.model import channel_view, check_curvature, check_fisher, check_plan, nbytes, weights_sha256
 from lafq.quantization.plan import Entries, Plan, Recipe
 from lafq.quantization.weight_spec import weight_spec
 
@@ -89,10 +89,7 @@ def frontiers_of(
     check_plan(model, dict.fromkeys(fisher, "fp16"))
     parameters = dict(model.named_parameters())
     for name, values in fisher.items():
-        if values.shape != parameters[name].shape or not (values >= 0).all():
-            raise ValueError(
-                f"the Fisher values of {name} must have its shape {tuple(parameters[name].shape)} and none below 0 or NaN"
-            )
+        check_fisher(name, parameters[name], values)
     check_curvature(model, curvature or {})
     bar = tqdm(fisher.items(), desc="damage by format", unit="tensor", leave=False, **({} if progress else {"disable": True}))
     found = {}

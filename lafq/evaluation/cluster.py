@@ -4,11 +4,13 @@ A task is a packed model as the bytes of its file (`save_quantized`) and the noi
 whose worker is gone is given to another, and the images that have come back are kept, so `make resume` goes on from there.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     # Imported where it is used: it takes half a second, and few runs need it.
     from distributed import Client, Future
 
-REACH = "10s"
+REACH = 10  # seconds
 AHEAD = 2
 
 
@@ -60,20 +62,36 @@ def connect(address: str) -> "Client":
     Raises ValueError when none answers there or it has no workers.
     """
     from distributed import Client
+
+    # First, since a Client that fails stays half open, and its collection can wait for ever on a lock of dask's.
+    with ThreadPoolExecutor(1) as thread:  # a notebook's own thread has an event loop already
+        try:
+            found = thread.submit(asyncio.run, _identity(address)).result()
+        except (OSError, ValueError, TimeoutError) as error:
+            raise ValueError(
+                f"no Dask scheduler answers at {address!r}: start one (`dask scheduler`) or leave SCHEDULER out"
+            ) from error
+    if not found.get("workers"):
+        raise ValueError(f"the Dask scheduler at {address} has no workers: start some (`dask worker {address} --nthreads 1`)")
+    return Client(address, timeout=REACH, set_as_default=False)
+
+
+async def _identity(address: str) -> dict[str, Any]:
+    """What the scheduler at an address says of itself; ValueError or OSError when it is none, TimeoutError when it is silent."""
+    from distributed.comm import connect as open_comm
     from distributed.comm.addressing import get_address_host_port
 
-    try:
-        # First, since a Client that fails on this stays half open, and its collection can wait for ever on a lock of dask's.
-        get_address_host_port(address)
-        client = Client(address, timeout=REACH, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no Dask scheduler answers at {address!r}: start one (`dask scheduler`) or leave SCHEDULER out"
-        ) from error
-    if not client.nthreads():
-        client.close()
-        raise ValueError(f"the Dask scheduler at {address} has no workers: start some (`dask worker {address} --nthreads 1`)")
-    return client
+    get_address_host_port(address)
+    async with asyncio.timeout(REACH):
+        comm = await open_comm(address, timeout=REACH)
+        try:
+            await comm.write({"op": "identity", "reply": True})
+            found = await comm.read()
+        finally:
+            comm.abort()
+    if not isinstance(found, dict) or found.get("type") != "Scheduler":
+        raise ValueError(f"{address} is no scheduler")
+    return found
 
 
 def sample_all(

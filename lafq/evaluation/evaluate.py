@@ -1,6 +1,5 @@
 """Rows of the tables: quantize every candidate, sample from the same noise, score the images."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +17,6 @@ from lafq.evaluation import classifier, inception, metrics, samples, scoring
 from lafq.evaluation.candidates import BASELINE, KEY, Candidate, quantized, sizes
 from lafq.evaluation.peak_memory import PeakMeter
 from lafq.evaluation.samples import Sampled, Sampling, cached_samples, sample_on_cluster
-from lafq.io import load_tensors, save_tensors
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize, quantize, weights_sha256
 from lafq.workspace import Workspace
@@ -179,14 +177,7 @@ def inception_features(work: Workspace, reference_images: int) -> InceptionFeatu
     print(source)
     if extractor is None:
         return None
-    suffix = f"{weights_sha256(extractor)[:12]}.safetensors"
-
-    def features(images: Tensor) -> Tensor:
-        path = work.build / "features" / f"{hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]}.{suffix}"
-        if not path.is_file():
-            save_tensors(path, {"features": metrics.inception_features(extractor, images)})
-        return load_tensors(path, "this notebook")[0]["features"]
-
+    reference = metrics.inception_reference(extractor, reference_images, paths.BUILD / "inception")
     return InceptionFeatures(
-        extractor, metrics.inception_reference(extractor, reference_images, paths.BUILD / "inception"), features
+        extractor, reference, partial(metrics.kept_inception_features, extractor, folder=work.build / "features")
     )

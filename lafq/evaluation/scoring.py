@@ -76,15 +76,15 @@ def paired_change(losses: Tensor, baseline: Tensor, generated: Tensor, unquantiz
 
 
 @torch.inference_mode()
-def held_out_outputs(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> tuple[Tensor, Tensor]:
-    """Predicted and true noise (digits, 1, 32, 32) of the first held-out digits.
+def held_out_outputs(model: nn.Module, seed: int, digits: int = LOSS_DIGITS, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Predicted and true noise (digits, 1, 32, 32) of so many held-out digits from number `first` on.
 
     The timesteps are spread evenly over all of them, one per digit; the noise is that of the seed, whatever the model.
     """
     device = next(model.parameters()).device
-    x0 = unit_interval(mnist(train=False)[0][HELD_OUT][:digits])
+    x0 = unit_interval(mnist(train=False)[0][HELD_OUT][first : first + digits])
     t = torch.arange(digits) * TIMESTEPS // digits
-    noise = torch.randn(x0.shape, generator=generator(seed, HELD_OUT.start))
+    noise = torch.randn(x0.shape, generator=generator(seed, HELD_OUT.start + first))
     noised = add_noise(x0, t, noise)
     batches = zip(noised.split(100), t.split(100), strict=True)
     with evaluating(model):
@@ -100,22 +100,36 @@ def held_out_losses(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> T
     return (predicted - noise).square().flatten(1).mean(1)
 
 
-def output_mse(model: nn.Module, outputs: tuple[Tensor, Tensor], seed: int) -> dict[str, float]:
-    """`damage`: the mean squared difference per pixel of a model's output from the unquantized model's on the held-out digits,
-    with its 95 % interval over the digits (of its logarithm: a few digits have most of the damage, and on the number's
-    own scale the interval reaches below zero); and `delta_loss`, the rise of the denoising loss.
+def output_errors(model: nn.Module, outputs: tuple[Tensor, Tensor], seed: int, first: int = 0) -> tuple[Tensor, float]:
+    """Mean squared difference per pixel of a model's output from the unquantized model's, for each held-out digit (digits,),
+    and the rise of the denoising loss.
 
-    outputs: the unquantized model's, as `held_out_outputs` gives them.
+    outputs: the unquantized model's, as `held_out_outputs` gives them for the same seed and first digit.
     """
     expected, noise = outputs
-    predicted, _ = held_out_outputs(model, seed, len(noise))
-    off = (predicted - expected).square().flatten(1).mean(1)
+    predicted, _ = held_out_outputs(model, seed, len(noise), first)
     rise = (predicted - noise).square().mean() - (expected - noise).square().mean()
-    value, low, high = off.mean().item(), 0.0, 0.0
-    if off.any():
-        draws = bootstrap.mean_bootstrap(bootstrap.resamples(len(off), seed))(off)
-        low, high = (math.exp(end) for end in bootstrap.interval(math.log(value), draws.log()))
-    return {"damage": value, "damage_low": low, "damage_high": high, "delta_loss": rise.item()}
+    return (predicted - expected).square().flatten(1).mean(1), rise.item()
+
+
+def ratio_of_means(errors: Tensor, reference: Tensor | float, seed: int) -> tuple[float, float, float]:
+    """Mean error over the mean of a reference, with its 95 % interval: a bootstrap over the digits, paired, of the logarithm.
+
+    A few digits have most of the error, and on the ratio's own scale the interval reaches below zero.
+    """
+    if not errors.any():
+        return 0.0, 0.0, 0.0
+    mean = bootstrap.mean_bootstrap(bootstrap.resamples(len(errors), seed))
+    over, draws = (reference.mean(), mean(reference)) if isinstance(reference, Tensor) else (reference, reference)
+    value, draws = (errors.mean() / over).item(), mean(errors) / draws
+    low, high = bootstrap.interval(math.log(value), draws.log())
+    return value, math.exp(low), math.exp(high)
+
+
+def output_mse(errors: Tensor, rise: float, seed: int) -> dict[str, float]:
+    """`damage`, the mean of `output_errors` with its 95 % interval over the digits, and `delta_loss`."""
+    value, low, high = ratio_of_means(errors, 1.0, seed)
+    return {"damage": value, "damage_low": low, "damage_high": high, "delta_loss": rise}
 
 
 def _columns(name: str, value: float, draws: Tensor) -> dict[str, float]:

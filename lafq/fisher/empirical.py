@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lafq.modes import evaluating
+from lafq.modes import arguments_of, checked_output, evaluating
 
 GRADIENT_BYTES = 2**29
 Arguments = tuple[Tensor, ...]
@@ -56,12 +56,13 @@ def empirical_fisher(
     if not names:
         raise ValueError("no parameter is named: give the names whose Fisher information is wanted")
     chosen = {n: available[n].detach() for n in names}
-    squares_of = _squared_gradients(model, chosen, {n: p.detach() for n, p in available.items() if n not in chosen})
     chunk = chunk or samples_at_once(sum(p.nbytes for p in chosen.values()))
-    total, by_batch, by_sample = {n: torch.zeros_like(p) for n, p in chosen.items()}, [], []
-    with evaluating(model):
+    by_batch, by_sample = [], []
+    with evaluating(model, gradients=True):
+        squares_of = _squared_gradients(model, chosen, {n: p.detach() for n, p in available.items() if n not in chosen})
+        total = {n: torch.zeros_like(p) for n, p in chosen.items()}
         for arguments, target in batches:
-            arguments = (arguments,) if isinstance(arguments, Tensor) else arguments
+            arguments, [target] = arguments_of(arguments, target.device), arguments_of(target, target.device)
             means, each = dict.fromkeys(names, 0.0), {n: torch.empty(len(target), dtype=target.dtype) for n in names}
             for part in torch.arange(len(target)).split(chunk):
                 for name, square in squares_of(tuple(a[part] for a in arguments), target[part]).items():
@@ -86,19 +87,6 @@ def sample_loss(model: nn.Module, parameters: dict[str, Tensor], arguments: Argu
     if output.shape != target.shape:
         raise ValueError(f"the model's output for one sample has shape {tuple(output.shape)}, the target {tuple(target.shape)}")
     return 0.5 * (target - output).square().sum()
-
-
-def checked_output(output: object, samples: int) -> Tensor:
-    """The output of a model for a batch of so many samples; ValueError unless it is one tensor whose first axis is the batch."""
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"the model's output is a {type(output).__name__}: wrap the model in a module whose forward gives one tensor of it"
-        )
-    if output.ndim == 0 or len(output) != samples:
-        raise ValueError(
-            f"the model's output has shape {tuple(output.shape)} for {samples} samples: its first axis must be the batch"
-        )
-    return output
 
 
 def samples_at_once(gradient_bytes: int) -> int:

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lafq.fisher.empirical import checked_output
-from lafq.modes import evaluating
+from lafq.modes import arguments_of, checked_output, evaluating
 from lafq.quantization.model import channel_view
 from lafq.rng import generator
 
@@ -66,7 +65,8 @@ def estimate_sensitivity(
     """
     names = [n for n, p in model.named_parameters() if p.ndim > 1] if names is None else names
     rows = {n: channel_view(model, n) for n in names if model.get_parameter(n).ndim > 1}
-    shared = {n: torch.zeros(r.size[1], r.size[1]) for n, r in rows.items()}
+    with torch.inference_mode(False):  # these add up over passes that take gradients
+        shared = {n: torch.zeros(r.size[1], r.size[1]) for n, r in rows.items()}
 
     def add(name: str, gradient: Tensor) -> None:
         if name in rows:
@@ -93,12 +93,13 @@ def _mean_squares(
     if unknown := [n for n in names if n not in available]:
         raise ValueError(f"the model has no parameter {unknown[0]!r}: names are those of model.named_parameters()")
     chosen = [available[n] for n in names]
-    total, count, g = [torch.zeros_like(p) for p in chosen], 0, generator(seed, 1)
-    with evaluating(model), torch.enable_grad():
+    count, g = 0, generator(seed, 1)
+    with evaluating(model, gradients=True):
+        total = [torch.zeros_like(p) for p in chosen]
         for n, p in available.items():
             p.requires_grad_(n in set(names))
         for batch in batches:
-            arguments = [a.to(chosen[0].device) for a in ((batch,) if isinstance(batch, Tensor) else batch)]
+            arguments = arguments_of(batch, chosen[0].device)
             output = checked_output(model(*arguments), len(arguments[0]))
             noise = torch.randn(output.shape, generator=g, dtype=torch.float32).to(output)
             gradients = torch.autograd.grad(output, chosen, noise, allow_unused=True, materialize_grads=True)

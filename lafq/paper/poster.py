@@ -13,7 +13,6 @@ from lafq.evaluation.candidates import KEY
 BASELINE_MIB = 134.20
 RATIOS = (0.30, 0.32, 0.35, 0.38, 0.40, 0.42, 0.45, 0.48)
 BEST_RATIOS = (0.35, 0.40)
-FID_NOISE = 3.1  # standard deviation of one unquantized model's FID at N = 100, measured on the authors' published images
 WIDTH, SAMPLING_STEPS = 64, 1000
 # 14,062 steps of 64 digits are its 15 epochs.
 TRAINING = {"steps": 14062, "peak": 2e-5, "dropout": 0.1, "ema_decay": 0.9999}

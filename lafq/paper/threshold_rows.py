@@ -87,7 +87,7 @@ def uniform(model: nn.Module, formats: tuple[str, ...] = ("fp16", "int8")) -> li
 
 
 def ratio_candidates(fisher: dict[str, Tensor], ratios: list[float], coarse: list[float], formats: list[str]) -> list[Candidate]:
-    """The ratio sweep: the paper's ratios by tensor and by weight, the coarse ones by weight; Inception for FP16 by weight."""
+    """The ratio sweep: the paper's ratios by tensor and by weight, the coarse ones by weight; Inception by weight."""
     return [
         Candidate(
             "ratio",
@@ -95,7 +95,7 @@ def ratio_candidates(fisher: dict[str, Tensor], ratios: list[float], coarse: lis
             low,
             granularity,
             make_plan(keep_ratio(by_granularity(fisher, granularity), ratio), low),
-            inception=low == "fp16" and granularity == "weight" and ratio in ratios,
+            inception=granularity == "weight" and ratio in ratios,
         )
         for granularity in ("tensor", "weight")
         for low in formats
@@ -113,5 +113,4 @@ def published_rows(model: nn.Module, fisher: dict[str, Tensor], ratios: list[flo
     for method, (symbol, scores) in rules.items():
         sizes = size_sweep(model, scores, "int8", "weight", count)
         found += candidates_at(method, symbol, nearest_size(sizes, TARGET_SHARE[method]), {"weight": scores}, inception=True)
-    kept = [row for row in ratio_candidates(fisher, ratios, [], ["int8"]) if row.granularity == "weight"]
-    return found + [row._replace(inception=True) for row in kept]
+    return found + [row for row in ratio_candidates(fisher, ratios, [], ["int8"]) if row.granularity == "weight"]

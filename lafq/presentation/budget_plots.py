@@ -25,6 +25,22 @@ SHADES = {"tensor": 0.4, "channel": 0.7}
 STYLES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
 
 
+MAIN = (("uniform", "tensor"), ("global", "weight"), ("ratio", "weight"), ("allocator", "mixed"))
+TITLE_BITS = 4.0
+
+
+def main_rows(table: pd.DataFrame) -> pd.Series:
+    """Which rows of `budget.measure_candidates` the main figure shows; the others are variants."""
+    return pd.Series(list(zip(table["method"], table["granularity"], strict=True)), index=table.index).isin(MAIN)
+
+
+def finding(table: pd.DataFrame) -> str:
+    """The main figure's title."""
+    rows = table[main_rows(table) & np.isclose(table["budget_bits"], TITLE_BITS)].set_index("method")["damage"]
+    times = [f"{rows['allocator'] / rows[rule]:.2g} times {rule}'s" for rule in ("global", "ratio")]
+    return f"At {TITLE_BITS:g} bits per weight the allocator's damage is {' and '.join(times)}"
+
+
 def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame) -> None:
     """One panel per prediction: measured damage over it, one point per tensor and format; log axes, Spearman in the title."""
     correlation = ranks.set_index("prediction")["all formats"]

@@ -128,13 +128,37 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[P
         ax.legend(fontsize=8)
 
 
-def ratio_figure(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[Published], title: str) -> None:
-    """The poster's sweep, ours on MNIST features as the difference from FP32, and what must be stored."""
-    published_sweep(axes[0], published)
-    label = f"FID difference from FP32 (MNIST features, N = {table['n_images'].iloc[0]})"
-    ratio_sweep(axes[1], table, "delta_fid_mnist", label, title)
-    axes[1].set_xlim(SWEPT)
-    ratio_sweep(axes[2], table, "mem_mib", "stored MiB", "Values, scales and masks")
+def poster_and_ours(ax: Axes, table: pd.DataFrame, published: Sequence[Published], metric: str) -> None:
+    """FID difference from FP32 over the ratio: the poster's sweep, and ours on single weights with 95 % intervals.
+
+    metric: whose `delta_` is drawn, fid_inception as the poster's or, where there is none, fid_mnist.
+    """
+    ax.axvspan(*BEST_RATIOS, color="0.93", zorder=0, label="best ratios (poster)")
+    ax.axhline(0, color="black", ls="--", lw=1, label="FP32")
+    sweep = [(float(row.threshold), row.fid - published[0].fid, row.source) for row in published if row.method == "ratio"]
+    ax.plot([r for r, _, _ in sweep], [d for _, d, _ in sweep], color="0.35", lw=1)
+    for source, face, label in (
+        ("poster", "0.35", "poster, other noise in every row"),
+        ("poster's plot", "white", "read off its plot"),
+    ):
+        points = [(r, d) for r, d, s in sweep if s == source]
+        ax.plot(*zip(*points, strict=True), "D", ms=6, color="0.35", mfc=face, label=label)
+    rows = table[(table["method"] == "ratio") & (table["granularity"] == "weight")]
+    rows = rows[rows["threshold"].astype(float).between(*SWEPT)].assign(ratio=rows["threshold"].astype(float))
+    for i, (low, line) in enumerate(rows.groupby("format")):
+        line, style = line.sort_values("ratio"), {"marker": MARKERS[low], "ms": 5, "lw": 1.2, "capsize": 3}
+        lengths = bars(line, f"delta_{metric}")
+        ax.errorbar(
+            line["ratio"] + 0.001 * i, line[f"delta_{metric}"], lengths, **style, label=f"ours, {low.upper()}, the same noise"
+        )
+    ours, theirs = rows[f"delta_{metric}"].abs().max(), max(abs(d) for _, d, _ in sweep)
+    ax.set_title(f"From the same noise, no ratio moves FID by more than {ours:.2f}; the poster's move it by up to {theirs:.1f}")
+    features = {"fid_inception": "Inception", "fid_mnist": "MNIST"}[metric]
+    at_n = f"N = {table['n_images'].iloc[0]}; ours: {table['steps'].iloc[0]:,} sampling steps"
+    ax.set(
+        xlabel="ratio r (share of a layer kept in FP32)", ylabel=f"FID difference from FP32 (positive: worse)\n{features}, {at_n}"
+    )
+    ax.legend(fontsize=9)
 
 
 def evidence_figure(many: pd.DataFrame, runs: pd.DataFrame) -> Figure:
@@ -146,20 +170,6 @@ def evidence_figure(many: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     title = f"other training runs, {runs['steps'][0]:,} steps each"
     ratio_sweep(axes[1], runs, "delta_fid_mnist", label(runs["n_images"][0]), title, RUN)
     return figure
-
-
-def published_sweep(ax: Axes, rows: Sequence[Published]) -> None:
-    """The paper's own figure: FID over the ratio, with its baseline."""
-    ratio = [row for row in rows if row.method == "ratio"]
-    ax.axvspan(*BEST_RATIOS, color="0.85", label="best in the paper")
-    for source, face in (("poster", "C0"), ("poster's plot", "white")):
-        points = [(float(row.threshold), row.fid) for row in ratio if row.source == source]
-        label = source if source == "poster" else "read off the poster's plot"
-        ax.plot(*zip(*points, strict=True), "o", ms=5, color="C0", mfc=face, label=label)
-    ax.plot([float(row.threshold) for row in ratio], [row.fid for row in ratio], color="C0", lw=1, zorder=2)
-    ax.axhline(rows[0].fid, color="black", ls="--", lw=1, label="FP32 baseline (poster)")
-    ax.set(xlabel="ratio r", ylabel="FID (Inception, N = 100, 1,000 steps)", title="Published", xlim=SWEPT)
-    ax.legend(fontsize=9)
 
 
 def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:

@@ -2,12 +2,11 @@
 
 import math
 
-import numpy as np
 import pandas as pd
 
 from lafq.paper import poster
-from lafq.paper.budget_study import targets
-from lafq.paper.budget_study.targets import RATE
+from lafq.paper.audit import published_images
+from lafq.paper.budget_study import summaries
 
 
 def published_ratio_sizes() -> str:
@@ -55,28 +54,41 @@ def published_inside(table: pd.DataFrame) -> str:
 
 def findings(published: pd.DataFrame, budget: pd.DataFrame) -> list[str]:
     """The four findings: `poster.compare` of the rows of 08, and the table of 06, where the rules have equal bytes."""
-    by_format = published[published["method"] == "uniform"].set_index("format")
-    said = {low: _difference(by_format.loc[low], "delta_fid_inception") for low in ("fp16", "int8")}
-    n, steps = published["n_images"].iloc[0], published["steps"].iloc[0]
-    rows = published[(published["method"] != "baseline") & published["fid_paper"].notna()]
-    theirs = rows["fid_paper"] - published[published["method"] == "baseline"]["fid_paper"].item()
-    at_four = budget[np.isclose(budget["budget_bits"], RATE)].set_index(["method", "granularity"])["damage"]
-    over = {rule: at_four[rule, "weight"] / at_four["global", "weight"] for rule in ("group", "ratio", "random")}
-    noise = math.sqrt(2) * poster.FID_NOISE
     return [
-        f"FP16 weights change FID by {said['fp16']}, INT8 weights by {said['int8']} (N = {n}, {steps:,} sampling steps). "
-        f"The poster's largest gain is {-theirs.min():.2f}.",
-        f"{published_inside(published)} {'All' if theirs.abs().max() < noise else 'Not all'} are smaller than what other "
-        f"noise alone does to the FID of {n} images: {noise:.1f} (1 sd).",
-        f"Of the threshold rules, at {RATE:g} bits per weight and equal bytes, one threshold for the whole model changes the "
-        f"output least. A threshold per group changes it {over['group']:.0f} times as much, one per layer (ratio) "
-        f"{over['ratio']:.0f} times, random choice {over['random']:.0f} times.",
-        targets.against_int8(budget),
+        by_format(published),
+        f"{published_inside(published)} {against_noise(published)}",
+        summaries.best_rule(budget),
+        summaries.against_int8(budget),
     ]
 
 
-def _difference(row: pd.Series, name: str) -> str:
+def by_format(published: pd.DataFrame) -> str:
+    """What uniform FP16 and INT8 do to FID, beside the poster's largest gain."""
+    rows = published[published["method"] == "uniform"].set_index("format")
+    said = {low: difference(rows.loc[low], "delta_fid_inception") for low in ("fp16", "int8")}
+    n, steps = published["n_images"].iloc[0], published["steps"].iloc[0]
+    return (
+        f"FP16 weights change FID by {said['fp16']}, INT8 weights by {said['int8']} (N = {n}, {steps:,} sampling steps). "
+        f"The poster's largest gain is {-_published_differences(published).min():.2f}."
+    )
+
+
+def against_noise(published: pd.DataFrame) -> str:
+    """Whether the poster's differences exceed what other noise does to FID, from the authors' own images."""
+    noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
+    theirs = _published_differences(published).abs()
+    said = "All" if (theirs < noise).all() else f"{(theirs < noise).sum()}"
+    return f"{said} are smaller than what other noise alone does to the FID of {n} images: {noise:.1f} (1 sd)."
+
+
+def difference(row: pd.Series, name: str) -> str:
+    """A signed value with its 95 % interval."""
     return f"{row[name]:+.2f} [{row[f'{name}_low']:+.2f}, {row[f'{name}_high']:+.2f}]"
+
+
+def _published_differences(published: pd.DataFrame) -> pd.Series:
+    rows = published[(published["method"] != "baseline") & published["fid_paper"].notna()]
+    return rows["fid_paper"] - published[published["method"] == "baseline"]["fid_paper"].item()
 
 
 def nearest_size(table: pd.DataFrame, method: str, share: float) -> str:

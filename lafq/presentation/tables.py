@@ -135,23 +135,6 @@ def fisher_by_layer(timesteps: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-def choices_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `audit.fisher_choices` as it is shown."""
-    return table.round(3).assign(**{c: table[c].map("{:+.2e}".format) for c in ("delta_loss_int8", "delta_loss_int4")})
-
-
-def protocol_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `audit_protocol.protocol_choices` as it is shown."""
-    return table.round(2).astype(object).where(table.notna(), "")
-
-
-def noise_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `noise_floor.noise_floor` as it is shown: the generated images, and what the real ones have at the paper's N."""
-    table = table[(table["images"] == "generated") | table["n"].isin([100, 5000])]
-    numbers = {c: table[c].map("{:.4g}".format).where(table[c].notna(), "") for c in ("mean", "sd")}
-    return table.assign(n=table["n"].map("{:,.0f}".format), **numbers)
-
-
 def group_table(means: dict[str, dict[str, float]]) -> pd.DataFrame:
     """Mean Fisher value of each group, one column per granularity: tau of a group is the factor times this."""
     return pd.DataFrame(means).rename_axis("group").reset_index()

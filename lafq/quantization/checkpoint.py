@@ -45,7 +45,7 @@ def save_quantized(path: Path | str, packed: nn.Module, source: nn.Module) -> No
             tensors[f"{chains[chain]}/{part}"] = tensor
     shared = tied(tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in shared}
-    about = {"format_version": FORMAT_VERSION, "width": getattr(packed, "width", None), "source": weights_sha256(source)}
+    about = {"format_version": FORMAT_VERSION, "width": _width(packed), "source": weights_sha256(source)}
     save_tensors(path, tensors, sealed=True, **about, plan=plan, **({"tied": shared} if shared else {}))
 
 
@@ -62,8 +62,8 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
         raise ValueError(f"{path} has format version {version}, this lafq reads up to {FORMAT_VERSION}: update lafq")
     if not version:
         raise ValueError(f"{path} is no packed model: give a file that `save_quantized` wrote")
-    if about["width"] != getattr(model, "width", None):
-        raise ValueError(f"{path} is of width {about['width']}, the model of {getattr(model, 'width', None)}: build the model anew")
+    if about["width"] != _width(model):
+        raise ValueError(f"{path} is of width {about['width']}, the model of {_width(model)}: build the model anew")
     if source not in (None, about["source"]):
         raise ValueError(f"{path} was made of weights {about['source'][:12]}, not of {source[:12]}: pack these and save again")
     rest = {n: t for n, t in tensors.items() if not any(n.startswith(f"{planned}/") for planned in about["plan"])}
@@ -86,4 +86,11 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
     for name, first in about.get("tied", {}).items():
         (owner, _, own), (other, _, its) = name.rpartition("."), first.rpartition(".")
         setattr(loaded.get_submodule(owner), own, getattr(loaded.get_submodule(other), its))
+    if lost := [n for n, b in loaded.named_buffers() if b.is_meta]:
+        raise ValueError(f"{lost[0]} is a non-persistent buffer, which no file holds: build the model on the CPU, not on meta")
     return loaded
+
+
+def _width(model: nn.Module) -> int | None:
+    width = getattr(model, "width", None)
+    return width if isinstance(width, int) else None

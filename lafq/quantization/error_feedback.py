@@ -28,12 +28,16 @@ def factor(curvature: Tensor) -> Factor:
     """The factor of H (C, C), damped; weights of large H_kk come first, while many are left to compensate for their errors.
 
     With P the reversal of the order and P H P = L L^T, the columns of P L P over its diagonal are U.
+    Raises ValueError for an H that is not positive semidefinite.
     """
     order = curvature.diagonal().argsort(descending=True, stable=True)
     damped = curvature[order][:, order].double().flip(0, 1)
     mean = damped.diagonal().mean()
     damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
-    root = torch.linalg.cholesky(damped).flip(0, 1)
+    root, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise ValueError("a curvature is not positive semidefinite: give what estimate_sensitivity estimates")
+    root = root.flip(0, 1)
     return Factor(order, (root / root.diagonal()).to(curvature.dtype))
 
 

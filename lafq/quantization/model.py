@@ -43,12 +43,21 @@ def check_plan(model: nn.Module, plan: Entries) -> None:
 
 def check_curvature(model: nn.Module, curvature: dict[str, Tensor]) -> None:
     """Raise ValueError, in one sentence, for a curvature that does not fit its parameter's columns or is not finite."""
+    known = dict(model.named_parameters(remove_duplicate=False))
     for name, values in curvature.items():
+        if name not in known:
+            raise ValueError(f"the curvature names {name!r}, which the model lacks: see model.named_parameters()")
         columns = channel_view(model, name).size[1]
         if values.shape != (columns, columns) or not torch.isfinite(values).all():
             raise ValueError(
                 f"the curvature of {name} must be finite and of shape {(columns, columns)}, it has {tuple(values.shape)}"
             )
+
+
+def check_fisher(name: str, weight: Tensor, values: Tensor) -> None:
+    """Raise ValueError, in one sentence, for Fisher values of another shape than their weight's, below 0, infinite or NaN."""
+    if values.shape != weight.shape or not ((values >= 0) & torch.isfinite(values)).all():
+        raise ValueError(f"the Fisher values of {name} must be finite, of its shape {tuple(weight.shape)} and none below 0 or NaN")
 
 
 def nbytes(model: nn.Module, plan: Entries) -> int:
@@ -82,6 +91,8 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
     scale, fisher, curvature = recipe or getattr(plan, "recipe", PLAIN)
     fisher, curvature = fisher or {}, curvature or {}
     check_curvature(model, curvature)
+    if unknown := sorted(set(fisher) - set(dict(model.named_parameters(remove_duplicate=False)))):
+        raise ValueError(f"the Fisher values name {unknown[0]!r}, which the model lacks: see model.named_parameters()")
     packed = {}
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
@@ -97,8 +108,8 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
         if largest > LARGEST:
             raise ValueError(f"{name} holds weights beyond +-{LARGEST:.0f}, FP16's range: leave it out of the plan")
         of_weight = fisher.get(name)
-        if of_weight is not None and (of_weight.shape != p.shape or not (of_weight >= 0).all()):
-            raise ValueError(f"the Fisher values of {name} must have the shape {tuple(p.shape)} and none below 0 or NaN")
+        if of_weight is not None:
+            check_fisher(name, p, of_weight)
         view = channel_view(model, name)
         packed[name] = QuantizedWeight.of(p.detach(), plan[name], view, scale, of_weight, curvature.get(name))
     return with_quantized(model, packed)
@@ -192,7 +203,12 @@ def with_quantized(model: nn.Module, packed: dict[str, QuantizedWeight]) -> nn.M
         id(parameters[n]): nn.Parameter(torch.empty(0, device=next(p.buffers()).device), parameters[n].requires_grad)
         for n, p in packed.items()
     }
-    result = copy.deepcopy(model, stand_ins).eval()
+    try:
+        result = copy.deepcopy(model, stand_ins).eval()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"the model cannot be copied ({error}): remove pruning, the old weight_norm or a kept activation from it first"
+        ) from error
     if packed and hasattr(result, "save_pretrained"):
         result.save_pretrained = _refuse_save_pretrained
     for name, p in packed.items():

@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from lafq.modes import evaluating
+from lafq.modes import arguments_of, checked_output, evaluating
 from lafq.quantization.formats import LARGEST
 
 PEAK = 3e-4
@@ -29,36 +29,42 @@ def tune(model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ..
     Raises ValueError for no steps, fewer batches than steps, nothing to fit, and a batch whose outputs are not finite; the copy is
     then as it was.
     """
-    small = deepcopy(model).eval().requires_grad_(False)
+    if steps < 1 or not any(p.ndim < 2 and _place(packed, name) is not None for name, p in model.named_parameters()):
+        raise ValueError("tuning needs one step at least, and a model that has biases or norms")
+    with evaluating(model, gradients=True):
+        fitted = _fit(model, packed, batches, steps)
+    with torch.no_grad():
+        for name, value in fitted.items():
+            place = _place(packed, name)
+            place.copy_((value.clamp(-LARGEST, LARGEST) if place.dtype == torch.float16 else value).view_as(place))
+    return packed
+
+
+def _fit(model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ...] | Tensor], steps: int) -> dict[str, Tensor]:
+    """The fitted vectors, by name."""
+    small = deepcopy(model).requires_grad_(False)
     with torch.no_grad():
         for name, p in small.named_parameters():
             p.copy_(_stored(packed, name))
     free = {name: p.requires_grad_(True) for name, p in small.named_parameters() if p.ndim < 2 and _place(packed, name) is not None}
-    if steps < 1 or not free:
-        raise ValueError("tuning needs one step at least, and a model that has biases or norms")
     optimizer = torch.optim.Adam(free.values(), lr=PEAK)
     device, done, warm = next(model.parameters()).device, 0, max(1, round(WARMUP * steps))
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warm, (steps - i) / steps))
-    with evaluating(model), torch.enable_grad():
-        for batch in islice(batches, steps):
-            arguments = [a.to(device) for a in ((batch,) if isinstance(batch, Tensor) else batch)]
-            with torch.no_grad():
-                expected = model(*arguments)
-            optimizer.zero_grad()
-            loss = (small(*arguments) - expected).square().mean()
-            if not torch.isfinite(loss):
-                raise ValueError(f"batch {done} gives outputs that are not finite: leave it out")
-            loss.backward()
-            optimizer.step()
-            rate.step()
-            done += 1
+    for batch in islice(batches, steps):
+        arguments = arguments_of(batch, device)
+        with torch.no_grad():
+            expected = checked_output(model(*arguments), len(arguments[0]))
+        optimizer.zero_grad()
+        loss = (small(*arguments) - expected).square().mean()
+        if not torch.isfinite(loss):
+            raise ValueError(f"batch {done} gives outputs that are not finite: leave it out")
+        loss.backward()
+        optimizer.step()
+        rate.step()
+        done += 1
     if done < steps:
         raise ValueError(f"{steps} steps of tuning need as many batches, and there were {done}: give more batches or fewer steps")
-    with torch.no_grad():
-        for name, value in free.items():
-            place = _place(packed, name)
-            place.copy_((value.clamp(-LARGEST, LARGEST) if place.dtype == torch.float16 else value).view_as(place))
-    return packed
+    return {name: value.detach() for name, value in free.items()}
 
 
 def _stored(packed: nn.Module, name: str) -> Tensor:

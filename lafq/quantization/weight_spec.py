@@ -56,6 +56,8 @@ class ChannelView(NamedTuple):
 
     def check(self, name: str, entry: "str | WeightSpec") -> None:
         """Raise ValueError for an unknown format, or formats and masks that do not fit."""
+        if not isinstance(entry, str | WeightSpec):
+            raise ValueError(f"the plan gives {name} the entry {entry!r}: give the name of a format, or a WeightSpec")
         format, keep_mask, keep_format = weight_spec(entry)
         if isinstance(format, tuple) and len(format) != self.size[0]:
             raise ValueError(

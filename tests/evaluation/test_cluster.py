@@ -1,6 +1,8 @@
 import gc
 import os
 import signal
+import socketserver
+import threading
 
 import numpy as np
 import pandas as pd
@@ -94,17 +96,41 @@ def test_a_worker_of_other_software_is_refused(two_workers, sandbox, tiny, monke
 
 
 def test_no_scheduler_is_one_sentence_before_anything_runs(monkeypatch):
-    monkeypatch.setattr(cluster, "REACH", "1s")
+    monkeypatch.setattr(cluster, "REACH", 1)
     with pytest.raises(ValueError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:1'"):
         check("smoke", {"SCHEDULER": "tcp://127.0.0.1:1"}, notebooks())
 
 
 @pytest.mark.parametrize("address", ["nowhere", "ftp://127.0.0.1:1", "tcp://127.0.0.1:1"])
 def test_no_half_open_client_is_left(address, monkeypatch):
-    monkeypatch.setattr(cluster, "REACH", "1s")
+    monkeypatch.setattr(cluster, "REACH", 1)
     with pytest.raises(ValueError, match=f"no Dask scheduler answers at '{address}'"):
         cluster.connect(address)
     assert not [found for found in gc.get_objects() if type(found) is Client and found.status == "connecting"]
+
+
+class Silent(socketserver.BaseRequestHandler):
+    """A service that takes a connection and says nothing, as a dashboard does to a client of another protocol."""
+
+    def handle(self):
+        while self.request.recv(1024):
+            pass
+
+
+def test_a_port_that_is_no_scheduler_is_named_in_bounded_time(monkeypatch):
+    monkeypatch.setattr(cluster, "REACH", 1)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Silent) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"tcp://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(ValueError, match=f"no Dask scheduler answers at '{address}'"):
+            cluster.connect(address)
+        server.shutdown()
+
+
+def test_a_worker_is_no_scheduler(two_workers):
+    worker = next(iter(two_workers.workers.values())).worker_address
+    with pytest.raises(ValueError, match="no Dask scheduler answers"):
+        cluster.connect(worker)
 
 
 def test_a_scheduler_without_workers_is_named():

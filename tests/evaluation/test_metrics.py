@@ -8,7 +8,6 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from lafq import paths
 from lafq.diffusion.mnist import HELD_OUT, mnist
 from lafq.evaluation import classifier, inception, metrics
-from lafq.quantization.model import weights_sha256
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +149,11 @@ def test_a_source_that_breaks_in_any_way_gives_way_to_the_next(monkeypatch, tmp_
     monkeypatch.setattr(inception, "_from_torchscript", lambda content: whole.state_dict())
     extractor, line = inception.load(cache=tmp_path)
     assert "download failed (KeyError)" in line
-    assert weights_sha256(extractor) == weights_sha256(whole)
+    images = mnist(train=False)[0][:2]
+    # Normalization is folded into the convolutions: the same network up to the last digits.
+    torch.testing.assert_close(
+        metrics.inception_features(extractor, images), metrics.inception_features(whole.eval(), images), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_the_wheels_network_becomes_torch_fidelitys(monkeypatch):

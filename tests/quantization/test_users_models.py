@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lafq import allocate, dequantize, estimate_sensitivity, load_quantized, quantize, save_quantized
 from lafq.fisher.empirical import empirical_fisher
 from lafq.quantization.model import nbytes, resident_bytes, weights_sha256
+from lafq.quantization.plan import Recipe
 from lafq.quantization.tuning import tune
 from lafq.quantization.weight_spec import WeightSpec
 
@@ -250,3 +252,99 @@ def test_save_pretrained_of_a_quantized_copy_is_refused():
     with pytest.raises(ValueError, match=r"write the model with lafq\.save_quantized"):
         small.save_pretrained("x")
     assert dequantize(small).save_pretrained("x") == "x"
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("run", ["sensitivity", "empirical", "tune"])
+def test_gradients_switched_off_by_the_caller_change_nothing(network, off, run):
+    def found():
+        x = torch.ones(8, 3, 8, 8)
+        if run == "sensitivity":
+            return estimate_sensitivity(network, [(x,)], seed=0).fisher["0.weight"]
+        if run == "empirical":
+            return empirical_fisher(network, ["0.weight"], [((x,), torch.zeros(8, 4))]).by_weight["0.weight"]
+        return dict(tune(network, quantize(network, {"0.weight": "int4"}), [x], steps=1).named_parameters())["0.bias"].detach()
+
+    expected = found()
+    with off():
+        assert torch.equal(found(), expected)
+
+
+@pytest.mark.parametrize(
+    "batch", [{"x": torch.ones(2, 3)}, (), ("text",), torch.tensor(1.0)], ids=["dict", "empty", "text", "scalar"]
+)
+def test_a_batch_of_another_kind_is_refused(batch):
+    model = nn.Linear(3, 2)
+    small = quantize(model, {"weight": "int4"})
+    for run in (lambda: estimate_sensitivity(model, [batch]), lambda: tune(model, small, [batch], steps=1)):
+        with pytest.raises(ValueError, match="give one tensor"):
+            run()
+
+
+def test_an_argument_that_is_no_tensor_is_passed_on():
+    class Scaled(nn.Linear):
+        def forward(self, x, factor):
+            return factor * super().forward(x)
+
+    model, x = Scaled(3, 2), torch.ones(4, 3)
+    plain, scaled = (estimate_sensitivity(model, [(x, f)], seed=0).fisher["weight"] for f in (1, 3))
+    torch.testing.assert_close(scaled, 9 * plain)
+
+
+def test_tuning_a_model_of_several_outputs_is_refused():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    model = Pair(3, 2)
+    with pytest.raises(ValueError, match="output is a tuple: wrap the model"):
+        tune(model, quantize(model, {"weight": "int4"}), [torch.ones(4, 3)], steps=1)
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5)
+    with pytest.raises(ValueError, match=r"the model cannot be copied .*: remove pruning"):
+        quantize(model, {"bias": "fp16"})
+
+
+def test_a_buffer_that_no_file_holds_is_named(tmp_path):
+    def build():
+        model = nn.Linear(4, 4)
+        model.register_buffer("table", torch.ones(4), persistent=False)
+        return model
+
+    model, path = build(), tmp_path / "a.safetensors"
+    save_quantized(path, quantize(model, {"weight": "int8"}), source=model)
+    assert load_quantized(path, build()).table.sum() == 4
+    with torch.device("meta"):
+        skeleton = build()
+    with pytest.raises(ValueError, match="table is a non-persistent buffer, which no file holds: build the model on the CPU"):
+        load_quantized(path, skeleton)
+
+
+def test_a_width_that_is_no_number_is_no_width(tmp_path):
+    model, path = nn.Linear(4, 4), tmp_path / "a.safetensors"
+    model.width = torch.tensor(4)
+    save_quantized(path, quantize(model, {"weight": "int8"}), source=model)
+    assert load_quantized(str(path), nn.Linear(4, 4)).weight.shape == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"fisher": {"wieght": torch.ones(4, 4)}}, "the Fisher values name 'wieght', which the model lacks"),
+        ({"curvature": {"wieght": torch.eye(4)}}, "the curvature names 'wieght', which the model lacks"),
+        ({"fisher": {"weight": torch.full((4, 4), torch.inf)}}, "the Fisher values of weight must be finite"),
+        ({"curvature": {"weight": -torch.eye(4)}}, "not positive semidefinite"),
+    ],
+    ids=["name of Fisher values", "name of a curvature", "infinite", "indefinite"],
+)
+def test_a_recipe_that_does_not_fit_is_refused(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(nn.Linear(4, 4), {"weight": "int4"}, Recipe(**recipe))
+
+
+@pytest.mark.parametrize("entry", ["int5", 8, None, ("int8", 3)], ids=str)
+def test_an_entry_that_is_no_format_is_refused(entry):
+    with pytest.raises(ValueError, match="format"):
+        quantize(nn.Linear(4, 2), {"weight": entry})

@@ -10,7 +10,7 @@ from lafq.diffusion.unet import quantizable
 from lafq.evaluation import samples
 from lafq.io import save_tensors
 from lafq.paper import poster, replicates, results
-from lafq.paper.budget_study import budget, methods, targets
+from lafq.paper.budget_study import budget, methods, summaries
 from lafq.paper.fisher_analysis import fisher_by_timestep
 from lafq.workspace import Workspace
 from tools import evidence
@@ -118,7 +118,7 @@ def test_missing_fisher_information_is_one_sentence(sandbox, monkeypatch, capsys
 @pytest.mark.slow
 def test_budget_rows_join_those_of_06(smoke, tiny, monkeypatch):
     monkeypatch.setattr(evidence, "ALLOCATED", (3.5, 4.0))
-    monkeypatch.setattr(evidence, "RULES", (4.0,))
+    monkeypatch.setattr(evidence, "RULE_BITS", (4.0,))
     found = evidence.budgets("smoke", images=20)["budget"]
     assert found["method"].tolist()[0] == "baseline"
     assert set(found["method"]) == {
@@ -128,7 +128,7 @@ def test_budget_rows_join_those_of_06(smoke, tiny, monkeypatch):
     known = methods.measured_sensitivity(tiny, 20, seed=0)
     allocated = methods.allocated(tiny, known, list(evidence.ALLOCATED), granularities=("mixed",))
     rows = [*methods.uniform(tiny, known), *allocated, *methods.tuned(allocated, [4.0], 2)]
-    table = targets.with_fid(budget.measure_candidates(tiny, rows, known, seed=0, digits=10), found)
+    table = summaries.with_fid(budget.measure_candidates(tiny, rows, known, seed=0, digits=10), found)
     joined = table[table["n_images"] == 20]
     assert len(joined) == (~found["method"].isin(["baseline", "global", "group", "ratio", "magnitude", "random"])).sum()
     assert joined["fid_mnist_delta"].notna().all()

@@ -4,6 +4,8 @@ The unit of all damages here is the mean squared change of the output per pixel;
 pixels, which the Fisher information is of, is 512 times that.
 """
 
+import math
+
 import numpy as np
 import pandas as pd
 from torch import Tensor, nn
@@ -14,30 +16,40 @@ from lafq.evaluation import scoring
 from lafq.evaluation.candidates import Candidate, quantized
 from lafq.evaluation.samples import Sampling, cached_samples
 from lafq.fisher.monte_carlo import Sensitivity
-from lafq.paper.budget_study.methods import bits_of, mib_at
+from lafq.paper.budget_study.methods import bits_of, mib_at, rule_beside
 from lafq.quantization.error_feedback import damage
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import bits_per_weight, channel_view, dequantize, nbytes
 from lafq.workspace import Workspace
 
 HALF_PIXELS = 512
+FRESH, FRESH_SEED = 1000, 100  # the first held-out digit, and what is added to the seed of the noise
 IMAGES = 7
 COLUMNS = [
     *("method", "granularity", "budget_bits", "budget_mib", "mem_mib", "mem_share", "bits_per_weight", "predicted"),
     *("damage", "damage_low", "damage_high", "delta_loss"),
+    *("over_int8", "over_int8_low", "over_int8_high", "over_global", "over_global_low", "over_global_high"),
 ]
 
 
-def measure_candidates(model: nn.Module, rows: list[Candidate], validation: Sensitivity, seed: int, digits: int) -> pd.DataFrame:
+def measure_candidates(
+    model: nn.Module, rows: list[Candidate], validation: Sensitivity, seed: int, digits: int, fresh: bool = False
+) -> pd.DataFrame:
     """Bytes, predicted and measured damage of every row, columns as COLUMNS; measured on so many held-out digits.
 
     validation: from other draws than the plans were made from, since on the draws that it was fitted to a plan looks better than it
-    is; damage is predicted from these. The prediction knows nothing of tuning.
+    is; damage is predicted from these. The prediction knows nothing of tuning. fresh: on digits and noise that no setting of
+    the allocator was chosen on (FRESH).
+    over_int8 and over_global are ratios of two damages, paired over the digits: to uniform INT8, and of a threshold rule to one
+    threshold for all at the same bytes and with the same rounding.
     """
-    outputs, full, found = scoring.held_out_outputs(model, seed, digits), nbytes(model, {}), []
+    noise, first = (seed + FRESH_SEED, FRESH) if fresh else (seed, 0)
+    outputs, full = scoring.held_out_outputs(model, noise, digits, first), nbytes(model, {})
+    found, errors = [], {}
     for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
-        small = dequantize(quantized(model, row, seed))
-        size = nbytes(model, row.plan)
+        small, size = dequantize(quantized(model, row, seed)), nbytes(model, row.plan)
+        own, rise = scoring.output_errors(small, outputs, noise, first)
+        errors[row.method, row.bits, row.granularity] = own
         key = {
             "method": row.method,
             "granularity": row.granularity,
@@ -45,8 +57,15 @@ def measure_candidates(model: nn.Module, rows: list[Candidate], validation: Sens
             "budget_mib": mib_at(model, row.bits),
         }
         stored = {"mem_mib": size / MIB, "mem_share": size / full, "bits_per_weight": bits_of(model, row.plan)}
-        damages = {"predicted": predicted_damage(model, small, validation)} | scoring.output_mse(small, outputs, seed)
+        damages = {"predicted": predicted_damage(model, small, validation)} | scoring.output_mse(own, rise, seed)
         found.append(key | stored | damages)
+    int8 = [own for (method, bits, _), own in errors.items() if method == "uniform" and 8 <= bits < 16]
+    for row, numbers in zip(rows, found, strict=True):
+        own = errors[row.method, row.bits, row.granularity]
+        references = {"over_int8": int8[0] if int8 else None, "over_global": errors.get((*rule_beside(row), row.granularity))}
+        for name, reference in references.items():
+            ratio = (math.nan,) * 3 if reference is None else scoring.ratio_of_means(own, reference, seed)
+            numbers |= dict(zip((name, f"{name}_low", f"{name}_high"), ratio, strict=True))
     return pd.DataFrame(found)[COLUMNS]
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lafq.allocation import solver
 from lafq.allocation.pareto import GRANULARITIES
-from lafq.allocation.thresholds import by_layer, keep_global, relative_to_group
+from lafq.allocation.thresholds import by_layer, keep_global, relative_to_group, standardized
 from lafq.diffusion.mnist import mnist
 from lafq.diffusion.noising import noised_batches
 from lafq.diffusion.unet import quantizable
@@ -84,29 +84,36 @@ def tuned(rows: list[Candidate], bits: list[float], steps: int) -> list[Candidat
     return [row._replace(method="allocator, tuned", tuned=steps) for row in chosen]
 
 
-def thresholds(model: nn.Module, fisher: dict[str, Tensor], bits: list[float], seed: int) -> list[Candidate]:
-    """The paper's three rules, and the same with magnitude or random scores: single weights kept, up to the same bytes.
+def thresholds(model: nn.Module, calibration: Sensitivity, bits: list[float], seed: int) -> list[Candidate]:
+    """The poster's four rules, and the same with magnitude or random scores: single weights kept, up to the same bytes.
 
     What is not kept goes to the largest integer format below the budget, what is kept stays FP16 (FP32 where even all FP16 fits).
+    Every plan comes twice: with the usual scales and nearest codes, and rounded as the allocator's plans are (FEEDBACK).
     """
-    g, fisher = generator(seed), {name: fisher[name] for name in quantizable(model)}
+    g, fisher = generator(seed), {name: calibration.fisher[name] for name in quantizable(model)}
     scores = {
         "global": fisher,
         "group": relative_to_group(fisher),
         "ratio": _rank_in_layer(fisher),
+        "mean_std": standardized(fisher),
         "magnitude": {n: w.abs() for n, w in quantizable(model).items()},
         "random": {n: torch.rand(f.shape, generator=g) for n, f in fisher.items()},
     }
-    rows = []
+    recipe, rows = Recipe(unshrunk_scale, *calibration), []
     for b in bits:
         fitting = [f for f in (*INTEGERS, "fp16") if bits_of(model, dict.fromkeys(fisher, f)) < b]
-        if fitting:
+        for name, values in scores.items() if fitting else ():
             high = "fp32" if fitting[-1] == "fp16" else "fp16"
-            rows += [
-                budget_candidate(name, "weight", b, at_bytes(model, s, fitting[-1], high, mib_at(model, b)))
-                for name, s in scores.items()
-            ]
+            plan = at_bytes(model, values, fitting[-1], high, mib_at(model, b))
+            rows.append(budget_candidate(name, "weight", b, plan))
+            rows.append(budget_candidate(f"{name}, {FEEDBACK}", "weight", b, Plan(plan, recipe)))
     return rows
+
+
+def rule_beside(row: Candidate) -> tuple[str, float]:
+    """Method and budget of the row that a threshold rule is compared with: one threshold for all, rounded alike."""
+    _, comma, rounding = row.method.partition(", ")
+    return f"global{comma}{rounding}", row.bits
 
 
 def at_bytes(model: nn.Module, scores: dict[str, Tensor], low: str, high: str, budget_mib: float) -> Plan:

@@ -43,7 +43,7 @@ def by_tensor(model: nn.Module, calibration: Sensitivity, formats: tuple[str, ..
                 "parameter": name,
                 "format": low,
                 "nbytes": stored_bytes(rows, low),
-                "measured": scoring.output_mse(small, outputs, seed)["damage"],
+                "measured": scoring.output_errors(small, outputs, seed)[0].mean().item(),
                 "curvature x error": damage(change, f, calibration.curvature[name].to(f)).sum().item() / HALF_PIXELS,
                 "Fisher x error": damage(change, f).sum().item() / HALF_PIXELS,
                 "rounding error": change.square().sum().item(),

@@ -3,8 +3,10 @@
 import numpy as np
 import pandas as pd
 
+from lafq.paper.budget_study.methods import FEEDBACK
+from lafq.paper.budget_study.rules import RATE
+
 RISE = 0.03  # of the FP32 model's FID
-RATE = 4.0  # bits per weight
 
 
 def with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> pd.DataFrame:
@@ -25,12 +27,43 @@ def smallest_with_fid(table: pd.DataFrame, baseline_fid: float) -> pd.Series | N
 
 
 def against_int8(table: pd.DataFrame) -> str:
-    """The allocator at 4 bits per weight against uniform INT8."""
+    """The allocator at 4 bits per weight against uniform INT8; the interval pairs both over the digits."""
     ours, int8 = _mixed(table).loc[RATE], _int8(table)
-    ratio, low, high = (ours[c] / int8["damage"] for c in ("damage", "damage_low", "damage_high"))
     return (
-        f"At {ours['mem_mib']:.2f} MiB ({ours['mem_share']:.1%} of FP32, 4 bits per weight) the allocator does {ratio:.2f} "
-        f"[{low:.2f}, {high:.2f}] times the damage to the model's output that uniform INT8 does at {int8['mem_mib']:.2f} MiB."
+        f"At {ours['mem_mib']:.2f} MiB ({ours['mem_share']:.1%} of FP32, 4 bits per weight) the allocator does {_over_int8(ours)} "
+        f"times the damage to the model's output that uniform INT8 does at {int8['mem_mib']:.2f} MiB."
+    )
+
+
+def best_rule(table: pd.DataFrame) -> str:
+    """Which threshold rule changes the output least at equal bytes and with equal rounding."""
+    rows = table[np.isclose(table["budget_bits"], RATE) & table["method"].str.endswith(FEEDBACK)]
+    rows = rows[rows["over_global"].notna()].assign(rule=rows["method"].str.split(",").str[0]).set_index("rule")
+    others = rows.drop("global")
+    said = {
+        rule: f"{r['over_global']:.1f} [{r['over_global_low']:.1f}, {r['over_global_high']:.1f}]" for rule, r in others.iterrows()
+    }
+    best = (
+        "one threshold for the whole model changes the output least"
+        if (others["over_global_low"] > 1).all()
+        else f"one threshold for the whole model changes the output less than {(others['over_global_low'] > 1).sum()} of the others"
+    )
+    return (
+        f"Of {len(rows)} threshold rules, at {RATE:g} bits per weight, equal bytes and equal rounding, {best}. A threshold per "
+        f"group changes it {said['group']} times as much, one per layer (ratio) {said['ratio']} times, random choice "
+        f"{said['random']} times."
+    )
+
+
+def both_draws(table: pd.DataFrame, fresh: pd.DataFrame) -> pd.DataFrame:
+    """Damage over that of uniform INT8, paired: on the digits and noise that settings were chosen on, and on fresh ones."""
+    key = ["method", "granularity", "budget_bits"]
+    both = fresh[key].merge(table, on=key)
+    return fresh[[*key, "mem_mib"]].assign(
+        **{
+            "over INT8, draws that settings were chosen on": both.apply(_over_int8, axis=1),
+            "fresh draws": fresh.apply(_over_int8, axis=1),
+        }
     )
 
 
@@ -47,6 +80,10 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
             f"{found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; {found['method']})."
         )
     return said
+
+
+def _over_int8(row: pd.Series) -> str:
+    return f"{row['over_int8']:.2f} [{row['over_int8_low']:.2f}, {row['over_int8_high']:.2f}]"
 
 
 def _mixed(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from lafq import paths
 from lafq.evaluation import bootstrap, classifier, metrics
@@ -45,7 +44,7 @@ def extractors(inception: InceptionFeatures | None) -> dict[str, FeatureExtracto
     if inception:
         fewer = inception.reference.features[:SMALL_REFERENCE]
         released = metrics.inception_reference(inception.extractor, len(fewer), paths.BUILD / "inception", padded=False)
-        here = metrics.Reference(fewer, fid_features_to_statistics(fewer))
+        here = metrics.Reference.of(fewer)
         found["Inception"] = FeatureExtractor(
             lambda x: metrics.inception_features(inception.extractor, x), inception.reference, (here, released)
         )
@@ -79,9 +78,9 @@ def protocol_choices(
         if eye.sizes:
             ours, theirs = (bootstrap.fid_bootstrap(reference, indices)(seen_plain) for reference in eye.sizes)
             rows.append((name, f"FID, real digits 28x28 (R6; {len(eye.sizes[0].features)} of them)", ours, theirs))
-        rows.append((name, "quantized less FP32, the EMA weights sampled untouched (R1)", low - plain, torch.zeros_like(low)))
+        rows.append((name, "FID of INT8 minus FP32, the EMA weights sampled untouched (R1)", low - plain, torch.zeros_like(low)))
         other = fid(eye.features(other_noise))[:1] - plain[:1]
-        rows.append((name, "quantized less FP32, other noise in each row (R7)", (low - plain)[:1], other))
+        rows.append((name, "FID of INT8 minus FP32, other noise in each row (R7)", (low - plain)[:1], other))
     found = [(name, choice, *_change(here, released)) for name, choice, here, released in rows]
     return pd.DataFrame(found, columns=["features", "choice", "here", "released", "change", "change_low", "change_high"])
 

@@ -1,0 +1,105 @@
+"""The tables of 07_audit as a reader sees them, and what follows from them."""
+
+import pandas as pd
+
+from lafq.paper import results
+from lafq.paper.audit.published_images import UNQUANTIZED
+from lafq.workspace import Workspace
+
+LEVEL = 0.05
+UNTRAINED, OWN_INPUT, BY_TENSOR = (
+    "untrained network (R2)",
+    "loss against the input, one image, t = 1 (R3)",
+    "weight tensor as the unit (R4)",
+)
+
+
+def choices_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `fisher_values.fisher_choices` as it is shown."""
+    return table.round(3).assign(**{c: table[c].map("{:+.2e}".format) for c in ("delta_loss_int8", "delta_loss_int4")})
+
+
+def protocol_shown(table: pd.DataFrame, *choices: str) -> pd.DataFrame:
+    """The rows of a table of `protocol.protocol_choices` that speak of these choices, as they are shown."""
+    rows = table[table["choice"].str.contains("|".join(choices))].reset_index(drop=True)
+    return rows.round(2).astype(object).where(rows.notna(), "")
+
+
+def noise_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `noise_floor.noise_floor` as it is shown: the generated images, and what the real ones have at the paper's N."""
+    table = table[(table["images"] == "generated") | table["n"].isin([100, 5000])]
+    numbers = {c: table[c].map("{:.4g}".format).where(table[c].notna(), "") for c in ("mean", "sd")}
+    return table.assign(n=table["n"].map("{:,.0f}".format), **numbers)
+
+
+def published_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """`published_images.scores` as it is shown: one row per set, mean +- standard deviation over the blocks of N."""
+
+    def cell(row: pd.Series, name: str) -> str:
+        spread = "" if pd.isna(row[f"{name}_sd"]) else f" +- {row[f'{name}_sd']:.2g}"
+        return "" if pd.isna(row[name]) else f"{row[name]:.2f}{spread}"
+
+    cells = table.assign(**{name: [cell(row, name) for _, row in table.iterrows()] for name in ("fid", "kid", "is")})
+    return cells[["features", "set", "n", "blocks", "fid", "kid", "is"]]
+
+
+def compared_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`published_images.compared` as it is shown; p values are corrected (Holm), but for the control's."""
+    p = {name: table[f"{name}_holm"].fillna(table[name]).map("{:.2g}".format) for name in ("kid_p", "classes_p")}
+    digit = [f"{r.digit}: {r.share:.1%} against {r.share_fp32:.1%}" for r in table.itertuples()]
+    shown = table[["set", "images", "images_fp32"]].assign(fid_to_fp32=table["fid_to_fp32"].round(1), **p)
+    return shown.assign(**{"digit whose share differs most": digit})
+
+
+def published_sets(table: pd.DataFrame) -> str:
+    """Which published sets a test tells from another draw of the unquantized one: a sentence on `published_images.compared`."""
+    sets = table.iloc[1:].assign(least=table[["kid_p_holm", "classes_p_holm"]].min(axis=1))
+    told, alike = sets[sets["least"] < LEVEL], sets[sets["least"] >= LEVEL]
+    said = (
+        f"Neither test tells {len(alike)} of {len(sets)} published sets ({', '.join(alike['set'])}) from another draw of the "
+        f"published {UNQUANTIZED} set (smallest p: {alike['least'].min():.2f}, Holm)."
+    )
+    for row in told.itertuples():
+        said += (
+            f" The {row.set} set differs from it (p = {row.kid_p_holm:.2g} for KID, {row.classes_p_holm:.1g} for the digits): "
+            f"{row.share:.1%} of its images show the digit {row.digit}, {row.share_fp32:.1%} of the {UNQUANTIZED} images do."
+        )
+    return said
+
+
+def conclusions(work: Workspace) -> pd.DataFrame:
+    """R1 to R7, each with what it moves in the tables of 07_audit: columns choice, released code, what it moves."""
+    choices = results.load_table(work, "07_fisher_choices").set_index("choice")
+    groups, limited = results.load_table(work, "07_groups"), results.load_table(work, "07_clamped_loss").iloc[0]
+    protocol = results.load_table(work, "07_protocol")
+    judge = protocol["features"].iloc[-1]  # Inception, where it is to be had
+    rows = protocol[protocol["features"] == judge]
+
+    def fisher(choice: str) -> str:
+        row = choices.loc[choice]
+        common = f"kept weights in common: {row['kept_in_common']:.0%}"
+        return f"rank correlation with our Fisher values: {row['rank_correlation']:.2f}; {common}"
+
+    def scored(choice: str) -> str:
+        found = rows[rows["choice"].str.contains(choice)]
+        if found.empty:
+            return "not measured without Inception"
+        row = found.iloc[0]
+        return f"{row['choice'].split(' (')[0]}: {row['here']:.2f} here, {row['released']:.2f} as released ({judge})"
+
+    none = groups[groups["tensors_kept"] == 0]
+    said = [
+        ("R1", "the EMA weights are sampled, which are not quantized", scored("R1")),
+        ("R2", "Fisher values of an untrained network", fisher(UNTRAINED)),
+        ("R3", "a loss between output and input, one image, t = 1", fisher(OWN_INPUT)),
+        ("R4", "one Fisher value per weight tensor", fisher(BY_TENSOR)),
+        (
+            "R5",
+            "thresholds are compared with squared weights, or limit the weights",
+            f"groups without a kept tensor: {', '.join(none['group']) or 'none'}; denoising loss with limited weights "
+            f"{limited['limited']:.3f}, as trained {limited['as trained']:.3f}",
+        ),
+        ("R6", "real digits are 28x28", scored("R6")),
+        ("R7", "no seed: every row has other noise", scored("R7")),
+    ]
+    return pd.DataFrame(said, columns=["choice", "released code", "what it moves"])

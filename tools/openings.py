@@ -1,0 +1,80 @@
+"""The result that opens a notebook: sentences computed from results/, between the marks of its first cell."""
+
+import re
+from pathlib import Path
+
+import nbformat
+
+from lafq.evaluation.candidates import BASELINE
+from lafq.io import atomic_write
+from lafq.paper import poster, results
+from lafq.paper.audit import published_images
+from lafq.paper.budget_study import summaries
+from lafq.presentation import audit_tables, sentences
+from lafq.workspace import Workspace
+
+MARKS = re.compile(r"(<!-- result -->\n).*?(<!-- /result -->)", flags=re.DOTALL)
+
+
+def fill(path: Path, work: Workspace) -> None:
+    """Write the result of a profile into the first cell of the notebook `path`, where that has the marks."""
+    notebook = nbformat.read(path, as_version=4)
+    first = notebook.cells[0]
+    if MARKS.search(first.source):
+        first.source = filled(first.source, path.stem, work)
+        with atomic_write(path) as temporary, temporary.open("w") as file:
+            nbformat.write(notebook, file)
+
+
+def filled(source: str, name: str, work: Workspace) -> str:
+    """The first cell of the notebook `name` with the result of a profile between its marks."""
+    return MARKS.sub(lambda marks: f"{marks[1]}{result(name, work)} (profile {work.profile})\n{marks[2]}", source)
+
+
+def result(name: str, work: Workspace) -> str:
+    """What the notebook `name` found, in one to three sentences."""
+    if name == "01_train":
+        return baseline(work)
+    if name == "02_fisher":
+        drivers = sentences.drivers_of_fisher(results.load_table(work, "02_fisher"))
+        return f"{claim(work, 'C1', 'empirical')} {claim(work, 'C2', 'empirical')} {drivers}"
+    if name in ("03_global", "04_group"):
+        return threshold_row(work, name, name.partition("_")[2])
+    if name == "05_ratio_sweep":
+        return f"{claim(work, 'C3', 'INT8')} {claim(work, 'C4 images', 'INT8')}"
+    published = poster.compare(results.load_table(Workspace("paper"), "08_published"), "paper")
+    if name == "08_published":
+        return f"{sentences.by_format(published)} {sentences.published_inside(published)}"
+    if name == "07_audit":
+        return f"{audit_tables.published_sets(published_images.load('compared'))} {sentences.against_noise(published)}"
+    budget = results.load_table(work, "budget")
+    return f"{summaries.best_rule(budget)} {summaries.against_int8(budget)}"
+
+
+def baseline(work: Workspace) -> str:
+    """The unquantized model's scores beside the poster's."""
+    [row] = results.load_table(work, "01_baseline").itertuples()
+    return (
+        f"FID {row.fid_inception:.1f} on Inception features (poster: {poster.POSTER[0].fid:.1f}) and {row.fid_mnist:.1f} on the "
+        f"classifier's, {row.mem_mib:.2f} MiB; N = {row.n_images}, {row.steps:,} sampling steps."
+    )
+
+
+def claim(work: Workspace, name: str, kind: str) -> str:
+    """The verdict on a claim, from its row of this kind."""
+    table = results.load_table(work, "claims")
+    row = next(table[(table["claim"] == name) & table["quantity"].str.contains(kind)].itertuples())
+    return f"{name.split()[0]}: {row.verdict}; {row.quantity}: {row.measured:.3g} [{row.low:.3g}, {row.high:.3g}]."
+
+
+def threshold_row(work: Workspace, name: str, method: str) -> str:
+    """What the INT8 row nearest to the poster's size does to FID, beside the poster's."""
+    table = results.load_table(work, name)
+    rows = table[(table["method"] == method) & (table["format"] == "int8") & table["delta_fid_inception"].notna()]
+    row = rows.iloc[0]
+    theirs = next(p.fid for p in poster.POSTER if p.method == method) - poster.POSTER[0].fid
+    return (
+        f"At {row['mem_share']:.1%} of FP32's bytes, INT8 on single weights changes FID by "
+        f"{sentences.difference(row, 'delta_fid_inception')} (Inception features, N = {row['n_images']}, the same noise as "
+        f"{BASELINE.format.upper()}). The poster's row, with other noise, differs by {theirs:+.2f}."
+    )
