@@ -17,7 +17,7 @@ $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 t
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
 	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-.PHONY: help setup reproduce resume publish classifier evidence benchmark packed verify test test-fast test-browser lint clean
+.PHONY: help setup reproduce resume publish classifier evidence benchmark packed verify test test-fast test-browser site lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,10 +78,15 @@ test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of
 test-fast: lint  ## lint and the unit tests that take no longer than seconds, without the notebooks
 	@TQDM_DISABLE=1 $(PYTEST) -m "not slow"
 
-test-browser: $(READY)  ## 00_explore in JupyterLab, driven in headless Chromium: one slider is moved (a minute; installs Playwright)
+site: $(READY)  ## the documentation as a web site in build/site: README, docs/ and the committed notebooks (installs Sphinx)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-site.txt
+	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . build/site
+	@echo "build/site/docs/index.html"
+
+test-browser: site  ## three pages of the site, and a slider of 00_explore, in headless Chromium (a minute; installs Playwright)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-browser.txt
 	@$(BIN)/python -m pytest -q tests/browser
-	@echo "passed: the slider of 00_explore, moved in a browser, changed the picture and the bytes"
+	@echo "passed: pages of the site at two widths; the slider of 00_explore, moved in a browser, changed the picture and the bytes"
 
 clean:  ## remove .venv and build (results/ stays)
 	@rm -rf .venv build

@@ -28,7 +28,7 @@ from lafq.diffusion import weights
 from lafq.evaluation import cluster
 from lafq.io import atomic_write
 from lafq.workspace import Workspace
-from tools import cost
+from tools import compare, cost
 from tools.notebooks import QUIET_KERNEL, clean, declared, notebooks, profile_parameters
 from tools.publishing import publish, published
 
@@ -76,6 +76,7 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
     work = Workspace(profile)
     build = work.build
     if anew:
+        compare.keep_aside(work)
         shutil.rmtree(build / "samples", ignore_errors=True)
         if parameters["TRAIN"] and selected[0].stem == "01_train":
             (build / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -98,7 +99,7 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
     minutes = (time.monotonic() - began) / 60
     folders = f"tables in results/{profile}, figures in figures/{profile}, executed notebooks in build/{profile}"
     print(f"done in {minutes:.1f} minutes: {folders}")
-    print(f"`git diff --stat results/{profile}` shows which tables differ from those committed")
+    compare.report(work)
     print("`make publish` refreshes notebooks/ and README.md from these results")
 
 

@@ -1,4 +1,6 @@
-"""Check the committed results of a profile that keeps its images, in minutes and without its FP32 weights: `make verify`.
+"""Check the committed results of a profile, in minutes and without its FP32 weights: `make verify`.
+
+Of a profile that keeps no images, the tables of the last run are compared with those before it (`compare.compared`). Otherwise:
 
 Every image file is read and held against its own record; the classifier's scores of all images are computed again and compared
 with the tables; a few images are drawn again, from the packed weights and, where they are given, from the FP32 weights.
@@ -24,6 +26,7 @@ from lafq.paper import results, threshold_rows
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize, quantize
 from lafq.workspace import Workspace
+from tools import compare
 from tools.notebooks import profile_parameters
 
 PACKED_IMAGES, IMAGES = 8, 4
@@ -106,8 +109,15 @@ def checks(work: Workspace, path: Path | None) -> Iterator[tuple[bool | None, st
     """All checks, one after another: whether each holds (None: it could not be made), and a line."""
     p = profile_parameters(work.profile)
     compute_on(p["THREADS"], "cpu")
+    if not p["KEEP"]:
+        if not compare.before(work).is_dir():
+            raise ValueError(f"nothing to compare with: `make reproduce PROFILE={work.profile}` keeps the earlier tables aside")
+        said, out = compare.compared(work)
+        yield not out, said
+        yield from ((False, line) for line in out)
+        return
     if not samples.samples_folder(work).is_dir():
-        raise ValueError(f"results/{work.profile}/samples is missing: verify needs a profile that keeps its images (PROFILE=paper)")
+        raise ValueError(f"results/{work.profile}/samples is missing: restore it with `git checkout -- results/{work.profile}`")
     yield from check_files(work)
     yield from check_tables(work)
     if (work.results / weights.PACKED).is_file():

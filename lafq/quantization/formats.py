@@ -48,7 +48,7 @@ def smallest(f: Format) -> float:
 
 
 def absmax_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) -> Tensor:
-    """FP16 scales (R,) that give the largest |w| of each row the largest code; 1 for a row of zeros."""
+    """FP16 scales (R,) that give the largest absolute weight of each row the largest code; 1 for a row of zeros."""
     return _usable(rows.abs().amax(1) / qmax)
 
 
