@@ -161,11 +161,11 @@ def block_statistics(samples: dict[str, np.ndarray], baseline: str, block: int) 
 
 
 class InceptionFeatures(NamedTuple):
-    """The network, its reference features, and a function of images that gives their features and keeps them."""
+    """The network, its reference features, and a function of images that gives features and logits and keeps them."""
 
     extractor: FeatureExtractorInceptionV3
     reference: metrics.Reference
-    of: Callable[[Tensor], Tensor]
+    of: Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 def inception_features(work: Workspace, reference_images: int) -> InceptionFeatures | None:

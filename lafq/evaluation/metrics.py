@@ -1,4 +1,4 @@
-"""Image quality through torch-fidelity: FID, FID, KID and IS on MNIST features; FID and KID on Inception features.
+"""Image quality through torch-fidelity: FID, KID and IS on MNIST features and, as far as its weights are there, on Inception's.
 
 Both sides are 32x32 (real digits zero-padded as the generated ones are). The reference set is the first 5,000 test
 digits for MNIST features; for Inception as many of them as the profile says. IS is over one split; KID takes 100
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lafq.diffusion.mnist import REFERENCE, mnist
 from lafq.diffusion.noising import unit_interval
+from lafq.evaluation import inception
 from lafq.evaluation.classifier import Classifier
 from lafq.io import load_tensors, save_tensors
 from lafq.quantization.model import weights_sha256
@@ -52,11 +53,15 @@ def mnist_features(classifier: Classifier, images: Tensor) -> tuple[Tensor, Tens
 
 
 @torch.inference_mode()
-def inception_features(extractor: FeatureExtractorInceptionV3, images: Tensor) -> Tensor:
-    """uint8 images (N, 1, 32, 32) -> pool features (N, 2048), the grey value repeated in the three colours."""
+def inception_features(extractor: FeatureExtractorInceptionV3, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """uint8 images (N, 1, 32, 32) -> pool features (N, 2048), and logits (N, 1008) where the weights have the last layer.
+
+    The grey value is repeated in the three colours.
+    """
     _check(images)
     batches = tqdm(images.split(INCEPTION_BATCH), desc="Inception features", unit="batch", leave=False)
-    return torch.cat([extractor(batch.expand(-1, 3, -1, -1))[0] for batch in batches])
+    features, logits = zip(*(extractor(batch.expand(-1, 3, -1, -1)) for batch in batches), strict=True)
+    return torch.cat(features), torch.cat(logits) if inception.has_logits(extractor) else None
 
 
 def _check(images: Tensor, size: tuple[int, int] | None = None) -> None:
@@ -84,16 +89,18 @@ def inception_reference(extractor: FeatureExtractorInceptionV3, images: int, cac
         raise ValueError(f"{images} Inception reference images asked for: there are {len(digits)}")
     if not padded:
         digits = digits[:, :, 2:-2, 2:-2]
-    return Reference.of(kept_inception_features(extractor, digits, cache))
+    return Reference.of(kept_inception_features(extractor, digits, cache)[0])
 
 
-def kept_inception_features(extractor: FeatureExtractorInceptionV3, images: Tensor, folder: Path) -> Tensor:
+def kept_inception_features(extractor: FeatureExtractorInceptionV3, images: Tensor, folder: Path) -> tuple[Tensor, Tensor | None]:
     """`inception_features`, kept in `folder` by the images and the weights: thousands of images take minutes."""
     images_sha256 = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     path = folder / f"{images_sha256[:16]}.{weights_sha256(extractor)[:12]}.safetensors"
     if not path.is_file():
-        save_tensors(path, {"features": inception_features(extractor, images)})
-    return load_tensors(path, "the notebook")[0]["features"]
+        features, logits = inception_features(extractor, images)
+        save_tensors(path, {"features": features} | ({} if logits is None else {"logits": logits}))
+    found, _ = load_tensors(path, "the notebook")
+    return found["features"], found.get("logits")
 
 
 def fid(features: Tensor, reference: Reference) -> float:
@@ -115,7 +122,7 @@ def kid(features: Tensor, reference: Reference) -> float:
 
 
 def inception_score(logits: Tensor) -> float:
-    """exp of the mean KL divergence between p(y|x) and p(y), over one split, from logits (N, 10)."""
+    """exp of the mean KL divergence between p(y|x) and p(y), over one split, from logits (N, classes)."""
     return isc_features_to_metric(logits, splits=1)[KEY_METRIC_ISC_MEAN]
 
 

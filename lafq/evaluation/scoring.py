@@ -15,7 +15,8 @@ from lafq.evaluation.metrics import Reference
 from lafq.modes import evaluating
 from lafq.rng import generator
 
-METRICS = ("fid_mnist", "is_mnist", "kid_mnist", "fid_inception", "kid_inception")
+METRICS = ("fid_mnist", "is_mnist", "kid_mnist", "fid_inception", "is_inception", "kid_inception")
+Features = tuple[Tensor, Tensor | None]
 LOSS_DIGITS = 200
 
 
@@ -26,8 +27,8 @@ class Scored(NamedTuple):
     draws: dict[str, Tensor]
 
 
-def make_scorer(images: int, seed: int, inception: Reference | None) -> Callable[[Tensor, Tensor | None], Scored]:
-    """A function that scores uint8 images (N, 1, 32, 32) and, where given, their Inception features (N, 2048).
+def make_scorer(images: int, seed: int, inception: Reference | None) -> Callable[[Tensor, Features | None], Scored]:
+    """A function that scores uint8 images (N, 1, 32, 32) and, where given, what `metrics.inception_features` gives of them.
 
     Every call takes the same resamples of the N image indices. inception: the reference of the Inception features.
     """
@@ -41,14 +42,17 @@ def make_scorer(images: int, seed: int, inception: Reference | None) -> Callable
     fid_inception = bootstrap.fid_bootstrap(inception, as_they_are) if inception else None
     kid_inception = bootstrap.kid_bootstrap(inception, indices) if inception else None
 
-    def score(generated: Tensor, features: Tensor | None = None) -> Scored:
+    def score(generated: Tensor, on_inception: Features | None = None) -> Scored:
         seen, logits = metrics.mnist_features(network, generated)
         draws = {"fid_mnist": fid(seen), "is_mnist": inception_score(logits), "kid_mnist": kid(seen)}
         values = metrics.mnist_metrics(seen, logits, reference)
-        if features is not None:
+        if on_inception is not None:
+            features, logits = on_inception
             found = fid_inception(features)
             values["fid_inception"], draws["fid_inception"] = found[0].item(), found[1:]
             values["kid_inception"], draws["kid_inception"] = metrics.kid(features, inception), kid_inception(features)
+            if logits is not None:
+                values["is_inception"], draws["is_inception"] = metrics.inception_score(logits), inception_score(logits)
         return Scored(values, draws)
 
     return score
@@ -67,12 +71,23 @@ def against_baseline(scored: Scored, baseline: Scored) -> dict[str, float]:
 
 
 def paired_change(losses: Tensor, baseline: Tensor, generated: Tensor, unquantized: Tensor, seed: int) -> dict[str, float]:
-    """What FID cannot see: `rmse`, the mean over images of the root mean squared difference from the unquantized model's
-    image of the same noise (0..1), and `delta_loss`, the rise of the held-out denoising loss, with its 95 % interval."""
-    off = (unit_interval(generated) - unit_interval(unquantized)).square().flatten(1).mean(1).sqrt()
+    """What FID cannot see, of images (N, 1, 32, 32) and held-out losses against the unquantized model's from the same noise.
+
+    `rmse`, the mean over images of the root mean squared difference (0..1); `psnr`, the peak signal-to-noise ratio of all of them
+    in dB; `class_changed`, the share of images whose predicted digit is another; `delta_loss`, the rise of the denoising loss on
+    held-out digits, with its 95 % interval.
+    """
+    off = (unit_interval(generated) - unit_interval(unquantized)).square().flatten(1).mean(1)
+    network = classifier.load()
+    digits = [metrics.mnist_features(network, images)[1].argmax(1) for images in (generated, unquantized)]
     rise = losses - baseline
     draws = bootstrap.mean_bootstrap(bootstrap.resamples(len(rise), seed))(rise)
-    return {"rmse": off.mean().item(), **_columns("delta_loss", rise.mean().item(), draws)}
+    return {
+        "rmse": off.sqrt().mean().item(),
+        "psnr": -10 * off.mean().log10().item(),
+        "class_changed": (digits[0] != digits[1]).float().mean().item(),
+        **_columns("delta_loss", rise.mean().item(), draws),
+    }
 
 
 @torch.inference_mode()

@@ -73,11 +73,11 @@ COLUMNS = [
     ),
     *(
         f"{name}{end}"
-        for metric in ("fid_inception", "kid_inception", "fid_mnist", "is_mnist", "kid_mnist")
+        for metric in ("fid_inception", "is_inception", "kid_inception", "fid_mnist", "is_mnist", "kid_mnist")
         for name in (metric, f"delta_{metric}")
         for end in ("", "_low", "_high")
     ),
-    *("rmse", "delta_loss", "delta_loss_low", "delta_loss_high"),
+    *("rmse", "psnr", "class_changed", "delta_loss", "delta_loss_low", "delta_loss_high"),
 ]
 
 

@@ -12,15 +12,16 @@ from lafq.workspace import Workspace
 
 SHOWN = [
     *("method", "threshold", "format", "granularity", "kept_share", "mem_mib", "mem_share"),
-    *("fid_mnist", "delta_fid_mnist", "is_mnist", "kid_mnist", "fid_inception", "delta_fid_inception", "rmse", "delta_loss"),
+    *("fid_mnist", "delta_fid_mnist", "is_mnist", "kid_mnist", "fid_inception", "delta_fid_inception", "psnr", "class_changed"),
     *("n_images", "steps"),
 ]
 DIGITS = {
-    **dict.fromkeys(("mem_mib", "fid_mnist", "is_mnist", "fid_inception", "fid_paper", "is_paper"), "{:.2f}"),
+    **dict.fromkeys(("mem_mib", "fid_mnist", "is_mnist", "is_inception", "fid_inception", "fid_paper", "is_paper"), "{:.2f}"),
     **dict.fromkeys(("kept_share", "mem_share", "mem_share_paper", "kid_mnist", "kid_inception"), "{:.3f}"),
     **dict.fromkeys(("delta_fid_mnist", "delta_fid_inception", "fid_mnist_delta"), "{:+.3f}"),
     **dict.fromkeys(("predicted", "damage"), "{:.2e}"),
-    "rmse": "{:.2g}",
+    "psnr": "{:.1f} dB",
+    "class_changed": "{:.0%}",
     "delta_loss": "{:+.1e}",
 }
 WITH_INTERVAL = ("fid_mnist", "delta_fid_mnist", "delta_fid_inception", "delta_loss")
@@ -81,7 +82,8 @@ def comparison(work: Workspace, *methods: str) -> pd.DataFrame:
     """Rows of paper_comparison.csv as they are shown: of some methods (all without any), of the ratios `listed` ones."""
     table = load_table(work, "paper_comparison")
     table = listed(table[table["method"].isin(methods or METHODS)]).reset_index(drop=True)
-    ours = ("fid_inception", "fid_mnist", "delta_fid_mnist", "is_mnist", "kid_mnist", "mem_mib", "mem_share", "n_images", "steps")
+    ours = ["fid_inception", "is_inception", "delta_fid_inception", "fid_mnist", "delta_fid_mnist", "is_mnist"]
+    ours = [c for c in ours if not table[c].isna().all()] + ["mem_mib", "mem_share", "n_images", "steps"]
     return format_table(table, [*KEY, "fid_paper", "is_paper", "mem_share_paper", *ours])
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics
@@ -95,7 +97,19 @@ def test_equal_images_differ_by_nothing():
         assert [row[f"delta_{metric}{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
         assert row[f"{metric}_low"] < row[metric] < row[f"{metric}_high"]
     assert torch.isnan(torch.tensor(row["fid_inception"]))
-    assert scoring.paired_change(torch.ones(5), torch.ones(5), images, images, 0)["rmse"] == 0
+    same = scoring.paired_change(torch.ones(5), torch.ones(5), images, images, 0)
+    assert (same["rmse"], same["psnr"], same["class_changed"]) == (0, math.inf, 0)
+
+
+def test_other_images_have_another_class_and_a_known_psnr():
+    digits, labels = mnist(train=False)
+    other = torch.cat([digits[labels == 1][:5], digits[labels == 0][:5]])
+    row = scoring.paired_change(torch.ones(5), torch.ones(5), other, digits[labels == 1][:10], 0)
+    assert row["class_changed"] == pytest.approx(0.5)
+    faint = torch.full((4, 1, 32, 32), 26, dtype=torch.uint8)
+    assert scoring.paired_change(torch.ones(5), torch.ones(5), faint, torch.zeros_like(faint), 0)["psnr"] == pytest.approx(
+        20 * math.log10(255 / 26), abs=1e-4
+    )
 
 
 def test_a_handful_of_images_has_intervals():
@@ -109,7 +123,7 @@ def test_damage_is_of_the_scale_it_says(tiny):
     black, white = torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.full((4, 1, 32, 32), 255, dtype=torch.uint8)
     losses = torch.rand(50, generator=torch.Generator().manual_seed(0))
     row = scoring.paired_change(losses + 0.1, losses, white, black, 0)
-    assert row["rmse"] == 1
+    assert (row["rmse"], row["psnr"]) == (1, 0)
     assert row["delta_loss_low"] == pytest.approx(0.1) == row["delta_loss_high"]
     first = scoring.held_out_losses(tiny, seed=0, digits=20)
     assert torch.equal(first, scoring.held_out_losses(tiny, seed=0, digits=20))

@@ -7,7 +7,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from lafq import paths
 from lafq.diffusion.mnist import HELD_OUT, mnist
-from lafq.evaluation import classifier, inception, metrics
+from lafq.evaluation import classifier, inception, metrics, scoring
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +151,8 @@ def test_a_source_that_breaks_in_any_way_gives_way_to_the_next(monkeypatch, tmp_
     assert "download failed (KeyError)" in line
     images = mnist(train=False)[0][:2]
     # Normalization is folded into the convolutions: the same network up to the last digits.
-    torch.testing.assert_close(
-        metrics.inception_features(extractor, images), metrics.inception_features(whole.eval(), images), rtol=1e-3, atol=1e-4
-    )
+    found, expected = (metrics.inception_features(network, images)[0] for network in (extractor, whole.eval()))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_wheels_network_becomes_torch_fidelitys(monkeypatch):
@@ -171,8 +170,24 @@ def test_the_wheels_network_becomes_torch_fidelitys(monkeypatch):
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: script())
     found = inception._from_torchscript(b"")
     assert all(torch.equal(found[k], v) for k, v in state.items() if not k.startswith("fc."))
-    features = metrics.inception_features(inception._build(found), mnist(train=False)[0][:2])
+    extractor = inception._build(found)
+    features, logits = metrics.inception_features(extractor, mnist(train=False)[0][:2])
     assert features.shape == (2, 2048)
+    assert logits is None
+
+
+@pytest.mark.slow
+def test_inception_score_where_the_weights_have_the_last_layer():
+    torch.manual_seed(0)
+    extractor, images = inception._build(inception._Inception().state_dict()), mnist(train=False)[0][:6]
+    assert inception.has_logits(extractor)
+    features, logits = metrics.inception_features(extractor, images)
+    assert logits.shape == (6, 1008)
+    score = scoring.make_scorer(6, 0, metrics.Reference.of(features))
+    found = score(images, (features, logits))
+    assert found.values["is_inception"] == pytest.approx(metrics.inception_score(logits))
+    assert len(found.draws["is_inception"]) == 1000
+    assert "is_inception" not in score(images, (features, None)).values
 
 
 @pytest.mark.skipif(not (paths.BUILD / "inception" / "default_1.pt").is_file(), reason="Inception weights not fetched yet")
@@ -180,7 +195,7 @@ def test_inception_tells_digits_from_noise():
     extractor = inception._build(inception._from_torchscript((paths.BUILD / "inception" / "default_1.pt").read_bytes()))
     images = mnist(train=False)[0]
     noise = torch.randint(256, (16, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    first, second, other = (metrics.inception_features(extractor, x).mean(0) for x in (images[:16], images[16:32], noise))
+    first, second, other = (metrics.inception_features(extractor, x)[0].mean(0) for x in (images[:16], images[16:32], noise))
     assert (first - other).norm() > 3 * (first - second).norm()
 
 

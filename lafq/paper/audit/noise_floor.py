@@ -54,6 +54,6 @@ def noise_floor(parameters: dict[str, Any]) -> pd.DataFrame:
     reference = metrics.mnist_reference(network)
     seen = [("MNIST", images, metrics.mnist_features(network, x)[0], reference) for images, x in sets]
     if eye := inception_features(work, INCEPTION_REFERENCE if p["INCEPTION_REFERENCE"] else 0):
-        seen += [("Inception", images, eye.of(x), eye.reference) for images, x in sets]
+        seen += [("Inception", images, eye.of(x)[0], eye.reference) for images, x in sets]
     tables = [floor(f, reference, p["SEED"]).assign(features=name, images=images) for name, images, f, reference in seen]
     return pd.concat(tables, ignore_index=True)[["features", "images", "metric", "n", "mean", "sd", "blocks"]]

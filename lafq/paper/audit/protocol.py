@@ -46,7 +46,7 @@ def extractors(inception: InceptionFeatures | None) -> dict[str, FeatureExtracto
         released = metrics.inception_reference(inception.extractor, len(fewer), paths.BUILD / "inception", padded=False)
         here = metrics.Reference.of(fewer)
         found["Inception"] = FeatureExtractor(
-            lambda x: metrics.inception_features(inception.extractor, x), inception.reference, (here, released)
+            lambda x: metrics.inception_features(inception.extractor, x)[0], inception.reference, (here, released)
         )
     return found
 

@@ -148,10 +148,10 @@ def measure(path: Path, seed: int) -> None:
     print(line)
     if extractor:
         features = partial(metrics.kept_inception_features, extractor, folder=paths.BUILD / "inception")
-        real = features(mnist(train=True)[0][REAL])
+        real = features(mnist(train=True)[0][REAL])[0]
         reference = Reference.of(real)
         for name, x in images.items():
-            found = scores(features(x), None, reference, seed)
+            found = scores(*features(x), reference, seed)
             tables.append(found.assign(features="Inception", set=name))
             print(f"{name}: scored on Inception features", flush=True)
     table = pd.concat(tables, ignore_index=True)
