@@ -27,23 +27,32 @@ def fisher_by_tensor(axes: Sequence[Axes], timesteps: pd.DataFrame) -> None:
 
 
 def fisher_by_group(ax: Axes, timesteps: pd.DataFrame) -> None:
-    """Mean (solid) and median (dashed) over the weight tensors of Layer 1-2 and of Layer 3-6, by timestep."""
-    group = np.where(timesteps["layer"].isin(["Layer1", "Layer2"]), "Layer 1-2", "Layer 3-6")
-    by_time = timesteps.assign(group=group).groupby(["group", "t_low"])["fisher"].agg(["mean", "median"])
-    for colour, name in zip(sns.color_palette(), ("Layer 1-2", "Layer 3-6"), strict=False):
-        for statistic, style in (("mean", "-"), ("median", "--")):
-            ax.plot(by_time.loc[name].index, by_time.loc[name, statistic], style, color=colour, label=f"{name}, {statistic}")
-    ax.set(yscale="log", xlabel="timestep t (0 = clean; lower edge of the bin)", ylabel="Fisher of the weight tensors")
-    ax.set_title("Fisher information by group")
+    """Mean Fisher per weight of Layers 1-2 and of Layers 3-6, as C2 compares them, by timestep."""
+    of_front = timesteps["layer"].isin(["Layer1", "Layer2"])
+    named = _with_trace(timesteps).assign(group=np.where(of_front, "Layers 1-2", "Layers 3-6"))
+    for name, rows in named.groupby("group"):
+        by_time = rows.groupby("t_low")[["trace", "weights"]].sum()
+        ax.plot(by_time.index, by_time["trace"] / by_time["weights"], label=name)
+    total = named.groupby("group")[["trace", "weights"]].sum()
+    front, others = total["trace"] / total["weights"]
+    ax.set(yscale="log", xlabel="timestep t (0 = clean; lower edge of the bin)", ylabel="mean Fisher per weight")
+    ax.set_title(f"Per weight, Layers 1-2 have {front / others:.0f} times the others' Fisher information")
     ax.legend()
 
 
 def fisher_map(ax: Axes, timesteps: pd.DataFrame) -> None:
     """Mean Fisher per weight: layers on y, timestep bins on x, log colour scale."""
-    total = (
-        timesteps.assign(total=timesteps["fisher"] * timesteps["weights"]).groupby(["layer", "t_low"])[["total", "weights"]].sum()
-    )
-    table = (total["total"] / total["weights"]).unstack()
-    sns.heatmap(table, ax=ax, norm=LogNorm(table.min().min(), table.max().max()), cmap="viridis", cbar_kws={"label": "mean Fisher"})
-    ax.set(xlabel="timestep t (0 = clean; lower edge of the bin)", ylabel="", title="Mean Fisher information per weight")
+    named = _with_trace(timesteps)
+    total = named.groupby(["layer", "t_low"])[["trace", "weights"]].sum()
+    table = (total["trace"] / total["weights"]).unstack()
+    norm, bar = LogNorm(table.min().min(), table.max().max()), {"label": "mean Fisher per weight"}
+    sns.heatmap(table, ax=ax, norm=norm, cmap="viridis", cbar_kws=bar)
+    first = named["t_low"] == named["t_low"].min()
+    share, end = named[first]["trace"].sum() / named["trace"].sum(), named[first]["t_high"].iloc[0]
+    ax.set(xlabel="timestep t (0 = clean; lower edge of the bin)", ylabel="")
+    ax.set_title(f"{share:.0%} of the Fisher information lies at t <= {end}")
     ax.tick_params(axis="y", rotation=0)
+
+
+def _with_trace(timesteps: pd.DataFrame) -> pd.DataFrame:
+    return timesteps.assign(trace=timesteps["fisher"] * timesteps["weights"])

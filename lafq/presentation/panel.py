@@ -15,6 +15,7 @@ from lafq.presentation.explore import LOW, RULES, Outcome, Setting, Subject, out
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import nbytes
 
+AMPLIFIED = 8  # differences of images are drawn this many times as bright
 SIZE = (12.5, 7)  # inches
 
 
@@ -48,8 +49,8 @@ def draw(figure: Figure, subject: Subject, found: Outcome) -> None:
     stored, kept, damage = sentences(subject, found)
     above.suptitle(f"{stored}. {damage}.\nRule {found.setting.rule}, per {found.setting.granularity}: {kept}", fontsize=11)
     before, after = subject.digits.astype(int), found.digits.astype(int)
-    off = (plots.AMPLIFIED * np.abs(after - before)).clip(0, 255)
-    titles = ("FP32 model", "Quantized, from the same noise", f"Difference, x {plots.AMPLIFIED}")
+    off = (AMPLIFIED * np.abs(after - before)).clip(0, 255)
+    titles = ("FP32 model", "Quantized, from the same noise", f"Difference, x {AMPLIFIED}")
     for ax, images, title in zip(below.subplots(1, 3), (before, after, off), titles, strict=True):
         plots.digits(ax, images, len(images) // (2 - len(images) % 2), title)
     below.supxlabel(f"{len(before)} digits, {subject.sampling.steps} sampling steps", fontsize=9)

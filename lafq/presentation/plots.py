@@ -4,6 +4,7 @@ Colours are seaborn's colour-blind palette, or viridis where they stand for a ti
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 
 from lafq.paper.poster import BEST_RATIOS, Published
 
-AMPLIFIED = 8  # differences of images are drawn this many times as bright
+AMPLIFIED = 64  # differences of images are drawn this many times as bright
 SWEPT = (0.28, 0.5)  # the ratios that the paper swept
 MARKED = 50  # a line of more points than this is drawn without markers
 MARKERS = {"fp16": "o", "int8": "s"}
@@ -52,20 +53,21 @@ def size_curve(
         ax.plot(rows["threshold"], 100 * rows["mem_share"], **style, label=f"{low} per {granularity}")
     ax.axhline(100 * share, color="black", ls="--", lw=1, label=f"the paper's size, {100 * share:.1f} %")
     ax.set(xlabel=label, ylabel="stored bytes (% of FP32)", ylim=(0, 108), xscale="log" if log else "linear")
+    ax.set_title("What every threshold stores", fontsize=10)
     ax.set_xlim(limits)
     ax.legend(fontsize=9)
 
 
 def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: str) -> None:
-    """A metric with its 95 % interval over stored MiB, one marker per row (kinds set apart by 0.02 MiB); the baseline dashed."""
+    """A metric with its 95 % interval over stored MiB, one marker per kind of row; the baseline dashed."""
     baseline = table[table["method"] == "baseline"][metric].item()
-    ax.axhline(baseline, color="black", ls="--", lw=1, label="FP32 baseline")
+    ax.axhline(baseline, color="black", ls="--", lw=1, label="FP32")
     rows = table[table["method"] != "baseline"]
     kinds = rows.groupby(["method", "format", "granularity"], sort=False)
-    for i, ((kind, points), marker) in enumerate(zip(kinds, "osD^vP*X", strict=False)):
-        apart = 0.02 * i  # MiB: rows of equal size stay visible
-        ax.errorbar(points["mem_mib"] + apart, points[metric], bars(points, metric), fmt=marker, capsize=3, label=", ".join(kind))
-    ax.set(xlabel="stored MiB (kinds set apart by 0.02)", ylabel=label)
+    for (kind, points), marker in zip(kinds, "osD^vP*X", strict=False):
+        style = {"fmt": marker, "mfc": "none", "ms": 7, "capsize": 3, "label": f"{kind[0]}, {kind[1].upper()} by {kind[2]}"}
+        ax.errorbar(points["mem_mib"], points[metric], bars(points, metric), **style)
+    ax.set(xlabel="stored MiB", ylabel=label)
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=9)
 
@@ -124,7 +126,13 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[P
         if features == "Inception":
             sizes, fids = zip(*((row.images, row.fid) for row in published if row.images in (100, 5000)), strict=True)
             ax.scatter(sizes, fids, marker="_", s=120, lw=0.8, color="black", zorder=3, label="published rows (poster, README)")
-        ax.set(xscale="log", yscale="log", xlabel="images N in a block", ylabel="FID", title=f"{features} features")
+        at_100 = panel[(panel["images"] == "generated") & (panel["n"] == 100)]["sd"]
+        spread = f": at N = 100 one model's FID varies by ±{at_100.item():.1f} (1 sd)" if len(at_100) else ""
+        ax.set(xscale="log", yscale="log", xlabel="images N in a block", ylabel="FID", title=f"{features} features{spread}")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:,.0f}")
+            axis.set_minor_formatter("{x:,.0f}" if axis is ax.yaxis else "")
+        ax.tick_params(axis="y", which="minor", labelsize=8)
         ax.legend(fontsize=8)
 
 
@@ -196,19 +204,36 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     ax.legend(fontsize=9)
 
 
-def paired_digits(axes: Sequence[Axes], table: pd.DataFrame, samples: dict[str, np.ndarray], count: int) -> None:
+def paired_digits(
+    axes: Sequence[Axes], table: pd.DataFrame, samples: dict[str, np.ndarray], count: int, amplified: int = AMPLIFIED
+) -> None:
     """The first images of every row of a table (left) and, enlarged, their differences from the first row's (right).
 
-    The first row is the unquantized model; a column shares its noise.
+    The first row is the unquantized model; a column shares its noise. amplified: how many times as bright differences are drawn.
     """
     first = samples[table["sample"].iloc[0]][:count].astype(int)
     for ax, row in zip(axes, table.itertuples(), strict=True):
         images = samples[row.sample][:count]
-        off = (AMPLIFIED * np.abs(images.astype(int) - first)).clip(0, 255).astype(np.uint8)
+        off = (amplified * np.abs(images.astype(int) - first)).clip(0, 255).astype(np.uint8)
         digits(ax, np.concatenate([images, off]), 2 * count, "")
-        name = " ".join(dict.fromkeys((row.method, row.threshold, row.format, row.granularity)))
-        ax.set_ylabel(f"{name}\n{row.mem_mib:.2f} MiB", rotation=0, ha="right", va="center", fontsize=9)
-    axes[0].set_title(f"images from the same noise   |   their difference from the first row, x {AMPLIFIED}", fontsize=10)
+        ax.set_ylabel(f"{_spoken(row)}\n{row.mem_mib:.2f} MiB", rotation=0, ha="right", va="center", fontsize=9)
+    axes[0].set_title(f"images from the same noise   |   their difference from FP32, {amplified} times as bright", fontsize=10)
+
+
+def three_rows(table: pd.DataFrame, method: str, threshold: str = "") -> pd.DataFrame:
+    """FP32, uniform INT8, and the first INT8 row of a method on single weights: the rows whose images are drawn."""
+    int8 = table[table["format"] == "int8"]
+    ours = int8[(int8["method"] == method) & (int8["granularity"] == "weight") & int8["threshold"].str.startswith(threshold)]
+    kinds = table[table["method"] == "baseline"], int8[int8["method"] == "uniform"], ours
+    return pd.concat([rows.iloc[:1] for rows in kinds], ignore_index=True)
+
+
+def _spoken(row: Any) -> str:
+    """A row's name in a figure."""
+    named = {"none": "FP32", "all": f"uniform {row.format.upper()}"}
+    if row.method in ("baseline", "uniform", "allocator"):
+        return named.get(row.threshold, row.threshold)
+    return f"{row.method}{' ' + row.threshold if row.method == 'ratio' else ''}, {row.format.upper()}"
 
 
 def bars(rows: pd.DataFrame, metric: str) -> np.ndarray:

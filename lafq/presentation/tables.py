@@ -120,13 +120,6 @@ def peaks(work: Workspace, table: pd.DataFrame) -> pd.DataFrame:
     return format_table(found, [*KEY, "mem_mib", "peak_mib"])
 
 
-def extremes(table: pd.DataFrame) -> pd.DataFrame:
-    """The baseline, the uniform rows and, for every format and granularity, the smallest and the largest ratio sampled."""
-    ratio = table[(table["method"] == "ratio") & ~table["threshold"].isin(["0.00", "1.00"])]
-    ends = [rows.iloc[[0, -1]] for _, rows in ratio.groupby(["format", "granularity"])]
-    return pd.concat([table[table["method"].isin(["baseline", "uniform"])], *ends], ignore_index=True)
-
-
 def fisher_by_layer(timesteps: pd.DataFrame) -> pd.DataFrame:
     """Weights, mean Fisher per weight and share of the Fisher trace, by layer, over all timesteps."""
     total = timesteps.assign(trace=timesteps["fisher"] * timesteps["weights"])
