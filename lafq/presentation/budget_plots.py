@@ -34,6 +34,12 @@ def main_rows(table: pd.DataFrame) -> pd.Series:
     return pd.Series(list(zip(table["method"], table["granularity"], strict=True)), index=table.index).isin(MAIN)
 
 
+def variant_rows(table: pd.DataFrame) -> pd.Series:
+    """Which rows the figure of variants shows: other granularities and roundings of the methods in the main figure."""
+    known = table["method"].str.split(",").str[0].isin([method for method, _ in MAIN])
+    return known & ~main_rows(table)
+
+
 def finding(table: pd.DataFrame) -> str:
     """The main figure's title."""
     rows = table[main_rows(table) & np.isclose(table["budget_bits"], TITLE_BITS)].set_index("method")["damage"]
