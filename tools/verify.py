@@ -109,15 +109,15 @@ def checks(work: Workspace, path: Path | None) -> Iterator[tuple[bool | None, st
     """All checks, one after another: whether each holds (None: it could not be made), and a line."""
     p = profile_parameters(work.profile)
     compute_on(p["THREADS"], "cpu")
-    if not p["KEEP"]:
+    if not samples.samples_folder(work).is_dir():
+        if p["KEEP"]:
+            raise ValueError(f"results/{work.profile}/samples is missing: `git checkout -- results/{work.profile}` restores it")
         if not compare.before(work).is_dir():
             raise ValueError(f"nothing to compare with: `make reproduce PROFILE={work.profile}` keeps the earlier tables aside")
         said, out = compare.compared(work)
         yield not out, said
         yield from ((False, line) for line in out)
         return
-    if not samples.samples_folder(work).is_dir():
-        raise ValueError(f"results/{work.profile}/samples is missing: restore it with `git checkout -- results/{work.profile}`")
     yield from check_files(work)
     yield from check_tables(work)
     if (work.results / weights.PACKED).is_file():

@@ -13,7 +13,7 @@ from lafq.allocation.pareto import GRANULARITIES, StorageOption, pareto_front
 from lafq.diffusion.unet import UNet, quantizable
 from lafq.evaluation import scoring
 from lafq.fisher.monte_carlo import Sensitivity
-from lafq.paper.budget_study import budget, methods, predictions, summaries
+from lafq.paper.budget_study import budget, methods, predictions, rules, summaries
 from lafq.quantization.formats import unshrunk_scale
 from lafq.quantization.model import channel_view, dequantize, nbytes, quantize
 from lafq.quantization.plan import Recipe
@@ -170,7 +170,7 @@ def test_weights_without_fisher_information_cost_nothing(model):
         ({"sensitivity": Sensitivity({"Layer9": torch.ones(1)}, {})}, "the plan names 'Layer9'"),
         (
             {"sensitivity": Sensitivity({"inp.weight": torch.ones(1)}, {})},
-            r"Fisher values of inp.weight must have its shape \(8, 1, 3, 3\)",
+            r"Fisher values of inp.weight must be finite, of its shape \(8, 1, 3, 3\)",
         ),
         ({"sensitivity": Sensitivity({"inp.weight": -torch.ones(8, 1, 3, 3)}, {})}, "none below 0 or NaN"),
         ({"sensitivity": Sensitivity({"inp.weight": torch.full((8, 1, 3, 3), float("nan"))}, {})}, "none below 0 or NaN"),
@@ -199,6 +199,41 @@ def test_thresholds_fill_the_budget(model, fisher):
     ratio = next(r for r in rows if r.method == "ratio" and r.bits == 12)
     kept = [p.keep_mask.float().mean().item() for n, p in ratio.plan.items() if n.startswith("Layer1")]
     assert 0 < np.mean(kept) < 1
+
+
+def test_rules_are_compared_with_one_threshold_that_is_rounded_alike():
+    rows = (
+        methods.budget_candidate("ratio", "weight", 4.0, {}),
+        methods.budget_candidate("ratio, error feedback", "weight", 4.0, {}),
+    )
+    assert [methods.rule_beside(row) for row in rows] == [("global", 4.0), ("global, error feedback", 4.0)]
+
+
+@pytest.mark.slow
+def test_ratios_of_damages_are_paired(model, known):
+    found = [*methods.uniform(model, known), *methods.thresholds(model, known, [4.0], seed=0)]
+    table = budget.measure_candidates(model, found, known, seed=0, digits=20).set_index("method")
+    int8 = table[(table.index == "uniform") & (table["budget_bits"].between(8, 9))].iloc[0]
+    assert (int8["over_int8"], int8["over_int8_low"], int8["over_int8_high"]) == (1, 1, 1)
+    for rounding in ("", f", {methods.FEEDBACK}"):
+        whole, ratio = table.loc[f"global{rounding}"], table.loc[f"ratio{rounding}"]
+        assert whole["over_global"] == 1
+        assert ratio["over_global"] == pytest.approx(ratio["damage"] / whole["damage"])
+        assert ratio["over_global_low"] <= ratio["over_global"] <= ratio["over_global_high"]
+    again = budget.measure_candidates(model, found[:1], known, seed=0, digits=20, fresh=True)
+    assert again["damage"].item() != table["damage"].iloc[0]
+    shown = rules.rules_at_equal_bytes(table.reset_index(), methods.FEEDBACK)
+    assert shown["rule"].tolist() == ["global", "group", "ratio", "mean_std", "magnitude", "random"]
+    assert [claim.verdict for claim in rules.damage_claims(table.reset_index(), methods.FEEDBACK)]
+
+
+@pytest.mark.parametrize(("low", "high", "said"), [(2, 9, "contradicted"), (0.2, 0.9, "supported"), (0.5, 2, "inconclusive")])
+def test_claims_about_rules_follow_from_their_intervals(low, high, said):
+    rows = [{"method": f"{rule}, error feedback", "budget_bits": 4.0} for rule in rules.LAYERWISE]
+    found = rules.damage_claims(
+        pd.DataFrame(rows).assign(over_global=(low + high) / 2, over_global_low=low, over_global_high=high), "error feedback"
+    )
+    assert [claim.verdict for claim in found] == [said] * 3
 
 
 @pytest.fixture(scope="module")
@@ -266,12 +301,14 @@ def table(ratio, delta_high):
         }
         for b, d, h in ((2, 2.0**-2 * ratio, 99), (4, 2.0**-8 * ratio, delta_high), (8, 2.0**-8 * ratio, 0))
     ]
-    return pd.DataFrame([columns | row for row in uniform + ours])
+    found = pd.DataFrame([columns | row for row in uniform + ours])
+    over = found["damage"] / 2.0**-8
+    return found.assign(over_int8=over, over_int8_low=over - 0.1, over_int8_high=over + 0.1)
 
 
 def test_the_summary_follows_from_the_table():
     said = summaries.summary_sentences(table(0.3, 2), pd.DataFrame({"method": ["baseline"], "fid_mnist": [100.0]}))
-    assert "0.30 [" in said and "from 4 bits per weight on" in said
+    assert "0.30 [0.20, 0.40] times" in said and "from 4 bits per weight on" in said
     assert "less than 3 % of FP32's" in said
     assert "3 %" not in summaries.summary_sentences(table(0.3, 2), None)
 

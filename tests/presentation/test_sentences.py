@@ -1,10 +1,12 @@
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from lafq.paper import poster
+from lafq.paper.audit import published_images
 from lafq.paper.budget_study.methods import FEEDBACK
-from lafq.presentation import sentences
+from lafq.presentation import audit_tables, sentences
 
 
 def published(ours, low, high):
@@ -17,15 +19,20 @@ def published(ours, low, high):
     return table.assign(delta_fid_inception_low=low, delta_fid_inception_high=high)
 
 
-def budget():
-    damages = {"global": 1.0, "group": 5.0, "ratio": 15.0, "magnitude": 9.0, "random": 30.0}
-    rows = [{"method": m, "granularity": "weight", "damage": d} for m, d in damages.items()]
-    rows += [{"method": "allocator", "granularity": "mixed", "damage": 0.2}]
-    uniform = [
-        {"method": m, "granularity": "tensor", "damage": 1.0, "budget_bits": 8.0} for m in ("uniform", f"uniform, {FEEDBACK}")
-    ]
-    table = pd.DataFrame([{"budget_bits": 4.0, "mem_mib": 1.0, "mem_share": 0.125} | r for r in rows + uniform])
-    return table.assign(damage_low=0.1, damage_high=0.3, fid_mnist_delta_high=np.nan, n_images=1000)
+def budget(group=5.0):
+    """Rows as `budget.measure_candidates` gives them: each rule's damage over that of one threshold, and the allocator over INT8."""
+    over = {"global": 1.0, "group": group, "ratio": 15.0, "mean_std": 7.0, "magnitude": 9.0, "random": 30.0}
+    rows = [{"method": f"{m}, {FEEDBACK}", "granularity": "weight", "over_global": d} for m, d in over.items()]
+    rows += [{"method": "allocator", "granularity": "mixed", "over_int8": 0.2}]
+    table = pd.DataFrame([{"budget_bits": 4.0, "mem_mib": 1.0, "mem_share": 0.125} | r for r in rows])
+    table = pd.concat([table, pd.DataFrame([{"method": "uniform", "granularity": "tensor", "budget_bits": 8.0, "mem_mib": 2.0}])])
+    ends = {f"{c}{end}": table[c] * f for c in ("over_global", "over_int8") for end, f in (("_low", 0.5), ("_high", 1.5))}
+    return table.assign(damage=1.0, **ends)
+
+
+@pytest.fixture
+def noise(monkeypatch):
+    monkeypatch.setattr(published_images, "fid_noise", lambda: 3.1)
 
 
 @pytest.mark.parametrize(
@@ -36,15 +43,32 @@ def test_which_published_differences_lie_inside(low, high, said):
     assert f"Of 2 published differences from the baseline, {said}" in sentences.published_inside(published(0.05, low, high))
 
 
-def test_findings_follow_from_the_tables():
+def test_findings_follow_from_the_tables(noise):
     found = sentences.findings(published(0.05, -0.1, 0.2), budget())
     assert len(found) == 4
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps" in found[0]
     assert "largest gain is 3.09" in found[0]
-    assert f"{2**0.5 * poster.FID_NOISE:.1f} (1 sd)" in found[1]
-    assert "A threshold per group changes it 5 times as much, one per layer (ratio) 15 times" in found[2]
+    assert "All are smaller than what other noise alone does to the FID of 100 images: 4.4 (1 sd)" in found[1]
+    assert "Of 6 threshold rules, at 4 bits per weight" in found[2]
+    assert "one threshold for the whole model changes the output least. A threshold per group" in found[2]
+    assert "changes it 5.0 [2.5, 7.5] times as much, one per layer (ratio) 15.0 [7.5, 22.5] times" in found[2]
     assert "0.20 [0.10, 0.30] times the damage" in found[3]
+
+
+def test_a_rule_that_may_be_as_good_is_counted(noise):
+    said = sentences.findings(published(0.05, -0.1, 0.2), budget(group=1.5))[2]
+    assert "changes the output less than 4 of the 5 others" in said
+
+
+@pytest.mark.parametrize(
+    ("least", "said"),
+    [(0.2, "Neither test tells 2 of 2 published sets (global, ratio 0.25)"), (0.01, "The ratio 0.25 set differs")],
+)
+def test_which_published_sets_can_be_told_apart(least, said):
+    rows = [("FP32, one half against the other", math.nan, math.nan), ("global", 0.5, 0.6), ("ratio 0.25", least, 0.9)]
+    table = pd.DataFrame(rows, columns=["set", "kid_p_holm", "classes_p_holm"]).assign(digit=0, share=0.1, share_fp32=0.12)
+    assert said in audit_tables.published_sets(table)
 
 
 def test_what_drives_the_fisher_claims():

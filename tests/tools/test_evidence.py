@@ -132,3 +132,24 @@ def test_budget_rows_join_those_of_06(smoke, tiny, monkeypatch):
     joined = table[table["n_images"] == 20]
     assert len(joined) == (~found["method"].isin(["baseline", "global", "group", "ratio", "magnitude", "random"])).sum()
     assert joined["fid_mnist_delta"].notna().all()
+
+
+@pytest.mark.slow
+def test_fresh_rows_and_their_claims(smoke, tiny):
+    found = evidence.fresh("smoke", images=20)
+    assert found["fresh"]["method"].tolist() == [
+        *("baseline", "allocator", "allocator, tuned"),
+        *(f"{rule}, {methods.FEEDBACK}" for rule in ("global", "group", "ratio")),
+    ]
+    assert (found["fresh"]["n_images"] == 20).all()
+    assert found["fresh_claims"]["quantity"].str.contains("minus that of one for all").tolist() == [True, True]
+
+
+def test_without_the_published_images_one_line_says_so(sandbox, monkeypatch, capsys):
+    monkeypatch.setattr(evidence, "STEPS", {})
+    monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke"])
+    assert evidence.main() == 0
+    assert "PUBLISHED=path scores them" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke", "--published", "nowhere"])
+    assert evidence.main() == 1
+    assert "nowhere is not there" in capsys.readouterr().err

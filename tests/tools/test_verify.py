@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from lafq.paper import results, threshold_rows
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import quantize
 from lafq.workspace import Workspace
-from tools import verify
+from tools import compare, verify
 from tools.notebooks import profile_parameters
 
 SMOKE = Workspace("smoke", keep=True)
@@ -70,9 +71,19 @@ def test_a_changed_number_a_damaged_file_and_other_weights_are_found(made, tiny,
     assert "FAILED: " in capsys.readouterr().out
 
 
-def test_a_profile_that_keeps_no_images(sandbox):
-    with pytest.raises(ValueError, match="verify needs a profile that keeps its images"):
+def test_a_profile_that_keeps_no_images_is_compared_with_the_tables_before(sandbox):
+    with pytest.raises(ValueError, match="nothing to compare with: `make reproduce PROFILE=smoke`"):
         list(verify.checks(SMOKE, None))
+    results.save_table(SMOKE, "03_global", pd.DataFrame({"fid_mnist": [90.0]}))
+    compare.keep_aside(SMOKE)
+    assert [holds for holds, _ in verify.checks(SMOKE, None)] == [True]
+    results.save_table(SMOKE, "03_global", pd.DataFrame({"fid_mnist": [91.0]}))
+    assert [holds for holds, _ in verify.checks(SMOKE, None)] == [False, False]
+
+
+def test_missing_images_of_a_profile_that_keeps_them(sandbox):
+    with pytest.raises(ValueError, match="results/paper/samples is missing: `git checkout"):
+        list(verify.checks(Workspace("paper"), None))
 
 
 @pytest.mark.slow

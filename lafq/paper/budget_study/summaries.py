@@ -46,7 +46,8 @@ def best_rule(table: pd.DataFrame) -> str:
     best = (
         "one threshold for the whole model changes the output least"
         if (others["over_global_low"] > 1).all()
-        else f"one threshold for the whole model changes the output less than {(others['over_global_low'] > 1).sum()} of the others"
+        else f"one threshold for the whole model changes the output less than {(others['over_global_low'] > 1).sum()} of the "
+        f"{len(others)} others"
     )
     return (
         f"Of {len(rows)} threshold rules, at {RATE:g} bits per weight, equal bytes and equal rounding, {best}. A threshold per "
