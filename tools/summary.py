@@ -9,8 +9,9 @@ from lafq.diffusion.unet import UNet
 from lafq.diffusion.weights import WEIGHTS
 from lafq.io import load_tensors, sha256
 from lafq.paper import claims, poster, results
-from lafq.paper.budget_study import summaries
-from lafq.presentation import sentences, tables
+from lafq.paper.audit import published_images
+from lafq.paper.budget_study import methods, rules, summaries
+from lafq.presentation import audit_tables, sentences, tables
 from lafq.workspace import Workspace
 from tools import cost
 from tools.notebooks import notebooks, profile_parameters
@@ -46,6 +47,15 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "claims": markdown(tables.claims_shown(work)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
         "claims_paper": f"{markdown(tables.claims_shown(paper))}\n\n{drivers['paper']}",
         "evidence": evidence(work),
+        "rules": f"{markdown(rules.rules_at_equal_bytes(budget, methods.FEEDBACK))}\n\n{summaries.best_rule(budget)}",
+        "rules_claims": markdown(tables.claims_text(rule_claims(work)).drop(columns=["p", "note"])),
+        "fresh": markdown(summaries.both_draws(budget, results.load_table(work, "06_fresh"))),
+        "published_scores": markdown(audit_tables.published_scores(published_images.load("scores"))),
+        "published_sets": (
+            f"{markdown(audit_tables.compared_shown(published_images.load('compared')))}\n\n"
+            f"{audit_tables.published_sets(published_images.load('compared'))}"
+        ),
+        "audit": markdown(audit_tables.conclusions(work)),
         "budget": summaries.summary_sentences(budget, evidence_budget),
         "fisher": markdown(fisher_cost(benchmarks["fisher"])),
         "cost": (
@@ -110,6 +120,12 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "at the poster's size", "at a quarter of its width"])
     return f"{markdown(table)}\n\n{quantities}"
+
+
+def rule_claims(work: Workspace) -> pd.DataFrame:
+    """The claims about threshold rules: on damage and, where `make evidence` has made them, on images."""
+    found = (results.load_optional(work, name) for name in ("06_claims", "evidence_fresh_claims"))
+    return pd.concat([table for table in found if table is not None], ignore_index=True)
 
 
 def evidence(work: Workspace) -> str:

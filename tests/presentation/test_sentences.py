@@ -20,7 +20,7 @@ def published(ours, low, high):
 
 
 def budget(group=5.0):
-    """Rows as `budget.measure_candidates` gives them: each rule's damage over that of one threshold, and the allocator over INT8."""
+    """Rows as `budget.measure_candidates` gives them: damage over that of one threshold, and the allocator's over INT8's."""
     over = {"global": 1.0, "group": group, "ratio": 15.0, "mean_std": 7.0, "magnitude": 9.0, "random": 30.0}
     rows = [{"method": f"{m}, {FEEDBACK}", "granularity": "weight", "over_global": d} for m, d in over.items()]
     rows += [{"method": "allocator", "granularity": "mixed", "over_int8": 0.2}]
