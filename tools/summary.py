@@ -57,7 +57,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         ),
         "audit": markdown(audit_tables.conclusions(work)),
         "budget": summaries.summary_sentences(budget, evidence_budget),
-        "fisher": markdown(fisher_cost(benchmarks["fisher"])),
+        "fisher": markdown(tables.fisher_cost(benchmarks["fisher"])),
         "cost": (
             f"`make reproduce` took {minutes:.0f} minutes on two cores and {peak:.1f} GiB of memory; setting up `.venv` "
             f"comes on top, once."
@@ -67,7 +67,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
             f"test accuracy {classifier['test_accuracy']:.2%}, {classifier['parameters']:,} parameters, sha256 "
             f"`{classifier['sha256']}`"
         ),
-        "quantizers": markdown(quantizers(benchmarks["quantizers"])),
+        "quantizers": markdown(tables.quantizers(benchmarks["quantizers"])),
         "deviations": markdown(deviations()),
         "counted": counted(),
         "timing": markdown(timing()),
@@ -143,23 +143,6 @@ def evidence(work: Workspace) -> str:
             "their images are far worse, so they say little about C3 and C4."
         )
     return "\n".join(([markdown(table), ""] if table is not None else []) + lines)
-
-
-def fisher_cost(table: pd.DataFrame) -> pd.DataFrame:
-    """The benchmark of Fisher methods as it is shown."""
-    digits = {"cost_ratio": "{:.2f}", "relative_error": "{:.2g}"}
-    return table.assign(**{c: table[c].map(f.format) for c, f in digits.items()})
-
-
-def quantizers(table: pd.DataFrame) -> pd.DataFrame:
-    """The benchmark as it is shown: the integer formats that at least two libraries have."""
-    shared = table.groupby(["width", "format"])["library"].transform("nunique") > 1
-    shown = table[shared].assign(order=table["format"].str[3:].astype(int)).sort_values(["width", "order"], ascending=[True, False])
-    digits = {"bytes_ratio": "{:.3f}", "output_mse": "{:.2g}", "time_ratio": "{:.2f}"}
-    shown = shown.assign(
-        library=shown["library"] + " " + shown["version"], **{c: shown[c].map(f.format) for c, f in digits.items()}
-    )
-    return shown[["width", "format", "library", *digits, "layers_left_fp32"]]
 
 
 def deviations() -> pd.DataFrame:

@@ -144,3 +144,20 @@ def layer_table(model: UNet) -> pd.DataFrame:
     channels = {name: getattr(model, name).block1.conv1.in_channels for name in LAYERS}
     table.insert(1, "channels", [str(channels.get(name, "")) for name in layers])
     return table.assign(mib=(table["parameters"] * 4 / 2**20).round(3))
+
+
+def fisher_cost(table: pd.DataFrame) -> pd.DataFrame:
+    """The benchmark of Fisher methods as it is shown."""
+    digits = {"cost_ratio": "{:.2f}", "relative_error": "{:.2g}"}
+    return table.assign(**{c: table[c].map(f.format) for c, f in digits.items()})
+
+
+def quantizers(table: pd.DataFrame) -> pd.DataFrame:
+    """The benchmark as it is shown: the integer formats that at least two libraries have."""
+    shared = table.groupby(["width", "format"])["library"].transform("nunique") > 1
+    shown = table[shared].assign(order=table["format"].str[3:].astype(int)).sort_values(["width", "order"], ascending=[True, False])
+    digits = {"bytes_ratio": "{:.3f}", "output_mse": "{:.2g}", "time_ratio": "{:.2f}"}
+    shown = shown.assign(
+        library=shown["library"] + " " + shown["version"], **{c: shown[c].map(f.format) for c, f in digits.items()}
+    )
+    return shown[["width", "format", "library", *digits, "layers_left_fp32"]]
