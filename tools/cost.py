@@ -94,7 +94,7 @@ def training_time(parameters: dict[str, Any]) -> str:
 
 
 def kept_flop(work: Workspace, width: int) -> float:
-    """Operations that the images kept by their recipe have taken, if they are of the profile's own weights; else 0."""
+    """Operations that the images kept by their provenance have taken, if they are of the profile's own weights; else 0."""
     if not (work.results / WEIGHTS).is_file():
         return 0.0
     weights, steps = weights_sha256(load_model(work, width)), 0

@@ -40,7 +40,7 @@ def ship(
 ) -> pd.DataFrame:
     """Write results/<profile>/packed.safetensors, at most `budget_mib` MiB, and measure what that costs.
 
-    made: what the recipe of its images says besides the size. Returns the rows of `evaluate.evaluate`, of
+    made: what the provenance of its images says besides the size. Returns the rows of `evaluate.evaluate`, of
     the FP32 weights and of the packed ones, with `damage`, the mean squared change of the model's
     output on held-out digits, and its 95 % interval.
     Raises ValueError, as `solver.solve_budget`, for a budget below the smallest possible size.

@@ -54,30 +54,30 @@ class _Option(NamedTuple):
 def pareto_front(
     weight: Tensor,
     fisher: Tensor,
-    rows: ChannelView,
+    view: ChannelView,
     granularity: str,
     formats: tuple[str, ...] = tuple(FORMATS),
     curvature: Tensor | None = None,
 ) -> list[StorageOption]:
     """The choices of one parameter that no other choice beats in both bytes and damage, smallest first.
 
-    weight and fisher have the parameter's shape; rows as `channel_view` gives them; curvature (C, C) for its columns.
+    weight and fisher have the parameter's shape; view as `channel_view` gives it; curvature (C, C) for its columns.
     """
-    known = [f for f in (FORMATS[name] for name in formats) if not f.qmax or len(rows.shape) > 1]
-    values, fisher = rows.of(weight), rows.of(fisher)
+    known = [f for f in (FORMATS[name] for name in formats) if not f.qmax or len(view.shape) > 1]
+    values, fisher = view.of(weight), view.of(fisher)
     shared = None if curvature is None else Curvature(curvature, factor(curvature))
     options = [_option(values, fisher, known, shared)]
-    found = [_choice(rows, options[0], known, torch.full((len(values),), i)) for i in range(len(known))]
-    if granularity == "mixed" and len(rows.shape) > 1:
+    found = [_choice(view, options[0], known, torch.full((len(values),), i)) for i in range(len(known))]
+    if granularity == "mixed" and len(view.shape) > 1:
         saliency = (fisher * values.square()).flatten().argsort(descending=True, stable=True)
         for count in sorted({max(1, round(share * len(saliency))) for share in SPARSE_SHARES}):
             kept = torch.zeros(len(saliency), dtype=torch.bool)
             kept[saliency[:count]] = True
-            options.append(_option(values, fisher, known, shared, kept.view_as(values), rows))
+            options.append(_option(values, fisher, known, shared, kept.view_as(values), view))
     if granularity != "tensor":
         for option in options:
             # One price of a bit after another, from where the first row changes its format to where the last does.
-            found += [_choice(rows, option, known, chosen) for chosen in _by_price(option)]
+            found += [_choice(view, option, known, chosen) for chosen in _by_price(option)]
     return undominated(found)
 
 
@@ -87,7 +87,7 @@ def _option(
     known: list[Format],
     shared: Curvature | None,
     kept: Tensor | None = None,
-    rows: ChannelView | None = None,
+    view: ChannelView | None = None,
 ) -> _Option:
     stored = _stored(values, fisher, known, shared, kept)
     matrix = shared.matrix if shared else None
@@ -95,7 +95,7 @@ def _option(
     length = values.shape[1]
     bits = torch.tensor([f.bits for f in known]) * length + torch.tensor([16 if f.qmax else 0 for f in known])
     in_row = torch.zeros(len(values), dtype=torch.int64) if kept is None else kept.sum(1)
-    mask = None if kept is None else rows.back(kept)
+    mask = None if kept is None else view.back(kept)
     return _Option(mask, of_format, bits.double().expand(len(values), -1), in_row)
 
 
@@ -129,10 +129,10 @@ def _by_price(option: _Option) -> Iterable[Tensor]:
     return torch.stack([(option.damage + price * option.bits).argmin(1) for price in prices.tolist()]).unique_consecutive(dim=0)
 
 
-def _choice(rows: ChannelView, option: _Option, known: list[Format], chosen: Tensor) -> StorageOption:
+def _choice(view: ChannelView, option: _Option, known: list[Format], chosen: Tensor) -> StorageOption:
     names = [known[i].name for i in chosen.tolist()]
     low = names[0] if len(set(names)) == 1 else tuple(names)
-    total = counted_bytes(rows, low, option.in_row, "fp16")
+    total = counted_bytes(view, low, option.in_row, "fp16")
     damage = option.damage.gather(1, chosen[:, None]).sum().item()
     if option.kept is None:
         return StorageOption(total, damage, low if isinstance(low, str) else WeightSpec(low))

@@ -71,7 +71,7 @@ def load_model(work: Workspace, width: int) -> UNet:
 
 
 def save_fisher(work: Workspace, values: dict[str, Tensor], width: int, **settings: int) -> None:
-    """Write every weight's empirical Fisher value to results/<profile>/fisher.safetensors (not committed: 02_fisher makes it).
+    """Write the empirical Fisher values of the six layers' weights (`unet.quantizable`) to results/<profile>/fisher.safetensors.
 
     settings: how it was estimated (samples, bins, seed), kept in the file.
     """
@@ -84,7 +84,7 @@ def fisher_settings(work: Workspace) -> dict[str, int]:
 
 
 def load_fisher(work: Workspace, width: int) -> dict[str, Tensor]:
-    """The empirical Fisher value of every weight, by parameter name, as `save_fisher` wrote them.
+    """The empirical Fisher values of the six layers' weights (`unet.quantizable`), by parameter name, as `save_fisher` wrote them.
 
     Raises FileNotFoundError when there are none, ValueError when they are of other weights than the profile's.
     """

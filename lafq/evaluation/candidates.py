@@ -19,9 +19,9 @@ KEY = ["method", "threshold", "format", "granularity"]
 class Candidate(NamedTuple):
     """A row to evaluate: its key in every table, its quantization plan, and whether Inception features are computed for it.
 
-    target: how the threshold was found from the Fisher values ("" where the threshold itself is given). made: what the recipe of
-    its images says of rounding and Fisher information, where that is not as in the paper's rows (`samples.recipe`). bits: the
-    budget in bits per weight (0: none). tuned: for how many steps biases and norms are tuned after rounding.
+    target: how the threshold was found from the Fisher values ("" where the threshold itself is given). made: what the provenance
+    of its images says of rounding and Fisher information, where that is not as in the paper's rows (`samples.provenance`). bits:
+    the budget in bits per weight (0: none). tuned: for how many steps biases and norms are tuned after rounding.
     """
 
     method: str
@@ -49,11 +49,10 @@ def quantized(model: nn.Module, candidate: Candidate, seed: int) -> nn.Module:
 
 
 def sizes(model: nn.Module, plans: list[Entries]) -> pd.DataFrame:
-    """Kept share, stored MiB and share of the FP32 bytes, one row per plan."""
-    full = nbytes(model, {})
-    stored = [(kept_share(model, plan), nbytes(model, plan)) for plan in plans]
-    table = pd.DataFrame(stored, columns=["kept_share", "mem_mib"])
-    return table.assign(mem_mib=table["mem_mib"] / MIB, mem_share=table["mem_mib"] / full)
+    """Kept share of the six layers' weights, stored MiB of the whole model and their share of FP32's, one row per plan."""
+    full, stored = nbytes(model, {}), [nbytes(model, plan) for plan in plans]
+    columns = {"kept_share": [kept_share(model, plan) for plan in plans]}
+    return pd.DataFrame(columns | {"mem_mib": [n / MIB for n in stored], "mem_share": [n / full for n in stored]})
 
 
 def kept_share(model: nn.Module, plan: Entries) -> float:

@@ -38,13 +38,13 @@ def evaluate(
     Raises ValueError for a plan that does not fit the model and for no images, and the errors of `cached_samples`.
     """
     size = sizes(model, [c.plan for c in candidates])
-    recipe_of = _recipes(work, model) if work.keep else lambda *_: None
+    provenance_of = _provenances(work, model) if work.keep else lambda *_: None
     if work.scheduler:
-        copies = ((quantized(model, c, sampling.seed), partial(recipe_of, c)) for c in candidates)
+        copies = ((quantized(model, c, sampling.seed), partial(provenance_of, c)) for c in candidates)
         sample_on_cluster(work, model, copies, len(candidates), sampling)
 
     def draw(candidate: Candidate, whole: nn.Module, label: str) -> Sampled:
-        return cached_samples(work, whole, sampling, label, recipe_of(candidate, whole))
+        return cached_samples(work, whole, sampling, label, provenance_of(candidate, whole))
 
     features = inception_features(work, inception_reference)
     baseline = draw(BASELINE, model, "FP32 baseline")
@@ -92,16 +92,16 @@ def _scores(
     return score
 
 
-def _recipes(work: Workspace, model: nn.Module) -> Callable[[Candidate, nn.Module], samples.Provenance]:
-    """A function of a candidate and its quantized model: its recipe, or that of an earlier candidate with the very same weights."""
+def _provenances(work: Workspace, model: nn.Module) -> Callable[[Candidate, nn.Module], samples.Provenance]:
+    """A function of a candidate and its quantized model: its provenance, or that of an earlier candidate with the very same weights."""
     of_model, first = weights_sha256(model), {}
 
-    def recipe_of(candidate: Candidate, whole: nn.Module) -> samples.Provenance:
+    def provenance_of(candidate: Candidate, whole: nn.Module) -> samples.Provenance:
         needs_none = candidate.method in ("baseline", "uniform") or candidate.made
-        own = samples.recipe(model, candidate, of_model, {} if needs_none else weights.fisher_settings(work))
+        own = samples.provenance(model, candidate, of_model, {} if needs_none else weights.fisher_settings(work))
         return first.setdefault(weights_sha256(whole), own)
 
-    return recipe_of
+    return provenance_of
 
 
 def measure_peak_memory(work: Workspace, model: nn.Module, candidates: list[Candidate]) -> pd.DataFrame:

@@ -1,14 +1,14 @@
 """Generated images, kept in files of one batch each, together with a record of where they come from.
 
-A profile that keeps its images (KEEP) has them in results/<profile>/samples, found by their *recipe*; any other has them in
+A profile that keeps its images (KEEP) has them in results/<profile>/samples, found by their *provenance*; any other has them in
 build/<profile>/samples, found by the weights they were drawn from.
 
-The recipe says in words how the weights were made: sha256 of the FP32 weights, rule, threshold, format, granularity, format of
-the weights kept, rounding, and the settings of the Fisher information (`recipe`). The key of a row is the first 16 hexadecimal
-digits of the sha256 of the JSON of recipe, steps, seed and batch, its keys sorted. A file is named
+The provenance says in words how the weights were made: sha256 of the FP32 weights, rule, threshold, format, granularity, format of
+the weights kept, rounding, and the settings of the Fisher information (`provenance`; files call it "recipe"). The key of a row is
+the first 16 hexadecimal digits of the sha256 of the JSON of recipe, steps, seed and batch, its keys sorted. A file is named
 <key>_<first image>-<last image>.npz. Fisher values computed on another machine differ in their last bits and flip some masks; the
-recipe finds the images all the same, and the record in the file says which weights, processor, threads and torch drew them. Keys
-must not change: images take hours.
+provenance finds the images all the same, and the record in the file says which weights, processor, threads and torch drew them.
+Keys must not change: images take hours.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class Sampled(NamedTuple):
     machines: frozenset[str]
 
 
-def recipe(model: nn.Module, candidate: Candidate, weights: str, fisher: dict[str, int]) -> Provenance:
+def provenance(model: nn.Module, candidate: Candidate, weights: str, fisher: dict[str, int]) -> Provenance:
     """How the weights of a row are made from the FP32 weights with the sha256 `weights` (`weights_sha256`).
 
     A plan that stores all weights alike is the uniform row, or the baseline, whatever rule made it.
@@ -81,7 +81,7 @@ def recipe(model: nn.Module, candidate: Candidate, weights: str, fisher: dict[st
     return found | (candidate.made or {})
 
 
-def recipe_key(recipe: Provenance, sampling: Sampling) -> str:
+def row_key(provenance: Provenance, sampling: Sampling) -> str:
     """The key of a row, as this module's docstring says it."""
     words = json.dumps({"recipe": recipe, **_drawn(sampling)}, sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()[:16]
@@ -93,16 +93,16 @@ def sample_key(model: nn.Module, *drawn: int) -> str:
 
 
 def cached_samples(
-    work: Workspace, model: nn.Module, sampling: Sampling, label: str = "sampling", recipe: Provenance | None = None
+    work: Workspace, model: nn.Module, sampling: Sampling, label: str = "sampling", provenance: Provenance | None = None
 ) -> Sampled:
-    """`ddpm.sample`, batch by batch drawn or taken from where images are kept: with a recipe, results/<profile>/samples.
+    """`ddpm.sample`, batch by batch drawn or taken from where images are kept: with a provenance, results/<profile>/samples.
 
     Raises ValueError for no images, and for a file that is damaged, holds other images than its name says, or was drawn on this
-    kind of machine from other weights than the recipe now gives.
+    kind of machine from other weights than the provenance now gives.
     """
     if sampling.images < 1:
         raise ValueError(f"{sampling.images} images asked for: at least one is needed")
-    key, files = _place(work, model, sampling, recipe)
+    key, files = _place(work, model, sampling, provenance)
     drawn = {"recipe": recipe, **_drawn(sampling)}
     weights, found, machines = weights_sha256(model), [], set()
     for part, path in files.items():
@@ -115,7 +115,7 @@ def cached_samples(
             raise ValueError(f"{path} holds the images of another row: delete it, and the next run draws these anew")
         if record["drawn_from"] != weights and record["machine"] == kind_of_machine():
             raise ValueError(
-                f"{path} was drawn on this kind of machine from other weights than its recipe gives now, so a setting or the code "
+                f"{path} was drawn on this kind of machine from other weights than its provenance gives now, so a setting or the code "
                 "behind it has changed: delete it, and the next run draws these images anew"
             )
         found.append(torch.from_numpy(pixels))
@@ -163,19 +163,19 @@ def sample_on_cluster(
 ) -> None:
     """Have the workers of a Dask cluster draw what is not yet kept, each of the `total` plans once.
 
-    copies: quantized copies of `model`, each with a function that gives the recipe of its dequantized weights; taken one by one as
+    copies: quantized copies of `model`, each with a function that gives the provenance of its dequantized weights; taken one by one as
     workers have room. Errors are those of `cluster.sample_all`.
     """
     waiting: dict[str, tuple[dict[range, Path], dict[str, Any]]] = {}
 
     def tasks() -> Iterator[tuple[str, bytes]]:
-        for small, recipe_of in copies:
+        for small, provenance_of in copies:
             with TemporaryDirectory() as folder:
                 file = Path(folder) / "packed.safetensors"
                 save_quantized(file, small, model)
                 whole = dequantize(small)
-                recipe = recipe_of(whole)
-                key, files = _place(work, whole, sampling, recipe)
+                provenance = provenance_of(whole)
+                key, files = _place(work, whole, sampling, provenance)
                 if key not in waiting and not all(path.is_file() for path in files.values()):
                     waiting[key] = files, {"recipe": recipe, **_drawn(sampling), "drawn_from": weights_sha256(whole)}
                     yield key, file.read_bytes()
@@ -195,13 +195,13 @@ def _drawn(sampling: Sampling) -> dict[str, int]:
     return {"steps": sampling.steps, "seed": sampling.seed, "batch": sampling.batch}
 
 
-def _place(work: Workspace, model: nn.Module, sampling: Sampling, recipe: Provenance | None) -> tuple[str, dict[range, Path]]:
+def _place(work: Workspace, model: nn.Module, sampling: Sampling, provenance: Provenance | None) -> tuple[str, dict[range, Path]]:
     """The key of a row, and the file of every batch of its images."""
     images, steps, seed, batch = sampling
-    if recipe is None:
+    if provenance is None:
         folder, key = work.build / "samples", sample_key(model, images, steps, seed)
     else:
-        folder, key = samples_folder(work), recipe_key(recipe, sampling)
+        folder, key = samples_folder(work), row_key(provenance, sampling)
     parts = [range(start, min(start + batch, images)) for start in range(0, images, batch)]
     return key, {part: folder / f"{key}_{part.start:05d}-{part.stop - 1:05d}.npz" for part in parts}
 

@@ -64,13 +64,13 @@ def estimate_sensitivity(
     though each group has inputs of its own. Needs C^2 numbers a tensor besides.
     """
     names = [n for n, p in model.named_parameters() if p.ndim > 1] if names is None else names
-    rows = {n: channel_view(model, n) for n in names if model.get_parameter(n).ndim > 1}
+    views = {n: channel_view(model, n) for n in names if model.get_parameter(n).ndim > 1}
     with torch.inference_mode(False):  # these add up over passes that take gradients
-        shared = {n: torch.zeros(r.size[1], r.size[1]) for n, r in rows.items()}
+        shared = {n: torch.zeros(v.size[1], v.size[1]) for n, v in views.items()}
 
     def add(name: str, gradient: Tensor) -> None:
-        if name in rows:
-            g = rows[name].of(gradient)
+        if name in views:
+            g = views[name].of(gradient)
             scale = g.square().mean(1, keepdim=True).sqrt()
             g = torch.where(scale > 0, g / scale, 0)
             shared[name] = shared[name].to(g).addmm_(g.T, g)

@@ -92,8 +92,8 @@ def evaluate_rows(
     update(work, "peak_memory", measure_peak_memory(work, model, rows))
     keys = {tuple(getattr(row, column) for column in KEY) for row in compared}
     if keys:
-        beside = table[[key in keys for key in table[KEY].itertuples(index=False)]]
-        update_comparison(work, poster.compare(beside, work.profile))
+        compared_rows = table[[key in keys for key in table[KEY].itertuples(index=False)]]
+        update_comparison(work, poster.compare(compared_rows, work.profile))
 
 
 def update(work: Workspace, name: str, rows: pd.DataFrame) -> None:

@@ -25,15 +25,15 @@ def size_sweep(model: nn.Module, scores: dict[str, Tensor], format: str, granula
     full = nbytes(model, {})
     stored = torch.full((len(values),), full - 4 * sum(weights[n].numel() for n in scores), dtype=torch.int64)
     for name, score in scores.items():
-        size, rows = weights[name].numel(), channel_view(model, name)
+        size, view = weights[name].numel(), channel_view(model, name)
         ascending = score.flatten().cpu().sort().values
         kept = (score.numel() - torch.searchsorted(ascending, thresholds)) * (size // score.numel())
         total += kept
-        in_first_row = torch.zeros(rows.size[0], dtype=torch.int64)
+        in_first_row = torch.zeros(view.size[0], dtype=torch.int64)
         for i, number in enumerate(kept.tolist()):
             # For one format in all rows, bytes depend on the number of kept weights alone, not on their rows.
             in_first_row[0] = number
-            stored[i] += 4 * size if number == size else counted_bytes(rows, format, in_first_row)
+            stored[i] += 4 * size if number == size else counted_bytes(view, format, in_first_row)
     sizes = {"kept_share": total.double() / sum(w.numel() for w in weights.values())}
     sizes |= {"mem_mib": stored.double() / MIB, "mem_share": stored.double() / full}
     return pd.DataFrame(

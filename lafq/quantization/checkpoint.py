@@ -74,7 +74,7 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
         packed[name] = QuantizedWeight(parts, ChannelView(tuple(words["shape"]), words["groups"]))
         if packed[name].describe() != words:
             raise ValueError(f"{path} holds {name} in another form than its plan says: save it again")
-    shapes = {n: tuple(t.shape) for n, t in rest.items()} | {n: p.rows.shape for n, p in packed.items()}
+    shapes = {n: tuple(t.shape) for n, t in rest.items()} | {n: p.view.shape for n, p in packed.items()}
     expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     if shapes != expected:
         name = next(n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n))

@@ -41,7 +41,7 @@ def make_plan(keep_mask: dict[str, Tensor], format: str, keep_format: str = "fp3
     """Plan to store in `keep_format` the weights where the mask is True, and the others in `format`.
 
     keep_mask: by parameter name a boolean tensor, 0-dim for the whole tensor, (output channels,) for channels, or of the
-    weight's shape. Tensors kept whole or quantized whole need no mask.
+    weight's shape. A tensor kept whole in FP32 is left out of the plan; one quantized whole needs no mask.
     """
     get_format(format), get_format(keep_format)
     plan = Plan()

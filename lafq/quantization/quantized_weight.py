@@ -29,9 +29,9 @@ class QuantizedWeight(nn.Module):
     out), or counts, one per channel, and columns (the values above then hold a 0 there).
     """
 
-    def __init__(self, parts: dict[str, Tensor], rows: ChannelView) -> None:
+    def __init__(self, parts: dict[str, Tensor], view: ChannelView) -> None:
         super().__init__()
-        self.rows = rows
+        self.view = view
         for name, tensor in parts.items():
             self.register_buffer(name, tensor)
 
@@ -40,7 +40,7 @@ class QuantizedWeight(nn.Module):
         cls,
         weight: Tensor,
         entry: str | WeightSpec,
-        rows: ChannelView,
+        view: ChannelView,
         scale: ScaleRule,
         fisher: Tensor | None,
         curvature: Tensor | None = None,
@@ -50,10 +50,10 @@ class QuantizedWeight(nn.Module):
         curvature: as for `error_feedback.factor`; without it every weight goes to its nearest code.
         """
         format, keep_mask, keep_format = weight_spec(entry)
-        values = rows.of(weight)
-        fisher = None if fisher is None else rows.of(fisher.to(weight.device))
-        by_format = channels_by_format(format, rows.size[0], weight.device)
-        mask = rows.of(keep_mask.to(weight.device)) if keep_mask is not None and keep_mask.any() else None
+        values = view.of(weight)
+        fisher = None if fisher is None else view.of(fisher.to(weight.device))
+        by_format = channels_by_format(format, view.size[0], weight.device)
+        mask = view.of(keep_mask.to(weight.device)) if keep_mask is not None and keep_mask.any() else None
         parts, scales, qmax = _scales(values, by_format, mask, scale, fisher)
         if curvature is not None and qmax.any():
             values = round_with_error_feedback(values, scales, qmax, factor(curvature.to(weight.device)), mask)
@@ -66,11 +66,11 @@ class QuantizedWeight(nn.Module):
             chosen = chosen.flatten() if free is None else chosen[free[r]]
             parts[f.name] = pack_bits(chosen, f.bits) if f.qmax else chosen.to(_dtype(f))
         if len(by_format) > 1:
-            codes = torch.zeros(rows.size[0], dtype=torch.uint8, device=weight.device)
+            codes = torch.zeros(view.size[0], dtype=torch.uint8, device=weight.device)
             for f, r in by_format.items():
                 codes[r] = ORDER.index(f.name)
             parts["formats"] = pack_bits(codes, CHANNEL_CODE.bits)
-        return cls(parts, rows)
+        return cls(parts, view)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
         """Moves follow, casts do not: what is stored keeps its dtype, as its bits mean something else in another."""
@@ -84,7 +84,7 @@ class QuantizedWeight(nn.Module):
 
         original: the parametrization's empty original, of which only the dtype counts.
         """
-        channels, length = self.rows.size
+        channels, length = self.view.size
         parts = dict(self.named_buffers())
         mask = unpack_bits(parts["mask"], 1, channels * length).bool().view(channels, length) if "mask" in parts else None
         if "formats" in parts:
@@ -100,14 +100,14 @@ class QuantizedWeight(nn.Module):
         elif "columns" in parts:
             row = torch.arange(channels, device=weight.device).repeat_interleave(parts["counts"])
             weight[row, parts["columns"].long()] = parts["kept"].float()
-        return self.rows.back(weight).to(original.dtype)
+        return self.view.back(weight).to(original.dtype)
 
     def describe(self) -> dict[str, Any]:
         """The entry of the plan in words, for the metadata of a file."""
         parts = dict(self.named_buffers())
         words: dict[str, Any] = {
-            "shape": list(self.rows.shape),
-            "groups": self.rows.groups,
+            "shape": list(self.view.shape),
+            "groups": self.view.groups,
             "formats": [f for f in ORDER if f in parts],
         }
         if "kept" in parts:

@@ -80,27 +80,27 @@ def weight_spec(entry: str | WeightSpec) -> WeightSpec:
     return WeightSpec(entry) if isinstance(entry, str) else entry
 
 
-def stored_bytes(rows: ChannelView, entry: str | WeightSpec) -> int:
+def stored_bytes(view: ChannelView, entry: str | WeightSpec) -> int:
     """Bytes of one parameter in its stored form: values, scales, channel formats, and what tells the kept weights."""
     format, keep_mask, keep_format = weight_spec(entry)
-    in_row = torch.zeros(rows.size[0], dtype=torch.int64) if keep_mask is None else rows.of(keep_mask).sum(1).cpu()
-    return counted_bytes(rows, format, in_row, keep_format)
+    in_row = torch.zeros(view.size[0], dtype=torch.int64) if keep_mask is None else view.of(keep_mask).sum(1).cpu()
+    return counted_bytes(view, format, in_row, keep_format)
 
 
-def counted_bytes(rows: ChannelView, format: str | tuple[str, ...], in_row: Tensor, keep_format: str = "fp32") -> int:
+def counted_bytes(view: ChannelView, format: str | tuple[str, ...], in_row: Tensor, keep_format: str = "fp32") -> int:
     """`stored_bytes` where only the number of kept weights in each channel is known: in_row, int64 (channels,)."""
-    by_format = channels_by_format(format, rows.size[0])
-    total = packed_bytes(CHANNEL_CODE, rows.size[0]) if len(by_format) > 1 else 0
+    by_format = channels_by_format(format, view.size[0])
+    total = packed_bytes(CHANNEL_CODE, view.size[0]) if len(by_format) > 1 else 0
     total += sum(2 * len(r) for f, r in by_format.items() if f.qmax)
-    return total + packed_bytes(get_format(keep_format), int(in_row.sum())) + mask_encoding(by_format, in_row, rows.size[1])[1]
+    return total + packed_bytes(get_format(keep_format), int(in_row.sum())) + mask_encoding(by_format, in_row, view.size[1])[1]
 
 
-def in_fp32(rows: ChannelView, entry: str | WeightSpec) -> int:
+def in_fp32(view: ChannelView, entry: str | WeightSpec) -> int:
     """How many weights of a parameter its plan entry leaves in FP32."""
     format, keep_mask, keep_format = weight_spec(entry)
-    whole = torch.tensor([f == "fp32" for f in ([format] * rows.size[0] if isinstance(format, str) else format)])[:, None]
-    mask = torch.zeros(rows.size, dtype=torch.bool) if keep_mask is None else rows.of(keep_mask).cpu()
-    return int((whole | mask if keep_format == "fp32" else whole & ~mask).expand(rows.size).sum())
+    whole = torch.tensor([f == "fp32" for f in ([format] * view.size[0] if isinstance(format, str) else format)])[:, None]
+    mask = torch.zeros(view.size, dtype=torch.bool) if keep_mask is None else view.of(keep_mask).cpu()
+    return int((whole | mask if keep_format == "fp32" else whole & ~mask).expand(view.size).sum())
 
 
 def channels_by_format(format: str | tuple[str, ...], channels: int, device: torch.device | None = None) -> dict[Format, Tensor]:

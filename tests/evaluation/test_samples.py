@@ -54,8 +54,8 @@ def files():
 
 def test_keys_are_what_they_were(tiny, rows):
     """Images of the paper profile are found by these keys: a change here loses hours of sampling."""
-    recipes = [samples.recipe(tiny, row, "0" * 64, FISHER) for row in rows]
-    assert recipes[2] == {
+    provenances = [samples.provenance(tiny, row, "0" * 64, FISHER) for row in rows]
+    assert provenances[2] == {
         "weights": "0" * 64,
         "rule": "global",
         "threshold": "nearest to 0.5000 of FP32 of 21 cuts",
@@ -65,24 +65,24 @@ def test_keys_are_what_they_were(tiny, rows):
         "kept": "fp32",
         "fisher": {"kind": "empirical", "samples": 2000, "bins": 20, "seed": 0},
     }
-    keys = [samples.recipe_key(recipe, Sampling(100, steps=100, seed=0, batch=25)) for recipe in recipes]
+    keys = [samples.row_key(provenance, Sampling(100, steps=100, seed=0, batch=25)) for provenance in provenances]
     assert keys == KEYS
     other = [Sampling(100, *draw) for draw in ((1000, 0, 25), (100, 1, 25), (100, 0, 50))]
-    assert len({samples.recipe_key(recipes[0], draw) for draw in other} | {keys[0]}) == 4
+    assert len({samples.row_key(provenances[0], draw) for draw in other} | {keys[0]}) == 4
 
 
 def test_committed_images_are_named_by_their_recipe():
     for path in (paths.ROOT / "results" / "paper" / "samples").glob("*.npz"):
         images, record = samples.read(path)
-        key = samples.recipe_key(record["recipe"], Sampling(100, record["steps"], record["seed"], record["batch"]))
+        key = samples.row_key(record["recipe"], Sampling(100, record["steps"], record["seed"], record["batch"]))
         first = int(path.stem[17:22])
         assert path.stem == f"{key}_{first:05d}-{first + len(images) - 1:05d}"
 
 
 def test_a_plan_that_treats_all_weights_alike_is_the_uniform_row_or_the_baseline(tiny, rows):
     uniform, ratio = (
-        samples.recipe(tiny, rows[1], "w", FISHER),
-        {r.threshold: samples.recipe(tiny, r, "w", FISHER) for r in rows[3:]},
+        samples.provenance(tiny, rows[1], "w", FISHER),
+        {r.threshold: samples.provenance(tiny, r, "w", FISHER) for r in rows[3:]},
     )
     assert ratio["0.00"] == uniform
     assert ratio["1.00"]["rule"] == "baseline"
@@ -121,7 +121,7 @@ def said(path, *rest):
     keep(path, *rest)
     print(path.name, flush=True)
 samples._keep = said
-samples.cached_samples(Workspace("smoke"), UNet(4).eval(), Sampling(40, 20, 0, 2), recipe={"rule": "killed"})
+samples.cached_samples(Workspace("smoke"), UNet(4).eval(), Sampling(40, 20, 0, 2), provenance={"rule": "killed"})
 """
 
 
@@ -142,12 +142,12 @@ def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox
     drawn = []
     monkeypatch.setattr(samples, "sample", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k))
     arguments = (SMOKE, tiny, Sampling(40, 20, 0, 2))
-    resumed = samples.cached_samples(*arguments, recipe={"rule": "killed"})
+    resumed = samples.cached_samples(*arguments, provenance={"rule": "killed"})
     assert len(drawn) == 20 - len(finished)
     kept = {path.name: path.read_bytes() for path in files()}
     assert {name: kept[name] for name in finished} == finished
     monkeypatch.setattr(paths, "RESULTS", sandbox / "whole")
-    whole = samples.cached_samples(*arguments, recipe={"rule": "killed"})
+    whole = samples.cached_samples(*arguments, provenance={"rule": "killed"})
     assert np.array_equal(whole.images, resumed.images)
     assert {path.name: path.read_bytes() for path in files()} == kept
 
@@ -169,7 +169,7 @@ def cut(path):
         (cut, "is damaged"),
         (lambda path: rewrite(path, images=np.zeros((2, 1, 32, 32), np.uint8)), "its images are not those recorded"),
         (lambda path: rewrite(path, seed=1), "holds the images of another row"),
-        (lambda path: rewrite(path, drawn_from="0" * 64), "from other weights than its recipe gives now"),
+        (lambda path: rewrite(path, drawn_from="0" * 64), "from other weights than its provenance gives now"),
     ],
     ids=["cut", "other images", "other draw", "other weights"],
 )
@@ -220,7 +220,7 @@ def test_the_kind_of_machine_names_what_decides_the_last_bits():
     assert "1 threads" in said and "torch 2.13.0" in said
 
 
-def test_recipes_do_not_depend_on_the_weights_drawn_from(tiny, rows):
-    recipe = samples.recipe(tiny, rows[2], weights_sha256(tiny), FISHER)
-    assert weights_sha256(tiny) in recipe.values()
-    assert "drawn_from" not in recipe
+def test_provenances_do_not_depend_on_the_weights_drawn_from(tiny, rows):
+    provenance = samples.provenance(tiny, rows[2], weights_sha256(tiny), FISHER)
+    assert weights_sha256(tiny) in provenance.values()
+    assert "drawn_from" not in provenance

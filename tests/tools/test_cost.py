@@ -65,9 +65,9 @@ def test_published_rows_counted_are_those_made(tiny):
 
 def test_images_that_are_kept_count_for_the_estimate(tiny, sandbox):
     save_tensors(SMOKE.results / "ema.safetensors", dict(tiny.named_parameters()), width=4)
-    recipe = {"weights": weights_sha256(tiny), "rule": "baseline"}
-    samples.cached_samples(SMOKE, tiny, samples.Sampling(3, 2, 0, 2), recipe=recipe)
-    samples.cached_samples(SMOKE, tiny, samples.Sampling(3, 2, 0, 2), recipe=recipe | {"weights": "other"})
+    provenance = {"weights": weights_sha256(tiny), "rule": "baseline"}
+    samples.cached_samples(SMOKE, tiny, samples.Sampling(3, 2, 0, 2), provenance=provenance)
+    samples.cached_samples(SMOKE, tiny, samples.Sampling(3, 2, 0, 2), provenance=provenance | {"weights": "other"})
     assert cost.kept_flop(SMOKE, 4) == 3 * 2 * cost.forward_flop(4)
 
 

@@ -73,9 +73,9 @@ def predicted_damage(model: nn.Module, whole: nn.Module, validation: Sensitivity
     """Predicted damage per pixel of a quantized model that has been dequantized."""
     total = 0.0
     for name, values in validation.fisher.items():
-        rows = channel_view(model, name)
-        change = rows.of(whole.get_parameter(name).detach() - model.get_parameter(name).detach()).cpu()
-        total += damage(change, rows.of(values).cpu(), validation.curvature[name].cpu()).sum().item()
+        view = channel_view(model, name)
+        change = view.of(whole.get_parameter(name).detach() - model.get_parameter(name).detach()).cpu()
+        total += damage(change, view.of(values).cpu(), validation.curvature[name].cpu()).sum().item()
     return total / HALF_PIXELS
 
 

@@ -33,8 +33,8 @@ def by_tensor(model: nn.Module, calibration: Sensitivity, formats: tuple[str, ..
     """
     outputs, weights, found, g = scoring.held_out_outputs(model, seed, digits), quantizable(model), [], generator(seed, 2)
     for name, low in tqdm([(n, f) for n in weights for f in formats], desc="one tensor at a time", unit="plan", leave=False):
-        rows = channel_view(model, name)
-        w, f = rows.of(weights[name]), rows.of(calibration.fisher[name])
+        view = channel_view(model, name)
+        w, f = view.of(weights[name]), view.of(calibration.fisher[name])
         change = fake_quantize(w, get_format(low), unshrunk_scale, f) - w
         small = dequantize(quantize(model, {name: low}, Recipe(unshrunk_scale, calibration.fisher)))
         step = 4.0 ** -get_format(low).bits
@@ -42,7 +42,7 @@ def by_tensor(model: nn.Module, calibration: Sensitivity, formats: tuple[str, ..
             {
                 "parameter": name,
                 "format": low,
-                "nbytes": stored_bytes(rows, low),
+                "nbytes": stored_bytes(view, low),
                 "measured": scoring.output_errors(small, outputs, seed)[0].mean().item(),
                 "curvature x error": damage(change, f, calibration.curvature[name].to(f)).sum().item() / HALF_PIXELS,
                 "Fisher x error": damage(change, f).sum().item() / HALF_PIXELS,
