@@ -93,7 +93,7 @@ def _scores(
 
 
 def _provenances(work: Workspace, model: nn.Module) -> Callable[[Candidate, nn.Module], samples.Provenance]:
-    """A function of a candidate and its quantized model: its provenance, or that of an earlier candidate with the very same weights."""
+    """A function of a candidate and its quantized model: its provenance, or an earlier candidate's with the very same weights."""
     of_model, first = weights_sha256(model), {}
 
     def provenance_of(candidate: Candidate, whole: nn.Module) -> samples.Provenance:

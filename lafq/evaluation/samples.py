@@ -83,7 +83,7 @@ def provenance(model: nn.Module, candidate: Candidate, weights: str, fisher: dic
 
 def row_key(provenance: Provenance, sampling: Sampling) -> str:
     """The key of a row, as this module's docstring says it."""
-    words = json.dumps({"recipe": recipe, **_drawn(sampling)}, sort_keys=True)
+    words = json.dumps({"recipe": provenance, **_drawn(sampling)}, sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
@@ -103,7 +103,7 @@ def cached_samples(
     if sampling.images < 1:
         raise ValueError(f"{sampling.images} images asked for: at least one is needed")
     key, files = _place(work, model, sampling, provenance)
-    drawn = {"recipe": recipe, **_drawn(sampling)}
+    drawn = {"recipe": provenance, **_drawn(sampling)}
     weights, found, machines = weights_sha256(model), [], set()
     for part, path in files.items():
         if not path.is_file():
@@ -115,8 +115,8 @@ def cached_samples(
             raise ValueError(f"{path} holds the images of another row: delete it, and the next run draws these anew")
         if record["drawn_from"] != weights and record["machine"] == kind_of_machine():
             raise ValueError(
-                f"{path} was drawn on this kind of machine from other weights than its provenance gives now, so a setting or the code "
-                "behind it has changed: delete it, and the next run draws these images anew"
+                f"{path} was drawn on this kind of machine from other weights than its provenance gives now, so a setting or the "
+                "code behind it has changed: delete it, and the next run draws these images anew"
             )
         found.append(torch.from_numpy(pixels))
         machines.add(record["machine"])
@@ -177,7 +177,7 @@ def sample_on_cluster(
                 provenance = provenance_of(whole)
                 key, files = _place(work, whole, sampling, provenance)
                 if key not in waiting and not all(path.is_file() for path in files.values()):
-                    waiting[key] = files, {"recipe": recipe, **_drawn(sampling), "drawn_from": weights_sha256(whole)}
+                    waiting[key] = files, {"recipe": provenance, **_drawn(sampling), "drawn_from": weights_sha256(whole)}
                     yield key, file.read_bytes()
 
     def keep(key: str, drawn: np.ndarray, machine: str) -> None:
