@@ -163,8 +163,8 @@ def sample_on_cluster(
 ) -> None:
     """Have the workers of a Dask cluster draw what is not yet kept, each of the `total` plans once.
 
-    copies: quantized copies of `model`, each with a function that gives the provenance of its dequantized weights; taken one by one as
-    workers have room. Errors are those of `cluster.sample_all`.
+    copies: quantized copies of `model`, each with a function that gives the provenance of its dequantized weights; taken one by one
+    as workers have room. Errors are those of `cluster.sample_all`.
     """
     waiting: dict[str, tuple[dict[range, Path], dict[str, Any]]] = {}
 
