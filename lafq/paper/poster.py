@@ -93,7 +93,7 @@ def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
     ours["mem_paper_mib"] = [m for _, m in published]
     ours[["fid_paper", "is_paper", "mem_paper_mib"]] = ours[["fid_paper", "is_paper", "mem_paper_mib"]].astype(float)
     ours["mem_share_paper"] = ours["mem_paper_mib"] / BASELINE_MIB
-    return ours[COLUMNS]
+    return ours.reindex(columns=COLUMNS)  # tables of earlier versions have fewer
 
 
 def _published(method: str, threshold: str, low: str) -> tuple[Published | None, float | None]:

@@ -37,6 +37,7 @@ SETS = {
 REAL = slice(100, 5000)
 SIZES = (100, 1000)
 PERMUTATIONS = 1999
+README = (UNQUANTIZED, "ratio 0.25")  # the sets whose FID the authors' README has: first
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -137,25 +138,23 @@ def mmd_test(x: Tensor, y: Tensor, seed: int, permutations: int = PERMUTATIONS) 
 
 
 def measure(path: Path, seed: int) -> None:
-    """Read the published images and write results/published/scores.csv and compared.csv."""
+    """Read the published images and write results/published/compared.csv and scores.csv; Inception's rows come set by set."""
     images = read(path)
     network = classifier.load()
     seen = {name: metrics.mnist_features(network, x) for name, x in images.items()}
     _save("compared", compared({n: f for n, (f, _) in seen.items()}, {n: z.argmax(1) for n, (_, z) in seen.items()}, seed))
     reference = metrics.mnist_reference(network)
     tables = [scores(*seen[name], reference, seed).assign(features="MNIST", set=name) for name in images]
+    _save_scores(tables)
     extractor, line = inception.load()
     print(line)
     if extractor:
         features = partial(metrics.kept_inception_features, extractor, folder=paths.BUILD / "inception")
-        real = features(mnist(train=True)[0][REAL])[0]
-        reference = Reference.of(real)
-        for name, x in images.items():
-            found = scores(*features(x), reference, seed)
-            tables.append(found.assign(features="Inception", set=name))
+        reference = Reference.of(features(mnist(train=True)[0][REAL])[0])
+        for name in sorted(images, key=lambda name: name not in README):
+            tables.append(scores(*features(images[name]), reference, seed).assign(features="Inception", set=name))
+            _save_scores(tables)
             print(f"{name}: scored on Inception features", flush=True)
-    table = pd.concat(tables, ignore_index=True)
-    _save("scores", table[["features", "set", *table.columns.drop(["features", "set"])]])
 
 
 def load(name: str) -> pd.DataFrame:
@@ -170,6 +169,11 @@ def fid_noise(images: int = 100) -> float:
     """Standard deviation of Inception FID over blocks of so many of the unquantized model's published images."""
     rows = load("scores").query(f"features == 'Inception' and set == '{UNQUANTIZED}' and n == {images}")
     return rows["fid_sd"].item()
+
+
+def _save_scores(tables: list[pd.DataFrame]) -> None:
+    table = pd.concat(tables, ignore_index=True)
+    _save("scores", table[["features", "set", *table.columns.drop(["features", "set"])]])
 
 
 def _save(name: str, table: pd.DataFrame) -> None:

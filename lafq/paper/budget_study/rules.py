@@ -19,12 +19,18 @@ def rules_at_equal_bytes(table: pd.DataFrame, rounding: str) -> pd.DataFrame:
     """
     ours = table["method"].str.endswith(rounding) if rounding else ~table["method"].str.contains(",")
     rows = table[ours & table["over_global"].notna()]
-    cells = [f"{r.over_global:.2g} [{r.over_global_low:.2g}, {r.over_global_high:.2g}]" for r in rows.itertuples()]
+    cells = [over_global(row) for _, row in rows.iterrows()]
     cells = np.where(rows["method"].str.startswith("global"), [f"1 (damage {d:.1e})" for d in rows["damage"]], cells)
     named = rows.assign(rule=rows["method"].str.split(",").str[0], cell=cells)
     named["budget"] = [f"{bits:g} bits per weight" for bits in named["budget_bits"]]
     found = named.pivot(index="rule", columns="budget", values="cell")
     return found.loc[named["rule"].unique(), named["budget"].unique()].rename_axis(columns=None).reset_index()
+
+
+def over_global(row: pd.Series) -> str:
+    """A row's damage over that of one threshold, with its interval."""
+    value, low, high = (f"{v:,.0f}" if v >= 10 else f"{v:.1f}" for v in row[[f"over_global{end}" for end in ("", "_low", "_high")]])
+    return f"{value} [{low}, {high}]"
 
 
 def damage_claims(table: pd.DataFrame, rounding: str) -> list[Claim]:

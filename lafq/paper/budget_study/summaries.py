@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from lafq.paper.budget_study.methods import FEEDBACK
-from lafq.paper.budget_study.rules import RATE
+from lafq.paper.budget_study.rules import RATE, over_global
 
 RISE = 0.03  # of the FP32 model's FID
 
@@ -40,9 +40,7 @@ def best_rule(table: pd.DataFrame) -> str:
     rows = table[np.isclose(table["budget_bits"], RATE) & table["method"].str.endswith(FEEDBACK)]
     rows = rows[rows["over_global"].notna()].assign(rule=rows["method"].str.split(",").str[0]).set_index("rule")
     others = rows.drop("global")
-    said = {
-        rule: f"{r['over_global']:.1f} [{r['over_global_low']:.1f}, {r['over_global_high']:.1f}]" for rule, r in others.iterrows()
-    }
+    said = {rule: over_global(row) for rule, row in others.iterrows()}
     best = (
         "one threshold for the whole model changes the output least"
         if (others["over_global_low"] > 1).all()
