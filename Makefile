@@ -35,7 +35,7 @@ $(READY): requirements.txt pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-reproduce: $(READY)  ## compute every number, table and figure anew (mini: under an hour on two cores)
+reproduce: $(READY)  ## compute every number, table and figure anew (mini: about an hour on two cores)
 	@$(RUN) reproduce $(CHOICE)
 
 resume: $(READY)  ## go on with an interrupted `make reproduce`, without repeating a finished configuration
