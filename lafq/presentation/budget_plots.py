@@ -43,8 +43,8 @@ def variant_rows(table: pd.DataFrame) -> pd.Series:
 def finding(table: pd.DataFrame) -> str:
     """The main figure's title."""
     rows = table[main_rows(table) & np.isclose(table["budget_bits"], TITLE_BITS)].set_index("method")["damage"]
-    parts = [f"1/{rows[rule] / rows['allocator']:,.0f} of the damage of {rule}" for rule in ("global", "ratio")]
-    return f"At {TITLE_BITS:g} bits per weight the allocator does {' and '.join(parts)}"
+    parts = [f"1/{rows[rule] / rows['allocator']:,.0f} of {rule}'s" for rule in ("global", "ratio")]
+    return f"Allocator's damage at {TITLE_BITS:g} bits per weight: {', '.join(parts)}"
 
 
 def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame) -> None:

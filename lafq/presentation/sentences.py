@@ -77,8 +77,10 @@ def against_noise(published: pd.DataFrame) -> str:
     """Whether the poster's differences exceed what other noise does to FID, from the authors' own images."""
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
-    said = "All" if (theirs < noise).all() else f"{(theirs < noise).sum()}"
-    return f"{said} are smaller than what other noise alone does to the FID of {n} images: {noise:.1f} (1 sd)."
+    return (
+        f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller than what other noise alone does to the "
+        f"FID of {n} images: {noise:.1f} (1 sd)."
+    )
 
 
 def difference(row: pd.Series, name: str) -> str:

@@ -270,5 +270,5 @@ def test_weights_beyond_fp16(tiny):
 
 @pytest.mark.parametrize("importance", [torch.ones(2), torch.full((4, 1, 3, 3), -1.0), torch.full((4, 1, 3, 3), float("nan"))])
 def test_importance_that_does_not_fit(tiny, importance):
-    with pytest.raises(ValueError, match=r"the Fisher values of inp.weight must have the shape"):
+    with pytest.raises(ValueError, match=r"the Fisher values of inp.weight must be finite, of its shape"):
         quantize(tiny, {"inp.weight": "int4"}, Recipe(formats.weighted_mse_scale, {"inp.weight": importance}))
