@@ -66,12 +66,12 @@ lint: $(READY)  ## ruff over code and notebooks; imports go one way
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (about 15 minutes on two slow cores)
-	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; nbval="$(PYTEST) --nbval --nbval-current-env"; \
+	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; nbval="$(BIN)/python -m pytest -q --nbval --nbval-current-env"; \
 	$(PYTEST); \
 	$(RUN) reproduce --profile smoke; \
 	rm -rf build/smoke/samples build/smoke/checkpoint.safetensors; : "or nbval would compare a computation with its cache"; \
-	$$nbval build/smoke; \
-	$$nbval notebooks
+	$$nbval build/smoke; : "one after another, as they write the same tables"; \
+	$$nbval -n 2 --dist loadfile notebooks
 	@echo "all passed: ruff, unit tests, the notebooks with smoke (twice, equal numbers), the committed notebooks"
 	@echo "not run: the sliders of 00_explore in a browser (make test-browser)"
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -106,12 +108,12 @@ def _provenances(work: Workspace, model: nn.Module) -> Callable[[Candidate, nn.M
 
 def measure_peak_memory(work: Workspace, model: nn.Module, candidates: list[Candidate]) -> pd.DataFrame:
     """Peak memory of sampling from each candidate's file, in whole MiB (it repeats to a few tenths): columns KEY and peak_mib."""
-    path, found = work.build / "peak.safetensors", []
-    with PeakMeter(work.device) as meter:
+    found = []
+    with TemporaryDirectory() as folder, PeakMeter(work.device) as meter:
+        path = Path(folder) / "peak.safetensors"
         for candidate in candidates:
             save_quantized(path, quantize(model, candidate.plan), model)
             found.append([*(getattr(candidate, name) for name in KEY), round(meter.mib(path))])
-    path.unlink(missing_ok=True)
     return pd.DataFrame(found, columns=[*KEY, "peak_mib"])
 
 
