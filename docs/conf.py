@@ -23,5 +23,7 @@ autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 default_role = "code"
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["lafq.css"]
 html_title = "lafq"
 html_theme_options = {"navigation_with_keys": True}
