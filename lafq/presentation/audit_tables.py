@@ -37,7 +37,7 @@ def published_scores(table: pd.DataFrame) -> pd.DataFrame:
 
     def cell(row: pd.Series, name: str) -> str:
         spread = "" if pd.isna(row[f"{name}_sd"]) else f" +- {row[f'{name}_sd']:.2g}"
-        return "" if pd.isna(row[name]) else f"{row[name]:.2f}{spread}"
+        return "" if pd.isna(row[name]) else f"{row[name]:.4g}{spread}"
 
     cells = table.assign(**{name: [cell(row, name) for _, row in table.iterrows()] for name in ("fid", "kid", "is")})
     return cells[["features", "set", "n", "blocks", "fid", "kid", "is"]]

@@ -6,21 +6,16 @@ Colours are seaborn's colour-blind palette, or viridis where they stand for a ti
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from lafq.paper.poster import BEST_RATIOS, Published
+from lafq.paper.poster import Published
 
 AMPLIFIED = 64  # differences of images are drawn this many times as bright
-SWEPT = (0.28, 0.5)  # the ratios that the paper swept
 MARKED = 50  # a line of more points than this is drawn without markers
 MARKERS = {"fp16": "o", "int8": "s"}
-KIND = (("format", "{}"), ("granularity", "per {}"))
-RUN = (("seed", "training seed {}"),)
 PAIRED = "bars: 95 % intervals of the difference, paired bootstrap over the images"
 DIGITS = "bars: 95 % intervals, bootstrap over the digits"
 SPREAD = "bars: one standard deviation over the blocks"
@@ -72,45 +67,6 @@ def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, ti
     ax.legend(fontsize=9)
 
 
-def ratio_sweep(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: str, by: tuple[tuple[str, str], ...] = KIND) -> None:
-    """A metric over the ratio kept, with its 95 % interval where it has one; the range that the paper calls best is shaded,
-    the baseline dashed.
-
-    by: the columns whose values make a line, each with how its value is written in the legend. Lines are set apart a little, so
-    that bars do not overlap.
-    """
-    rows = table[table["method"] == "ratio"]
-    rows = rows.assign(ratio=rows["threshold"].astype(float)).sort_values("ratio")
-    ax.axvspan(*BEST_RATIOS, color="0.85", label="best in the paper")
-    ax.axhline(table[table["method"] == "baseline"][metric].iloc[0], color="black", ls="--", lw=1, label="FP32 baseline")
-    lines = rows.groupby([column for column, _ in by])
-    for i, (kind, line) in enumerate(lines):
-        low, granularity = line[["format", "granularity"]].iloc[0]
-        style = {"ls": "-" if granularity == "weight" else ":", "marker": MARKERS.get(low, "."), "ms": 5, "lw": 1.2, "capsize": 2}
-        lengths = bars(line, metric) if f"{metric}_low" in line else None
-        name = ", ".join(write.format(value) for (_, write), value in zip(by, kind, strict=True))
-        apart = 0.002 * (i - (len(lines) - 1) / 2)
-        ax.errorbar(line["ratio"] + apart, line[metric], lengths, **style, elinewidth=0.8, label=name)
-    ax.set(xlabel="ratio r (share of a layer kept in FP32)", ylabel=label)
-    ax.set_title(title, fontsize=10)
-    ax.legend(fontsize=9)
-
-
-def block_statistics(ax: Axes, table: pd.DataFrame) -> None:
-    """On the axes of `ratio_sweep`: mean and standard deviation of a block's difference from the baseline, over disjoint blocks."""
-    rows = table[table["method"] == "ratio"]
-    style = {"fmt": "D", "ms": 4, "color": "0.45", "mfc": "white", "capsize": 2, "elinewidth": 0.8}
-    label = f"{rows['blocks'].iloc[0]} blocks of {rows['n_images'].iloc[0] // rows['blocks'].iloc[0]}: mean and sd"
-    ax.errorbar(
-        rows["threshold"].astype(float) + 0.004,
-        rows["block_delta_fid_mnist"],
-        rows["block_delta_fid_mnist_sd"],
-        **style,
-        label=label,
-    )
-    ax.legend(fontsize=9)
-
-
 def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[Published]) -> None:
     """FID over N, one panel per feature extractor: blocks of real and of generated images, mean +- one standard deviation.
 
@@ -134,50 +90,6 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[P
             axis.set_minor_formatter("{x:,.0f}" if axis is ax.yaxis else "")
         ax.tick_params(axis="y", which="minor", labelsize=8)
         ax.legend(fontsize=8)
-
-
-def poster_and_ours(ax: Axes, table: pd.DataFrame, published: Sequence[Published], metric: str) -> None:
-    """FID difference from FP32 over the ratio: the poster's sweep, and ours on single weights with 95 % intervals.
-
-    metric: whose `delta_` is drawn, fid_inception as the poster's or, where there is none, fid_mnist.
-    """
-    ax.axvspan(*BEST_RATIOS, color="0.93", zorder=0, label="best ratios (poster)")
-    ax.axhline(0, color="black", ls="--", lw=1, label="FP32")
-    sweep = [(float(row.threshold), row.fid - published[0].fid, row.source) for row in published if row.method == "ratio"]
-    ax.plot([r for r, _, _ in sweep], [d for _, d, _ in sweep], color="0.35", lw=1)
-    for source, face, label in (
-        ("poster", "0.35", "poster, other noise in every row"),
-        ("poster's plot", "white", "read off its plot"),
-    ):
-        points = [(r, d) for r, d, s in sweep if s == source]
-        ax.plot(*zip(*points, strict=True), "D", ms=6, color="0.35", mfc=face, label=label)
-    rows = table[(table["method"] == "ratio") & (table["granularity"] == "weight")]
-    rows = rows[rows["threshold"].astype(float).between(*SWEPT)].assign(ratio=rows["threshold"].astype(float))
-    for i, (low, line) in enumerate(rows.groupby("format")):
-        line, style = line.sort_values("ratio"), {"marker": MARKERS[low], "ms": 5, "lw": 1.2, "capsize": 3}
-        lengths = bars(line, f"delta_{metric}")
-        ax.errorbar(
-            line["ratio"] + 0.001 * i, line[f"delta_{metric}"], lengths, **style, label=f"ours, {low.upper()}, the same noise"
-        )
-    ours, theirs = rows[f"delta_{metric}"].abs().max(), max(abs(d) for _, d, _ in sweep)
-    ax.set_title(f"From the same noise, no ratio moves FID by more than {ours:.2f}; the poster's move it by up to {theirs:.1f}")
-    features = {"fid_inception": "Inception", "fid_mnist": "MNIST"}[metric]
-    at_n = f"N = {table['n_images'].iloc[0]}; ours: {table['steps'].iloc[0]:,} sampling steps"
-    ax.set(
-        xlabel="ratio r (share of a layer kept in FP32)", ylabel=f"FID difference from FP32 (positive: worse)\n{features}, {at_n}"
-    )
-    ax.legend(fontsize=9)
-
-
-def evidence_figure(many: pd.DataFrame, runs: pd.DataFrame) -> Figure:
-    """The ratio sweep with many images per row and in blocks of the poster's size (left), and over training runs (right)."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.8))
-    label = "FID difference from FP32 (MNIST features, N = {})".format
-    ratio_sweep(axes[0], many, "delta_fid_mnist", label(many["n_images"][0]), "int8, single weights kept", KIND)
-    block_statistics(axes[0], many)
-    title = f"other training runs, {runs['steps'][0]:,} steps each"
-    ratio_sweep(axes[1], runs, "delta_fid_mnist", label(runs["n_images"][0]), title, RUN)
-    return figure
 
 
 def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:

@@ -25,10 +25,8 @@ from lafq.quantization.weight_spec import ChannelView, in_fp32, stored_bytes, we
 
 def check_plan(model: nn.Module, plan: Entries) -> None:
     """Raise ValueError, in one sentence, for a plan that does not fit the model."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = _check_names(model, plan, "the plan names")
     for name, entry in plan.items():
-        if name not in parameters:
-            raise ValueError(f"the plan names {name!r}, which the model lacks: see model.named_parameters()")
         p = parameters[name]
         if shared := [n for n, q in parameters.items() if q is p and n != name]:
             raise ValueError(f"{name} is shared with {shared[0]}: leave it out of the plan")
@@ -41,12 +39,18 @@ def check_plan(model: nn.Module, plan: Entries) -> None:
         channel_view(model, name).check(name, entry)
 
 
+def _check_names(model: nn.Module, named: Iterable[str], what: str) -> dict[str, nn.Parameter]:
+    """The parameters by name; ValueError for a name that is none of theirs."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if unknown := [name for name in named if name not in parameters]:
+        raise ValueError(f"{what} {unknown[0]!r}, which the model lacks: see model.named_parameters()")
+    return parameters
+
+
 def check_curvature(model: nn.Module, curvature: dict[str, Tensor]) -> None:
     """Raise ValueError, in one sentence, for a curvature that does not fit its parameter's columns or is not finite."""
-    known = dict(model.named_parameters(remove_duplicate=False))
+    _check_names(model, curvature, "the curvature names")
     for name, values in curvature.items():
-        if name not in known:
-            raise ValueError(f"the curvature names {name!r}, which the model lacks: see model.named_parameters()")
         columns = channel_view(model, name).size[1]
         if values.shape != (columns, columns) or not torch.isfinite(values).all():
             raise ValueError(
@@ -91,8 +95,7 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
     scale, fisher, curvature = recipe or getattr(plan, "recipe", PLAIN)
     fisher, curvature = fisher or {}, curvature or {}
     check_curvature(model, curvature)
-    if unknown := sorted(set(fisher) - set(dict(model.named_parameters(remove_duplicate=False)))):
-        raise ValueError(f"the Fisher values name {unknown[0]!r}, which the model lacks: see model.named_parameters()")
+    _check_names(model, fisher, "the Fisher values name")
     packed = {}
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():

@@ -82,7 +82,8 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
 
 
 def _over_int8(row: pd.Series) -> str:
-    return f"{row['over_int8']:.2f} [{row['over_int8_low']:.2f}, {row['over_int8_high']:.2f}]"
+    value, low, high = (f"{v:.2f}" if v >= 0.1 else f"{v:.2g}" for v in row[[f"over_int8{end}" for end in ("", "_low", "_high")]])
+    return f"{value} [{low}, {high}]"
 
 
 def _mixed(table: pd.DataFrame) -> pd.DataFrame:
