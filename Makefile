@@ -17,23 +17,13 @@ $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 t
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
 	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-.PHONY: help setup reproduce resume publish classifier evidence benchmark packed verify test test-fast test-browser site lint clean
+.PHONY: help setup reproduce resume publish classifier evidence benchmark packed verify test test-fast test-kill test-browser site lint clean
+
+##@ for everyone
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^##@/ {print substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  options: PROFILE=smoke|mini|paper  TRAIN=1 (retrain)  NOTEBOOK=03 (only that one)  WEIGHTS=path (trained weights)  SCHEDULER=tcp://host:8786 (sample on a Dask cluster)"
-
-setup: $(READY)  ## virtual environment .venv with the pinned packages
-	@echo "ready: .venv"
-
-$(READY): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
-		echo "Python 3.11 is needed, and '$(PYTHON)' is not it: name yours with 'make PYTHON=/path/to/python3.11'" >&2; exit 1; }
-	@echo "setting up .venv with the pinned packages (some minutes the first time)"
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
-	@touch $@
 
 reproduce: $(READY)  ## compute every number, table and figure anew (mini: about an hour on two cores)
 	@$(RUN) reproduce $(CHOICE)
@@ -41,11 +31,24 @@ reproduce: $(READY)  ## compute every number, table and figure anew (mini: about
 resume: $(READY)  ## go on with an interrupted `make reproduce`, without repeating a finished configuration
 	@$(RUN) resume $(CHOICE)
 
-publish: $(READY)  ## refresh notebooks/ from results/, without computing anything
-	@$(RUN) publish $(if $(NOTEBOOK),--only $(NOTEBOOK))
+test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (about 15 minutes on two slow cores)
+	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; nbval="$(BIN)/python -m pytest -q --nbval --nbval-current-env"; \
+	$(PYTEST); \
+	$(RUN) reproduce --profile smoke; \
+	rm -rf build/smoke/samples build/smoke/checkpoint.safetensors; : "or nbval would compare a computation with its cache"; \
+	$$nbval build/smoke; : "one after another, as they write the same tables"; \
+	$$nbval -n 2 --dist loadfile notebooks
+	@echo "all passed: ruff, unit tests, the notebooks with smoke (twice, equal numbers), the committed notebooks"
+	@echo "not run: the sliders of 00_explore in a browser (make test-browser)"
 
-classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
-	@$(BIN)/python -m lafq.evaluation.classifier
+verify: $(READY)  ## check the committed results in minutes (paper: without its weights, and more with WEIGHTS=path)
+	@$(BIN)/python -m tools.verify $(if $(PROFILE),--profile $(PROFILE)) $(if $(WEIGHTS),--weights $(WEIGHTS))
+
+clean:  ## remove .venv and build (results/ stays)
+	@rm -rf .venv build
+	@echo "removed: .venv, build"
+
+##@ for whoever repeats the long experiments
 
 evidence: $(READY)  ## experiments that take hours: noise floor, 1,000 images per row, other training runs (about two hours); PUBLISHED=path: the authors' images
 	@$(BIN)/python -m tools.evidence $(if $(PROFILE),--profile $(PROFILE)) $(if $(PUBLISHED),--published $(PUBLISHED))
@@ -59,35 +62,41 @@ benchmark: $(READY)  ## the quantizer beside optimum-quanto and torchao, Fisher 
 packed: $(READY)  ## pack the paper profile's weights by the allocator, to be committed (about an hour on two cores)
 	@$(BIN)/python -m tools.shipping $(if $(PROFILE),--profile $(PROFILE))
 
-verify: $(READY)  ## check the committed results of profile paper, without its weights (minutes); WEIGHTS=path checks more
-	@$(BIN)/python -m tools.verify $(if $(PROFILE),--profile $(PROFILE)) $(if $(WEIGHTS),--weights $(WEIGHTS))
+classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
+	@$(BIN)/python -m lafq.evaluation.classifier
+
+##@ for whoever changes lafq
+
+setup: $(READY)  ## virtual environment .venv with the pinned packages
+	@echo "ready: .venv"
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+		echo "Python 3.11 is needed, and '$(PYTHON)' is not it: name yours with 'make PYTHON=/path/to/python3.11'" >&2; exit 1; }
+	@echo "setting up .venv with the pinned packages (some minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+publish: $(READY)  ## refresh notebooks/ from results/, without computing anything
+	@$(RUN) publish $(if $(NOTEBOOK),--only $(NOTEBOOK))
 
 lint: $(READY)  ## ruff over code and notebooks; imports go one way
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
-test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (about 15 minutes on two slow cores)
-	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; nbval="$(BIN)/python -m pytest -q --nbval --nbval-current-env"; \
-	$(PYTEST); \
-	$(RUN) reproduce --profile smoke; \
-	rm -rf build/smoke/samples build/smoke/checkpoint.safetensors; : "or nbval would compare a computation with its cache"; \
-	$$nbval build/smoke; : "one after another, as they write the same tables"; \
-	$$nbval -n 2 --dist loadfile notebooks
-	@echo "all passed: ruff, unit tests, the notebooks with smoke (twice, equal numbers), the committed notebooks"
-	@echo "not run: the sliders of 00_explore in a browser (make test-browser)"
-
 test-fast: lint  ## lint and the unit tests that take no longer than seconds, without the notebooks
 	@TQDM_DISABLE=1 $(PYTEST) -m "not slow"
 
-site: $(READY)  ## the documentation as a web site in build/site: README, docs/ and the committed notebooks (installs Sphinx)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-site.txt
-	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . build/site
-	@echo "build/site/docs/index.html"
+test-kill: $(READY)  ## kill -9 `make reproduce PROFILE=smoke` at 20 moments, resume, compare every byte (about half an hour)
+	@$(BIN)/python -m pytest -q tests/kills
 
 test-browser: site  ## three pages of the site, and a slider of 00_explore, in headless Chromium (a minute; installs Playwright)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-browser.txt
 	@$(BIN)/python -m pytest -q tests/browser
 	@echo "passed: pages of the site at two widths; the slider of 00_explore, moved in a browser, changed the picture and the bytes"
 
-clean:  ## remove .venv and build (results/ stays)
-	@rm -rf .venv build
-	@echo "removed: .venv, build"
+site: $(READY)  ## the documentation as a web site in build/site: README, docs/ and the committed notebooks (installs Sphinx)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-site.txt
+	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . build/site
+	@echo "build/site/docs/index.html"

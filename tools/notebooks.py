@@ -13,7 +13,7 @@ from lafq.workspace import Workspace
 
 EXPLORER = "00_explore"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-QUIET_KERNEL = ["--IPKernelApp.log_level=40"]
+QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
 
 
 def profile_parameters(profile: str) -> dict[str, Any]:

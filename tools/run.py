@@ -7,6 +7,7 @@ Executed notebooks and timing.json go to build/<profile>/, the parameters and ve
 
 import argparse
 import json
+import logging
 import os
 import platform
 import resource
@@ -20,6 +21,7 @@ from typing import Any
 import papermill
 import torch
 import yaml
+from jsonschema import Draft202012Validator
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
@@ -33,7 +35,7 @@ from tools.notebooks import QUIET_KERNEL, clean, declared, notebooks, profile_pa
 from tools.publishing import publish, published
 
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
-LEAST = {"WIDTH": 4, "IMAGES": 2, "SAMPLING_STEPS": 1, "CHECK_IMAGES": 20, "THREADS": 1, "INCEPTION_REFERENCE": 0}
+SCHEMA = yaml.safe_load(Path(__file__).with_name("parameters.yaml").read_text())
 LAST = "last_run.json"
 
 
@@ -45,16 +47,10 @@ def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict
     for names, allowed in ((overrides, known), (parameters, everywhere)):
         if unknown := sorted(set(names) - allowed):
             raise ValueError(f"unknown parameter {unknown[0]}: the notebooks declare {', '.join(sorted(allowed))}")
-    defaults = profile_parameters(profile)
-    for name, value in overrides.items():
-        if name in defaults and not isinstance(value, int if isinstance(defaults[name], int) else type(defaults[name])):
-            raise ValueError(f"{name} is {value!r}: give a value like {defaults[name]!r}, as in NAME=VALUE")
-    for name, least in LEAST.items():
-        if parameters[name] < least:
-            raise ValueError(f"{name} is {parameters[name]}: at least {least} is needed")
-    for ratio in (*parameters["RATIOS"], *parameters["COARSE_RATIOS"]):
-        if not 0 <= ratio <= 1:
-            raise ValueError(f"ratio {ratio} is outside [0, 1]: it is the share of a layer's units to keep")
+    for error in Draft202012Validator(SCHEMA).iter_errors(parameters):
+        name, *inside = map(str, error.absolute_path)
+        where = f"{name} ({SCHEMA['properties'][name]['description']})"
+        raise ValueError(f"{where} is wrong{' at ' + '.'.join(inside) if inside else ''}: {error.message}")
     if overrides.get("COMPUTE") and not parameters["TRAIN"]:
         try:
             weights.check_weights(Workspace(profile), parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"])
@@ -134,6 +130,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "15")
+    # What stops a notebook is said below, in one sentence.
+    for name in ("traitlets", "papermill"):
+        logging.getLogger(name).addHandler(logging.NullHandler())
     try:
         if arguments.verb == "published":
             print(published())

@@ -1,9 +1,12 @@
+import os
 import shutil
 import subprocess
 import sys
 
+import nbformat
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -19,7 +22,7 @@ from lafq.quantization.model import nbytes
 from lafq.quantization.plan import make_plan
 from lafq.workspace import Workspace
 from tools import cost, run
-from tools.notebooks import profile_parameters
+from tools.notebooks import declared, notebooks, profile_parameters
 
 SMOKE = Workspace("smoke")
 
@@ -34,11 +37,41 @@ def lafq_run(*arguments):
     [
         (["reproduce", "--profile", "huge"], "unknown profile 'huge': choose one of mini, paper, smoke"),
         (["reproduce", "--profile", "smoke", "--set", "IMAGE=3"], "unknown parameter IMAGE: the notebooks declare"),
-        (["reproduce", "--profile", "smoke", "--set", "IMAGES=0"], "IMAGES is 0: at least 2 is needed"),
-        (["reproduce", "--profile", "smoke", "--set", "RATIOS=[0.3, 1.2]"], "ratio 1.2 is outside [0, 1]"),
-        (["reproduce", "--profile", "smoke", "--set", "IMAGES=abc"], "IMAGES is 'abc': give a value like 4"),
-        (["reproduce", "--profile", "smoke", "--set", "IMAGES=2.5"], "IMAGES is 2.5: give a value like 4"),
-        (["reproduce", "--profile", "smoke", "--set", "TRAINING=3"], "TRAINING is 3: give a value like {'steps': 12"),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "IMAGES=0"],
+            "IMAGES (images per row) is wrong: 0 is less than the minimum of 2",
+        ),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "IMAGES=abc"],
+            "IMAGES (images per row) is wrong: 'abc' is not of type 'integer'",
+        ),
+        (["reproduce", "--profile", "smoke", "--set", "IMAGES=2.5"], "2.5 is not of type 'integer'"),
+        (["reproduce", "--profile", "smoke", "--set", "IMAGES=true"], "True is not of type 'integer'"),
+        (["reproduce", "--profile", "smoke", "--set", "SAMPLING_STEPS=1001"], "1001 is greater than the maximum of 1000"),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "RATIOS=[0.3, 1.2]"],
+            "RATIOS (ratios of the weights that each layer keeps) is wrong at 1: 1.2 is greater than the maximum of 1",
+        ),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "RATIOS=[]"],
+            "RATIOS (ratios of the weights that each layer keeps) is wrong: [] should be non-empty",
+        ),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "TRAINING=3"],
+            "TRAINING (settings of the training run) is wrong: 3 is not of type 'object'",
+        ),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "TRAINING={steps: 5}"],
+            "TRAINING (settings of the training run) is wrong: 'batch_size' is a required property",
+        ),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "PUBLISHED={steps: 0, ratios: [0.3]}"],
+            "PUBLISHED (steps and ratios of the published rows) is wrong at steps: 0 is less than the minimum of 1",
+        ),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "DEVICE=gpu"],
+            "DEVICE (what computes) is wrong: 'gpu' is not one of ['auto', 'cpu', 'cuda']",
+        ),
         (["reproduce", "--profile", "smoke", "--set", "IMAGES"], "--set 'IMAGES' is not NAME=VALUE"),
         (["reproduce", "--profile", "smoke", "--set", "RATIOS=["], "--set 'RATIOS=[' is not NAME=VALUE"),
         (["reproduce", "--profile", "../profiles/smoke"], "unknown profile '../profiles/smoke': choose one of mini, paper, smoke"),
@@ -51,6 +84,62 @@ def test_bad_input_stops_before_anything_is_touched(arguments, message, monkeypa
     said = capsys.readouterr().err
     assert message in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_every_parameter_has_a_type_and_a_description():
+    names = set().union(*(declared(path) for path in notebooks()))
+    assert names == set(run.SCHEMA["properties"])
+    assert all("description" in schema for schema in run.SCHEMA["properties"].values())
+    for profile in ("smoke", "mini", "paper"):
+        assert not list(run.Draft202012Validator(run.SCHEMA).iter_errors(profile_parameters(profile)))
+
+
+def run_notebook(folder, source):
+    """Reproduce with one notebook in the place of 01_train, whose second cell is `source`."""
+    parameters = nbformat.v4.new_code_cell("COMPUTE = False", metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(source)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    (folder / "notebooks").mkdir()
+    nbformat.write(notebook, folder / "notebooks" / "01_train.ipynb")
+    program = f"""
+import sys
+from pathlib import Path
+from lafq import paths
+from tools import run
+folder = Path({str(folder)!r})
+paths.NOTEBOOKS, paths.RESULTS, paths.BUILD = folder / "notebooks", folder / "results", folder / "build"
+run.check = lambda *_: {{"COMPUTE": True, "TRAIN": False}}
+run.cost.estimate = lambda *_: "estimate"
+sys.argv = ["tools.run", "reproduce", "--profile", "smoke", "--only", "01"]
+sys.exit(run.main())
+"""
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=paths.ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_ctrl_c_names_resume_and_ends_the_notebook(tmp_path):
+    source = """
+import os, signal, threading
+open("pid", "w").write(str(os.getpid()))
+os.kill(os.getppid(), signal.SIGINT)
+threading.Event().wait()
+"""
+    done = run_notebook(tmp_path, source)
+    assert done.returncode == 130
+    assert done.stderr == "\ninterrupted: what was finished is kept, and `make resume` goes on from here\n"
+    assert not psutil.pid_exists(int((tmp_path / "notebooks" / "pid").read_text()))
+
+
+@pytest.mark.slow
+def test_a_dead_notebook_process_names_memory_and_resume(tmp_path):
+    done = run_notebook(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert done.returncode == 1
+    assert done.stderr.startswith("stopped: the notebook's process died, most likely for want of memory")
+    assert done.stderr.endswith("then `make resume` goes on from here\n")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_damaged_record_of_the_last_run(sandbox, monkeypatch, capsys):

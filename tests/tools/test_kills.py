@@ -1,0 +1,79 @@
+"""kill -9 in the middle of training, sampling and the tables: the run that goes on gives the bytes of an undisturbed one."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lafq import paths
+
+# For each folder=n a fork that kills itself at its n-th rename of a file, with that file still under its temporary name.
+CHILD = """
+import os, pathlib, signal, sys
+import torch
+from lafq import paths
+from lafq.diffusion import weights
+from lafq.diffusion.mnist import mnist
+from lafq.diffusion.training import fit
+from lafq.diffusion.unet import UNet
+from lafq.evaluation.evaluate import evaluate
+from lafq.evaluation.samples import Sampling
+from lafq.paper import results, threshold_rows
+from lafq.workspace import Workspace
+
+torch.set_num_threads(1)
+replace, renamed = pathlib.Path.replace, []
+
+def run(folder, last):
+    def counted(path, target):
+        renamed.append(target)
+        if len(renamed) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(path, target)
+
+    pathlib.Path.replace = counted
+    paths.RESULTS, paths.BUILD = folder / "results", folder / "build"
+    work = Workspace("smoke")
+    torch.manual_seed(0)
+    model = UNet(4, 0.0).to(memory_format=torch.channels_last)
+    settings = dict(batch_size=2, peak=1e-3, warmup=2, decay=2, seed=0, bf16=False, ema_decay=0.9, every=2)
+    ema, _ = fit(model, mnist(train=False)[0][:16], work.build / "checkpoint.safetensors", steps=6, **settings)
+    weights.save_tensors(work.results / weights.WEIGHTS, ema, width=4)
+    model = weights.load_model(work, 4)
+    table, images = evaluate(work, model, threshold_rows.uniform(model, ("int8",)), Sampling(4, 2, 0, 2))
+    results.save_rows(work, "rows", table, images)
+
+for folder, last in (argument.split("=") for argument in sys.argv[1:]):
+    if not (child := os.fork()):
+        run(pathlib.Path(folder), int(last))
+        sys.stdout.flush()
+        os._exit(0)
+    print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+MOMENTS = {"training": 2, "sampling": 7, "tables": 10}
+
+
+def run(moments):
+    command = [sys.executable, "-c", CHILD, *(f"{folder}={last}" for folder, last in moments.items())]
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, cwd=paths.ROOT, env=environment, capture_output=True, text=True, check=True)
+    return [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status")]
+
+
+def content(folder):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
+    killed = {tmp_path / name: last for name, last in MOMENTS.items()}
+    assert run({tmp_path / "undisturbed": 0} | killed) == [0, *[-signal.SIGKILL] * 3]
+    undisturbed = content(tmp_path / "undisturbed")
+    assert [len(content(folder)) for folder in killed] == [1, 4, 7]
+    assert len(undisturbed) == 8
+    assert run(dict.fromkeys(killed, 0)) == [0] * 3
+    for folder in killed:
+        assert content(folder) == undisturbed
