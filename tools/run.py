@@ -163,10 +163,11 @@ def main() -> int:
 def refresh_pages() -> None:
     """Bring the numbers of README and model card up to date."""
     # Imported here because it draws on every table, which only a publisher has.
-    from tools import readme
+    from tools import crate, readme
 
     readme.refresh()
-    print("README.md, docs/ and results/MODEL_CARD.md: numbers refreshed from results/")
+    crate.write()
+    print("README.md, docs/ and results/MODEL_CARD.md: numbers refreshed from results/; ro-crate-metadata.json written")
 
 
 def _override(item: str) -> tuple[str, Any]:
