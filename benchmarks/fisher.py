@@ -24,7 +24,7 @@ from lafq.diffusion.unet import TIMESTEPS, UNet, quantizable
 from lafq.diffusion.weights import load_model
 from lafq.fisher.empirical import empirical_fisher
 from lafq.fisher.monte_carlo import Sensitivity, estimate_sensitivity, monte_carlo_fisher
-from lafq.quantization.model import channel_view
+from lafq.quantization.checks import channel_view
 from lafq.rng import generator
 from lafq.workspace import Workspace
 
@@ -142,7 +142,7 @@ def allocating() -> list[dict]:
     torch.manual_seed(0)
     model, table = UNet(64).eval(), []
     fisher = {n: torch.rand(w.shape) * torch.rand(()) for n, w in quantizable(model).items()}
-    for granularity, feedback in [*((granularity, False) for granularity in solver.GRANULARITIES), ("mixed", True)]:
+    for granularity, feedback in [*((granularity, False) for granularity in solver.ALLOCATED), ("mixed", True)]:
         curvature = {n: correlated(channel_view(model, n).size[1]) for n in fisher} if feedback else {}
         start = time.perf_counter()
         solver.allocate(model, Sensitivity(fisher, curvature), 17.0, granularity, progress=False)

@@ -23,8 +23,9 @@ from lafq.diffusion.noising import add_noise, unit_interval
 from lafq.diffusion.unet import TIMESTEPS, UNet, quantizable
 from lafq.diffusion.weights import load_model
 from lafq.io import atomic_write
+from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import absmax_scale, weighted_mse_scale
-from lafq.quantization.model import channel_view, quantize, resident_bytes
+from lafq.quantization.model import quantize, resident_bytes
 from lafq.quantization.plan import Recipe, make_plan
 from lafq.quantization.weight_spec import WeightSpec
 from lafq.rng import generator

@@ -31,6 +31,13 @@ def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
             p.requires_grad_(required)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s or a data-parallel wrapper, whose parameters have the plain names."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
 def arguments_of(batch: object, device: torch.device) -> list[Any]:
     """A batch, a tensor or a tuple of the model's arguments, as these arguments, tensors on the device.
 

@@ -16,8 +16,8 @@ CPU = torch.device("cpu")
 class Workspace:
     """Where a profile has its tables, figures and images, and what computes them.
 
-    compute: whether tables are computed now, or loaded. keep: images are kept in results/<profile>/samples, found by their recipe
-    (`evaluation.samples`), instead of in build/. scheduler: address of a Dask scheduler whose workers draw images ("": none).
+    compute: whether tables are computed now, or loaded. keep: images are kept in results/<profile>/samples instead of in build/,
+    found by their provenance (`evaluation.samples`). scheduler: address of a Dask scheduler whose workers draw images ("": none).
     """
 
     profile: str

@@ -37,7 +37,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     published = poster.compare(results.load_table(paper, "08_published"), "paper")
     found = sentences.findings(published, budget)
     drivers = {w.profile: sentences.drivers_of_fisher(results.load_table(w, "02_fisher")) for w in (work, paper)}
-    said = [drivers[profile], sentences.published_ratio_sizes(), sentences.against_baseline(rows), sentences.layerwise_size()]
+    said = [drivers[profile], sentences.published_ratio_sizes(), sentences.changes_by_format(rows), sentences.layerwise_size()]
     benchmarks = {name: pd.read_csv(paths.RESULTS / "benchmarks" / f"{name}.csv") for name in ("fisher", "quantizers", "binder")}
     return {
         "findings": "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(found, start=1)),
@@ -182,14 +182,14 @@ def counted() -> str:
     one, published, rows = cost.forward_flop(p["WIDTH"]), p["PUBLISHED"], cost.sampled_rows(p)
     strided, full = (p["IMAGES"] * steps * one / 1e15 for steps in (p["SAMPLING_STEPS"], published["steps"]))
     return (
-        f"Counted, that is {cost.training_flop(p) / 1e15:.1f} PFLOP of training (bfloat16 autocast), which `TRAIN=1` repeats; "
+        f"Training, which `TRAIN=1` repeats, takes {cost.training_flop(p) / 1e15:.1f} PFLOP (bfloat16 autocast). 01 and 03 to 05 have "
         f"{sum(rows.values()) - rows['07_audit']} rows of {p['IMAGES']} images at {p['SAMPLING_STEPS']} steps, {strided:.2f} PFLOP "
-        f"each; and {cost.PUBLISHED_ROWS + len(published['ratios'])} rows at {published['steps']:,} steps, {full:.2f} PFLOP each."
+        f"each; 08 has {cost.PUBLISHED_ROWS + len(published['ratios'])} at {published['steps']:,} steps, {full:.2f} PFLOP each."
     )
 
 
 def timing(profiles: tuple[str, ...] = ("mini", "paper")) -> pd.DataFrame:
-    """Minutes, and the largest memory up to then, of every notebook in each profile's last timed run; "not run" without one."""
+    """Minutes, and the largest memory up to then, of every notebook in each profile's last timed run; "not timed" without one."""
     table = pd.DataFrame({"notebook": [path.stem for path in notebooks()]})
     for profile in profiles:
         path = Workspace(profile).results / "timing.json"
@@ -197,7 +197,7 @@ def timing(profiles: tuple[str, ...] = ("mini", "paper")) -> pd.DataFrame:
         device = record["gpu"] or "two CPU cores"
         cells = [record["notebooks"].get(name) for name in table["notebook"]]
         table[f"{profile}, {device}"] = [
-            f"{cell['seconds'] / 60:.1f} min, {cell['peak_mib_so_far'] / 1024:.1f} GiB so far" if cell else "not run"
+            f"{cell['seconds'] / 60:.1f} min, {cell['peak_mib_so_far'] / 1024:.1f} GiB so far" if cell else "not timed"
             for cell in cells
         ]
     return table

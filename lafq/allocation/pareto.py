@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lafq.quantization.error_feedback import Factor, damage, factor, round_with_error_feedback
-from lafq.quantization.formats import FORMATS, LARGEST, Format, fake_quantize, unshrunk_scale
+from lafq.quantization.formats import FORMATS, FP16_MAX, Format, fake_quantize, unshrunk_scale
 from lafq.quantization.weight_spec import ChannelView, WeightSpec, counted_bytes
 
-GRANULARITIES = ("tensor", "channel", "mixed")
+ALLOCATED = ("tensor", "channel", "mixed")
 SPARSE_SHARES = (0.01,)
 PRICES = 96
 
@@ -115,7 +115,7 @@ def _stored(values: Tensor, fisher: Tensor, known: list[Format], shared: Curvatu
         exact |= found
     if kept is None:
         return [found[f] for f in known]
-    return [torch.where(kept, exact[f].clamp(-LARGEST, LARGEST).half().float(), found[f]) for f in known]
+    return [torch.where(kept, exact[f].clamp(-FP16_MAX, FP16_MAX).half().float(), found[f]) for f in known]
 
 
 def _by_price(option: _Option) -> Iterable[Tensor]:

@@ -12,10 +12,12 @@ import pandas as pd
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq.allocation.pareto import GRANULARITIES, StorageOption, pareto_front
+from lafq.allocation.pareto import ALLOCATED, StorageOption, pareto_front
 from lafq.fisher.monte_carlo import Sensitivity
+from lafq.modes import unwrapped
+from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_plan
 from lafq.quantization.formats import FORMATS, MIB, get_format, unshrunk_scale
-from lafq.quantization.model import channel_view, check_curvature, check_fisher, check_plan, nbytes, weights_sha256
+from lafq.quantization.model import nbytes, weights_sha256
 from lafq.quantization.plan import Entries, Plan, Recipe
 from lafq.quantization.weight_spec import weight_spec
 
@@ -80,8 +82,9 @@ def frontiers_of(
     curvature: dict[str, Tensor] | None = None,
 ) -> dict[str, list[StorageOption]]:
     """The frontier of every parameter that `fisher` names: made once, it serves any number of budgets."""
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"unknown granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}")
+    model = unwrapped(model)
+    if granularity not in ALLOCATED:
+        raise ValueError(f"unknown granularity {granularity!r}: choose one of {', '.join(ALLOCATED)}")
     for name in formats:
         get_format(name)
     if not fisher or not {"fp32", "fp16"} & set(formats):
@@ -110,6 +113,7 @@ def solve_budget(
 
     recipe: the rounding that the frontiers were made for, which the plan carries.
     """
+    model = unwrapped(model)
     rest = nbytes(model, dict.fromkeys(frontiers, "fp32")) - sum(4 * model.get_parameter(n).numel() for n in frontiers)
     budget = budget_mib * MIB + 0.5 - rest  # half a byte: MiB are not exact
     least = sum(choices[0].nbytes for choices in frontiers.values())

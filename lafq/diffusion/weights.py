@@ -75,7 +75,7 @@ def save_fisher(work: Workspace, values: dict[str, Tensor], width: int, **settin
 
     settings: how it was estimated (samples, bins, seed), kept in the file.
     """
-    save_tensors(work.results / FISHER, values, weights=_weights(work), width=width, settings=settings)
+    save_tensors(work.results / FISHER, values, weights=_weights_file_sha256(work), width=width, settings=settings)
 
 
 def fisher_settings(work: Workspace) -> dict[str, int]:
@@ -89,9 +89,9 @@ def load_fisher(work: Workspace, width: int) -> dict[str, Tensor]:
     Raises FileNotFoundError when there are none, ValueError when they are of other weights than the profile's.
     """
     path = work.results / FISHER
-    return load_tensors(path, "02_fisher with COMPUTE=True", weights=_weights(work), width=width)[0]
+    return load_tensors(path, "02_fisher with COMPUTE=True", weights=_weights_file_sha256(work), width=width)[0]
 
 
-def _weights(work: Workspace) -> str:
+def _weights_file_sha256(work: Workspace) -> str:
     path = work.results / WEIGHTS
     return sha256(path) if path.is_file() else "none"

@@ -23,6 +23,7 @@ from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize, quantize, weights_sha256
 from lafq.workspace import Workspace
 
+# From a candidate, its quantized model read back in FP32, and (Draw) the label of a progress bar.
 Draw = Callable[[Candidate, nn.Module, str], Sampled]
 Score = Callable[[Candidate, nn.Module, Sampled], dict[str, float]]
 
@@ -35,20 +36,20 @@ def evaluate(
     inception_reference: number of reference digits for the Inception columns; 0 leaves them empty.
 
     Returns one row per candidate (KEY, bytes, every metric with its interval and its paired difference from FP32, and how it was
-    sampled; results/README.md lists the columns), and uint8 images (N, 32, 32) by `sample`. All plans are checked first. Equal
-    plans are sampled once; images that are kept already are not sampled again.
+    sampled; results/README.md lists the columns), and uint8 images (N, 32, 32) by `sample`, the key of a row's
+    images. All plans are checked first. Equal plans are sampled once; images that are kept already are not sampled again.
     Raises ValueError for a plan that does not fit the model and for no images, and the errors of `cached_samples`.
     """
-    size = sizes(model, [c.plan for c in candidates])
+    stored = sizes(model, [c.plan for c in candidates]).to_dict("records")
     provenance_of = _provenances(work, model) if work.keep else lambda *_: None
     if work.scheduler:
         copies = ((quantized(model, c, sampling.seed), partial(provenance_of, c)) for c in candidates)
         sample_on_cluster(work, model, copies, len(candidates), sampling)
 
-    def draw(candidate: Candidate, whole: nn.Module, label: str) -> Sampled:
-        return cached_samples(work, whole, sampling, label, provenance_of(candidate, whole))
+    def draw(candidate: Candidate, rounded: nn.Module, label: str) -> Sampled:
+        return cached_samples(work, rounded, sampling, label, provenance_of(candidate, rounded))
 
-    features = inception_features(work, inception_reference)
+    features = load_inception(work, inception_reference)
     baseline = draw(BASELINE, model, "FP32 baseline")
     score = _scores(model, baseline, features, any(c.inception for c in candidates), sampling)
     reference = f"{REFERENCE.stop - REFERENCE.start} test digits, 32x32" + (
@@ -57,10 +58,10 @@ def evaluate(
     rows, images = [], {}
     for candidate, sampled, scores in _rows(model, candidates, sampling.seed, draw, score):
         images[sampled.key] = sampled.images[:, 0].numpy()
-        named, stored = {name: getattr(candidate, name) for name in KEY}, size.iloc[len(rows)].to_dict()
+        named, size = {name: getattr(candidate, name) for name in KEY}, stored[len(rows)]
         how = {"n_images": sampling.images, "steps": sampling.steps, "same_machine": len(sampled.machines | baseline.machines) == 1}
-        rows.append({**named, **stored, **scores, **how, "reference": reference, "sample": sampled.key})
-        print(f"{' '.join(named.values())}: {stored['mem_mib']:.2f} MiB, FID (MNIST) {scores['fid_mnist']:.2f}", flush=True)
+        rows.append({**named, **size, **scores, **how, "reference": reference, "sample": sampled.key})
+        print(f"{' '.join(named.values())}: {size['mem_mib']:.2f} MiB, FID (MNIST) {scores['fid_mnist']:.2f}", flush=True)
     return pd.DataFrame(rows), images
 
 
@@ -69,24 +70,25 @@ def _rows(
 ) -> Iterator[tuple[Candidate, Sampled, dict[str, float]]]:
     """Quantize, sample, score: one candidate after another, so that one quantized model is held at a time."""
     for i, candidate in enumerate(candidates, start=1):
-        whole = dequantize(quantized(model, candidate, seed))
-        sampled = draw(candidate, whole, f"row {i} of {len(candidates)}")
-        yield candidate, sampled, score(candidate, whole, sampled)
+        rounded = dequantize(quantized(model, candidate, seed))
+        sampled = draw(candidate, rounded, f"row {i} of {len(candidates)}")
+        yield candidate, sampled, score(candidate, rounded, sampled)
 
 
 def _scores(
     model: nn.Module, baseline: Sampled, features: "InceptionFeatures | None", inception_rows: bool, sampling: Sampling
 ) -> Score:
     """A function that scores a candidate's images and its held-out losses against the FP32 model's; equal images only once."""
-    seed, make = sampling.seed, scoring.make_scorer(sampling.images, sampling.seed, features.reference if features else None)
-    expected = make(baseline.images, features.of(baseline.images) if features and inception_rows else None)
+    seed, reference = sampling.seed, features.reference if features else None
+    score_images = scoring.make_scorer(sampling.images, seed, reference)
+    expected = score_images(baseline.images, features.extract(baseline.images) if features and inception_rows else None)
     losses, found = scoring.held_out_losses(model, seed), {}
 
-    def score(candidate: Candidate, whole: nn.Module, sampled: Sampled) -> dict[str, float]:
+    def score(candidate: Candidate, rounded: nn.Module, sampled: Sampled) -> dict[str, float]:
         key = sampled.key, candidate.inception
         if key not in found:
-            scored = make(sampled.images, features.of(sampled.images) if features and candidate.inception else None)
-            after = scoring.held_out_losses(whole, seed)
+            scored = score_images(sampled.images, features.extract(sampled.images) if features and candidate.inception else None)
+            after = scoring.held_out_losses(rounded, seed)
             off = scoring.paired_change(after, losses, sampled.images, baseline.images, seed)
             found[key] = scoring.against_baseline(scored, expected) | off
         return found[key]
@@ -98,10 +100,10 @@ def _provenances(work: Workspace, model: nn.Module) -> Callable[[Candidate, nn.M
     """A function of a candidate and its quantized model: its provenance, or an earlier candidate's with the very same weights."""
     of_model, first = weights_sha256(model), {}
 
-    def provenance_of(candidate: Candidate, whole: nn.Module) -> samples.Provenance:
+    def provenance_of(candidate: Candidate, rounded: nn.Module) -> samples.Provenance:
         needs_none = candidate.method in ("baseline", "uniform") or candidate.made
         own = samples.provenance(model, candidate, of_model, {} if needs_none else weights.fisher_settings(work))
-        return first.setdefault(weights_sha256(whole), own)
+        return first.setdefault(weights_sha256(rounded), own)
 
     return provenance_of
 
@@ -167,10 +169,10 @@ class InceptionFeatures(NamedTuple):
 
     extractor: FeatureExtractorInceptionV3
     reference: metrics.Reference
-    of: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    extract: Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
-def inception_features(work: Workspace, reference_images: int) -> InceptionFeatures | None:
+def load_inception(work: Workspace, reference_images: int) -> InceptionFeatures | None:
     """Inception with its reference, or None where the profile asks for none or no weights are available; a line says which."""
     if not reference_images:
         print("Inception columns: left empty (no Inception reference is asked for)")

@@ -1,7 +1,7 @@
 """Generated images, kept in files of one batch each, together with a record of where they come from.
 
 A profile that keeps its images (KEEP) has them in results/<profile>/samples, found by their *provenance*; any other has them in
-build/<profile>/samples, found by the weights they were drawn from.
+build/<profile>/samples, found by the weights they were drawn from (`sample_key`).
 
 The provenance says in words how the weights were made: sha256 of the FP32 weights, rule, threshold, format, granularity, format of
 the weights kept, rounding, and the settings of the Fisher information (`provenance`; files call it "recipe"). The key of a row is
@@ -140,10 +140,15 @@ def stored_images(work: Workspace, key: str, images: int) -> np.ndarray:
 
     Raises FileNotFoundError when there are fewer, ValueError as `read`.
     """
-    parts = [read(path)[0][:, 0] for path in sorted(samples_folder(work).glob(f"{key}_*.npz"))]
-    if sum(map(len, parts)) < images:
+    # Rows of 150 and of 200 images leave two files that begin with the same image: the longer one serves both.
+    files = {int(path.stem[-11:-6]): path for path in sorted(samples_folder(work).glob(f"{key}_*.npz"))}
+    parts, count = [], 0
+    while count < images and count in files:
+        parts.append(read(files[count])[0][:, 0])
+        count += len(parts[-1])
+    if count < images:
         raise FileNotFoundError(
-            f"{images} images of row {key} are needed, {samples_folder(work)} has {sum(map(len, parts))}: "
+            f"{images} images of row {key} are needed, {samples_folder(work)} has {count}: "
             f"`make reproduce PROFILE={work.profile}` draws the others"
         )
     return np.concatenate(parts)[:images]
@@ -199,7 +204,7 @@ def _place(work: Workspace, model: nn.Module, sampling: Sampling, provenance: Pr
     """The key of a row, and the file of every batch of its images."""
     images, steps, seed, batch = sampling
     if provenance is None:
-        folder, key = work.build / "samples", sample_key(model, images, steps, seed)
+        folder, key = work.build / "samples" / f"batch-{batch}", sample_key(model, images, steps, seed)
     else:
         folder, key = samples_folder(work), row_key(provenance, sampling)
     parts = [range(start, min(start + batch, images)) for start in range(0, images, batch)]

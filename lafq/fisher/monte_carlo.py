@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lafq.modes import arguments_of, checked_output, evaluating
-from lafq.quantization.model import channel_view
+from lafq.modes import arguments_of, checked_output, evaluating, unwrapped
+from lafq.quantization.checks import channel_view
 from lafq.rng import generator
 
 BATCH = 8
@@ -36,7 +36,7 @@ def monte_carlo_fisher(model: nn.Module, names: list[str], batches: Iterable[tup
     Needs the memory of training and one gradient more.
     Raises ValueError for an unknown name, no batch, or a result that is not finite.
     """
-    return _mean_squares(model, names, batches, seed)
+    return _mean_squares(unwrapped(model), names, batches, seed)
 
 
 def estimate_sensitivity(
@@ -63,6 +63,7 @@ def estimate_sensitivity(
     Grosse 2015, "K-FAC"). Columns are those of `channel_view`. The channels of a grouped convolution share one H as well,
     though each group has inputs of its own. Needs C^2 numbers a tensor besides.
     """
+    model = unwrapped(model)
     names = [n for n, p in model.named_parameters() if p.ndim > 1] if names is None else names
     views = {n: channel_view(model, n) for n in names if model.get_parameter(n).ndim > 1}
     with torch.inference_mode(False):  # these add up over passes that take gradients

@@ -82,6 +82,7 @@ def _reverse_states(model: nn.Module, images: int, bins: int, seed: int, steps: 
 
 
 def _by_timestep(found: EmpiricalFisher, bins: int) -> pd.DataFrame:
+    # Batch b holds the timesteps of bin b (`noising.stratified_batches`).
     edges = bin_edges(bins)
     rows = [
         (name, name.split(".", 1)[0], found.by_weight[name].numel(), edges[b], edges[b + 1] - 1, mean)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lafq.evaluation import samples
 from lafq.evaluation.candidates import KEY, Candidate
-from lafq.evaluation.evaluate import evaluate, inception_features, measure_peak_memory
+from lafq.evaluation.evaluate import evaluate, load_inception, measure_peak_memory
 from lafq.evaluation.samples import Sampling
 from lafq.io import atomic_write
 from lafq.paper import claims, poster
@@ -25,7 +25,10 @@ def save_table(work: Workspace, name: str, table: pd.DataFrame) -> None:
 
 
 def load_table(work: Workspace, name: str) -> pd.DataFrame:
-    """Read results/<profile>/<name>.csv; FileNotFoundError names the remedy when there is none."""
+    """Read results/<profile>/<name>.csv; FileNotFoundError names the remedy when there is none.
+
+    `threshold` is text: a label in tables of rows ("tau=1.2e-05", "0.35"), a number in those of sizes.
+    """
     path = _existing(work, f"{name}.csv")
     return pd.read_csv(path, dtype={"threshold": str}, keep_default_na=False, na_values=[""])
 
@@ -49,15 +52,17 @@ def load_images(work: Workspace, name: str) -> dict[str, np.ndarray]:
 
 def save_rows(work: Workspace, name: str, table: pd.DataFrame, images: dict[str, np.ndarray]) -> None:
     """Write what `evaluate.evaluate` returned: the table, and the images unless they are kept in results/<profile>/samples."""
-    if not samples.samples_folder(work).is_dir():
+    if work.keep:
+        (work.results / f"{name}.npz").unlink(missing_ok=True)
+    else:
         save_images(work, name, images)
     save_table(work, name, table)
 
 
 def load_rows(work: Workspace, name: str, with_baseline: bool = False) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Read what `save_rows` wrote, on request with the baseline of 01_train as the first row."""
+    """Read what `save_rows` wrote, from where the images are, on request with the baseline of 01_train as the first row."""
     table = load_table(work, name)
-    if samples.samples_folder(work).is_dir():
+    if not (work.results / f"{name}.npz").is_file() and samples.samples_folder(work).is_dir():
         images = {row.sample: samples.stored_images(work, row.sample, row.n_images) for row in table.itertuples()}
     else:
         images = load_images(work, name)
@@ -123,7 +128,7 @@ def update_claims(work: Workspace, seed: int, inception_reference: int, rows: Se
     """Write claims.csv from the tables of 02 and from these tables of rows with their images."""
     tables, images = zip(*(load_rows(work, name) for name in rows), strict=True)
     table = pd.concat(tables, ignore_index=True)
-    by = claims.judge({k: v for found in images for k, v in found.items()}, seed, inception_features(work, inception_reference))
+    by = claims.judge({k: v for found in images for k, v in found.items()}, seed, load_inception(work, inception_reference))
     found = [*fisher_claims(work, seed), *claims.best_ratio(table, by), claims.layerwise_images(table, by)]
     save_table(work, "claims", pd.DataFrame(found))
 

@@ -8,7 +8,8 @@ from lafq.allocation.thresholds import by_granularity, keep_global, keep_ratio, 
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation.candidates import BASELINE, MIB, Candidate
 from lafq.paper.poster import TARGET_SHARE
-from lafq.quantization.model import channel_view, nbytes
+from lafq.quantization.checks import channel_view
+from lafq.quantization.model import nbytes
 from lafq.quantization.plan import make_plan
 from lafq.quantization.weight_spec import counted_bytes
 
@@ -17,7 +18,9 @@ def size_sweep(model: nn.Module, scores: dict[str, Tensor], format: str, granula
     """Size of the plan at every threshold of `thresholds.threshold_grid`: columns format, granularity,
     threshold, kept_share, mem_mib, mem_share.
 
-    scores: one value per weight, or per weight tensor. Only numbers of kept weights are counted, which takes seconds at width 64.
+    scores: one value per weight, or per weight tensor. kept_share: of the weights of the six layers; mem_mib: of the whole model.
+    Only numbers of kept weights are counted, no masks built, which takes seconds at width 64; a test holds the sizes equal to those
+    of the plans (`candidates.sizes`).
     """
     values, weights = threshold_grid(scores, count), quantizable(model)
     thresholds = torch.tensor(values, dtype=next(iter(scores.values())).dtype)
@@ -29,11 +32,11 @@ def size_sweep(model: nn.Module, scores: dict[str, Tensor], format: str, granula
         ascending = score.flatten().cpu().sort().values
         kept = (score.numel() - torch.searchsorted(ascending, thresholds)) * (size // score.numel())
         total += kept
-        in_first_row = torch.zeros(view.size[0], dtype=torch.int64)
+        kept_by_channel = torch.zeros(view.size[0], dtype=torch.int64)
         for i, number in enumerate(kept.tolist()):
-            # For one format in all rows, bytes depend on the number of kept weights alone, not on their rows.
-            in_first_row[0] = number
-            stored[i] += 4 * size if number == size else counted_bytes(view, format, in_first_row)
+            # In one format, bytes depend on the sum of the kept weights alone: all of them stand in channel 0.
+            kept_by_channel[0] = number
+            stored[i] += 4 * size if number == size else counted_bytes(view, format, kept_by_channel)
     sizes = {"kept_share": total.double() / sum(w.numel() for w in weights.values())}
     sizes |= {"mem_mib": stored.double() / MIB, "mem_share": stored.double() / full}
     return pd.DataFrame(
@@ -55,7 +58,7 @@ def nearest_size(sweeps: pd.DataFrame, share: float) -> pd.DataFrame:
     kinds = [sweeps["format"], sweeps["granularity"]]
     found = sweeps.loc[(sweeps["mem_share"] - share).abs().groupby(kinds).idxmin()]
     counts = sweeps.groupby(kinds)["threshold"].transform("size")[found.index]
-    # These words are part of the key of kept images.
+    # These words stand for the threshold in `samples.provenance`, as its last digits differ between machines: do not reword them.
     return found.assign(target=[f"nearest to {share:.4f} of FP32 of {n} cuts" for n in counts]).reset_index(drop=True)
 
 

@@ -22,7 +22,8 @@ def choices_shown(table: pd.DataFrame) -> pd.DataFrame:
 def protocol_shown(table: pd.DataFrame, *choices: str) -> pd.DataFrame:
     """The rows of a table of `protocol.protocol_choices` that speak of these choices, as they are shown."""
     rows = table[table["choice"].str.contains("|".join(choices))].reset_index(drop=True)
-    return rows.round(2).astype(object).where(rows.notna(), "")
+    shown = rows.round(2).astype(object).where(rows.notna(), "")
+    return shown.rename(columns={"here": "our protocol", "released": "with the released choice"})
 
 
 def noise_shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -56,8 +57,8 @@ def published_sets(table: pd.DataFrame) -> str:
     sets = table.iloc[1:].assign(least=table[["kid_p_holm", "classes_p_holm"]].min(axis=1))
     told, alike = sets[sets["least"] < LEVEL], sets[sets["least"] >= LEVEL]
     said = (
-        f"Neither test tells {len(alike)} of {len(sets)} published sets ({', '.join(alike['set'])}) from another draw of the "
-        f"published {UNQUANTIZED} set (smallest p: {alike['least'].min():.2f}, Holm)."
+        f"We compared {len(sets)} published sets with the published {UNQUANTIZED} set. For {len(alike)} of them "
+        f"({', '.join(alike['set'])}) neither test found a difference (smallest corrected p: {alike['least'].min():.2f})."
     )
     for row in told.itertuples():
         said += (
@@ -85,7 +86,7 @@ def conclusions(work: Workspace) -> pd.DataFrame:
         if found.empty:
             return "not measured without Inception"
         row = found.iloc[0]
-        return f"{row['choice'].split(' (')[0]}: {row['here']:.2f} here, {row['released']:.2f} as released ({judge})"
+        return f"{row['choice'].split(' (')[0]}: {row['here']:.2f} by our protocol, {row['released']:.2f} with it ({judge})"
 
     none = groups[groups["tensors_kept"] == 0]
     said = [

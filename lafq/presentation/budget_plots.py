@@ -25,26 +25,45 @@ SHADES = {"tensor": 0.4, "channel": 0.7}
 STYLES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
 
 
-MAIN = (("uniform", "tensor"), ("global", "weight"), ("ratio", "weight"), ("allocator", "mixed"))
+ALLOCATOR = ("allocator", "mixed")
+UNIFORM = ("uniform", "tensor")
+# Damage with equal rounding; FID has been taken of the rules with nearest codes.
+BY_DAMAGE = (UNIFORM, (f"global, {FEEDBACK}", "weight"), (f"ratio, {FEEDBACK}", "weight"), ALLOCATOR)
+BY_FID = (UNIFORM, ("global", "weight"), ("ratio", "weight"), ALLOCATOR, ("allocator, tuned", "mixed"))
+VARIANTS = (
+    (f"uniform, {FEEDBACK}", "tensor"),
+    ("allocator, nearest code", "mixed"),
+    ("allocator", "tensor"),
+    ALLOCATOR,
+    ("allocator, tuned", "mixed"),
+)
 TITLE_BITS = 4.0
 
 
-def main_rows(table: pd.DataFrame) -> pd.Series:
-    """Which rows of `budget.measure_candidates` the main figure shows; the others are variants."""
-    return pd.Series(list(zip(table["method"], table["granularity"], strict=True)), index=table.index).isin(MAIN)
-
-
-def variant_rows(table: pd.DataFrame) -> pd.Series:
-    """Which rows the figure of variants shows: other granularities and roundings of the methods in the main figure."""
-    known = table["method"].str.split(",").str[0].isin([method for method, _ in MAIN])
-    return known & ~main_rows(table)
+def chosen(table: pd.DataFrame, kinds: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """The rows of `budget.measure_candidates` of these kinds, each a method and a granularity."""
+    return table[pd.Series(list(zip(table["method"], table["granularity"], strict=True)), index=table.index).isin(kinds)]
 
 
 def finding(table: pd.DataFrame) -> str:
-    """The main figure's title."""
-    rows = table[main_rows(table) & np.isclose(table["budget_bits"], TITLE_BITS)].set_index("method")["damage"]
-    parts = [f"1/{rows[rule] / rows['allocator']:,.0f} of {rule}'s" for rule in ("global", "ratio")]
-    return f"Allocator's damage at {TITLE_BITS:g} bits per weight: {', '.join(parts)}"
+    """The title of the main figure."""
+    damage = _at_title_bits(table)
+    parts = [f"1/{damage[f'{rule}, {FEEDBACK}', 'weight'] / damage[ALLOCATOR]:,.0f} of {rule}'s" for rule in ("global", "ratio")]
+    return f"At {TITLE_BITS:g} bits per weight the allocator does {' and '.join(parts)} damage"
+
+
+def finding_of_variants(table: pd.DataFrame) -> str:
+    """The title of the figure of variants."""
+    damage = _at_title_bits(table)
+    nearest, by_tensor = damage["allocator, nearest code", "mixed"], damage["allocator", "tensor"]
+    return (
+        f"At {TITLE_BITS:g} bits per weight: without error feedback {nearest / damage[ALLOCATOR]:.1f} times the damage, with one "
+        f"format per tensor {by_tensor / damage[ALLOCATOR]:.1f} times"
+    )
+
+
+def _at_title_bits(table: pd.DataFrame) -> pd.Series:
+    return table[np.isclose(table["budget_bits"], TITLE_BITS)].set_index(["method", "granularity"])["damage"]
 
 
 def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame) -> None:
@@ -60,7 +79,8 @@ def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame)
             ends = [points[proxy].min(), points[proxy].max()]
             ax.plot(ends, ends, color="black", ls="--", lw=1, label="equal")
         lowest, highest = within.loc[proxy].min(), within.loc[proxy].max()
-        ax.set(xscale="log", yscale="log", xlabel=proxy, title=f"{proxy}\nranks: {lowest:.2f} to {highest:.2f}")
+        title = f"{proxy}\nrank correlation in a format:\n{lowest:.2f} to {highest:.2f}"
+        ax.set(xscale="log", yscale="log", xlabel=proxy, title=title)
         ax.xaxis.set_major_locator(LogLocator(numticks=5))
     axes[0].set_ylabel("measured damage (mean squared change of the output)")
     axes[0].legend(fontsize=8)
@@ -69,19 +89,20 @@ def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame)
 def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
     """A number of every row with its 95 % interval over stored MiB, one line per (method, granularity).
 
-    Rows without the number are left out. Coarser granularities of one method are paler.
+    Rows without the number are left out. Coarser granularities of one method are paler. A method has one colour in each rounding.
     """
     rows = table[table[metric].notna()]
-    colours = dict(zip(table["method"].unique(), [*sns.color_palette(n_colors=10), (0, 0, 0)], strict=False))
+    base = table["method"].str.replace(f", {FEEDBACK}", "")
+    colours = dict(zip(base.unique(), [*sns.color_palette(n_colors=10), (0, 0, 0)], strict=False))
     counts = table.groupby("method")["granularity"].nunique()
     for (method, granularity), line in rows.groupby(["method", "granularity"], sort=False):
         line = line.sort_values("mem_mib")
         shade = SHADES.get(granularity, 1) if counts[method] > 1 else 1
-        colour = tuple(1 - shade * (1 - part) for part in colours[method])
+        colour = tuple(1 - shade * (1 - part) for part in colours[method.removesuffix(f", {FEEDBACK}")])
         style = {"marker": NAMED.get(method, "."), "ls": STYLES[granularity], "color": colour, "ms": 4, "lw": 1.2, "capsize": 2}
-        if FEEDBACK in method:
-            style |= {"mfc": "white"}
-        ax.errorbar(line["mem_mib"], line[metric], bars(line, metric), **style, elinewidth=0.8, label=f"{method}, {granularity}")
+        rounded = method if "," in method or method == "allocator" else f"{method}, nearest code"
+        label_of_line = f"{rounded}, per {granularity}" if counts[method] > 1 else rounded
+        ax.errorbar(line["mem_mib"], line[metric], bars(line, metric), **style, elinewidth=0.8, label=label_of_line)
     ax.set(xlabel="stored MiB", ylabel=label, xscale="log")
     ax.xaxis.set_major_formatter("{x:.2g}")
     ax.xaxis.set_minor_formatter("{x:.2g}")

@@ -23,8 +23,9 @@ from lafq.evaluation.samples import Sampling, cached_samples
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper.budget_study.budget import predicted_damage
 from lafq.paper.budget_study.methods import measured_sensitivity
+from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import FORMATS, MIB, unshrunk_scale
-from lafq.quantization.model import bits_per_weight, channel_view, dequantize, kept_weights, nbytes, quantize
+from lafq.quantization.model import bits_per_weight, dequantize, kept_weights, nbytes, quantize
 from lafq.quantization.plan import Plan, Recipe, make_plan
 from lafq.workspace import Workspace
 

@@ -12,12 +12,13 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 from lafq.paper.poster import Published
+from lafq.presentation.sentences import FEATURES
 
 AMPLIFIED = 64  # differences of images are drawn this many times as bright
 MARKED = 50  # a line of more points than this is drawn without markers
 MARKERS = {"fp16": "o", "int8": "s"}
 PAIRED = "bars: 95 % intervals of the difference, paired bootstrap over the images"
-DIGITS = "bars: 95 % intervals, bootstrap over the digits"
+OVER_DIGITS = "bars: 95 % intervals, bootstrap over the digits"
 SPREAD = "bars: one standard deviation over the blocks"
 
 
@@ -53,16 +54,20 @@ def size_curve(
     ax.legend(fontsize=9)
 
 
-def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: str) -> None:
-    """A metric with its 95 % interval over stored MiB, one marker per kind of row; the baseline dashed."""
-    baseline = table[table["method"] == "baseline"][metric].item()
-    ax.axhline(baseline, color="black", ls="--", lw=1, label="FP32")
-    rows = table[table["method"] != "baseline"]
+def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, title: str) -> None:
+    """FID difference from FP32 with its 95 % interval over stored MiB, one marker per kind of row.
+
+    metric: fid_inception or fid_mnist; rows without it are left out.
+    """
+    ax.axhline(0, color="black", ls="--", lw=1, label="FP32")
+    rows, delta = table[(table["method"] != "baseline") & table[metric].notna()], f"delta_{metric}"
     kinds = rows.groupby(["method", "format", "granularity"], sort=False)
     for (kind, points), marker in zip(kinds, "osD^vP*X", strict=False):
         style = {"fmt": marker, "mfc": "none", "ms": 7, "capsize": 3, "label": f"{kind[0]}, {kind[1].upper()} by {kind[2]}"}
-        ax.errorbar(points["mem_mib"], points[metric], bars(points, metric), **style)
-    ax.set(xlabel="stored MiB", ylabel=label)
+        ax.errorbar(points["mem_mib"], points[delta], bars(points, delta), **style)
+    features = FEATURES[metric]
+    at_n = f"{features} features, N = {rows['n_images'].iloc[0]}"
+    ax.set(xlabel="stored MiB", ylabel=f"FID difference from FP32 (positive: worse)\n{at_n}")
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=9)
 
@@ -108,7 +113,7 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     published = rows["fid_paper"] - table[table["method"] == "baseline"]["fid_paper"].item()
     ax.plot(published, at, "D", mfc="none", color="0.35", label="poster, other noise in every row")
     ax.set_yticks(at, [f"{r.method} {r.threshold}, {r.format.upper()}, {r.mem_share:.0%} of FP32" for r in rows.itertuples()])
-    features = {"fid_inception": "Inception", "fid_mnist": "MNIST"}[metric]
+    features = FEATURES[metric]
     at_n = f"N = {rows['n_images'].iloc[0]}, {rows['steps'].iloc[0]:,} sampling steps"
     ax.set(xlabel=f"FID difference from FP32 (positive: worse)\n{features} features; ours: {at_n}")
     ours, theirs = (values.abs().max() for values in (rows[f"delta_{metric}"], published))

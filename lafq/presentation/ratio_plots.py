@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from lafq.paper.poster import BEST_RATIOS, Published
 from lafq.presentation.plots import MARKERS, bars
+from lafq.presentation.sentences import FEATURES
 
 SWEPT = (0.28, 0.5)  # the ratios that the paper swept
 KIND = (("format", "{}"), ("granularity", "per {}"))
@@ -79,7 +80,7 @@ def poster_and_ours(ax: Axes, table: pd.DataFrame, published: Sequence[Published
         )
     ours, theirs = rows[f"delta_{metric}"].abs().max(), max(abs(d) for _, d, _ in sweep)
     ax.set_title(f"From the same noise, no ratio moves FID by more than {ours:.2f}; the poster's move it by up to {theirs:.1f}")
-    features = {"fid_inception": "Inception", "fid_mnist": "MNIST"}[metric]
+    features = FEATURES[metric]
     at_n = f"N = {table['n_images'].iloc[0]}; ours: {table['steps'].iloc[0]:,} sampling steps"
     ax.set(
         xlabel="ratio r (share of a layer kept in FP32)", ylabel=f"FID difference from FP32 (positive: worse)\n{features}, {at_n}"

@@ -8,6 +8,8 @@ from lafq.paper import poster
 from lafq.paper.audit import published_images
 from lafq.paper.budget_study import summaries
 
+FEATURES = {"fid_inception": "Inception", "fid_mnist": "MNIST"}
+
 
 def published_ratio_sizes() -> str:
     """The poster's memory for its ratios beside what keeping that share of the weights in FP32, the rest in FP16, takes."""
@@ -47,8 +49,11 @@ def published_inside(table: pd.DataFrame) -> str:
     published = rows["fid_paper"] - table[table["method"] == "baseline"]["fid_paper"].item()
     inside = published.between(rows["delta_fid_inception_low"], rows["delta_fid_inception_high"])
     named = ", ".join(f"{r.method} {r.threshold}" for r in rows[inside].itertuples())
-    return f"Of {len(rows)} published differences from the baseline, {inside.sum()} lie inside our 95 % interval" + (
-        f" ({named})." if named else "."
+    read = sum(p.source != "poster" and p.threshold in set(rows["threshold"]) for p in poster.POSTER)
+    return (
+        f"Of the poster's {len(rows)} differences from its baseline{f' ({read} read off its plot)' if read else ''}, "
+        f"{inside.sum() or 'none'} lie{'s' if inside.sum() < 2 else ''} inside the 95 % interval of our row"
+        + (f" ({named})." if named else ".")
     )
 
 
@@ -66,10 +71,10 @@ def by_format(published: pd.DataFrame) -> str:
     """What uniform FP16 and INT8 do to FID, beside the poster's largest gain."""
     rows = published[published["method"] == "uniform"].set_index("format")
     said = {low: difference(rows.loc[low], "delta_fid_inception") for low in ("fp16", "int8")}
-    n, steps = published["n_images"].iloc[0], published["steps"].iloc[0]
+    n, steps, gain = published["n_images"].iloc[0], published["steps"].iloc[0], -_published_differences(published).min()
     return (
-        f"FP16 weights change FID by {said['fp16']}, INT8 weights by {said['int8']} (N = {n}, {steps:,} sampling steps). "
-        f"The poster's largest gain is {-_published_differences(published).min():.2f}."
+        f"FP16 weights change FID by {said['fp16']}, INT8 weights by {said['int8']} (95 % intervals; Inception features, N = {n}, "
+        f"{steps:,} sampling steps, width {poster.WIDTH}). The poster's largest gain is {gain:.2f}."
     )
 
 
@@ -78,8 +83,8 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller than what other noise alone does to the "
-        f"FID of {n} images: {noise:.1f} (1 sd)."
+        f"Two draws of {n} images from one model differ in FID by {noise:.1f} (1 sd; Inception features, the authors' FP32 "
+        f"images). {(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller."
     )
 
 
@@ -93,39 +98,39 @@ def _published_differences(published: pd.DataFrame) -> pd.Series:
     return rows["fid_paper"] - published[published["method"] == "baseline"]["fid_paper"].item()
 
 
-def nearest_size(table: pd.DataFrame, method: str, share: float) -> str:
+def reached_sizes(table: pd.DataFrame, method: str, share: float) -> str:
     """Which size was reached beside the paper's, and what share of the weights it keeps, for each format and granularity."""
-    rows = table[table["method"] == method].drop_duplicates(["format", "granularity"])
+    rows = table[table["method"] == method]
+    nearest = (rows["mem_share"] - share).abs().groupby([rows["format"], rows["granularity"]], sort=False).idxmin()
     found = [
-        f"{r.format} by {r.granularity}: {r.mem_share:.1%} ({r.kept_share:.1%} of the weights kept)" for r in rows.itertuples()
+        f"{r.format} by {r.granularity}: {r.mem_share:.1%} ({r.kept_share:.1%} of the weights kept)"
+        for r in rows.loc[nearest].itertuples()
     ]
     return f"{method}: the paper's size is {share:.1%} of FP32; nearest reachable here: " + "; ".join(found) + "."
 
 
-def against_baseline(table: pd.DataFrame) -> str:
+def changes_by_format(table: pd.DataFrame) -> str:
     """How far each format moves FID on MNIST features from the FP32 baseline, over all rows sampled from the same noise."""
     baseline = table[table["method"] == "baseline"]["fid_mnist"].item()
     rows = table[~table["format"].eq("fp32")]
-    moves = (rows["fid_mnist"] - baseline).groupby(rows["format"]).agg(["min", "max"])
-    found = [f"{low} by {m['min']:+.3f} to {m['max']:+.3f}" for low, m in moves.iterrows()]
-    return f"Against the FP32 baseline's FID (MNIST features) of {baseline:.2f}, same noise: " + ", ".join(found) + "."
+    found = []
+    for low, moves in (rows["fid_mnist"] - baseline).groupby(rows["format"]):
+        least = f"{moves.min():+.3f}" + (f" to {moves.max():+.3f}" if len(moves) > 1 else "")
+        found.append(f"{low} {least} ({len(moves)} row{'s' if len(moves) > 1 else ''})")
+    return f"FID differences from FP32 ({baseline:.2f}), MNIST features, the same noise: " + ", ".join(found) + "."
 
 
-def noise_of_fid(table: pd.DataFrame, quality: pd.DataFrame | None) -> float:
-    """Standard deviation of FID on MNIST features over the blocks that have as many images as the table's rows, else NaN."""
-    if quality is None:
-        return math.nan
-    return quality[quality["n_images"] == table["n_images"].iloc[0]]["fid_mnist"].std()
+def noise_caption(table: pd.DataFrame, noise: pd.DataFrame | None, metric: str) -> str:
+    """The title of a figure: how much other noise moves the FID of one model at the table's N.
 
-
-def scale(table: pd.DataFrame, quality: pd.DataFrame | None) -> str:
-    """One line for a figure: how much a draw of other noise moves the FID of one model, beside what the axis shows."""
-    noise = noise_of_fid(table, quality)
-    return (
-        "the same noise in every row"
-        if pd.isna(noise)
-        else f"same noise in every row; other noise moves FID by ±{noise:.1f} (1 sd)"
-    )
+    noise: the table of `noise_floor.noise_floor`, where it has been made; metric: fid_inception or fid_mnist.
+    """
+    same = "the same noise in every row"
+    if noise is None:
+        return same
+    rows = noise[(noise["features"] == FEATURES[metric]) & (noise["images"] == "generated") & (noise["metric"] == "fid")]
+    spread = rows[rows["n"] == table["n_images"].iloc[0]]["sd"]
+    return f"{same}; other noise moves FID by ±{spread.item():.1f} (1 sd)" if len(spread) else same
 
 
 def training_quality(quality: pd.DataFrame | None) -> str:
@@ -136,7 +141,7 @@ def training_quality(quality: pd.DataFrame | None) -> str:
     return (
         f"{whole['n_images']} images: is_mnist {whole['is_mnist']:.2f}, FID (MNIST features) {whole['fid_mnist']:.2f}. "
         f"In {len(blocks)} blocks of {blocks['n_images'].iloc[0]}: is_mnist {blocks['is_mnist'].mean():.2f} +- "
-        f"{blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- {blocks['fid_mnist'].std():.2f}; the "
-        f"first block, whose noise the tables' rows share, has {blocks['fid_mnist'].iloc[0]:.2f}, number "
-        f"{int((blocks['fid_mnist'] <= blocks['fid_mnist'].iloc[0]).sum())} from below."
+        f"{blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- {blocks['fid_mnist'].std():.2f}. All tables use "
+        f"the noise of the first block. Its FID is {blocks['fid_mnist'].iloc[0]:.2f}, number "
+        f"{int((blocks['fid_mnist'] <= blocks['fid_mnist'].iloc[0]).sum())} of {len(blocks)} from below."
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lafq.io import load_tensors, save_tensors
+from lafq.modes import unwrapped
 from lafq.quantization.model import tied, weights_sha256, with_quantized
 from lafq.quantization.quantized_weight import QuantizedWeight
 from lafq.quantization.weight_spec import ChannelView
@@ -26,7 +27,7 @@ def save_quantized(path: Path | str, packed: nn.Module, source: nn.Module) -> No
     sha256, and a checksum of the whole file.
     Raises ValueError for a state that is no tensor, and for a name that would be taken for a part of a planned parameter.
     """
-    path, plan, chains = Path(path), {}, {}
+    path, packed, plan, chains = Path(path), unwrapped(packed), {}, {}
     for name, module in packed.named_modules():
         if isinstance(module, QuantizedWeight):
             chain = name.removesuffix(".0")
@@ -56,7 +57,7 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
     Raises FileNotFoundError when there is no file, ValueError when it is damaged in any place, of a newer version, of
     another model, or of other source weights.
     """
-    path = Path(path)
+    path, model = Path(path), unwrapped(model)
     tensors, about = load_tensors(path, "`save_quantized`", sealed=True)
     if (version := about.get("format_version", 0)) > FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}, this lafq reads up to {FORMAT_VERSION}: update lafq")

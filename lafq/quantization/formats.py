@@ -26,7 +26,7 @@ class Format(NamedTuple):
 FORMATS = {
     f.name: f for f in (Format("fp32", 32), Format("fp16", 16), *(Format(f"int{b}", b, 2 ** (b - 1) - 1) for b in (8, 6, 4, 3, 2)))
 }
-LARGEST = torch.finfo(torch.float16).max
+FP16_MAX = torch.finfo(torch.float16).max
 COARSE = torch.logspace(0, math.log10(0.15), 14).tolist()
 FINE = (1, 0.95, 1.05, 0.98, 1.02, 1)
 BLOCK = 2**18
@@ -42,8 +42,8 @@ def get_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def smallest(f: Format) -> float:
-    """The least size that the largest weight of a tensor may have: below it, FP16 numbers or scales err by 3 % and more."""
+def least_absmax(f: Format) -> float:
+    """Smallest max |w| that a tensor may have to be stored in a format: below it, FP16 numbers or scales err by 3 % and more."""
     return 0.0 if f.bits == 32 else max(1, f.qmax) * 2**-20
 
 
@@ -128,9 +128,12 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def packed_bytes(format: Format, count: int) -> int:
     """Bytes of `count` weights in a format, without scales."""
-    if not format.qmax:
-        return count * format.bits // 8
-    return sum(-(-count * width // 8) for width in _planes(format.bits))
+    return bit_bytes(format.bits, count) if format.qmax else count * format.bits // 8
+
+
+def bit_bytes(bits: int, count: int) -> int:
+    """Bytes of `count` codes of so many bits, as `pack_bits` packs them."""
+    return sum(-(-count * width // 8) for width in _planes(bits))
 
 
 def _planes(bits: int) -> list[int]:
@@ -139,7 +142,7 @@ def _planes(bits: int) -> list[int]:
 
 def _usable(scale: Tensor) -> Tensor:
     # 2**-24 is the smallest FP16 number: below it a scale would become 0.
-    return torch.where(scale > 0, scale, 1).clamp(2**-24, LARGEST).half()
+    return torch.where(scale > 0, scale, 1).clamp(2**-24, FP16_MAX).half()
 
 
 def _least_squares(rows: Tensor, qmax: int, fisher: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ time (a torch parametrization: whatever reads `layer.weight` gets the FP32 weigh
 import copy
 import hashlib
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,55 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lafq.quantization.formats import LARGEST, get_format, smallest
+from lafq.modes import unwrapped
+from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_names, check_plan
+from lafq.quantization.formats import FP16_MAX, MIB, get_format, least_absmax
 from lafq.quantization.plan import PLAIN, Entries, Recipe
 from lafq.quantization.quantized_weight import QuantizedWeight
-from lafq.quantization.weight_spec import ChannelView, in_fp32, stored_bytes, weight_spec
-
-
-def check_plan(model: nn.Module, plan: Entries) -> None:
-    """Raise ValueError, in one sentence, for a plan that does not fit the model."""
-    parameters = _check_names(model, plan, "the plan names")
-    for name, entry in plan.items():
-        p = parameters[name]
-        if shared := [n for n, q in parameters.items() if q is p and n != name]:
-            raise ValueError(f"{name} is shared with {shared[0]}: leave it out of the plan")
-        if p.dtype != torch.float32:
-            raise ValueError(f"{name} is {p.dtype}: plans start from FP32 weights, call model.float() first")
-        if not p.numel():
-            raise ValueError(f"{name} is empty, of shape {tuple(p.shape)}: leave it out of the plan")
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.RNNBase):
-            raise ValueError(f"{name} is of a recurrent layer, which keeps FP32 copies of its weights: leave it out of the plan")
-        channel_view(model, name).check(name, entry)
-
-
-def _check_names(model: nn.Module, named: Iterable[str], what: str) -> dict[str, nn.Parameter]:
-    """The parameters by name; ValueError for a name that is none of theirs."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if unknown := [name for name in named if name not in parameters]:
-        raise ValueError(f"{what} {unknown[0]!r}, which the model lacks: see model.named_parameters()")
-    return parameters
-
-
-def check_curvature(model: nn.Module, curvature: dict[str, Tensor]) -> None:
-    """Raise ValueError, in one sentence, for a curvature that does not fit its parameter's columns or is not finite."""
-    _check_names(model, curvature, "the curvature names")
-    for name, values in curvature.items():
-        columns = channel_view(model, name).size[1]
-        if values.shape != (columns, columns) or not torch.isfinite(values).all():
-            raise ValueError(
-                f"the curvature of {name} must be finite and of shape {(columns, columns)}, it has {tuple(values.shape)}"
-            )
-
-
-def check_fisher(name: str, weight: Tensor, values: Tensor) -> None:
-    """Raise ValueError, in one sentence, for Fisher values of another shape than their weight's, below 0, infinite or NaN."""
-    if values.shape != weight.shape or not ((values >= 0) & torch.isfinite(values)).all():
-        raise ValueError(f"the Fisher values of {name} must be finite, of its shape {tuple(weight.shape)} and none below 0 or NaN")
+from lafq.quantization.weight_spec import in_fp32, stored_bytes, weight_spec
 
 
 def nbytes(model: nn.Module, plan: Entries) -> int:
     """Bytes that must be stored for the model under the plan: all parameters and persistent buffers, scales and masks."""
+    model = unwrapped(model)
     check_plan(model, plan)
     rest = _nbytes(t for n, t in _tensors(model).items() if n not in plan)
     return rest + sum(stored_bytes(channel_view(model, n), entry) for n, entry in plan.items())
@@ -89,13 +52,14 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
     >>> resident_bytes(layer), resident_bytes(small)
     (40, 20)
     """
+    model = unwrapped(model)
     check_plan(model, plan)
     if getattr(plan, "source", "") not in ("", weights_sha256(model)):
         raise ValueError("the plan was made for other weights than this model's: allocate a plan for this model")
     scale, fisher, curvature = recipe or getattr(plan, "recipe", PLAIN)
     fisher, curvature = fisher or {}, curvature or {}
     check_curvature(model, curvature)
-    _check_names(model, fisher, "the Fisher values name")
+    check_names(model, fisher, "the Fisher values name")
     packed = {}
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
@@ -104,18 +68,30 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
             continue
         largest = p.abs().max().item()
         used = weight_spec(plan[name]).format
-        if 0 < largest < max(smallest(get_format(f)) for f in ([used] if isinstance(used, str) else used)):
+        if 0 < largest < max(least_absmax(get_format(f)) for f in ([used] if isinstance(used, str) else used)):
             raise ValueError(
                 f"{name} holds weights of {largest:.1g} at most, too small for FP16 numbers and scales: leave it out of the plan"
             )
-        if largest > LARGEST:
-            raise ValueError(f"{name} holds weights beyond +-{LARGEST:.0f}, FP16's range: leave it out of the plan")
+        if largest > FP16_MAX:
+            raise ValueError(f"{name} holds weights beyond +-{FP16_MAX:.0f}, FP16's range: leave it out of the plan")
         of_weight = fisher.get(name)
         if of_weight is not None:
             check_fisher(name, p, of_weight)
         view = channel_view(model, name)
         packed[name] = QuantizedWeight.of(p.detach(), plan[name], view, scale, of_weight, curvature.get(name))
+    if copies := _copies(model, packed):
+        size = _nbytes(model.get_buffer(name) for name in copies) / MIB
+        warnings.warn(
+            f"{len(copies)} buffers repeat quantized weights and stay in FP32 ({copies[0]}, ...; {size:.2f} MiB): delete them",
+            stacklevel=2,
+        )
     return with_quantized(model, packed)
+
+
+def _copies(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The buffers that hold the values of one of the named weights, as converters from other frameworks leave them."""
+    planned = [p for p in map(model.get_parameter, names) if p.ndim > 1]
+    return [n for n, b in model.named_buffers() if any(b.shape == p.shape and torch.equal(b, p) for p in planned)]
 
 
 @torch.no_grad()
@@ -128,6 +104,7 @@ def dequantize(packed: nn.Module) -> nn.Module:
     >>> (fast.weight - layer.weight).abs().max() < 1e-3
     tensor(True)
     """
+    packed = unwrapped(packed)
     if vars(packed).get("save_pretrained") is _refuse_save_pretrained:
         del packed.save_pretrained
     for module in packed.modules():
@@ -183,7 +160,7 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers; a model's extra state need not be a tensor, and has no bytes here."""
-    return {name: state for name, state in model.state_dict().items() if isinstance(state, Tensor)}
+    return {name: state for name, state in unwrapped(model).state_dict().items() if isinstance(state, Tensor)}
 
 
 def bits_per_weight(model: nn.Module, plan: Entries, names: Iterable[str]) -> float:
@@ -218,10 +195,3 @@ def with_quantized(model: nn.Module, packed: dict[str, QuantizedWeight]) -> nn.M
         owner, _, parameter = name.rpartition(".")
         parametrize.register_parametrization(result.get_submodule(owner), parameter, p, unsafe=True)
     return result
-
-
-def channel_view(model: nn.Module, name: str) -> ChannelView:
-    """How a parameter falls into output channels."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) and name.endswith("weight")
-    return ChannelView(tuple(module.get_parameter(name.rpartition(".")[2]).shape), module.groups if transposed else 0)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lafq.quantization.error_feedback import factor, round_with_error_feedback
-from lafq.quantization.formats import FORMATS, LARGEST, Format, ScaleRule, encode, get_format, pack_bits, unpack_bits
+from lafq.quantization.formats import FORMATS, FP16_MAX, Format, ScaleRule, encode, get_format, pack_bits, unpack_bits
 from lafq.quantization.weight_spec import (
-    CHANNEL_CODE,
+    CHANNEL_CODE_BITS,
     ORDER,
     ChannelView,
     WeightSpec,
@@ -69,7 +69,7 @@ class QuantizedWeight(nn.Module):
             codes = torch.zeros(view.size[0], dtype=torch.uint8, device=weight.device)
             for f, r in by_format.items():
                 codes[r] = ORDER.index(f.name)
-            parts["formats"] = pack_bits(codes, CHANNEL_CODE.bits)
+            parts["formats"] = pack_bits(codes, CHANNEL_CODE_BITS)
         return cls(parts, view)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
@@ -88,7 +88,7 @@ class QuantizedWeight(nn.Module):
         parts = dict(self.named_buffers())
         mask = unpack_bits(parts["mask"], 1, channels * length).bool().view(channels, length) if "mask" in parts else None
         if "formats" in parts:
-            codes = unpack_bits(parts["formats"], CHANNEL_CODE.bits, channels)
+            codes = unpack_bits(parts["formats"], CHANNEL_CODE_BITS, channels)
             weight = torch.empty(channels, length, device=codes.device)
             for i in codes.unique().tolist():
                 rows = (codes == i).nonzero()[:, 0]
@@ -118,7 +118,7 @@ class QuantizedWeight(nn.Module):
 def _scales(
     values: Tensor, by_format: dict[Format, Tensor], mask: Tensor | None, scale: ScaleRule, fisher: Tensor | None
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The stored scales, and of every row its scale (1 where it has none) and largest code (0)."""
+    """The stored scales by part name; scale and qmax of every row, both (R,): 1 and 0 for a row that is not integer."""
     rest = values
     if mask is not None:
         rest = values.masked_fill(mask, 0)
@@ -135,7 +135,7 @@ def _kept_parts(values: Tensor, mask: Tensor, by_format: dict[Format, Tensor], k
     """The values of the kept weights, and what tells which they are."""
     kept, in_row, length = values[mask], mask.sum(1), values.shape[1]
     # Kept weights take up errors of others, and may then exceed FP16's range.
-    parts = {"kept": (kept.clamp(-LARGEST, LARGEST) if keep_format.bits == 16 else kept).to(_dtype(keep_format))}
+    parts = {"kept": (kept.clamp(-FP16_MAX, FP16_MAX) if keep_format.bits == 16 else kept).to(_dtype(keep_format))}
     if mask_encoding(by_format, in_row, length)[0] == "mask":
         return parts | {"mask": pack_bits(mask.flatten().to(torch.uint8), 1)}
     return parts | {"counts": in_row.int(), "columns": mask.nonzero()[:, 1].to(index_dtype(length))}

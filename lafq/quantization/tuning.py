@@ -12,8 +12,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from lafq.modes import arguments_of, checked_output, evaluating
-from lafq.quantization.formats import LARGEST
+from lafq.modes import arguments_of, checked_output, evaluating, unwrapped
+from lafq.quantization.formats import FP16_MAX
 
 PEAK = 3e-4
 WARMUP = 0.1  # share of the steps
@@ -29,6 +29,8 @@ def tune(model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ..
     Raises ValueError for no steps, fewer batches than steps, nothing to fit, and a batch whose outputs are not finite; the copy is
     then as it was.
     """
+    model, whole = unwrapped(model), packed
+    packed = unwrapped(packed)
     if steps < 1 or not any(p.ndim < 2 and _place(packed, name) is not None for name, p in model.named_parameters()):
         raise ValueError("tuning needs one step at least, and a model that has biases or norms")
     with evaluating(model, gradients=True):
@@ -36,8 +38,8 @@ def tune(model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ..
     with torch.no_grad():
         for name, value in fitted.items():
             place = _place(packed, name)
-            place.copy_((value.clamp(-LARGEST, LARGEST) if place.dtype == torch.float16 else value).view_as(place))
-    return packed
+            place.copy_((value.clamp(-FP16_MAX, FP16_MAX) if place.dtype == torch.float16 else value).view_as(place))
+    return whole
 
 
 def _fit(model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ...] | Tensor], steps: int) -> dict[str, Tensor]:

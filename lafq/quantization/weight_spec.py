@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lafq.quantization.formats import FORMATS, Format, get_format, packed_bytes
+from lafq.quantization.formats import FORMATS, Format, bit_bytes, get_format, packed_bytes
 
 ORDER = tuple(FORMATS)
-CHANNEL_CODE = Format("channel code", 4, 1)
+CHANNEL_CODE_BITS = 4
 
 
 class WeightSpec(NamedTuple):
@@ -90,7 +90,7 @@ def stored_bytes(view: ChannelView, entry: str | WeightSpec) -> int:
 def counted_bytes(view: ChannelView, format: str | tuple[str, ...], in_row: Tensor, keep_format: str = "fp32") -> int:
     """`stored_bytes` where only the number of kept weights in each channel is known: in_row, int64 (channels,)."""
     by_format = channels_by_format(format, view.size[0])
-    total = packed_bytes(CHANNEL_CODE, view.size[0]) if len(by_format) > 1 else 0
+    total = bit_bytes(CHANNEL_CODE_BITS, view.size[0]) if len(by_format) > 1 else 0
     total += sum(2 * len(r) for f, r in by_format.items() if f.qmax)
     return total + packed_bytes(get_format(keep_format), int(in_row.sum())) + mask_encoding(by_format, in_row, view.size[1])[1]
 
@@ -112,13 +112,17 @@ def channels_by_format(format: str | tuple[str, ...], channels: int, device: tor
 
 
 def mask_encoding(by_format: dict[Format, Tensor], in_row: Tensor, length: int) -> tuple[str, int]:
-    """How to tell the kept weights ("mask" or "columns") and the bytes of that with the other weights' values."""
+    """How to tell the kept weights, and the bytes of that together with the values of the other weights.
+
+    "mask": one bit per weight. "columns": a count per channel (int32) and a column (`index_dtype`) per kept weight, in whose place
+    the values hold a 0. The smaller of the two; "" where none is kept. in_row: kept weights in each channel, int64 (channels,).
+    """
     kept, channels = int(in_row.sum()), len(in_row)
     dense = sum(packed_bytes(f, len(r) * length) for f, r in by_format.items())
     if not kept:
         return "", dense
     split = sum(packed_bytes(f, len(r) * length - int(in_row[r].sum())) for f, r in by_format.items())
-    masked = split + packed_bytes(Format("mask", 1, 1), channels * length)
+    masked = split + bit_bytes(1, channels * length)
     sparse = dense + 4 * channels + index_dtype(length).itemsize * kept
     return ("mask", masked) if masked <= sparse else ("columns", sparse)
 

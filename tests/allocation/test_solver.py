@@ -9,13 +9,14 @@ from scipy import optimize, sparse
 
 import lafq
 from lafq.allocation import solver
-from lafq.allocation.pareto import GRANULARITIES, StorageOption, pareto_front
+from lafq.allocation.pareto import ALLOCATED, StorageOption, pareto_front
 from lafq.diffusion.unet import UNet, quantizable
 from lafq.evaluation import scoring
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper.budget_study import budget, methods, predictions, rules, summaries
+from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import unshrunk_scale
-from lafq.quantization.model import channel_view, dequantize, nbytes, quantize
+from lafq.quantization.model import dequantize, nbytes, quantize
 from lafq.quantization.plan import Recipe
 from lafq.quantization.weight_spec import stored_bytes
 from lafq.rng import generator
@@ -44,7 +45,7 @@ def damage(model, plan, fisher):
     return sum((0.5 * fisher[n] * (after[n] - model.get_parameter(n)).double().square()).sum().item() for n in fisher)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", ALLOCATED)
 def test_frontier_says_what_packing_does(model, fisher, granularity):
     for name in ("Layer1.block1.conv1.weight", "Layer4.resample.weight", "Layer2.attention.qkv.weight"):
         rows = channel_view(model, name)
@@ -56,7 +57,7 @@ def test_frontier_says_what_packing_does(model, fisher, granularity):
             assert found == pytest.approx(choice.damage, rel=1e-3, abs=1e-12)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", ALLOCATED)
 def test_budget_is_kept_and_more_bytes_do_less_damage(model, fisher, granularity):
     frontiers = solver.frontiers_of(model, fisher, granularity, progress=False)
     smallest = nbytes(model, {n: c[0].entry for n, c in frontiers.items()}) / MIB
@@ -76,7 +77,7 @@ def test_budget_is_kept_and_more_bytes_do_less_damage(model, fisher, granularity
 def test_finer_units_do_less_damage(model, fisher):
     damages = [
         lafq.allocate(model, Sensitivity(fisher, {}), methods.mib_at(model, 4), granularity, progress=False).damage
-        for granularity in GRANULARITIES
+        for granularity in ALLOCATED
     ]
     assert damages[0] > damages[1] >= damages[2] * (1 - 1e-3)
 

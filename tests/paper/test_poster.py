@@ -61,7 +61,7 @@ def test_published_ratio_sizes():
     assert "0.40: 50.4% of FP32 published, at least 70.0% by that rule" in sentence
 
 
-def test_against_baseline_and_nearest_size():
+def test_changes_by_format_and_reached_sizes():
     table = pd.concat([ours("baseline", "none", "fp32"), ours("global", "tau=1").assign(fid_mnist=9.5)])
-    assert "fp16 by +0.500 to +0.500" in sentences.against_baseline(table)
-    assert "fp16 by tensor: 50.0% (10.0% of the weights kept)" in sentences.nearest_size(table, "global", 0.533)
+    assert "fp16 +0.500 (1 row)" in sentences.changes_by_format(table)
+    assert "fp16 by tensor: 50.0% (10.0% of the weights kept)" in sentences.reached_sizes(table, "global", 0.533)

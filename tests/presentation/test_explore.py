@@ -16,7 +16,8 @@ from lafq.fisher.monte_carlo import estimate_sensitivity
 from lafq.io import save_tensors
 from lafq.presentation import explore, panel
 from lafq.presentation.explore import Setting
-from lafq.quantization.model import channel_view, nbytes, quantize, resident_bytes
+from lafq.quantization.checks import channel_view
+from lafq.quantization.model import nbytes, quantize, resident_bytes
 from lafq.workspace import Workspace
 from tools import cost, notebooks
 

@@ -37,36 +37,38 @@ def noise(monkeypatch):
 
 @pytest.mark.parametrize(
     ("low", "high", "said"),
-    [(-0.1, 0.2, "0 lie inside"), (-0.1, 0.5, "1 lie inside our 95 % interval (global tau=1)"), (-4, 4, "2 lie inside")],
+    [
+        (-0.1, 0.2, "none lies inside"),
+        (-0.1, 0.5, "1 lies inside the 95 % interval of our row (global tau=1)"),
+        (-4, 4, "2 lie inside"),
+    ],
 )
 def test_which_published_differences_lie_inside(low, high, said):
-    assert f"Of 2 published differences from the baseline, {said}" in sentences.published_inside(published(0.05, low, high))
+    assert f"Of the poster's 2 differences from its baseline, {said}" in sentences.published_inside(published(0.05, low, high))
 
 
 def test_findings_follow_from_the_tables(noise):
     found = sentences.findings(published(0.05, -0.1, 0.2), budget())
     assert len(found) == 4
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
-    assert "N = 100, 1,000 sampling steps" in found[0]
+    assert "N = 100, 1,000 sampling steps, width 64" in found[0]
     assert "largest gain is 3.09" in found[0]
-    assert (
-        "2 of the poster's 2 differences are smaller than what other noise alone does to the FID of 100 images: 4.4 (1 sd)"
-        in found[1]
-    )
-    assert "Of 6 threshold rules, at 4 bits per weight" in found[2]
-    assert "one threshold for the whole model changes the output least. A threshold per group" in found[2]
-    assert "changes it 5.0 [2.5, 7.5] times as much, one per layer (ratio) 15 [7.5, 22] times" in found[2]
+    assert "Two draws of 100 images from one model differ in FID by 4.4 (1 sd" in found[1]
+    assert "2 of the poster's 2 differences are smaller" in found[1]
+    assert "We compared 6 rules that choose which weights to keep, at 4 bits per weight" in found[2]
+    assert "One threshold for the whole model does the least damage. Thresholds per group" in found[2]
+    assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times" in found[2]
     assert "0.20 [0.10, 0.30] times the damage" in found[3]
 
 
 def test_a_rule_that_may_be_as_good_is_counted(noise):
     said = sentences.findings(published(0.05, -0.1, 0.2), budget(group=1.5))[2]
-    assert "changes the output less than 4 of the 5 others" in said
+    assert "does less damage than 4 of the 5 others" in said
 
 
 @pytest.mark.parametrize(
     ("least", "said"),
-    [(0.2, "Neither test tells 2 of 2 published sets (global, ratio 0.25)"), (0.01, "The ratio 0.25 set differs")],
+    [(0.2, "For 2 of them (global, ratio 0.25) neither test found a difference"), (0.01, "The ratio 0.25 set differs")],
 )
 def test_which_published_sets_can_be_told_apart(least, said):
     rows = [("FP32, one half against the other", math.nan, math.nan), ("global", 0.5, 0.6), ("ratio 0.25", least, 0.9)]
@@ -84,3 +86,23 @@ def test_what_drives_the_fisher_claims():
     assert sentences.drivers_of_fisher(pd.DataFrame(rows)) == (
         "80% of the trace lies at t <= 49. Per weight, Layer1 has 8.0 times the Fisher information of Layer6, and Layer2 3.0 times."
     )
+
+
+@pytest.mark.parametrize(
+    ("metric", "n", "said"),
+    [
+        ("fid_inception", 100, "the same noise in every row; other noise moves FID by ±2.9 (1 sd)"),
+        ("fid_mnist", 100, "the same noise in every row; other noise moves FID by ±18.5 (1 sd)"),
+        ("fid_mnist", 77, "the same noise in every row"),
+    ],
+)
+def test_a_caption_has_the_noise_of_its_own_features_and_n(metric, n, said):
+    noise = pd.DataFrame(
+        [
+            ("Inception", "generated", "fid", 100, 2.93),
+            ("MNIST", "generated", "fid", 100, 18.54),
+            ("MNIST", "real", "fid", 77, 1.0),
+        ],
+        columns=["features", "images", "metric", "n", "sd"],
+    )
+    assert sentences.noise_caption(pd.DataFrame({"n_images": [n]}), noise, metric) == said

@@ -9,9 +9,10 @@ from lafq.allocation import solver
 from lafq.diffusion.noising import noised_batches
 from lafq.diffusion.unet import quantizable
 from lafq.fisher.monte_carlo import Sensitivity, estimate_sensitivity, monte_carlo_fisher
+from lafq.quantization.checks import channel_view
 from lafq.quantization.error_feedback import damage, factor, round_with_error_feedback
 from lafq.quantization.formats import absmax_scale, unshrunk_scale
-from lafq.quantization.model import channel_view, dequantize, nbytes, quantize, resident_bytes
+from lafq.quantization.model import dequantize, nbytes, quantize, resident_bytes
 from lafq.quantization.plan import Recipe
 from lafq.quantization.weight_spec import WeightSpec
 from lafq.rng import generator
@@ -162,7 +163,7 @@ def test_pack_with_feedback_takes_the_same_bytes_and_less_damage(trained_like, d
     assert off[1] < 0.7 * off[0]
 
 
-@pytest.mark.parametrize("granularity", solver.GRANULARITIES)
+@pytest.mark.parametrize("granularity", solver.ALLOCATED)
 def test_allocation_predicts_what_pack_stores(trained_like, granularity):
     """The damage in the report is that of the weights as they are read back."""
     model, (fisher, curvature) = trained_like

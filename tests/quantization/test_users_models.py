@@ -32,6 +32,32 @@ def trace(model):
     return weights_sha256(model), [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compiled", "data parallel"])
+def test_a_wrapped_model_is_named_and_stored_as_the_one_inside(network, inputs, wrap, tmp_path):
+    network.eval()
+    wrapped, path = wrap(network), tmp_path / "small.safetensors"
+    sensitivity = estimate_sensitivity(wrapped, [(inputs,)] * 4)
+    plan = allocate(wrapped, sensitivity, 0.0025, progress=False)
+    assert set(plan) == {"0.weight", "5.weight"}
+    assert plan.nbytes == nbytes(network, plan) == nbytes(wrapped, plan)
+    assert weights_sha256(wrapped) == weights_sha256(network)
+    small = quantize(wrapped, plan)
+    save_quantized(path, wrap(small), wrapped)
+    for model in (network, wrapped):
+        assert torch.equal(load_quantized(path, model)(inputs), small(inputs))
+    assert tune(wrapped, small, [(inputs,)] * 2, 2) is small
+
+
+def test_buffers_that_repeat_quantized_weights_are_named(network):
+    network.register_buffer("again", network[0].weight.detach().clone())
+    with pytest.warns(
+        UserWarning, match=r"1 buffers repeat quantized weights and stay in FP32 \(again, ...; 0.00 MiB\): delete them"
+    ):
+        small = quantize(network, {"0.weight": "int4"})
+    assert torch.equal(small.again, network[0].weight)
+    quantize(network, {"5.weight": "int4"})
+
+
 def test_a_file_holds_weight_norm_beside_planned_weights(tmp_path):
     normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
     model = nn.Sequential(normed, nn.Conv2d(4, 4, 3))

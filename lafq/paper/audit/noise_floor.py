@@ -10,7 +10,7 @@ from torch import Tensor
 from lafq.diffusion.mnist import HELD_OUT, mnist
 from lafq.diffusion.weights import load_model
 from lafq.evaluation import bootstrap, classifier, metrics
-from lafq.evaluation.evaluate import inception_features
+from lafq.evaluation.evaluate import load_inception
 from lafq.evaluation.metrics import Reference
 from lafq.evaluation.samples import Sampling, cached_samples
 from lafq.rng import generator
@@ -53,7 +53,7 @@ def noise_floor(parameters: dict[str, Any]) -> pd.DataFrame:
     sets = (("real", digits), ("generated", generated))
     reference = metrics.mnist_reference(network)
     seen = [("MNIST", images, metrics.mnist_features(network, x)[0], reference) for images, x in sets]
-    if eye := inception_features(work, INCEPTION_REFERENCE if p["INCEPTION_REFERENCE"] else 0):
-        seen += [("Inception", images, eye.of(x)[0], eye.reference) for images, x in sets]
+    if eye := load_inception(work, INCEPTION_REFERENCE if p["INCEPTION_REFERENCE"] else 0):
+        seen += [("Inception", images, eye.extract(x)[0], eye.reference) for images, x in sets]
     tables = [floor(f, reference, p["SEED"]).assign(features=name, images=images) for name, images, f, reference in seen]
     return pd.concat(tables, ignore_index=True)[["features", "images", "metric", "n", "mean", "sd", "blocks"]]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lafq import paths
 from lafq.evaluation import bootstrap, classifier, metrics
-from lafq.evaluation.evaluate import InceptionFeatures, inception_features
+from lafq.evaluation.evaluate import InceptionFeatures, load_inception
 from lafq.evaluation.samples import Sampling, cached_samples
 from lafq.paper import threshold_rows
 from lafq.quantization.model import dequantize, quantize
@@ -56,7 +56,7 @@ def measure_protocol(work: Workspace, model: nn.Module, sampling: Sampling, ince
     int8 = dequantize(quantize(model, threshold_rows.uniform(model, ("int8",))[0].plan))
     other = sampling._replace(seed=sampling.seed + 1)
     drawn = [cached_samples(work, m, s).images for m, s in ((model, sampling), (int8, sampling), (int8, other))]
-    return protocol_choices(extractors(inception_features(work, inception_reference)), *drawn, sampling.seed)
+    return protocol_choices(extractors(load_inception(work, inception_reference)), *drawn, sampling.seed)
 
 
 def protocol_choices(

@@ -17,9 +17,10 @@ from lafq.evaluation.candidates import Candidate, quantized
 from lafq.evaluation.samples import Sampling, cached_samples
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper.budget_study.methods import bits_of, mib_at, rule_beside
+from lafq.quantization.checks import channel_view
 from lafq.quantization.error_feedback import damage
 from lafq.quantization.formats import MIB
-from lafq.quantization.model import bits_per_weight, channel_view, dequantize, nbytes
+from lafq.quantization.model import bits_per_weight, dequantize, nbytes
 from lafq.workspace import Workspace
 
 HALF_PIXELS = 512

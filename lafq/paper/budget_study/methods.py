@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lafq.allocation import solver
-from lafq.allocation.pareto import GRANULARITIES
+from lafq.allocation.pareto import ALLOCATED
 from lafq.allocation.thresholds import by_layer, keep_global, relative_to_group, standardized
 from lafq.diffusion.mnist import mnist
 from lafq.diffusion.noising import noised_batches
@@ -53,7 +53,7 @@ def uniform(model: nn.Module, calibration: Sensitivity) -> list[Candidate]:
 
 
 def allocated(
-    model: nn.Module, calibration: Sensitivity, bits: list[float], granularities: tuple[str, ...] = GRANULARITIES
+    model: nn.Module, calibration: Sensitivity, bits: list[float], granularities: tuple[str, ...] = ALLOCATED
 ) -> list[Candidate]:
     """The allocator at these granularities and budgets; "mixed" also without error feedback, and with all weights to choose from.
 

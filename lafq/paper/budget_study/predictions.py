@@ -16,9 +16,10 @@ from lafq.evaluation.candidates import Candidate
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper.budget_study.budget import HALF_PIXELS
 from lafq.paper.budget_study.methods import budget_candidate, mib_at
+from lafq.quantization.checks import channel_view
 from lafq.quantization.error_feedback import damage
 from lafq.quantization.formats import fake_quantize, get_format, unshrunk_scale
-from lafq.quantization.model import channel_view, dequantize, quantize
+from lafq.quantization.model import dequantize, quantize
 from lafq.quantization.plan import Recipe
 from lafq.quantization.weight_spec import stored_bytes
 from lafq.rng import generator

@@ -30,27 +30,23 @@ def against_int8(table: pd.DataFrame) -> str:
     """The allocator at 4 bits per weight against uniform INT8; the interval pairs both over the digits."""
     ours, int8 = _mixed(table).loc[RATE], _int8(table)
     return (
-        f"At {ours['mem_mib']:.2f} MiB ({ours['mem_share']:.1%} of FP32, 4 bits per weight) the allocator does {_over_int8(ours)} "
-        f"times the damage to the model's output that uniform INT8 does at {int8['mem_mib']:.2f} MiB."
+        f"The allocator at {ours['mem_mib']:.2f} MiB (4 bits per weight, {ours['mem_share']:.1%} of FP32) does {_over_int8(ours)} "
+        f"times the damage of uniform INT8 at {int8['mem_mib']:.2f} MiB."
     )
 
 
 def best_rule(table: pd.DataFrame) -> str:
-    """Which threshold rule changes the output least at equal bytes and with equal rounding."""
+    """Which rule does the least damage at equal bytes and with equal rounding."""
     rows = table[np.isclose(table["budget_bits"], RATE) & table["method"].str.endswith(FEEDBACK)]
     rows = rows[rows["over_global"].notna()].assign(rule=rows["method"].str.split(",").str[0]).set_index("rule")
     others = rows.drop("global")
     said = {rule: over_global(row) for rule, row in others.iterrows()}
-    best = (
-        "one threshold for the whole model changes the output least"
-        if (others["over_global_low"] > 1).all()
-        else f"one threshold for the whole model changes the output less than {(others['over_global_low'] > 1).sum()} of the "
-        f"{len(others)} others"
-    )
+    worse = (others["over_global_low"] > 1).sum()
+    best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
-        f"Of {len(rows)} threshold rules, at {RATE:g} bits per weight, equal bytes and equal rounding, {best}. A threshold per "
-        f"group changes it {said['group']} times as much, one per layer (ratio) {said['ratio']} times, random choice "
-        f"{said['random']} times."
+        f"We compared {len(rows)} rules that choose which weights to keep, at {RATE:g} bits per weight and with the same rounding. "
+        f"One threshold for the whole model does {best}. Thresholds per group do {said['group']} times that damage, thresholds per "
+        f"layer (ratio) {said['ratio']} times, random choice {said['random']} times."
     )
 
 
@@ -69,8 +65,8 @@ def both_draws(table: pd.DataFrame, fresh: pd.DataFrame) -> pd.DataFrame:
 def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
     """`against_int8`, from where on the allocator does half of INT8's damage, and how small FID lets it be."""
     half = _mixed(table)["damage"] <= 0.5 * _int8(table)["damage"]
-    from_there = f"from {half.index[half][0]:g} bits per weight on" if half.any() else "nowhere"
-    said = f"{against_int8(table)} It does at most half of that damage {from_there}."
+    from_there = f"from {half.index[half][0]:g} bits per weight on" if half.any() else "at no size"
+    said = f"{against_int8(table)} Its damage is at most half of INT8's {from_there}."
     baseline = None if evidence is None else evidence[evidence["method"] == "baseline"]["fid_mnist"].item()
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:

@@ -1,0 +1,57 @@
+"""Whether plans, Fisher values and curvatures fit a model; how its parameters fall into output channels."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lafq.quantization.plan import Entries
+from lafq.quantization.weight_spec import ChannelView
+
+
+def check_plan(model: nn.Module, plan: Entries) -> None:
+    """Raise ValueError, in one sentence, for a plan that does not fit the model."""
+    parameters = check_names(model, plan, "the plan names")
+    for name, entry in plan.items():
+        p = parameters[name]
+        if shared := [n for n, q in parameters.items() if q is p and n != name]:
+            raise ValueError(f"{name} is shared with {shared[0]}: leave it out of the plan")
+        if p.dtype != torch.float32:
+            raise ValueError(f"{name} is {p.dtype}: plans start from FP32 weights, call model.float() first")
+        if not p.numel():
+            raise ValueError(f"{name} is empty, of shape {tuple(p.shape)}: leave it out of the plan")
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.RNNBase):
+            raise ValueError(f"{name} is of a recurrent layer, which keeps FP32 copies of its weights: leave it out of the plan")
+        channel_view(model, name).check(name, entry)
+
+
+def check_names(model: nn.Module, named: Iterable[str], what: str) -> dict[str, nn.Parameter]:
+    """The parameters by name; ValueError for a name that is none of theirs."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if unknown := [name for name in named if name not in parameters]:
+        raise ValueError(f"{what} {unknown[0]!r}, which the model lacks: see model.named_parameters()")
+    return parameters
+
+
+def check_curvature(model: nn.Module, curvature: dict[str, Tensor]) -> None:
+    """Raise ValueError, in one sentence, for a curvature that does not fit its parameter's columns or is not finite."""
+    check_names(model, curvature, "the curvature names")
+    for name, values in curvature.items():
+        columns = channel_view(model, name).size[1]
+        if values.shape != (columns, columns) or not torch.isfinite(values).all():
+            raise ValueError(
+                f"the curvature of {name} must be finite and of shape {(columns, columns)}, it has {tuple(values.shape)}"
+            )
+
+
+def check_fisher(name: str, weight: Tensor, values: Tensor) -> None:
+    """Raise ValueError, in one sentence, for Fisher values of another shape than their weight's, below 0, infinite or NaN."""
+    if values.shape != weight.shape or not ((values >= 0) & torch.isfinite(values)).all():
+        raise ValueError(f"the Fisher values of {name} must be finite, of its shape {tuple(weight.shape)} and none below 0 or NaN")
+
+
+def channel_view(model: nn.Module, name: str) -> ChannelView:
+    """How a parameter falls into output channels."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) and name.endswith("weight")
+    return ChannelView(tuple(module.get_parameter(name.rpartition(".")[2]).shape), module.groups if transposed else 0)
