@@ -181,10 +181,11 @@ def counted() -> str:
     p = profile_parameters("paper")
     one, published, rows = cost.forward_flop(p["WIDTH"]), p["PUBLISHED"], cost.sampled_rows(p)
     strided, full = (p["IMAGES"] * steps * one / 1e15 for steps in (p["SAMPLING_STEPS"], published["steps"]))
+    count, of_08 = sum(rows.values()) - rows["07_audit"], cost.PUBLISHED_ROWS + len(published["ratios"])
     return (
-        f"Training, which `TRAIN=1` repeats, takes {cost.training_flop(p) / 1e15:.1f} PFLOP (bfloat16 autocast). 01 and 03 to 05 have "
-        f"{sum(rows.values()) - rows['07_audit']} rows of {p['IMAGES']} images at {p['SAMPLING_STEPS']} steps, {strided:.2f} PFLOP "
-        f"each; 08 has {cost.PUBLISHED_ROWS + len(published['ratios'])} at {published['steps']:,} steps, {full:.2f} PFLOP each."
+        f"Training, which `TRAIN=1` repeats, takes {cost.training_flop(p) / 1e15:.1f} PFLOP (bfloat16 autocast). 01 and 03 to 05 "
+        f"have {count} rows of {p['IMAGES']} images at {p['SAMPLING_STEPS']} steps, {strided:.2f} PFLOP each. 08 has {of_08} at "
+        f"{published['steps']:,} steps, {full:.2f} PFLOP each."
     )
 
 

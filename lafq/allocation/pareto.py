@@ -67,7 +67,7 @@ def pareto_front(
     values, fisher = view.of(weight), view.of(fisher)
     shared = None if curvature is None else Curvature(curvature, factor(curvature))
     options = [_option(values, fisher, known, shared)]
-    found = [_choice(view, options[0], known, torch.full((len(values),), i)) for i in range(len(known))]
+    chosen = [(options[0], torch.full((len(values),), i)) for i in range(len(known))]
     if granularity == "mixed" and len(view.shape) > 1:
         saliency = (fisher * values.square()).flatten().argsort(descending=True, stable=True)
         for count in sorted({max(1, round(share * len(saliency))) for share in SPARSE_SHARES}):
@@ -77,8 +77,10 @@ def pareto_front(
     if granularity != "tensor":
         for option in options:
             # One price of a bit after another, from where the first row changes its format to where the last does.
-            found += [_choice(view, option, known, chosen) for chosen in _by_price(option)]
-    return undominated(found)
+            chosen += [(option, formats) for formats in _by_price(option)]
+    # Entries name a format for each row, so they are written for the few choices that no other beats.
+    costs = [StorageOption(*_cost(view, option, known, formats), str(i)) for i, (option, formats) in enumerate(chosen)]
+    return [c._replace(entry=_entry(*chosen[int(c.entry)], known)) for c in undominated(costs)]
 
 
 def _option(
@@ -129,14 +131,19 @@ def _by_price(option: _Option) -> Iterable[Tensor]:
     return torch.stack([(option.damage + price * option.bits).argmin(1) for price in prices.tolist()]).unique_consecutive(dim=0)
 
 
-def _choice(view: ChannelView, option: _Option, known: list[Format], chosen: Tensor) -> StorageOption:
-    names = [known[i].name for i in chosen.tolist()]
-    low = names[0] if len(set(names)) == 1 else tuple(names)
-    total = counted_bytes(view, low, option.in_row, "fp16")
+def _cost(view: ChannelView, option: _Option, known: list[Format], chosen: Tensor) -> tuple[int, float]:
+    """Bytes and damage with the formats of these numbers, int64 (rows,)."""
+    by_format = {known[i]: (chosen == i).nonzero()[:, 0] for i in chosen.unique().tolist()}
     damage = option.damage.gather(1, chosen[:, None]).sum().item()
+    return counted_bytes(view, by_format, option.in_row, "fp16"), damage
+
+
+def _entry(option: _Option, chosen: Tensor, known: list[Format]) -> str | WeightSpec:
+    names = [known[i].name for i in chosen.tolist()]
+    format = names[0] if len(set(names)) == 1 else tuple(names)
     if option.kept is None:
-        return StorageOption(total, damage, low if isinstance(low, str) else WeightSpec(low))
-    return StorageOption(total, damage, WeightSpec(low, option.kept, "fp16"))
+        return format if isinstance(format, str) else WeightSpec(format)
+    return WeightSpec(format, option.kept, "fp16")
 
 
 def undominated(choices: list[StorageOption]) -> list[StorageOption]:

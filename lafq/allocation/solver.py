@@ -160,16 +160,36 @@ def local_search(lists: list[list[StorageOption]], taken: list[int], budget: flo
     for _ in range(EXCHANGES):
         more, change = size - size[current][owner], damage - damage[current][owner]
         left = budget - size[current].sum()
-        moves = np.flatnonzero(np.abs(more) <= max(left, 0) + size[current].max())
-        both_more = more[moves][:, None] + more[moves]
-        both = np.where((both_more <= left) & (owner[moves][:, None] != owner[moves]), change[moves][:, None] + change[moves], 0)
-        pair = np.unravel_index(both.argmin(), both.shape)
         single = np.where(more <= left, change, 0)
-        if min(single.min(), both[pair]) >= -1e-12 * damage[current].sum():
+        partner = _best_partner(more, change, owner, left)
+        both = np.where(partner < 0, 0, change + change[partner])
+        first = both.argmin()
+        if min(single.min(), both[first]) >= -1e-12 * damage[current].sum():
             break
-        for j in [single.argmin()] if single.min() <= both[pair] else moves[list(pair)]:
+        for j in [single.argmin()] if single.min() <= both[first] else [first, partner[first]]:
             current[owner[j]] = j
     return (current - starts).tolist()
+
+
+def _best_partner(more: np.ndarray, change: np.ndarray, owner: np.ndarray, left: float) -> np.ndarray:
+    """For each change of one parameter the change of another one of least damage that fits with it, or -1.
+
+    Changes are sorted by bytes. Those that fit with a given one then come first, and the best of them is known, with the best of
+    another owner, in case both are of the same parameter.
+    """
+    by_bytes = np.argsort(more, kind="stable")
+    best = np.full((len(more) + 1, 2), -1)
+    for k, j in enumerate(by_bytes.tolist()):
+        one, two = best[k]
+        if one < 0 or change[j] < change[one]:
+            best[k + 1] = j, two if one >= 0 and owner[one] == owner[j] else one
+        elif owner[j] != owner[one] and (two < 0 or change[j] < change[two]):
+            best[k + 1] = one, j
+        else:
+            best[k + 1] = one, two
+    found = best[np.searchsorted(more[by_bytes], left - more, side="right")]
+    same = (found[:, 0] >= 0) & (owner[found[:, 0]] == owner)
+    return np.where(same, found[:, 1], found[:, 0])
 
 
 def _report(name: str, weights: int, choice: StorageOption) -> dict:

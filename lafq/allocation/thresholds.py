@@ -21,9 +21,11 @@ GRANULARITIES = ("tensor", "channel", "weight")
 
 
 def by_granularity(fisher: dict[str, Tensor], granularity: str, axes: dict[str, int] | None = None) -> dict[str, Tensor]:
-    """Scores of the granularity: mean Fisher value of each weight tensor (0-dim) or output channel (1-dim), or every weight's.
+    """One score for each thing that is kept or quantized as one: its mean Fisher value.
 
+    granularity: "tensor" gives 0-dim scores, "channel" (output channels,), "weight" the Fisher values themselves.
     axes: by parameter name the axis of the output channels where it is not 0 (1 in a transposed convolution).
+    Raises ValueError for another granularity.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"unknown granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}")

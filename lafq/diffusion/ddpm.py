@@ -72,6 +72,7 @@ def sample(
 
     Image i depends on (seed, i) alone, so that two models, or two batch sizes, see the same noise. `label` stands beside the
     progress bar.
+    The model's weights are put into channels-last order, in place; their values stay.
     Returns uint8 (images, 1, 32, 32): clamped to [0, 1] and rounded.
     Raises ValueError for no images, and the errors of `reverse_process`.
     """
@@ -79,7 +80,7 @@ def sample(
         raise ValueError(f"{images} images asked for: at least one is needed")
     model = model.to(memory_format=torch.channels_last)
     batches, done = range(first, first + images, batch_size), []
-    trailing_timesteps(steps)
+    trailing_timesteps(steps)  # raises for a wrong number of steps before the progress bar opens
     with evaluating(model), tqdm(total=len(batches) * steps, desc=label, unit="step", leave=False) as bar:
         for start in batches:
             streams = [generator(seed, i) for i in range(start, min(start + batch_size, first + images))]

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lafq.diffusion.unet import layer_of
 from lafq.evaluation import bootstrap
 from lafq.evaluation.evaluate import InceptionFeatures
 from lafq.evaluation.scoring import Scored, make_scorer
@@ -68,7 +69,7 @@ def judge(images: dict[str, np.ndarray], seed: int, inception: InceptionFeatures
     @cache
     def scored(sample: str) -> Scored:
         generated = torch.from_numpy(images[sample])[:, None]
-        return score(generated, inception.of(generated) if inception else None)
+        return score(generated, inception.extract(generated) if inception else None)
 
     if inception:
         return Judge(scored, "fid_inception", f"Inception features, N = {count}", FID_MARGIN * (count == MARGIN_IMAGES))
@@ -81,7 +82,7 @@ def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int
     C1 compares the two halves of the timesteps. C2 compares Layers 1-2 with Layers 3-6 per weight, and asks whether they have more
     than half of the trace.
     """
-    front = {name: name.split(".", 1)[0] in FRONT for name in weights.index}
+    front = {name: layer_of(name) in FRONT for name in weights.index}
     trace = blocks.assign(trace=blocks["fisher"] * blocks["parameter"].map(weights), front=blocks["parameter"].map(front))
     # Front and other layers, by timestep bin and block: (2, bins, blocks).
     sums = trace.pivot_table(index=["front", "t_low"], columns="block", values="trace", aggfunc="sum").dropna(axis=1)

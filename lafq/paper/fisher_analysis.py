@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lafq.diffusion.ddpm import reverse_process, trailing_timesteps
 from lafq.diffusion.noising import bin_edges, stratified_batches
-from lafq.diffusion.unet import TIMESTEPS
+from lafq.diffusion.unet import TIMESTEPS, layer_of
 from lafq.fisher.empirical import EmpiricalFisher, empirical_fisher
 from lafq.fisher.monte_carlo import monte_carlo_fisher
 from lafq.rng import generator
@@ -85,7 +85,7 @@ def _by_timestep(found: EmpiricalFisher, bins: int) -> pd.DataFrame:
     # Batch b holds the timesteps of bin b (`noising.stratified_batches`).
     edges = bin_edges(bins)
     rows = [
-        (name, name.split(".", 1)[0], found.by_weight[name].numel(), edges[b], edges[b + 1] - 1, mean)
+        (name, layer_of(name), found.by_weight[name].numel(), edges[b], edges[b + 1] - 1, mean)
         for b, means in enumerate(found.by_batch)
         for name, mean in means.items()
     ]

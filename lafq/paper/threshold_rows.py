@@ -6,12 +6,13 @@ from torch import Tensor, nn
 
 from lafq.allocation.thresholds import by_granularity, keep_global, keep_ratio, relative_to_group, standardized, threshold_grid
 from lafq.diffusion.unet import quantizable
-from lafq.evaluation.candidates import BASELINE, MIB, Candidate
+from lafq.evaluation.candidates import BASELINE, Candidate
 from lafq.paper.poster import TARGET_SHARE
 from lafq.quantization.checks import channel_view
+from lafq.quantization.formats import MIB
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import make_plan
-from lafq.quantization.weight_spec import counted_bytes
+from lafq.quantization.weight_spec import channels_by_format, counted_bytes
 
 
 def size_sweep(model: nn.Module, scores: dict[str, Tensor], format: str, granularity: str, count: int) -> pd.DataFrame:
@@ -32,11 +33,11 @@ def size_sweep(model: nn.Module, scores: dict[str, Tensor], format: str, granula
         ascending = score.flatten().cpu().sort().values
         kept = (score.numel() - torch.searchsorted(ascending, thresholds)) * (size // score.numel())
         total += kept
-        kept_by_channel = torch.zeros(view.size[0], dtype=torch.int64)
+        kept_by_channel, channels = torch.zeros(view.size[0], dtype=torch.int64), channels_by_format(format, view.size[0])
         for i, number in enumerate(kept.tolist()):
             # In one format, bytes depend on the sum of the kept weights alone: all of them stand in channel 0.
             kept_by_channel[0] = number
-            stored[i] += 4 * size if number == size else counted_bytes(view, format, kept_by_channel)
+            stored[i] += 4 * size if number == size else counted_bytes(view, channels, kept_by_channel)
     sizes = {"kept_share": total.double() / sum(w.numel() for w in weights.values())}
     sizes |= {"mem_mib": stored.double() / MIB, "mem_share": stored.double() / full}
     return pd.DataFrame(

@@ -137,14 +137,6 @@ def paired_digits(
     axes[0].set_title(f"images from the same noise   |   their difference from FP32, {amplified} times as bright", fontsize=10)
 
 
-def three_rows(table: pd.DataFrame, method: str, threshold: str = "") -> pd.DataFrame:
-    """FP32, uniform INT8, and the first INT8 row of a method on single weights: the rows whose images are drawn."""
-    int8 = table[table["format"] == "int8"]
-    ours = int8[(int8["method"] == method) & (int8["granularity"] == "weight") & int8["threshold"].str.startswith(threshold)]
-    kinds = table[table["method"] == "baseline"], int8[int8["method"] == "uniform"], ours
-    return pd.concat([rows.iloc[:1] for rows in kinds], ignore_index=True)
-
-
 def _spoken(row: Any) -> str:
     """A row's name in a figure."""
     named = {"none": "FP32", "all": f"uniform {row.format.upper()}"}

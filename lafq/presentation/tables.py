@@ -8,6 +8,7 @@ from lafq.diffusion.mnist import REFERENCE
 from lafq.diffusion.unet import LAYERS, UNet
 from lafq.evaluation.candidates import KEY
 from lafq.paper.results import METHODS, load_optional, load_table
+from lafq.quantization.formats import MIB
 from lafq.workspace import Workspace
 
 SHOWN = [
@@ -32,9 +33,10 @@ def note(table: pd.DataFrame) -> str:
     images, steps = table["n_images"].iloc[0], table["steps"].iloc[0]
     seen = re.search(r"Inception: (\d+)", " ".join(table["reference"])) if "reference" in table else None
     inception = f"the first {int(seen[1]):,} of them for Inception" if seen else "no Inception columns"
+    count = REFERENCE.stop - REFERENCE.start
     return (
         f"N = {images} images per row, {steps:,} sampling steps, the same noise in every row. Reference: test digits "
-        f"{REFERENCE.start:,}-{REFERENCE.stop - 1:,} ({REFERENCE.stop:,} images) for MNIST features, {inception}; both "
+        f"{REFERENCE.start:,}-{REFERENCE.stop - 1:,} ({count:,} images) for MNIST features, {inception}; both "
         "sides 32x32 (28x28 zero-padded). IS over one split. MiB = 2**20 bytes. delta_: difference from the FP32 baseline. "
         "In brackets: 95 % intervals of the expected value at this N, bootstrap over the images (1,000 resamples, paired)."
     )
@@ -93,6 +95,14 @@ def listed(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table["method"] != "ratio") | ratio]
 
 
+def three_rows(table: pd.DataFrame, method: str, threshold: str = "") -> pd.DataFrame:
+    """FP32, uniform INT8, and the first INT8 row of a method on single weights: the rows whose images are drawn."""
+    int8 = table[table["format"] == "int8"]
+    ours = int8[(int8["method"] == method) & (int8["granularity"] == "weight") & int8["threshold"].str.startswith(threshold)]
+    kinds = table[table["method"] == "baseline"], int8[int8["method"] == "uniform"], ours
+    return pd.concat([rows.iloc[:1] for rows in kinds], ignore_index=True)
+
+
 def claims_shown(work: Workspace, name: str = "claims") -> pd.DataFrame:
     """A table of claims as it is shown: the interval in brackets behind the measured value."""
     return claims_text(load_table(work, name))
@@ -143,7 +153,7 @@ def layer_table(model: UNet) -> pd.DataFrame:
     table = pd.DataFrame({"layer": list(layers), "parameters": list(layers.values())})
     channels = {name: getattr(model, name).block1.conv1.in_channels for name in LAYERS}
     table.insert(1, "channels", [str(channels.get(name, "")) for name in layers])
-    return table.assign(mib=(table["parameters"] * 4 / 2**20).round(3))
+    return table.assign(mib=(table["parameters"] * 4 / MIB).round(3))
 
 
 def fisher_cost(table: pd.DataFrame) -> pd.DataFrame:

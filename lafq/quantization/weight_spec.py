@@ -84,12 +84,14 @@ def stored_bytes(view: ChannelView, entry: str | WeightSpec) -> int:
     """Bytes of one parameter in its stored form: values, scales, channel formats, and what tells the kept weights."""
     format, keep_mask, keep_format = weight_spec(entry)
     in_row = torch.zeros(view.size[0], dtype=torch.int64) if keep_mask is None else view.of(keep_mask).sum(1).cpu()
-    return counted_bytes(view, format, in_row, keep_format)
+    return counted_bytes(view, channels_by_format(format, view.size[0]), in_row, keep_format)
 
 
-def counted_bytes(view: ChannelView, format: str | tuple[str, ...], in_row: Tensor, keep_format: str = "fp32") -> int:
-    """`stored_bytes` where only the number of kept weights in each channel is known: in_row, int64 (channels,)."""
-    by_format = channels_by_format(format, view.size[0])
+def counted_bytes(view: ChannelView, by_format: dict[Format, Tensor], in_row: Tensor, keep_format: str = "fp32") -> int:
+    """`stored_bytes` where only the number of kept weights in each channel is known: in_row, int64 (channels,).
+
+    by_format: the channels of each format (`channels_by_format`).
+    """
     total = bit_bytes(CHANNEL_CODE_BITS, view.size[0]) if len(by_format) > 1 else 0
     total += sum(2 * len(r) for f, r in by_format.items() if f.qmax)
     return total + packed_bytes(get_format(keep_format), int(in_row.sum())) + mask_encoding(by_format, in_row, view.size[1])[1]

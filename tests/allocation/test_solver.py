@@ -132,6 +132,17 @@ def test_integer_program_is_the_optimum_and_the_fast_way_is_near(seed):
         assert exact[0] * (1 - 1e-5) <= fast[0] <= 1.02 * exact[0]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_partner_is_that_of_all_pairs(seed):
+    g = np.random.default_rng(seed)
+    owner, more = np.sort(g.integers(0, 5, 24)), g.integers(-50, 50, 24).astype(float)
+    change, left = g.normal(size=24), 7.5
+    found = solver._best_partner(more, change, owner, left)
+    fits = (more[:, None] + more <= left) & (owner[:, None] != owner)
+    best = np.where(fits, change, np.inf).argmin(1)
+    assert found.tolist() == np.where(fits.any(1), best, -1).tolist()
+
+
 def test_exchanges_only_improve():
     large = lists(9, 20, 6)
     budget = 20 * 2500
