@@ -37,7 +37,8 @@ SETS = {
 REAL = slice(100, 5000)
 SIZES = (100, 1000)
 PERMUTATIONS = 1999
-README = (UNQUANTIZED, "ratio 0.25")  # the sets whose FID the authors' README has: first
+README = (UNQUANTIZED, "ratio 0.25")  # the sets whose FID the authors' README has: first, and against 28x28 digits as well (R6)
+UNPADDED = "Inception, real digits 28x28"
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -150,9 +151,13 @@ def measure(path: Path, seed: int) -> None:
     print(line)
     if extractor:
         features = partial(metrics.kept_inception_features, extractor, folder=paths.BUILD / "inception")
-        reference = Reference.of(features(mnist(train=True)[0][REAL])[0])
+        real = mnist(train=True)[0][REAL]
+        reference = Reference.of(features(real)[0])
         for name in sorted(images, key=lambda name: name not in README):
             tables.append(scores(*features(images[name]), reference, seed).assign(features="Inception", set=name))
+            if name in README:
+                unpadded = Reference.of(features(real[:, :, 2:-2, 2:-2])[0])
+                tables.append(scores(*features(images[name]), unpadded, seed).assign(features=UNPADDED, set=name))
             _save_scores(tables)
             print(f"{name}: scored on Inception features", flush=True)
 
