@@ -89,7 +89,7 @@ test-fast: lint  ## lint and the unit tests that take no longer than seconds, wi
 	@TQDM_DISABLE=1 $(PYTEST) -m "not slow"
 
 test-kill: $(READY)  ## kill -9 `make reproduce PROFILE=smoke` at 20 moments, resume, compare every byte (about half an hour)
-	@$(BIN)/python -m pytest -q tests/kills
+	@$(BIN)/python -m pytest -q -n 2 tests/kills
 
 test-browser: site  ## three pages of the site, and a slider of 00_explore, in headless Chromium (a minute; installs Playwright)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-browser.txt

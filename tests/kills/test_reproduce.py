@@ -23,7 +23,9 @@ FOLDERS = ("results/smoke", "figures/smoke")
 
 def start(root, verb, only=""):
     command = [sys.executable, "-m", "tools.run", verb, "--profile", "smoke", *(["--only", only] if only else [])]
-    return subprocess.Popen(command, cwd=root, env={**os.environ, "TQDM_DISABLE": "1"}, stdout=subprocess.DEVNULL)
+    # The notebooks shall import the copy's lafq, not the one that is installed.
+    environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(root)}
+    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL)
 
 
 def kill(process):
