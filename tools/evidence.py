@@ -70,8 +70,8 @@ def fresh(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     allocated = methods.allocated(model, known, [rules.RATE], granularities=("mixed",))
     found = [*allocated, *methods.tuned(allocated, [rules.RATE], p["TUNED"]["steps"])]
     found += methods.thresholds(model, known, [rules.RATE], p["SEED"])
-    chosen = [BASELINE, *(row for row in found if row.method in FRESH)]
-    table, samples = evaluate(work, model, chosen, Sampling(images, p["SAMPLING_STEPS"], seed))
+    chosen = [row for row in found if row.method in FRESH]
+    table, samples = evaluate_large(work, model, chosen, Sampling(images, p["SAMPLING_STEPS"], seed))
     claims = rules.image_claims(table[table["method"].str.contains(methods.FEEDBACK)], samples, seed)
     return {"fresh": table, "fresh_claims": pd.DataFrame(claims)}
 

@@ -94,10 +94,9 @@ def headline(table: pd.DataFrame) -> str:
     baseline = table[table["method"] == "baseline"]["fid_inception"].item()
     return (
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
-        f"Width {poster.WIDTH}, {poster.BASELINE_MIB:.2f} MiB in FP32, {images} images per row, FID on Inception features; "
-        f"a positive difference is worse than FP32. Poster: {poster.SAMPLING_STEPS:,} sampling steps, other noise in every row, "
-        f"baseline {base.fid:.2f}. Ours: {steps:,} steps, the same noise in every row, baseline {baseline:.2f}, thresholds on "
-        "single weights; in brackets 95 % intervals."
+        f"Positive: worse. Width {poster.WIDTH} ({poster.BASELINE_MIB:.2f} MiB), N = {images}, Inception features. Poster: "
+        f"{poster.SAMPLING_STEPS:,} sampling steps, other noise in every row, baseline {base.fid:.2f}. Ours: {steps:,} steps, the "
+        f"same noise, baseline {baseline:.2f}, thresholds on single weights, 95 % intervals."
     )
 
 
@@ -115,7 +114,7 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
             row.append((known[0] if known else "not tested yet") + "".join(f"; true Fisher: {v:.3g}" for v in true))
         cells.append(row)
     quantities = (
-        "C1: ratio of mean Fisher information, t < 500 to t >= 500; C2: ratio per weight, Layers 1-2 to Layers 3-6. "
+        "C1: mean Fisher information at t < 500 over t >= 500; C2: per weight, Layers 1-2 over 3-6. "
         "C3, C4: FID differences (negative: better), INT8."
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "at the poster's size", "at a quarter of its width"])

@@ -8,8 +8,9 @@ at this N. Where N is below the number of features it is wider than it need be (
 A difference from the baseline is taken resample by resample, on the same indices for both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,3 +109,11 @@ def inception_score_bootstrap(indices: Tensor) -> Draws:
 def mean_bootstrap(indices: Tensor) -> Draws:
     """Mean of one value an image (N,): a function that gives (count,)."""
     return lambda values: values.double()[indices].mean(1)
+
+
+def fid_at_infinity(sizes: Sequence[int], fids: Sequence[float]) -> float:
+    """FID extrapolated to infinite N: the intercept of a line through the FID of `sizes` images over 1 / N.
+
+    Source: Chong and Forsyth 2020, "Effectively Unbiased FID and Inception Score and Where to Find Them".
+    """
+    return float(np.polyfit(1 / np.asarray(sizes), np.asarray(fids), 1)[1])

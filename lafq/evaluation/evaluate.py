@@ -15,7 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from lafq import paths
 from lafq.diffusion import weights
 from lafq.diffusion.mnist import REFERENCE
-from lafq.evaluation import classifier, inception, metrics, samples, scoring
+from lafq.evaluation import bootstrap, classifier, inception, metrics, samples, scoring
 from lafq.evaluation.candidates import BASELINE, KEY, Candidate, quantized, sizes
 from lafq.evaluation.peak_memory import PeakMeter
 from lafq.evaluation.samples import Sampled, Sampling, cached_samples, sample_on_cluster
@@ -122,7 +122,7 @@ def measure_peak_memory(work: Workspace, model: nn.Module, candidates: list[Cand
 def evaluate_large(
     work: Workspace, model: nn.Module, candidates: list[Candidate], sampling: Sampling
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """`evaluate` with many images, the unquantized model first, and a tenth of them as a block of `block_statistics`."""
+    """`evaluate` with many images, the unquantized model first, and the columns of `block_statistics` for blocks of a tenth."""
     rows = [BASELINE, *(row for row in candidates if row.method != "baseline")]
     table, images = evaluate(work, model, rows, sampling)
     return table.merge(block_statistics(images, table["sample"][0], sampling.images // 10), on="sample", how="left"), images
@@ -146,21 +146,23 @@ def block_statistics(samples: dict[str, np.ndarray], baseline: str, block: int) 
     """fid_mnist of disjoint blocks of images, as a paper of `block` images would have it: mean and standard deviation.
 
     samples: uint8 (N, 32, 32) by `sample`; baseline: that of the unquantized model. One row per sample, columns sample,
-    blocks, block_fid_mnist, block_fid_mnist_sd, and block_delta_fid_mnist(_sd), of the differences from the baseline's blocks.
+    blocks, block_fid_mnist, block_fid_mnist_sd, and block_delta_fid_mnist(_sd), of the differences from the baseline's blocks;
+    fid_mnist_inf, FID extrapolated to infinite N from blocks of a fifth, a half and all of the images.
     """
     network = classifier.load()
     reference = metrics.mnist_reference(network)
 
-    def fids(images: np.ndarray) -> pd.Series:
-        features, _ = metrics.mnist_features(network, torch.from_numpy(images)[:, None])
-        return pd.Series([metrics.fid(part, reference) for part in features.split(block) if len(part) == block])
+    def fids(features: Tensor, size: int) -> pd.Series:
+        return pd.Series([metrics.fid(part, reference) for part in features.split(size) if len(part) == size])
 
-    at_baseline, rows = fids(samples[baseline]), []
-    for key, images in samples.items():
-        found = fids(images)
+    features = {key: metrics.mnist_features(network, torch.from_numpy(images)[:, None])[0] for key, images in samples.items()}
+    at_baseline, rows = fids(features[baseline], block), []
+    for key, of_row in features.items():
+        found, sizes = fids(of_row, block), [2 * block, 5 * block, 10 * block]
+        beyond = bootstrap.fid_at_infinity(sizes, [fids(of_row, size).mean() for size in sizes])
         spread = {"block_fid_mnist": found, "block_delta_fid_mnist": found - at_baseline}
         numbers = {name: v for k, values in spread.items() for name, v in ((k, values.mean()), (f"{k}_sd", values.std()))}
-        rows.append({"sample": key, "blocks": len(found), **numbers})
+        rows.append({"sample": key, "blocks": len(found), **numbers, "fid_mnist_inf": beyond})
     return pd.DataFrame(rows)
 
 

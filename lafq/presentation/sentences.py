@@ -73,8 +73,8 @@ def by_format(published: pd.DataFrame) -> str:
     said = {low: difference(rows.loc[low], "delta_fid_inception") for low in ("fp16", "int8")}
     n, steps, gain = published["n_images"].iloc[0], published["steps"].iloc[0], -_published_differences(published).min()
     return (
-        f"FP16 weights change FID by {said['fp16']}, INT8 weights by {said['int8']} (95 % intervals; Inception features, N = {n}, "
-        f"{steps:,} sampling steps, width {poster.WIDTH}). The poster's largest gain is {gain:.2f}."
+        f"FP16 weights change FID by {said['fp16']}, INT8 weights by {said['int8']} (95 % intervals; N = {n}, {steps:,} "
+        f"sampling steps, width {poster.WIDTH}). The poster's largest gain is {gain:.2f}."
     )
 
 
@@ -83,8 +83,8 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"Two draws of {n} images from one model differ in FID by {noise:.1f} (1 sd; Inception features, the authors' FP32 "
-        f"images). {(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller."
+        f"Two draws of {n} images from one model differ in FID by {noise:.1f} (1 sd; the authors' FP32 images). "
+        f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller."
     )
 
 

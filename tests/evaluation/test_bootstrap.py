@@ -151,3 +151,8 @@ def test_torchmetrics_agrees():
         features, _ = metrics.mnist_features(network, images[HELD_OUT][:count])
         ours = metrics.fid(features, metrics.mnist_reference(network))
         assert ours == pytest.approx(theirs.compute().item(), rel=1e-3)
+
+
+def test_fid_at_infinity_is_the_intercept():
+    sizes = [200, 500, 1000]
+    assert iv.fid_at_infinity(sizes, [7 + 300 / n for n in sizes]) == pytest.approx(7)

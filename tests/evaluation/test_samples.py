@@ -97,13 +97,40 @@ def test_images_are_kept_in_batches_and_found_again(tiny, rows, monkeypatch):
     by_weights, same = evaluation.evaluate(SMOKE, tiny, rows, DRAW)
     pd.testing.assert_frame_equal(table.drop(columns="sample"), by_weights.drop(columns="sample"))
     assert all(np.array_equal(images[a], same[b]) for a, b in zip(table["sample"], by_weights["sample"], strict=True))
-    results.save_rows(SMOKE, "x", table, images)
+    results.save_rows(KEEPING, "x", table, images)
     assert not (SMOKE.results / "x.npz").exists()
     assert all(np.array_equal(images[key], found) for key, found in results.load_rows(SMOKE, "x")[1].items())
     monkeypatch.setattr(samples, "sample", None)
     pd.testing.assert_frame_equal(table, evaluate(tiny, rows)[0])
     with pytest.raises(FileNotFoundError, match=r"6 images of row .* are needed, .* has 5: `make reproduce PROFILE=smoke`"):
         samples.stored_images(SMOKE, table["sample"][0], 6)
+
+
+def test_where_images_go_is_for_the_profile_to_say(tiny, rows):
+    """KEEP=False beside a folder of kept images: the images go to the npz file, and come from there."""
+    table, images = evaluate(tiny, rows)
+    results.save_rows(KEEPING, "x", table, images)
+    by_weights, same = evaluation.evaluate(SMOKE, tiny, rows, DRAW)
+    results.save_rows(SMOKE, "x", by_weights, same)
+    assert set(results.load_rows(SMOKE, "x")[1]) == set(same)
+    results.save_rows(KEEPING, "x", table, images)
+    assert set(results.load_rows(KEEPING, "x")[1]) == set(images)
+
+
+def test_files_that_begin_with_the_same_image_are_not_read_twice(tiny, sandbox):
+    longer = {n: samples.cached_samples(KEEPING, tiny, DRAW._replace(images=n), provenance={"rule": "x"}) for n in (3, 5)}
+    key = longer[5].key
+    assert key == longer[3].key
+    names = [path.name[16:] for path in files()]
+    assert names == ["_00000-00001.npz", "_00002-00002.npz", "_00002-00003.npz", "_00004-00004.npz"]
+    assert np.array_equal(samples.stored_images(SMOKE, key, 5), longer[5].images[:, 0].numpy())
+
+
+def test_another_batch_size_draws_anew(tiny, sandbox):
+    """Without KEEP the key does not name the batch, and the last bits depend on it."""
+    for batch in (2, 5):
+        assert len(samples.cached_samples(SMOKE, tiny, DRAW._replace(batch=batch)).images) == 5
+    assert sorted(path.name for path in (SMOKE.build / "samples").iterdir()) == ["batch-2", "batch-5"]
 
 
 CHILD = """

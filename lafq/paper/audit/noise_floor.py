@@ -25,8 +25,7 @@ INCEPTION_REFERENCE = 2000
 def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
     """FID and KID of disjoint blocks of N of the features (M, d) against the reference: columns metric, n, mean, sd, blocks.
 
-    The row with n = inf is FID extrapolated to infinite N: the intercept of a line through the mean FID of N >= 200 over 1 / N
-    (Chong and Forsyth 2020, "Effectively Unbiased FID and Inception Score").
+    The row with n = inf is FID extrapolated to infinite N from the mean FID of N >= 200 (`bootstrap.fid_at_infinity`).
     """
     order = torch.randperm(len(features), generator=generator(seed))
     rows = []
@@ -37,8 +36,8 @@ def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
             rows.append((metric, n, values.mean().item(), values.std().item() if len(blocks) > 1 else np.nan, len(blocks)))
     table = pd.DataFrame(rows, columns=["metric", "n", "mean", "sd", "blocks"])
     line = table[(table["metric"] == "fid") & (table["n"] >= EXTRAPOLATED_FROM)]
-    _, intercept = np.polyfit(1 / line["n"], line["mean"], 1)
-    return pd.concat([table, pd.DataFrame([("fid", np.inf, intercept, np.nan, 1)], columns=table.columns)], ignore_index=True)
+    beyond = bootstrap.fid_at_infinity(line["n"], line["mean"])
+    return pd.concat([table, pd.DataFrame([("fid", np.inf, beyond, np.nan, 1)], columns=table.columns)], ignore_index=True)
 
 
 def noise_floor(parameters: dict[str, Any]) -> pd.DataFrame:
