@@ -178,16 +178,15 @@ def _best_partner(more: np.ndarray, change: np.ndarray, owner: np.ndarray, left:
     another owner, in case both are of the same parameter.
     """
     by_bytes = np.argsort(more, kind="stable")
-    best = np.full((len(more) + 1, 2), -1)
-    for k, j in enumerate(by_bytes.tolist()):
-        one, two = best[k]
-        if one < 0 or change[j] < change[one]:
-            best[k + 1] = j, two if one >= 0 and owner[one] == owner[j] else one
-        elif owner[j] != owner[one] and (two < 0 or change[j] < change[two]):
-            best[k + 1] = one, j
-        else:
-            best[k + 1] = one, two
-    found = best[np.searchsorted(more[by_bytes], left - more, side="right")]
+    changes, owners, one, two = change.tolist(), owner.tolist(), -1, -1
+    best = [(one, two)]
+    for j in by_bytes.tolist():
+        if one < 0 or changes[j] < changes[one]:
+            one, two = j, two if one >= 0 and owners[one] == owners[j] else one
+        elif owners[j] != owners[one] and (two < 0 or changes[j] < changes[two]):
+            two = j
+        best.append((one, two))
+    found = np.array(best)[np.searchsorted(more[by_bytes], left - more, side="right")]
     same = (found[:, 0] >= 0) & (owner[found[:, 0]] == owner)
     return np.where(same, found[:, 1], found[:, 0])
 
