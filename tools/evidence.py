@@ -10,18 +10,24 @@ from pathlib import Path
 
 import pandas as pd
 
+from lafq.diffusion.mnist import HELD_OUT, mnist
+from lafq.diffusion.unet import quantizable
 from lafq.diffusion.weights import load_fisher, load_model
+from lafq.evaluation import classifier, metrics
 from lafq.evaluation.candidates import BASELINE
 from lafq.evaluation.evaluate import evaluate, evaluate_large
-from lafq.evaluation.samples import Sampling
+from lafq.evaluation.samples import Sampling, cached_samples
 from lafq.paper import replicates, results
 from lafq.paper.audit import published_images
 from lafq.paper.audit.noise_floor import noise_floor
 from lafq.paper.budget_study import budget, methods, rules
+from lafq.paper.budget_study.image_statistics import REAL, image_statistics
+from lafq.quantization.model import dequantize, quantize
+from lafq.quantization.plan import Plan
 from lafq.workspace import Workspace
 from tools.notebooks import open_workspace, profile_parameters
 
-IMAGES = 1000
+IMAGES, DESCRIBED = 1000, 200
 ALLOCATED, RULE_BITS = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
 RULES = ("global", "group", "ratio", "magnitude", "random")
 FRESH = ("allocator", "allocator, tuned", *(f"{rule}, {methods.FEEDBACK}" for rule in ("global", "group", "ratio")))
@@ -76,11 +82,28 @@ def fresh(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     return {"fresh": table, "fresh_claims": pd.DataFrame(claims)}
 
 
+def described(profile: str, images: int = DESCRIBED) -> dict[str, pd.DataFrame]:
+    """What the images are like of rows that FID and damage order differently: uniform INT3 to INT6, and two rules at 6 bits."""
+    p = profile_parameters(profile)
+    work, sampling = open_workspace(p), Sampling(images, p["SAMPLING_STEPS"], p["SEED"])
+    model = load_model(work, p["WIDTH"])
+    known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
+    chosen = {f"uniform {low.upper()}": Plan(dict.fromkeys(quantizable(model), low)) for low in ("int3", "int4", "int6")}
+    rules_at_6 = {row.method: row.plan for row in methods.thresholds(model, known, [6.0], p["SEED"])}
+    chosen |= {f"{rule}, 6 bits per weight": rules_at_6[rule] for rule in ("global", "magnitude")}
+    sets = {"FP32": cached_samples(work, model, sampling).images}
+    sets |= {name: cached_samples(work, dequantize(quantize(model, plan)), sampling, name).images for name, plan in chosen.items()}
+    sets[REAL] = mnist(train=False)[0][HELD_OUT][:images]
+    network = classifier.load()
+    return {"images": image_statistics(sets, network, metrics.mnist_reference(network))}
+
+
 STEPS = {
     "noise_floor": lambda profile: {"noise_floor": noise_floor(profile_parameters(profile))},
     "evidence_budget": lambda profile: {f"evidence_{name}": table for name, table in budgets(profile).items()},
     "evidence_fresh": lambda profile: {f"evidence_{name}": table for name, table in fresh(profile).items()},
     "evidence_rows": lambda profile: {f"evidence_{name}": table for name, table in rows(profile).items()},
+    "evidence_images": lambda profile: {f"evidence_{name}": table for name, table in described(profile).items()},
     "evidence_runs": lambda profile: {f"evidence_{name}": table for name, table in runs(profile).items()},
 }
 

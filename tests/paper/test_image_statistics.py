@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from lafq.diffusion.mnist import HELD_OUT, mnist
+from lafq.evaluation import classifier, metrics
+from lafq.paper.budget_study.image_statistics import REAL, image_statistics
+
+
+def test_ink_digits_and_the_two_terms_of_fid():
+    digits, labels = mnist(train=False)
+    network = classifier.load()
+    reference = metrics.mnist_reference(network)
+    sets = {"FP32": digits[labels == 1][:50], "faint": digits[labels == 1][:50] // 2, REAL: digits[HELD_OUT][:50]}
+    table = image_statistics(sets, network, reference).set_index("images")
+    assert table.loc["faint", "ink"] == pytest.approx(table.loc["FP32", "ink"] / 2, rel=0.05)
+    assert (table.loc["FP32", "digit"], table.loc["FP32", "class_changed"]) == (1, 0)
+    assert table.loc["FP32", "share"] > 0.9
+    assert table.loc[REAL, "fid_mnist"] < table.loc["FP32", "fid_mnist"]
+    assert torch.isnan(torch.tensor(table.loc[REAL, "class_changed"]))
+    features, _ = metrics.mnist_features(network, sets["FP32"])
+    distance = (features.double().mean(0) - torch.as_tensor(reference.statistics["mu"])).square().sum()
+    assert table.loc["FP32", "mean_term"] == pytest.approx(distance.item())
+    assert table.loc["FP32", "mean_term"] + table.loc["FP32", "covariance_term"] == pytest.approx(
+        metrics.fid(features, reference), rel=1e-9
+    )
