@@ -49,6 +49,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of `atomic_write` below a folder whose process no longer runs: a kill leaves them."""
+    for path in folder.rglob(".*.part"):
+        found = re.search(r"\.(\d+)-\d+\.part$", path.name)
+        if not found or _runs(int(found[1])):
+            continue
+        path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], *, sealed: bool = False, **metadata: Any) -> None:
     """Write named tensors and a metadata record (any JSON values) as safetensors, with a seal when asked for."""
     about = {"lafq": json.dumps(metadata)} | ({"seal": BLANK} if sealed else {})

@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -74,3 +76,15 @@ def test_files_have_the_users_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_leftovers_of_killed_processes_go_and_those_of_running_ones_stay(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "in").mkdir()
+    left = [tmp_path / "in" / f".a.csv.{pid}-3.part" for pid in (ended.pid, os.getpid())]
+    for path in (*left, tmp_path / "a.csv", tmp_path / ".b.part"):
+        path.write_text("x")
+    io.remove_leftovers(tmp_path)
+    assert not left[0].exists()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted([left[1].name, "a.csv", ".b.part"])

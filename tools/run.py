@@ -28,7 +28,7 @@ from papermill.exceptions import PapermillExecutionError
 from lafq import paths
 from lafq.diffusion import weights
 from lafq.evaluation import cluster
-from lafq.io import atomic_write
+from lafq.io import atomic_write, remove_leftovers
 from lafq.workspace import Workspace
 from tools import compare, cost
 from tools.notebooks import QUIET_KERNEL, clean, declared, notebooks, profile_parameters
@@ -76,6 +76,8 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
         shutil.rmtree(build / "samples", ignore_errors=True)
         if parameters["TRAIN"] and selected[0].stem == "01_train":
             (build / "checkpoint.safetensors").unlink(missing_ok=True)
+    for folder in (work.results, work.figures, build):
+        remove_leftovers(folder)
     build.mkdir(parents=True, exist_ok=True)
     print(cost.estimate(profile, parameters, [path.stem for path in selected]), flush=True)
     began = time.monotonic()

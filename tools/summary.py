@@ -36,6 +36,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     budget, evidence_budget = results.load_table(work, "budget"), results.load_optional(work, "evidence_budget")
     published = poster.compare(results.load_table(paper, "08_published"), "paper")
     found = sentences.findings(published, budget)
+    claimed = {w.profile: markdown(tables.claims_text(results.load_claims(w))) for w in (work, paper)}
     drivers = {w.profile: sentences.drivers_of_fisher(results.load_table(w, "02_fisher")) for w in (work, paper)}
     said = [drivers[profile], sentences.published_ratio_sizes(), sentences.changes_by_format(rows), sentences.layerwise_size()]
     benchmarks = {name: pd.read_csv(paths.RESULTS / "benchmarks" / f"{name}.csv") for name in ("fisher", "quantizers", "binder")}
@@ -44,8 +45,8 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "headline": headline(published),
         "verdicts": verdicts(paper, work),
         "comparison": f"{markdown(tables.comparison(work))}\n\n{tables.note(rows)}",
-        "claims": markdown(tables.claims_shown(work)) + "\n\n" + "\n".join(f"- {sentence}" for sentence in said),
-        "claims_paper": f"{markdown(tables.claims_shown(paper))}\n\n{drivers['paper']}",
+        "claims": "\n".join([claimed[profile], "", *(f"- {sentence}" for sentence in said)]),
+        "claims_paper": f"{claimed['paper']}\n\n{drivers['paper']}",
         "evidence": evidence(work),
         "rules": f"{markdown(rules.rules_at_equal_bytes(budget, methods.FEEDBACK))}\n\n{summaries.best_rule(budget)}",
         "rules_claims": markdown(tables.claims_text(rule_claims(work)).drop(columns=["p", "note"])),
@@ -106,7 +107,7 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
     for claim in ("C1", "C2", "C3", "C4 images"):
         row = [f"{claim.removesuffix(' images')}: {claims.SAID[claim]}"]
         for work in (paper, small):
-            found = results.load_table(work, "claims")
+            found = results.load_claims(work)
             found = found[found["claim"] == claim]
             found = found[found["quantity"].str.contains("INT8")] if claim == "C3" else found
             known = [f"**{r.verdict}** ({r.measured:.3g} [{r.low:.3g}, {r.high:.3g}])" for r in found.itertuples()]

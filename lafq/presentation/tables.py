@@ -103,7 +103,7 @@ def three_rows(table: pd.DataFrame, method: str, threshold: str = "") -> pd.Data
     return pd.concat([rows.iloc[:1] for rows in kinds], ignore_index=True)
 
 
-def claims_shown(work: Workspace, name: str = "claims") -> pd.DataFrame:
+def claims_shown(work: Workspace, name: str) -> pd.DataFrame:
     """A table of claims as it is shown: the interval in brackets behind the measured value."""
     return claims_text(load_table(work, name))
 
