@@ -21,6 +21,8 @@ NAMED = {
     "uniform": "s",
     f"uniform, {FEEDBACK}": "s",
 }
+COLOURED = ("uniform", "allocator", "global", "ratio", "allocator, tuned", "allocator, nearest code")
+SPOKEN = {"tensor": "one format per tensor", "channel": "one format per channel", "mixed": "per channel, single weights in FP16"}
 SHADES = {"tensor": 0.4, "channel": 0.7}
 STYLES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
 
@@ -82,7 +84,7 @@ def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame)
         title = f"{proxy}\nrank correlation in a format:\n{lowest:.2f} to {highest:.2f}"
         ax.set(xscale="log", yscale="log", xlabel=proxy, title=title)
         ax.xaxis.set_major_locator(LogLocator(numticks=5))
-    axes[0].set_ylabel("measured damage (mean squared change of the output)")
+    axes[0].set_ylabel("measured damage")
     axes[0].legend(fontsize=8)
 
 
@@ -92,8 +94,7 @@ def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
     Rows without the number are left out. Coarser granularities of one method are paler. A method has one colour in each rounding.
     """
     rows = table[table[metric].notna()]
-    base = table["method"].str.replace(f", {FEEDBACK}", "")
-    colours = dict(zip(base.unique(), [*sns.color_palette(n_colors=10), (0, 0, 0)], strict=False))
+    colours = dict(zip(COLOURED, sns.color_palette(n_colors=len(COLOURED)), strict=True))
     counts = table.groupby("method")["granularity"].nunique()
     for (method, granularity), line in rows.groupby(["method", "granularity"], sort=False):
         line = line.sort_values("mem_mib")
@@ -101,7 +102,7 @@ def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
         colour = tuple(1 - shade * (1 - part) for part in colours[method.removesuffix(f", {FEEDBACK}")])
         style = {"marker": NAMED.get(method, "."), "ls": STYLES[granularity], "color": colour, "ms": 4, "lw": 1.2, "capsize": 2}
         rounded = method if "," in method or method == "allocator" else f"{method}, nearest code"
-        label_of_line = f"{rounded}, per {granularity}" if counts[method] > 1 else rounded
+        label_of_line = f"{rounded}, {SPOKEN[granularity]}" if counts[method] > 1 else rounded
         ax.errorbar(line["mem_mib"], line[metric], bars(line, metric), **style, elinewidth=0.8, label=label_of_line)
     ax.set(xlabel="stored MiB", ylabel=label, xscale="log")
     ax.xaxis.set_major_formatter("{x:.2g}")
