@@ -4,10 +4,10 @@ A profile that keeps its images (KEEP) has them in results/<profile>/samples, fo
 build/<profile>/samples, found by the weights they were drawn from (`sample_key`).
 
 The provenance says in words how the weights were made: sha256 of the FP32 weights, rule, threshold, format, granularity, format of
-the weights kept, rounding, and the settings of the Fisher information (`provenance`; files call it "recipe"). The key of a row is
-the first 16 hexadecimal digits of the sha256 of the JSON of recipe, steps, seed and batch, its keys sorted. A file is named
-<key>_<first image>-<last image>.npz. Fisher values computed on another machine differ in their last bits and flip some masks; the
-provenance finds the images all the same, and the record in the file says which weights, processor, threads and torch drew them.
+the weights kept, rounding, and the settings of the Fisher information (`provenance`; files call it "recipe"). With KEEP, the key of
+a row is the first 16 hexadecimal digits of the sha256 of the JSON of recipe, steps, seed and batch, its keys sorted. A file is
+named <key>_<first image>-<last image>.npz. Fisher values computed on another machine differ in their last bits and flip some masks;
+the provenance finds the images all the same, and the record in the file says which weights, processor, threads and torch drew them.
 Keys must not change: images take hours.
 """
 
@@ -82,13 +82,13 @@ def provenance(model: nn.Module, candidate: Candidate, weights: str, fisher: dic
 
 
 def row_key(provenance: Provenance, sampling: Sampling) -> str:
-    """The key of a row, as this module's docstring says it."""
+    """The key of a row whose images are kept (KEEP), as this module's docstring says it."""
     words = json.dumps({"recipe": provenance, **_drawn(sampling)}, sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def sample_key(model: nn.Module, *drawn: int) -> str:
-    """Sixteen hexadecimal digits for a model's weights and the numbers that say what was drawn from it."""
+    """The key of a row without KEEP: 16 hexadecimal digits for the weights and the numbers that say what was drawn from them."""
     return hashlib.sha256(f"{weights_sha256(model)} {drawn}".encode()).hexdigest()[:16]
 
 

@@ -60,7 +60,10 @@ def save_rows(work: Workspace, name: str, table: pd.DataFrame, images: dict[str,
 
 
 def load_rows(work: Workspace, name: str, with_baseline: bool = False) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Read what `save_rows` wrote, from where the images are, on request with the baseline of 01_train as the first row."""
+    """Read what `save_rows` wrote, from where the images are, on request with the baseline of 01_train as the first row.
+
+    Raises ValueError for a baseline of other images or sampling steps.
+    """
     table = load_table(work, name)
     if not (work.results / f"{name}.npz").is_file() and samples.samples_folder(work).is_dir():
         images = {row.sample: samples.stored_images(work, row.sample, row.n_images) for row in table.itertuples()}
@@ -68,6 +71,9 @@ def load_rows(work: Workspace, name: str, with_baseline: bool = False) -> tuple[
         images = load_images(work, name)
     if with_baseline:
         baseline, its_images = load_rows(work, "01_baseline")
+        for column in ("n_images", "steps"):
+            if (theirs := baseline[column].iloc[0]) != (ours := table[column].iloc[0]):
+                raise ValueError(f"01_baseline has {column} {theirs}, {name} has {ours}: run 01_train with the same settings")
         table, images = pd.concat([baseline, table], ignore_index=True), its_images | images
     return table, images
 

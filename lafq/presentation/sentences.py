@@ -83,7 +83,7 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"Two draws of {n} images from one model differ in FID by {noise:.1f} (1 sd; the authors' FP32 images). "
+        f"Draw {n} images twice from one model: the two FIDs differ by {noise:.1f} (1 sd; the authors' FP32 images). "
         f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller."
     )
 
@@ -106,7 +106,7 @@ def reached_sizes(table: pd.DataFrame, method: str, share: float) -> str:
         f"{r.format} by {r.granularity}: {r.mem_share:.1%} ({r.kept_share:.1%} of the weights kept)"
         for r in rows.loc[nearest].itertuples()
     ]
-    return f"{method}: the paper's size is {share:.1%} of FP32; nearest reachable here: " + "; ".join(found) + "."
+    return f"{method}: the paper's size is {share:.1%} of FP32; nearest of the thresholds counted: " + "; ".join(found) + "."
 
 
 def changes_by_format(table: pd.DataFrame) -> str:
@@ -137,11 +137,11 @@ def training_quality(quality: pd.DataFrame | None) -> str:
     """The unquantized model's metrics on all check images, and their spread over disjoint blocks."""
     if quality is None:
         return "The spread of FID over disjoint blocks of images has not been measured for these weights."
-    whole, blocks = quality.iloc[0], quality.iloc[1:]
+    whole, blocks, first = quality.iloc[0], quality.iloc[1:], quality["fid_mnist"].iloc[1]
     return (
         f"{whole['n_images']} images: is_mnist {whole['is_mnist']:.2f}, FID (MNIST features) {whole['fid_mnist']:.2f}. "
         f"In {len(blocks)} blocks of {blocks['n_images'].iloc[0]}: is_mnist {blocks['is_mnist'].mean():.2f} +- "
         f"{blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- {blocks['fid_mnist'].std():.2f}. All tables use "
-        f"the noise of the first block. Its FID is {blocks['fid_mnist'].iloc[0]:.2f}, number "
-        f"{int((blocks['fid_mnist'] <= blocks['fid_mnist'].iloc[0]).sum())} of {len(blocks)} from below."
+        f"the noise of the first block. Its FID is {first:.2f}; {int((blocks['fid_mnist'] < first).sum())} of "
+        f"the {len(blocks)} blocks have a lower one."
     )

@@ -117,6 +117,14 @@ def test_where_images_go_is_for_the_profile_to_say(tiny, rows):
     assert set(results.load_rows(KEEPING, "x")[1]) == set(images)
 
 
+def test_a_baseline_of_other_sampling_is_refused(tiny, rows):
+    for name, steps in (("01_baseline", 2), ("same", 2), ("other", 3)):
+        results.save_rows(SMOKE, name, *evaluation.evaluate(SMOKE, tiny, rows[:1], DRAW._replace(steps=steps)))
+    assert len(results.load_rows(SMOKE, "same", with_baseline=True)[0]) == 2
+    with pytest.raises(ValueError, match="01_baseline has steps 2, other has 3: run 01_train with the same settings"):
+        results.load_rows(SMOKE, "other", with_baseline=True)
+
+
 def test_files_that_begin_with_the_same_image_are_not_read_twice(tiny, sandbox):
     longer = {n: samples.cached_samples(KEEPING, tiny, DRAW._replace(images=n), provenance={"rule": "x"}) for n in (3, 5)}
     key = longer[5].key

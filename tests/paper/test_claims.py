@@ -67,7 +67,7 @@ def digits(noise, seed, count=60):
     return (clean + added).clamp(0, 255).to(torch.uint8).numpy()
 
 
-def size_sweep(inside, outside, formats=("fp16",)):
+def ratio_rows(inside, outside, formats=("fp16",)):
     rows, images = [], {}
     for low in formats:
         for i, r in enumerate(poster.RATIOS):
@@ -83,7 +83,7 @@ def size_sweep(inside, outside, formats=("fp16",)):
     ("inside", "outside", "expected"), [(5, 60, "supported"), (60, 5, "contradicted"), (20, 20, "inconclusive")]
 )
 def test_c3_on_images(inside, outside, expected):
-    table, images = size_sweep(inside, outside)
+    table, images = ratio_rows(inside, outside)
     [claim] = claims.best_ratio(table, claims.judge(images, 0, None))
     assert claim.verdict == expected
     assert claim.low < claim.measured < claim.high
@@ -111,7 +111,7 @@ def made_up(values, spread, margin=0.0, seed=0):
     ],
 )
 def test_c3_by_the_margin(gain, spread, margin, expected):
-    table, _ = size_sweep(0, 0)
+    table, _ = ratio_rows(0, 0)
     inside = table["threshold"].astype(float).between(*poster.BEST_RATIOS)
     fids = dict(zip(table["sample"], 60 - gain * inside, strict=True))
     [claim] = claims.best_ratio(table, made_up(fids, spread, margin))
@@ -121,7 +121,7 @@ def test_c3_by_the_margin(gain, spread, margin, expected):
 
 def test_c3_is_corrected_for_the_number_of_formats():
     """Two formats: the one with p between 0.025 and 0.05 alone would be supported, and is not beside another test."""
-    table, _ = size_sweep(0, 0, ("fp16", "int8"))
+    table, _ = ratio_rows(0, 0, ("fp16", "int8"))
     inside = table["threshold"].astype(float).between(*poster.BEST_RATIOS)
     gain = inside * np.where(table["format"] == "fp16", 0.0, 1.55)
     by = made_up(dict(zip(table["sample"], 60 - gain, strict=True)), 1.0)
@@ -133,7 +133,7 @@ def test_c3_is_corrected_for_the_number_of_formats():
 
 
 def test_c3_needs_ratios_on_both_sides():
-    table, _ = size_sweep(0, 0)
+    table, _ = ratio_rows(0, 0)
     table = table[table["threshold"].isin(["0.35", "0.38"])]
     assert claims.best_ratio(table, made_up(dict.fromkeys(table["sample"], 60.0), 1.0)) == []
 

@@ -28,7 +28,7 @@ def problem(rows=5, columns=12, rank=24):
     return values, values.abs().amax(1) / 3, torch.full((rows,), 3.0, dtype=torch.float64), matrix(columns, rank)
 
 
-def nearest_size(values, scales, qmax):
+def nearest_code(values, scales, qmax):
     return (values / scales[:, None]).round().clamp(-qmax[:, None], qmax[:, None]) * scales[:, None]
 
 
@@ -42,14 +42,14 @@ def test_weights_lie_on_the_grid_of_their_row():
 def test_uncorrelated_weights_go_to_their_nearest_code():
     values, scales, qmax, _ = problem()
     diagonal = torch.diag(torch.rand(12, generator=generator(2), dtype=torch.float64) + 0.1)
-    assert torch.equal(round_with_error_feedback(values, scales, qmax, factor(diagonal)), nearest_size(values, scales, qmax))
+    assert torch.equal(round_with_error_feedback(values, scales, qmax, factor(diagonal)), nearest_code(values, scales, qmax))
 
 
 def test_no_curvature_at_all_is_nearest_rounding():
     values, scales, qmax, _ = problem()
     assert torch.equal(
         round_with_error_feedback(values, scales, qmax, factor(torch.zeros(12, 12, dtype=torch.float64))),
-        nearest_size(values, scales, qmax),
+        nearest_code(values, scales, qmax),
     )
 
 
@@ -72,7 +72,7 @@ def test_first_error_is_made_good_as_well_as_it_can_be():
 @pytest.mark.parametrize(("rank", "share"), [(4, 0.3), (24, 0.9)])
 def test_correlated_weights_are_rounded_with_less_damage_than_nearest(rank, share):
     values, scales, qmax, curvature = problem(rows=40, rank=rank)
-    rounded = (round_with_error_feedback(values, scales, qmax, factor(curvature)), nearest_size(values, scales, qmax))
+    rounded = (round_with_error_feedback(values, scales, qmax, factor(curvature)), nearest_code(values, scales, qmax))
     ours, theirs = (damage(q - values, torch.ones_like(values), curvature).sum() for q in rounded)
     assert ours < share * theirs
 
