@@ -53,7 +53,7 @@ def test_findings_follow_from_the_tables(noise):
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
     assert "largest gain is 3.09" in found[0]
-    assert "Two draws of 100 images from one model differ in FID by 4.4 (1 sd" in found[1]
+    assert "Draw 100 images twice from one model: the two FIDs differ by 4.4 (1 sd" in found[1]
     assert "2 of the poster's 2 differences are smaller" in found[1]
     assert "We compared 6 rules that choose which weights to keep, at 4 bits per weight" in found[2]
     assert "One threshold for the whole model does the least damage. Thresholds per group" in found[2]
