@@ -32,7 +32,12 @@ def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`'s or a data-parallel wrapper, whose parameters have the plain names."""
+    """The module inside `torch.compile`'s or a data-parallel wrapper, whose parameters have the plain names.
+
+    Raises ValueError for anything that is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"a {type(model).__name__} stands in the place of the model: check the order of the arguments")
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model

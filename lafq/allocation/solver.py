@@ -69,6 +69,7 @@ def allocate(
     >>> plan.nbytes <= 0.005 * 2**20, sorted(plan)
     (True, ['0.weight', '2.weight'])
     """
+    model = unwrapped(model)
     fronts = frontiers_of(model, sensitivity.fisher, granularity, formats, progress, sensitivity.curvature)
     return solve_budget(model, fronts, budget_mib, recipe=Recipe(unshrunk_scale, *sensitivity))
 

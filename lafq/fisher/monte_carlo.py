@@ -34,7 +34,7 @@ def monte_carlo_fisher(model: nn.Module, names: list[str], batches: Iterable[tup
     batches: arguments of the model, batch by batch, each first argument (B, ...). A pass has one draw, so the relative
     standard deviation of a weight's estimate is sqrt(2 / number of batches): many small batches beat few large ones.
     Needs the memory of training and one gradient more.
-    Raises ValueError for an unknown name, no batch, or a result that is not finite.
+    Raises ValueError for an unknown name, no batch, or a result that is not finite or zero everywhere.
     """
     return _mean_squares(unwrapped(model), names, batches, seed)
 
@@ -113,4 +113,6 @@ def _mean_squares(
         raise ValueError("no batch was given: Fisher information needs at least one sample")
     if bad := [n for n, f in zip(names, total, strict=True) if not torch.isfinite(f).all()]:
         raise ValueError(f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged")
+    if not any(f.any() for f in total):
+        raise ValueError("the Fisher information is zero everywhere: these batches give the output no gradient, give others")
     return {n: (sum_ / count).detach() for n, sum_ in zip(names, total, strict=True)}

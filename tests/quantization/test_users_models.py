@@ -374,3 +374,45 @@ def test_a_recipe_that_does_not_fit_is_refused(recipe, message):
 def test_an_entry_that_is_no_format_is_refused(entry):
     with pytest.raises(ValueError, match="format"):
         quantize(nn.Linear(4, 2), {"weight": entry})
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "no batch was given"),
+        (iter(()), "no batch was given"),
+        ([(torch.zeros(2, 4),)], "the Fisher information is zero everywhere: these batches give the output no gradient"),
+        ([(torch.full((2, 4), float("nan")),)], "the Fisher information of .* is not finite"),
+    ],
+    ids=["none", "used up", "no gradient", "nan"],
+)
+def test_batches_that_tell_nothing_are_refused(batches, message):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    with pytest.raises(ValueError, match=message):
+        estimate_sensitivity(model, batches)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, batches: estimate_sensitivity(batches, model),
+        lambda model, batches: allocate(estimate_sensitivity(model, batches), model, 1.0),
+        lambda model, batches: quantize({"weight": "int4"}, model),
+        lambda model, batches: tune(quantize(model, {"weight": "int8"}), batches, model, 1),
+    ],
+    ids=["estimate_sensitivity", "allocate", "quantize", "tune"],
+)
+def test_arguments_in_another_order_are_refused(call):
+    with pytest.raises(ValueError, match="stands in the place of the model: check the order of the arguments"):
+        call(nn.Linear(4, 4), [(torch.randn(8, 4),)])
+
+
+def test_a_dead_input_channel_gives_a_plan_no_worse_than_uniform():
+    torch.manual_seed(0)
+    model, x = nn.Linear(32, 32), torch.randn(256, 32)
+    x[:, 5] = 0
+    sensitivity = estimate_sensitivity(model, [(part,) for part in x.split(4)])
+    plain = {"weight": "int4"}
+    plan = allocate(model, sensitivity, nbytes(model, plain) / 2**20, progress=False)
+    errors = [(quantize(model, p)(x) - model(x)).square().mean() for p in (plan, plain)]
+    assert errors[0] <= errors[1]
