@@ -68,7 +68,9 @@ def blocks(profile: str = "mini") -> dict[str, str]:
             f"test accuracy {classifier['test_accuracy']:.2%}, {classifier['parameters']:,} parameters, sha256 "
             f"`{classifier['sha256']}`"
         ),
-        "quantizers": markdown(tables.quantizers(benchmarks["quantizers"])),
+        "quantizers": (
+            f"{markdown(tables.quantizers(benchmarks['quantizers']))}\n\n{sentences.quantizers_compared(benchmarks['quantizers'])}"
+        ),
         "deviations": markdown(deviations()),
         "counted": counted(),
         "timing": markdown(timing()),
@@ -133,6 +135,8 @@ def evidence(work: Workspace) -> str:
     steps, table = ("evidence_rows", "evidence_runs"), tables.evidence_claims(work)
     missing = [step for step in steps if results.load_optional(work, step) is None]
     lines = [f"Not made yet: {step} (`make evidence`)." for step in missing]
+    if "evidence_rows" not in missing:
+        lines.append(sentences.ratios_with_many_images(results.load_table(work, "evidence_rows")))
     if "evidence_runs" not in missing:
         runs = results.load_table(work, "evidence_runs")
         fids = runs[runs["method"] == "baseline"]["fid_mnist"]

@@ -106,3 +106,29 @@ def test_a_caption_has_the_noise_of_its_own_features_and_n(metric, n, said):
         columns=["features", "images", "metric", "n", "sd"],
     )
     assert sentences.noise_caption(pd.DataFrame({"n_images": [n]}), noise, metric) == said
+
+
+def test_ratios_with_many_images():
+    fids = {"0.35": 1.0, "0.40": 2.0, "0.42": 0.5, "0.48": 4.5}
+    rows = [("ratio", ratio, "int8", "weight", fid, 1000) for ratio, fid in fids.items()]
+    rows += [("ratio", "0.30", "fp16", "weight", -9.0, 1000), ("uniform", "all", "int8", "tensor", -9.0, 1000)]
+    table = pd.DataFrame(rows, columns=["method", "threshold", "format", "granularity", "fid_mnist", "n_images"])
+    assert sentences.ratios_with_many_images(table) == (
+        "At N = 1,000 the mean FID (MNIST features) of the ratios in 0.35-0.40 differs by -1.00 from that of the others. "
+        "The best single ratio is 0.42."
+    )
+
+
+def test_quantizers_are_counted_where_two_libraries_have_the_format():
+    rows = [("lafq", "int8", 0.2, 2.0), ("other", "int8", 0.3, 1.0), ("lafq", "int4", 0.2, 1.0), ("other", "int4", 0.1, 2.0)]
+    table = pd.DataFrame([*rows, ("lafq", "int6", 0.2, 9.0)], columns=["library", "format", "bytes_ratio", "output_mse"])
+    said = sentences.quantizers_compared(table.assign(width=16))
+    assert said == "Of 2 comparisons, lafq stores the fewest bytes in 1 and has the largest output error in 1."
+
+
+def test_what_the_choice_of_fisher_values_does_to_the_loss():
+    rows = pd.DataFrame({"delta_loss_low": [-1.0, 0.5], "delta_loss_high": [1.0, 2.0]})
+    choices = pd.DataFrame({"choice": ["this project", "R2"], "delta_loss_int4": [2e-4, 1e-4]})
+    said = audit_tables.choices_said(rows, choices)
+    assert "the intervals of 1 of 2 choices contain 0" in said
+    assert "smallest with the Fisher values of R2 (+1.00e-04" in said
