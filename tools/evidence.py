@@ -27,7 +27,7 @@ from lafq.quantization.plan import Plan
 from lafq.workspace import Workspace
 from tools.notebooks import open_workspace, profile_parameters
 
-IMAGES, DESCRIBED = 1000, 200
+IMAGES, DESCRIBED, SHOWN = 1000, 200, 16
 ALLOCATED, RULE_BITS = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
 RULES = ("global", "group", "ratio", "magnitude", "random")
 FRESH = ("allocator", "allocator, tuned", *(f"{rule}, {methods.FEEDBACK}" for rule in ("global", "group", "ratio")))
@@ -95,6 +95,7 @@ def described(profile: str, images: int = DESCRIBED) -> dict[str, pd.DataFrame]:
     sets |= {name: cached_samples(work, dequantize(quantize(model, plan)), sampling, name).images for name, plan in chosen.items()}
     sets[REAL] = mnist(train=False)[0][HELD_OUT][:images]
     network = classifier.load()
+    results.save_images(work, "evidence_images", {name: x[:SHOWN, 0].numpy() for name, x in sets.items()})
     return {"images": image_statistics(sets, network, metrics.mnist_reference(network))}
 
 

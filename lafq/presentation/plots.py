@@ -121,6 +121,16 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     ax.legend(fontsize=9)
 
 
+def sets_of_digits(axes: Sequence[Axes], table: pd.DataFrame, images: dict[str, np.ndarray]) -> None:
+    """The first images of every set of `image_statistics`, one row per set, with its FID."""
+    for ax, row in zip(axes, table.itertuples(), strict=True):
+        digits(ax, images[row.images], len(images[row.images]), "")
+        ax.set_ylabel(f"{row.images}\nFID {row.fid_mnist:.0f}", rotation=0, ha="right", va="center", fontsize=9)
+    axes[0].set_title(
+        f"The same noise in every row but the last; FID on MNIST features, N = {table['n_images'].iloc[0]}", fontsize=10
+    )
+
+
 def paired_digits(
     axes: Sequence[Axes], table: pd.DataFrame, samples: dict[str, np.ndarray], count: int, amplified: int = AMPLIFIED
 ) -> None:
