@@ -10,12 +10,8 @@ def test_ink_digits_and_the_two_terms_of_fid():
     digits, labels = mnist(train=False)
     network = classifier.load()
     reference = metrics.mnist_reference(network)
-    sets = {
-        "FP32": digits[labels == 1][:50],
-        "faint": digits[labels == 1][:50] // 2,
-        "grey": (digits[labels == 1][:50] // 2) + 20,
-        REAL: digits[HELD_OUT][:50],
-    }
+    ones = digits[labels == 1][:50]
+    sets = {"FP32": ones, "faint": ones // 2, "grey": ones // 2 + 20, REAL: digits[HELD_OUT][:50]}
     table = image_statistics(sets, network, reference).set_index("images")
     assert table.loc["faint", "ink"] == pytest.approx(table.loc["FP32", "ink"] / 2, rel=0.05)
     assert table.loc[REAL, "background"] == 0

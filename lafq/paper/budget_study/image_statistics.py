@@ -17,8 +17,9 @@ def image_statistics(images: dict[str, Tensor], network: Classifier, reference: 
     images: by name, uint8 (N, 1, 32, 32); the first set is the unquantized model's. Columns:
     fid_mnist = mean_term + covariance_term: the squared distance of the mean features from the reference's, and the rest
     (Heusel et al. 2017, equation 6);
-    ink, background: mean grey value (0 to 1) of the image, and of its outer frame of 2 pixels, black in real digits; class_changed: share of images whose predicted digit is not that of the first set's image from
-    the same noise; digit, share: the digit predicted most often, and how often.
+    ink, background: mean grey value (0 to 1) of the image, and of its outer frame of 2 pixels, black in real digits;
+    class_changed: share of images whose predicted digit is not that of the first set's image from the same noise;
+    digit, share: the digit predicted most often, and how often.
     """
     rows, first, frame = [], None, torch.ones(32, 32, dtype=torch.bool)
     frame[FRAME:-FRAME, FRAME:-FRAME] = False
@@ -43,10 +44,10 @@ def why_fid_and_damage_differ(table: pd.DataFrame) -> str:
     three, four, fp32, real = (rows.loc[name] for name in ("uniform INT3", "uniform INT4", "FP32", REAL))
     magnitude = rows.loc["magnitude, 6 bits per weight"]
     return (
-        f"The background of uniform INT4's images has a grey value of {four['background']:.3f} (INT3 {three['background']:.3f}, real "
-        f"digits {real['background']:.3f}). The classifier takes {four['share']:.0%} of them for one digit ({four['digit']}), and FID "
-        f"is {four['fid_mnist']:.0f}; INT3 has {three['fid_mnist']:.0f}, though it changes the digits more. Magnitude at 6 bits has an "
-        f"ink of {magnitude['ink']:.4f}, FP32 {fp32['ink']:.4f}, the real digits {real['ink']:.4f}. The squared distance of its mean "
-        f"features from the reference's is {magnitude['mean_term']:.1f}, that of FP32 {fp32['mean_term']:.1f}: this is how FID can "
-        "fall although the output changes."
+        f"The background of uniform INT4's images has a grey value of {four['background']:.3f} (INT3: {three['background']:.3f}, "
+        f"real digits: {real['background']:.3f}). The classifier takes {four['share']:.0%} of them for one digit ({four['digit']}), "
+        f"and FID is {four['fid_mnist']:.0f}; with INT3 it is {three['fid_mnist']:.0f}. Magnitude at 6 bits has an ink of "
+        f"{magnitude['ink']:.4f}, FP32 {fp32['ink']:.4f}, the real digits {real['ink']:.4f}. The squared distance of its mean "
+        f"features from the reference's is {magnitude['mean_term']:.1f}, that of FP32 {fp32['mean_term']:.1f}. So FID can fall "
+        "although the output changes."
     )
