@@ -42,7 +42,7 @@ def ratio_sweep(ax: Axes, table: pd.DataFrame, metric: str, label: str, title: s
 
 def many_images_title(table: pd.DataFrame) -> str:
     """The finding of the panel with many images."""
-    return f"INT8, single weights: on average the ratios in 0.35-0.40 differ by {mean_inside_range(table):+.2f} from the others"
+    return f"INT8, single weights: on average\nthe ratios in 0.35-0.40 differ by {mean_inside_range(table):+.2f} from the others"
 
 
 def block_statistics(ax: Axes, table: pd.DataFrame) -> None:
@@ -96,10 +96,10 @@ def poster_and_ours(ax: Axes, table: pd.DataFrame, published: Sequence[Published
 def evidence_figure(many: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """The ratio sweep with many images per row and in blocks of the poster's size (left), and over training runs (right)."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.8))
-    label = "FID difference from FP32 (MNIST features, N = {})".format
+    label = "FID difference from FP32\n(MNIST features, N = {})".format
     ratio_sweep(axes[0], many, "delta_fid_mnist", label(many["n_images"][0]), many_images_title(many), KIND)
     block_statistics(axes[0], many)
     fid = runs[runs["method"] == "baseline"]["fid_mnist"].min()
-    title = f"other training runs, {runs['steps'][0]:,} steps each: their FP32 models have FID above {fid:,.0f}"
+    title = f"other training runs, {runs['steps'][0]:,} steps each:\ntheir FP32 models have FID above {fid:,.0f}"
     ratio_sweep(axes[1], runs, "delta_fid_mnist", label(runs["n_images"][0]), title, RUN)
     return figure
