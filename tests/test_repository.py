@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tomllib
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
@@ -86,8 +87,11 @@ TEXTS = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "
 
 
 def headings(path):
-    """The anchors of a page's headings, as GitHub names them."""
-    found = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+    """The anchors of the headings of a page or notebook, as GitHub names them."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        text = "\n".join(cell.source for cell in nbformat.reads(text, 4).cells if cell.cell_type == "markdown")
+    found = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in found}
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lafq.quantization.formats import FP16_MAX, get_format, least_absmax
 from lafq.quantization.plan import Entries
-from lafq.quantization.weight_spec import ChannelView
+from lafq.quantization.weight_spec import ChannelView, weight_spec
 
 
 def check_plan(model: nn.Module, plan: Entries) -> None:
@@ -23,6 +24,22 @@ def check_plan(model: nn.Module, plan: Entries) -> None:
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.RNNBase):
             raise ValueError(f"{name} is of a recurrent layer, which keeps FP32 copies of its weights: leave it out of the plan")
         channel_view(model, name).check(name, entry)
+
+
+def check_values(model: nn.Module, plan: Entries) -> None:
+    """Raise ValueError, in one sentence, for weights that are not finite, or planned ones that are too large or small for FP16."""
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise ValueError(f"{name} holds NaN or infinite weights: it cannot be quantized")
+        if name not in plan:
+            continue
+        largest, used = p.abs().max().item(), weight_spec(plan[name]).format
+        if 0 < largest < max(least_absmax(get_format(f)) for f in ([used] if isinstance(used, str) else used)):
+            raise ValueError(
+                f"{name} holds weights of {largest:.1g} at most, too small for FP16 numbers and scales: leave it out of the plan"
+            )
+        if largest > FP16_MAX:
+            raise ValueError(f"{name} holds weights beyond +-{FP16_MAX:.0f}, FP16's range: leave it out of the plan")
 
 
 def check_names(model: nn.Module, named: Iterable[str], what: str) -> dict[str, nn.Parameter]:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lafq.modes import unwrapped
-from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_names, check_plan
-from lafq.quantization.formats import FP16_MAX, MIB, get_format, least_absmax
+from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_names, check_plan, check_values
+from lafq.quantization.formats import MIB
 from lafq.quantization.plan import PLAIN, Entries, Recipe
 from lafq.quantization.quantized_weight import QuantizedWeight
-from lafq.quantization.weight_spec import in_fp32, stored_bytes, weight_spec
+from lafq.quantization.weight_spec import in_fp32, stored_bytes
 
 
 def nbytes(model: nn.Module, plan: Entries) -> int:
@@ -54,6 +54,7 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
     """
     model = unwrapped(model)
     check_plan(model, plan)
+    check_values(model, plan)
     if getattr(plan, "source", "") not in ("", weights_sha256(model)):
         raise ValueError("the plan was made for other weights than this model's: allocate a plan for this model")
     scale, fisher, curvature = recipe or getattr(plan, "recipe", PLAIN)
@@ -62,36 +63,25 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
     check_names(model, fisher, "the Fisher values name")
     packed = {}
     for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
-            raise ValueError(f"{name} holds NaN or infinite weights: it cannot be quantized")
-        if name not in plan:
-            continue
-        largest = p.abs().max().item()
-        used = weight_spec(plan[name]).format
-        if 0 < largest < max(least_absmax(get_format(f)) for f in ([used] if isinstance(used, str) else used)):
-            raise ValueError(
-                f"{name} holds weights of {largest:.1g} at most, too small for FP16 numbers and scales: leave it out of the plan"
-            )
-        if largest > FP16_MAX:
-            raise ValueError(f"{name} holds weights beyond +-{FP16_MAX:.0f}, FP16's range: leave it out of the plan")
-        of_weight = fisher.get(name)
-        if of_weight is not None:
-            check_fisher(name, p, of_weight)
-        view = channel_view(model, name)
-        packed[name] = QuantizedWeight.of(p.detach(), plan[name], view, scale, of_weight, curvature.get(name))
-    if copies := _copies(model, packed):
-        size = _nbytes(model.get_buffer(name) for name in copies) / MIB
-        warnings.warn(
-            f"{len(copies)} buffers repeat quantized weights and stay in FP32 ({copies[0]}, ...; {size:.2f} MiB): delete them",
-            stacklevel=2,
-        )
+        if name in plan:
+            if name in fisher:
+                check_fisher(name, p, fisher[name])
+            view = channel_view(model, name)
+            packed[name] = QuantizedWeight.of(p.detach(), plan[name], view, scale, fisher.get(name), curvature.get(name))
+    _warn_of_copies(model, packed)
     return with_quantized(model, packed)
 
 
-def _copies(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The buffers that hold the values of one of the named weights, as converters from other frameworks leave them."""
+def _warn_of_copies(model: nn.Module, names: Iterable[str]) -> None:
+    """Name the buffers that hold the values of one of the named weights, as converters from other frameworks leave them."""
     planned = [p for p in map(model.get_parameter, names) if p.ndim > 1]
-    return [n for n, b in model.named_buffers() if any(b.shape == p.shape and torch.equal(b, p) for p in planned)]
+    copies = {n: b for n, b in model.named_buffers() if any(b.shape == p.shape and torch.equal(b, p) for p in planned)}
+    if copies:
+        warnings.warn(
+            f"{len(copies)} buffers repeat quantized weights and stay in FP32 ({next(iter(copies))}, ...; "
+            f"{_nbytes(copies.values()) / MIB:.2f} MiB): delete them",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
