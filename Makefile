@@ -31,7 +31,7 @@ reproduce: $(READY)  ## compute every number, table and figure anew (mini: about
 resume: $(READY)  ## go on with an interrupted `make reproduce`, without repeating a finished configuration
 	@$(RUN) resume $(CHOICE)
 
-test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (about 15 minutes on two slow cores)
+test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of the committed ones (about 20 minutes on two slow cores)
 	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; nbval="$(BIN)/python -m pytest -q --nbval --nbval-current-env"; \
 	$(PYTEST); \
 	$(RUN) reproduce --profile smoke; \
