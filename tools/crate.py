@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lafq import paths
+from lafq.diffusion.weights import WEIGHTS
 from lafq.io import atomic_write, sha256
 
 PATH = paths.ROOT / "ro-crate-metadata.json"
@@ -28,8 +29,8 @@ def crate() -> Entity:
             made = [path for path in sorted(record.parent.glob(f"{notebook[:2]}_*")) if path.suffix in (".csv", ".npz")]
             files |= {f"notebooks/{notebook}.ipynb": _software(f"notebooks/{notebook}.ipynb")} | {_name(p): _file(p) for p in made}
             actions.append(_action(record.parent.name, notebook, parameters, made))
-    for weights in sorted(paths.RESULTS.glob("mini/ema.safetensors")):
-        files[_name(weights)] = _file(weights)
+    weights = paths.RESULTS / "mini" / WEIGHTS
+    files[_name(weights)] = _file(weights)
     root = {
         "@id": "./",
         "@type": "Dataset",
@@ -52,7 +53,7 @@ def crate() -> Entity:
     ]
     return {
         "@context": "https://w3id.org/ro/crate/1.1/context",
-        "@graph": [*context[:1], root, *context[1:], *files.values(), *actions],
+        "@graph": [root, *context, *files.values(), *actions],
     }
 
 

@@ -57,7 +57,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(KILLS))
-def test_a_killed_run_that_is_resumed_gives_the_same_bytes(undisturbed, number, record_property):
+def test_a_killed_run_that_is_resumed_gives_the_same_bytes(undisturbed, number):
     root, seconds = undisturbed
     moment = random.Random(f"kill {number}").uniform(0, sum(seconds.values()))
     for name in seconds:
