@@ -8,7 +8,7 @@ import copy
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 
 import pandas as pd
@@ -34,7 +34,7 @@ from lafq.workspace import Workspace
 ROUNDS = {16: 9, 64: 3}
 BATCH = 100
 THREADS = 2
-Quantizer = Callable[[UNet, dict], tuple[nn.Module, int]]
+Quantizer = Callable[[nn.Module, dict[str, Tensor]], tuple[nn.Module, int]]
 
 
 def ours(low: str) -> Quantizer:
@@ -45,10 +45,9 @@ def ours(low: str) -> Quantizer:
 def by_layer(quantize_in_place: Callable[[nn.Module], None]) -> Quantizer:
     """Quantize one layer at a time with a library that works on whole modules; count the layers left in FP32."""
 
-    def quantized(model: UNet, inputs: dict[str, Tensor]) -> tuple[nn.Module, int]:
+    def quantized(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[nn.Module, int]:
         result, left = copy.deepcopy(model), 0
-        for name in quantizable(model):
-            layer = name.removesuffix(".weight")
+        for layer in inputs:
             alone = nn.Sequential(copy.deepcopy(model.get_submodule(layer)))
             try:
                 quantize_in_place(alone)
@@ -114,14 +113,14 @@ def noised_digits() -> tuple[Tensor, Tensor]:
     return x.contiguous(memory_format=torch.channels_last), t
 
 
-def layer_inputs(model: UNet, x: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """What each of the layers to quantize is given in a forward pass."""
+def layer_inputs(model: nn.Module, names: Iterable[str], *arguments: Tensor) -> dict[str, Tensor]:
+    """What each layer that has one of these weights is given in a forward pass."""
     seen: dict[str, Tensor] = {}
-    layers = [name.removesuffix(".weight") for name in quantizable(model)]
+    layers = [name.removesuffix(".weight") for name in names]
     hooks = [
         model.get_submodule(n).register_forward_pre_hook(lambda _, args, n=n: seen.__setitem__(n, args[0].detach())) for n in layers
     ]
-    model(x, t)
+    model(*arguments)
     for hook in hooks:
         hook.remove()
     return seen
@@ -140,7 +139,7 @@ def rows(width: int) -> list[dict]:
     torch.manual_seed(0)
     model = load_model(Workspace("mini"), width) if width == 16 else UNet(width).eval().to(memory_format=torch.channels_last)
     x, t = noised_digits()
-    inputs = layer_inputs(model, x[:2], t[:2])
+    inputs = layer_inputs(model, quantizable(model), x[:2], t[:2])
     expected, table = model(x, t), []
     for (library, low), quantizer in tqdm(candidates().items(), desc=f"width {width}"):
         quantized, left = quantizer(model, inputs)

@@ -17,7 +17,7 @@ from lafq.evaluation import classifier, metrics
 from lafq.evaluation.candidates import BASELINE
 from lafq.evaluation.evaluate import evaluate, evaluate_large
 from lafq.evaluation.samples import Sampling, cached_samples
-from lafq.paper import replicates, results
+from lafq.paper import replicates, results, threshold_rows
 from lafq.paper.audit import published_images
 from lafq.paper.audit.noise_floor import noise_floor
 from lafq.paper.budget_study import budget, methods, rules
@@ -73,13 +73,31 @@ def fresh(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     work = open_workspace(p)
     model, seed = load_model(work, p["WIDTH"]), p["SEED"] + budget.FRESH_SEED
     known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
-    allocated = methods.allocated(model, known, [rules.RATE], granularities=("mixed",))
+    allocated = methods.allocated(model, known, [rules.RATE], ("mixed",), ablations=False)
     found = [*allocated, *methods.tuned(allocated, [rules.RATE], p["TUNED"]["steps"])]
     found += methods.thresholds(model, known, [rules.RATE], p["SEED"])
     chosen = [row for row in found if row.method in FRESH]
     table, samples = evaluate_large(work, model, chosen, Sampling(images, p["SAMPLING_STEPS"], seed))
     claims = rules.image_claims(table[table["method"].str.contains(methods.FEEDBACK)], samples, seed)
     return {"fresh": table, "fresh_claims": pd.DataFrame(claims)}
+
+
+def at_int4_bytes(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
+    """Uniform INT8 and INT4, and at the bytes of INT4 the allocator and two rules, rounded alike; the noise of the other tables."""
+    p = profile_parameters(profile)
+    work = open_workspace(p)
+    model, seed, samples = load_model(work, p["WIDTH"]), p["SEED"], p["TRUE_FISHER_SAMPLES"]
+    known = methods.measured_sensitivity(model, samples, seed)
+    same = threshold_rows.uniform(model, ("int8", "int4"))
+    bits = methods.bits_of(model, same[-1].plan)
+    found = methods.allocated(model, known, [bits], ("mixed",), ablations=False)
+    found += methods.thresholds(model, known, [bits], seed, ("global", "ratio"))
+    chosen = [row._replace(made=methods.made(samples, seed)) for row in found if row.method in FRESH]
+    sampling = Sampling(images, p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
+    table, generated = evaluate_large(work, model, [*same, *chosen], sampling)
+    ruled = table[table["method"].str.contains(methods.FEEDBACK)]
+    claims = rules.image_claims(ruled, generated, seed, f"width {p['WIDTH']}, the bytes of INT4")
+    return {"int4": table, "int4_claims": pd.DataFrame(claims)}
 
 
 def described(profile: str, images: int = DESCRIBED) -> dict[str, pd.DataFrame]:
@@ -103,10 +121,13 @@ STEPS = {
     "noise_floor": lambda profile: {"noise_floor": noise_floor(profile_parameters(profile))},
     "evidence_budget": lambda profile: {f"evidence_{name}": table for name, table in budgets(profile).items()},
     "evidence_fresh": lambda profile: {f"evidence_{name}": table for name, table in fresh(profile).items()},
+    "evidence_int4": lambda profile: {f"evidence_{name}": table for name, table in at_int4_bytes(profile).items()},
     "evidence_rows": lambda profile: {f"evidence_{name}": table for name, table in rows(profile).items()},
     "evidence_images": lambda profile: {f"evidence_{name}": table for name, table in described(profile).items()},
     "evidence_runs": lambda profile: {f"evidence_{name}": table for name, table in runs(profile).items()},
 }
+# The other steps would take days at the poster's width.
+AT_POSTERS_SIZE = ("evidence_int4",)
 
 
 def main() -> int:
@@ -124,7 +145,7 @@ def main() -> int:
         elif args.only in ("", "published"):
             print("published: the authors' images are not in this repository; PUBLISHED=path scores them (07_audit)")
         for name, make in STEPS.items():
-            if args.only not in ("", name):
+            if args.only not in ("", name) or (args.profile == "paper") != (name in AT_POSTERS_SIZE):
                 continue
             if results.load_optional(work, name) is not None and not args.anew:
                 print(f"{name}: there already, in results/{args.profile}")

@@ -72,7 +72,7 @@ def main() -> int:
         model = load_model(work, p["WIDTH"])
         samples, seed = p["TRUE_FISHER_SAMPLES"], p["SEED"]
         known = methods.measured_sensitivity(model, samples, seed)
-        made = {"rounding": "error feedback, unshrunk scales", "fisher": {"kind": "Monte Carlo", "samples": samples, "seed": seed}}
+        made = methods.made(samples, seed)
         sampling = Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
         results.save_table(work, "packed", ship(work, model, known, args.mib, made, sampling, p["INCEPTION_REFERENCE"]))
     except (ValueError, OSError, RuntimeError) as error:

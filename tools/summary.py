@@ -36,7 +36,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     budget, evidence_budget = results.load_table(work, "budget"), results.load_optional(work, "evidence_budget")
     published = poster.compare(results.load_table(paper, "08_published"), "paper")
     found = sentences.findings(published, budget)
-    claimed = {w.profile: markdown(tables.claims_text(results.load_claims(w))) for w in (work, paper)}
+    claimed = {w.profile: markdown(tables.claims_text(results.load_table(w, "claims"))) for w in (work, paper)}
     drivers = {w.profile: sentences.drivers_of_fisher(results.load_table(w, "02_fisher")) for w in (work, paper)}
     said = [drivers[profile], sentences.published_ratio_sizes(), sentences.changes_by_format(rows), sentences.layerwise_size()]
     benchmarks = {name: pd.read_csv(paths.RESULTS / "benchmarks" / f"{name}.csv") for name in ("fisher", "quantizers", "binder")}
@@ -73,6 +73,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         ),
         "deviations": markdown(deviations()),
         "counted": counted(),
+        "machines": sentences.machines_compared(results.load_table(paper, "machines")),
         "timing": markdown(timing()),
         "card": card(work),
         "binder": markdown(benchmarks["binder"]),
@@ -109,7 +110,7 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
     for claim in ("C1", "C2", "C3", "C4 images"):
         row = [f"{claim.removesuffix(' images')}: {claims.SAID[claim]}"]
         for work in (paper, small):
-            found = results.load_claims(work)
+            found = results.load_table(work, "claims")
             found = found[found["claim"] == claim]
             found = found[found["quantity"].str.contains("INT8")] if claim == "C3" else found
             known = [f"**{r.verdict}** ({r.measured:.3g} [{r.low:.3g}, {r.high:.3g}])" for r in found.itertuples()]
@@ -142,9 +143,9 @@ def evidence(work: Workspace) -> str:
         fids = runs[runs["method"] == "baseline"]["fid_mnist"]
         shipped = results.load_table(work, "01_baseline")["fid_mnist"].item()
         lines.append(
-            f"The {len(fids)} training runs took {runs['steps'].iloc[0]:,} steps each. FID of their unquantized models (MNIST "
-            f"features, N = {runs['n_images'].iloc[0]}) is {fids.min():,.0f} to {fids.max():,.0f}, here {shipped:.0f}: "
-            "their images are far worse, so they say little about C3 and C4."
+            f"The {len(fids)} training runs took {runs['steps'].iloc[0]:,} steps each. The FID of their unquantized models (MNIST "
+            f"features, N = {runs['n_images'].iloc[0]}) is {fids.min():,.0f} to {fids.max():,.0f}; that of the shipped model is "
+            f"{shipped:.0f}. Their images are far worse, so they say little about C3 and C4."
         )
     return "\n".join(([markdown(table), ""] if table is not None else []) + lines)
 

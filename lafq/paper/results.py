@@ -130,19 +130,17 @@ def update_comparison(work: Workspace, rows: pd.DataFrame) -> pd.DataFrame:
     return load_table(work, "paper_comparison")
 
 
-def save_claims(work: Workspace, name: str, seed: int, inception_reference: int, rows: Sequence[str]) -> None:
-    """Write the claims as the table `name`, from the tables of 02 and from these tables of rows with their images."""
-    tables, images = zip(*(load_rows(work, name) for name in rows), strict=True)
-    table = pd.concat(tables, ignore_index=True)
-    by = claims.judge({k: v for found in images for k, v in found.items()}, seed, load_inception(work, inception_reference))
-    found = [*fisher_claims(work, seed), *claims.best_ratio(table, by), claims.layerwise_images(table, by)]
+def save_claims(work: Workspace, name: str, found: list[claims.Claim]) -> None:
+    """Write claims as the table `name`."""
     save_table(work, name, pd.DataFrame(found))
 
 
-def load_claims(work: Workspace) -> pd.DataFrame:
-    """The claims as 05 has tested them or, in a profile where it has not been run, 08."""
-    found = load_optional(work, "claims")
-    return load_table(work, "08_claims") if found is None else found
+def image_claims(work: Workspace, seed: int, inception_reference: int, rows: Sequence[str]) -> list[claims.Claim]:
+    """C3, where its sweep is there, and C4, from these tables of rows with their images."""
+    tables, images = zip(*(load_rows(work, name) for name in rows), strict=True)
+    table = pd.concat(tables, ignore_index=True)
+    by = claims.judge({k: v for found in images for k, v in found.items()}, seed, load_inception(work, inception_reference))
+    return [*claims.best_ratio(table, by), claims.layerwise_images(table, by)]
 
 
 def fisher_claims(work: Workspace, seed: int) -> list[claims.Claim]:

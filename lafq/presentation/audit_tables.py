@@ -110,8 +110,8 @@ def conclusions(work: Workspace) -> pd.DataFrame:
         (
             "R5",
             "thresholds are compared with squared weights, or limit the weights",
-            f"groups without a kept tensor: {', '.join(none['group']) or 'none'}; denoising loss with limited weights "
-            f"{limited['limited']:.3f}, as trained {limited['as trained']:.3f}",
+            f"groups in which no tensor is kept: {', '.join(none['group']) or 'none'}; denoising loss: "
+            f"{limited['limited']:.3f} with limited weights, {limited['as trained']:.3f} as trained",
         ),
         ("R6", "real digits are 28x28", scored("R6")),
         ("R7", "no seed: every row has other noise", scored("R7")),

@@ -95,6 +95,20 @@ def listed(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table["method"] != "ratio") | ratio]
 
 
+def by_steps(*compared: pd.DataFrame) -> pd.DataFrame:
+    """FID and its difference from FP32 (Inception features) of the rows that all these tables have, one pair of columns per table.
+
+    Each table has one number of sampling steps, which its columns name.
+    """
+    found = compared[0][KEY]
+    for table in compared:
+        shown = format_table(table, [*KEY, "fid_inception", "delta_fid_inception"])
+        steps = f"{table['steps'].iloc[0]:,} steps"
+        names = {"fid_inception": f"FID, {steps}", "delta_fid_inception": f"difference from FP32, {steps}"}
+        found = found.merge(shown.rename(columns=names), on=KEY)
+    return found
+
+
 def three_rows(table: pd.DataFrame, method: str, threshold: str = "") -> pd.DataFrame:
     """FP32, uniform INT8, and the first INT8 row of a method on single weights: the rows whose images are drawn."""
     int8 = table[table["format"] == "int8"]

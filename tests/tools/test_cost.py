@@ -59,7 +59,7 @@ def test_published_rows_counted_are_those_made(tiny):
     ratios = check("paper", {}, notebooks())["PUBLISHED"]["ratios"]
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
     rows = threshold_rows.published_rows(tiny, fisher, ratios, 20)
-    assert len(rows) == cost.PUBLISHED_ROWS + len(ratios) == 14
+    assert len(rows) == cost.PUBLISHED_ROWS + len(ratios) == 9
     assert all(row.inception for row in rows)
 
 

@@ -145,6 +145,33 @@ def test_fresh_rows_and_their_claims(smoke, tiny):
     assert found["fresh_claims"]["quantity"].str.contains("minus that of one for all").tolist() == [True, True]
 
 
+@pytest.mark.slow
+def test_rows_at_the_bytes_of_int4_and_their_claim(smoke):
+    found = evidence.at_int4_bytes("smoke", images=20)
+    table = found["int4"].set_index("method")
+    assert table.index.tolist() == [
+        "baseline",
+        "uniform",
+        "uniform",
+        "allocator",
+        f"global, {methods.FEEDBACK}",
+        f"ratio, {methods.FEEDBACK}",
+    ]
+    int4 = table[table["format"] == "int4"]["mem_mib"].item()
+    assert (table[table["granularity"].isin(["mixed", "weight"])]["mem_mib"] <= int4 + 1e-6).all()
+    assert found["int4_claims"]["quantity"].str.contains("width 4, the bytes of INT4").tolist() == [True]
+
+
+def test_only_one_step_is_made_at_the_posters_size(sandbox, monkeypatch):
+    made = []
+    names = ("noise_floor", "evidence_int4", "evidence_rows")
+    monkeypatch.setattr(evidence, "STEPS", {name: lambda profile, name=name: made.append((profile, name)) or {} for name in names})
+    for profile in ("smoke", "paper"):
+        monkeypatch.setattr("sys.argv", ["evidence", "--profile", profile])
+        assert evidence.main() == 0
+    assert made == [("smoke", "noise_floor"), ("smoke", "evidence_rows"), ("paper", "evidence_int4")]
+
+
 def test_without_the_published_images_one_line_says_so(sandbox, monkeypatch, capsys):
     monkeypatch.setattr(evidence, "STEPS", {})
     monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke"])

@@ -1,5 +1,8 @@
 """The plans of 06_budget: uniform formats, the allocator's (tuned or not), and threshold rules at the same bytes."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from lafq.rng import generator
 
 INTEGERS = ("int2", "int3", "int4", "int6", "int8")
 FEEDBACK = "error feedback"
+RULES = ("global", "group", "ratio", "mean_std", "magnitude", "random")
 
 
 def budget_candidate(method: str, granularity: str, bits: float, plan: Plan) -> Candidate:
@@ -29,6 +33,11 @@ def budget_candidate(method: str, granularity: str, bits: float, plan: Plan) -> 
 def measured_sensitivity(model: nn.Module, samples: int, seed: int) -> Sensitivity:
     """Sensitivity of all weights, the input and output convolutions' too, from so many noised training digits."""
     return estimate_sensitivity(model, noised_batches(mnist(train=True)[0], samples, seed), seed)
+
+
+def made(samples: int, seed: int) -> dict[str, Any]:
+    """What the provenance of images says of plans that are made from `measured_sensitivity` and rounded with error feedback."""
+    return {"rounding": "error feedback, unshrunk scales", "fisher": {"kind": "Monte Carlo", "samples": samples, "seed": seed}}
 
 
 def mib_at(model: nn.Module, bits: float) -> float:
@@ -53,18 +62,22 @@ def uniform(model: nn.Module, calibration: Sensitivity) -> list[Candidate]:
 
 
 def allocated(
-    model: nn.Module, calibration: Sensitivity, bits: list[float], granularities: tuple[str, ...] = ALLOCATED
+    model: nn.Module,
+    calibration: Sensitivity,
+    bits: list[float],
+    granularities: tuple[str, ...] = ALLOCATED,
+    ablations: bool = True,
 ) -> list[Candidate]:
-    """The allocator at these granularities and budgets; "mixed" also without error feedback, and with all weights to choose from.
+    """The allocator at these granularities and budgets.
 
+    ablations: "mixed" also without error feedback, and with all weights to choose from.
     A budget below the smallest possible size is left out, and a line says so.
     """
     rows, layers = [], {name: calibration.fisher[name] for name in quantizable(model)}
     methods = [("allocator", granularity, layers, calibration.curvature) for granularity in granularities]
-    methods += [
-        ("allocator, nearest code", "mixed", layers, None),
-        ("allocator, all weights", "mixed", calibration.fisher, calibration.curvature),
-    ]
+    if ablations:
+        methods.append(("allocator, nearest code", "mixed", layers, None))
+        methods.append(("allocator, all weights", "mixed", calibration.fisher, calibration.curvature))
     for method, granularity, fisher, curvature in methods:
         frontiers = solver.frontiers_of(model, fisher, granularity, curvature=curvature)
         recipe = Recipe(unshrunk_scale, calibration.fisher, curvature)
@@ -84,7 +97,9 @@ def tuned(rows: list[Candidate], bits: list[float], steps: int) -> list[Candidat
     return [row._replace(method="allocator, tuned", tuned=steps) for row in chosen]
 
 
-def thresholds(model: nn.Module, calibration: Sensitivity, bits: list[float], seed: int) -> list[Candidate]:
+def thresholds(
+    model: nn.Module, calibration: Sensitivity, bits: list[float], seed: int, rules: Sequence[str] = RULES
+) -> list[Candidate]:
     """The poster's four rules, and the same with magnitude or random scores: single weights kept, up to the same bytes.
 
     What is not kept goes to the largest integer format below the budget, what is kept stays FP16 (FP32 where even all FP16 fits).
@@ -102,9 +117,9 @@ def thresholds(model: nn.Module, calibration: Sensitivity, bits: list[float], se
     recipe, rows = Recipe(unshrunk_scale, *calibration), []
     for b in bits:
         fitting = [f for f in (*INTEGERS, "fp16") if bits_of(model, dict.fromkeys(fisher, f)) < b]
-        for name, values in scores.items() if fitting else ():
+        for name in rules if fitting else ():
             high = "fp32" if fitting[-1] == "fp16" else "fp16"
-            plan = at_bytes(model, values, fitting[-1], high, mib_at(model, b))
+            plan = at_bytes(model, scores[name], fitting[-1], high, mib_at(model, b))
             rows.append(budget_candidate(name, "weight", b, plan))
             rows.append(budget_candidate(f"{name}, {FEEDBACK}", "weight", b, Plan(plan, recipe)))
     return rows

@@ -46,14 +46,19 @@ def damage_claims(table: pd.DataFrame, rounding: str) -> list[Claim]:
     return found
 
 
-def image_claims(table: pd.DataFrame, images: dict[str, np.ndarray], seed: int) -> list[Claim]:
-    """FID of every layer-wise rule's row minus that of the global one; the table's rows are rounded alike and of equal bytes."""
+def image_claims(
+    table: pd.DataFrame, images: dict[str, np.ndarray], seed: int, size: str = f"{RATE:g} bits per weight"
+) -> list[Claim]:
+    """FID of every layer-wise rule's row minus that of the global one; the table's rows are rounded alike and of equal bytes.
+
+    size: these bytes, in words.
+    """
     by, samples = judge(images, seed, None), table.assign(rule=table["method"].str.split(",").str[0]).set_index("rule")["sample"]
     whole, found = by.scored(samples["global"]), []
     for rule in (rule for rule in LAYERWISE if rule in samples):
         own = by.scored(samples[rule])
         value = own.values[by.metric] - whole.values[by.metric]
         ends = bootstrap.interval(value, own.draws[by.metric] - whole.draws[by.metric])
-        quantity = f"FID of {LAYERWISE[rule]} minus that of one for all ({RATE:g} bits per weight; {by.features})"
+        quantity = f"FID of {LAYERWISE[rule]} minus that of one for all ({size}; {by.features})"
         found.append(Claim("rules", SAID, quantity, value, *ends, verdict(*ends, above=False)))
     return found

@@ -71,8 +71,8 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:
         said += (
-            f" With N = {found['n_images']:,.0f} images, FID rises by less than 3 % of FP32's (upper end of the 95 % interval) at "
-            f"{found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; {found['method']})."
+            f" {found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; {found['method']}) is the smallest size at which FID "
+            f"rises by less than 3 % (upper end of the 95 % interval; N = {found['n_images']:,.0f})."
         )
     return said
 

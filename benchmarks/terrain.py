@@ -1,0 +1,272 @@
+"""lafq on a diffusion model that others have trained: `make terrain` writes results/terrain and figures/terrain.
+
+The model comes with the package adaptive-terrain-diffusion (MIT): a consistency U-Net in ONNX with 10.4 million parameters. From
+noise of standard deviation 80 and a difficulty in [0, 1] it makes a height map of 128 x 128 in one step. onnx2pytorch turns it into
+a torch module.
+
+Decibels: variance of the FP32 model's output over the mean squared error, on maps from noise that no plan has seen. Rows that
+are there already are left alone; delete results/terrain to make them again.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from quantizers import by_layer, layer_inputs, quanto, stored_bytes, torchao
+from scipy.ndimage import uniform_filter
+from scipy.stats import wasserstein_distance
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lafq import estimate_sensitivity, quantize, save_quantized
+from lafq.allocation import solver
+from lafq.device import compute_on
+from lafq.fisher.monte_carlo import Sensitivity
+from lafq.io import load_tensors, save_tensors
+from lafq.paper import results
+from lafq.presentation import report
+from lafq.quantization.formats import MIB, unshrunk_scale
+from lafq.quantization.model import dequantize, nbytes, resident_bytes
+from lafq.quantization.plan import Plan, Recipe
+from lafq.rng import generator
+from lafq.workspace import Workspace
+
+WORK = Workspace("terrain")
+WEIGHTS = "weights/terrain_consistency_unet_difficulty100.onnx"
+SIZE, SIGMA = 128, 80.0
+PASSES, MAPS_PER_PASS = 32, 2
+FRESH, CHUNK = 64, 4
+KNOWN, JUDGED, OTHER = 0, 1, 2  # seeds of the noise: plans are made from, judged on, and what other noise does
+UNIFORM = ("int8", "int6", "int4", "int3", "int2")
+SENSITIVE = 10  # weight tensors that the row "INT4, sensitive tensors FP16" keeps
+TENTH = 0.1
+HEIGHT, ASINH = 22.16864013671875, 0.1  # metres; the package's map from the output to heights
+PEERS = {"optimum-quanto": (quanto, ("qint8", "qint4", "qint2")), "torchao": (torchao, (8, 4))}
+
+
+def load() -> nn.Module:
+    """The model in torch, without the buffers in which the converter repeats every weight; checked against ONNX Runtime."""
+    import onnx
+    import onnxruntime
+    from onnx2pytorch import ConvertModel
+
+    path = str(files("terrain_diffusion") / WEIGHTS)
+    model = ConvertModel(onnx.load(path)).eval()
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    for name, buffer in list(model.named_buffers()):
+        if any(buffer.shape == w.shape and torch.equal(buffer, w) for w in weights):
+            delattr(model, name)
+    x = maps(OTHER, CHUNK)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    named = dict(zip(("noisy", "sigma", "difficulty"), (part.numpy() for part in x), strict=True))
+    with torch.inference_mode():
+        off = (model(*x) - torch.from_numpy(session.run(["denoised"], named)[0])).abs().max().item()
+    if off > 1e-4:
+        raise RuntimeError(
+            f"the model in torch differs from ONNX Runtime's by {off:.2g}: use the versions in requirements-terrain.txt"
+        )
+    print(f"the model in torch differs from ONNX Runtime's by at most {off:.1g}")
+    return model
+
+
+def maps(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The model's arguments for so many maps, as the package's generator gives them: noise, sigma, difficulty."""
+    g = generator(seed)
+    noise = SIGMA * torch.randn(count, 1, SIZE, SIZE, generator=g)
+    return noise, torch.full((count,), SIGMA), torch.randint(100, (count,), generator=g) / 99
+
+
+@torch.inference_mode()
+def outputs(model: nn.Module, seed: int) -> Tensor:
+    """What the model makes of FRESH maps, (FRESH, 1, 128, 128)."""
+    parts = [part.split(CHUNK) for part in maps(seed, FRESH)]
+    return torch.cat([model(*x) for x in tqdm(zip(*parts, strict=True), total=FRESH // CHUNK, leave=False)])
+
+
+def sensitivity(model: nn.Module) -> Sensitivity:
+    """Of all weights, kept in build/terrain: PASSES passes of MAPS_PER_PASS maps."""
+    path = WORK.build / "sensitivity.safetensors"
+    if not path.is_file():
+        parts = [part.split(MAPS_PER_PASS) for part in maps(KNOWN, PASSES * MAPS_PER_PASS)]
+        found = estimate_sensitivity(model, tqdm(list(zip(*parts, strict=True)), desc="sensitivity", leave=False), KNOWN)
+        tensors = {f"{kind} {n}": t.contiguous() for kind, by in found._asdict().items() for n, t in by.items()}
+        save_tensors(path, tensors, passes=PASSES)
+    stored = load_tensors(path, "make terrain")[0]
+    fields = [{n.partition(" ")[2]: t for n, t in stored.items() if n.startswith(f"{kind} ")} for kind in Sensitivity._fields]
+    return Sensitivity(*fields)
+
+
+def heights(output: Tensor) -> np.ndarray:
+    """Metres, (N, 128, 128), as the package computes them."""
+    unit = ((output[:, 0].double() + 1) / 2).clamp(0, 1).numpy()
+    return ASINH * np.sinh(unit * np.arcsinh(HEIGHT / ASINH))
+
+
+def character(output: Tensor) -> dict[str, np.ndarray]:
+    """What a user of terrain looks at: slopes, roughness (height over the mean of 5 x 5 cells), and the power spectrum in dB."""
+    z = heights(output)
+    slope = np.hypot(*np.gradient(z, axis=(1, 2)))
+    rough = np.abs(z - uniform_filter(z, (0, 5, 5)))
+    power = np.abs(np.fft.fft2(z - z.mean((1, 2), keepdims=True))) ** 2
+    frequency = np.hypot(*np.meshgrid(*[np.fft.fftfreq(SIZE) * SIZE] * 2)).round().astype(int)
+    rings = [power[:, frequency == k].mean() for k in range(1, SIZE // 2)]
+    return {"slope": slope.ravel(), "roughness": rough.ravel(), "spectrum": 10 * np.log10(rings)}
+
+
+def distances(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, float]:
+    """Wasserstein distances of slopes and roughness (metres), root mean square difference of the spectra (dB)."""
+    found = {name: wasserstein_distance(a[name][::7], b[name][::7]) for name in ("slope", "roughness")}
+    return found | {"spectrum": float(np.sqrt(np.mean((a["spectrum"] - b["spectrum"]) ** 2)))}
+
+
+def decibels(expected: Tensor, found: Tensor) -> float:
+    """Variance of the expected output over the mean squared error."""
+    return 10 * torch.log10(expected.var() / (found - expected).square().mean()).item()
+
+
+def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Callable[[], Plan]]]:
+    """Method and format of every row of ours, and what makes its plan; allocations are named for the row whose bytes they have."""
+    recipe, frontiers = Recipe(unshrunk_scale, *known), {}
+    alike = {low: Plan(dict.fromkeys(known.fisher, low)) for low in UNIFORM}
+
+    def allocated(mib: float) -> Plan:
+        if not frontiers:
+            frontiers.update(solver.frontiers_of(model, known.fisher, "mixed", curvature=known.curvature))
+        return solver.solve_budget(model, frontiers, mib, recipe=recipe)
+
+    def sensitive() -> Plan:
+        rounded = dequantize(quantize(model, alike["int4"]))
+        error = {
+            n: (f * (rounded.get_parameter(n) - model.get_parameter(n)).square()).sum().item() for n, f in known.fisher.items()
+        }
+        return Plan(alike["int4"] | dict.fromkeys(sorted(error, key=error.get)[-SENSITIVE:], "fp16"))
+
+    kept = sensitive()
+    for low, plan in alike.items():
+        yield "uniform", low, partial(Plan, plan)
+        yield "allocator", f"bytes of uniform {low}", partial(allocated, nbytes(model, plan) / MIB)
+    yield "INT4, sensitive tensors FP16", "int4", partial(Plan, kept)
+    yield "allocator", "bytes of INT4, sensitive tensors FP16", partial(allocated, nbytes(model, kept) / MIB)
+    yield "allocator", f"{TENTH:.0%} of FP32", partial(allocated, TENTH * resident_bytes(model) / MIB)
+    for library, (_, settings) in PEERS.items():
+        for setting in settings:
+            # Their own rows come first, so their bytes are known.
+            yield "allocator", f"bytes of {library} {setting}", partial(allocated, known_mib(library, str(setting)))
+
+
+def known_mib(method: str, format: str) -> float:
+    """Resident MiB of a row that is in the table."""
+    table = results.load_table(WORK, "terrain")
+    return table[(table["method"] == method) & (table["format"] == format)]["mem_mib"].item()
+
+
+def measured(
+    whole: nn.Module, expected: Tensor, look: dict[str, np.ndarray], drawn: dict[str, Tensor], name: str
+) -> dict[str, Any]:
+    """Decibels and the distances of a model that computes in FP32; its first maps go to `drawn`."""
+    found = outputs(whole, JUDGED)
+    drawn[name] = found[:CHUNK]
+    return {"decibels": decibels(expected, found), **distances(look, character(found))}
+
+
+def main() -> int:
+    """Make the rows that are missing and the figure; errors are one sentence and exit status 1."""
+    try:
+        compute_on(2, "cpu")
+        model = load()
+        known = sensitivity(model)
+        expected = outputs(model, JUDGED)
+        look = character(expected)
+        make_rows(model, known, expected, look)
+    except ModuleNotFoundError as error:
+        print(f"stopped: {error.name} is not installed: `make terrain` installs it", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_rows(model: nn.Module, known: Sensitivity, expected: Tensor, look: dict[str, np.ndarray]) -> None:
+    """The table results/terrain/terrain.csv, written again after every row, and the figure."""
+    table = results.load_optional(WORK, "terrain")
+    rows = [] if table is None else table.to_dict("records")
+    maps_at = WORK.build / "maps.safetensors"
+    drawn = load_tensors(maps_at, "make terrain")[0] if maps_at.is_file() else {"fp32 none": expected[:CHUNK]}
+
+    def add(method: str, format: str, make: Callable[[], dict[str, Any]]) -> None:
+        if any((row["method"], row["format"]) == (method, format) for row in rows):
+            return
+        rows.append({"method": method, "format": format, **make()})
+        save_tensors(maps_at, drawn)
+        results.save_table(WORK, "terrain", pd.DataFrame(rows))
+        print(f"{method} {format}: {rows[-1]['mem_mib']:.2f} MiB, {rows[-1]['decibels']:.1f} dB", flush=True)
+
+    full = resident_bytes(model) / MIB
+    add("fp32", "other noise", lambda: {"mem_mib": full, "mem_share": 1.0, "decibels": 0.0} | other_noise(model, look))
+    x = maps(OTHER, MAPS_PER_PASS)
+    with torch.inference_mode():
+        inputs = layer_inputs(model, known.fisher, *x)
+
+    def peer(setting: str | int, quantizer: Callable, name: str) -> dict[str, Any]:
+        small, left = by_layer(quantizer(setting))(model, inputs)
+        size = stored_bytes(small)
+        own = {"mem_mib": size / MIB, "mem_share": size / resident_bytes(model), "layers_left_fp32": left}
+        return own | measured(small, expected, look, drawn, name)
+
+    def ours(plan_of: Callable[[], Plan], name: str) -> dict[str, Any]:
+        small = quantize(model, plan_of())
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "small.safetensors"
+            save_quantized(path, small, model)
+            file = path.stat().st_size
+        size = resident_bytes(small)
+        own = {"mem_mib": size / MIB, "mem_share": size / resident_bytes(model), "file_mib": file / MIB}
+        return own | measured(dequantize(small), expected, look, drawn, name)
+
+    for library, (quantizer, settings) in PEERS.items():
+        for setting in settings:
+            add(library, str(setting), partial(peer, setting, quantizer, f"{library} {setting}"))
+    for method, format, plan_of in plans(model, known):
+        add(method, format, partial(ours, plan_of, f"{method} {format}"))
+    draw(pd.DataFrame(rows), drawn)
+
+
+def other_noise(model: nn.Module, look: dict[str, np.ndarray]) -> dict[str, float]:
+    """How far maps of the same model from other noise are: what a distance is held against."""
+    return distances(look, character(outputs(model, OTHER)))
+
+
+def draw(table: pd.DataFrame, drawn: dict[str, Tensor]) -> None:
+    """Maps by row: FP32, uniform INT4, the allocator at INT4's bytes and at a tenth of FP32's."""
+    report.set_style()
+    chosen = {
+        "FP32": ("fp32", "none"),
+        "uniform INT4": ("uniform", "int4"),
+        "allocator, INT4's bytes": ("allocator", "bytes of uniform int4"),
+    }
+    chosen[f"allocator, {TENTH:.0%} of FP32"] = ("allocator", f"{TENTH:.0%} of FP32")
+    figure, axes = plt.subplots(len(chosen), CHUNK, figsize=(8, 8.6))
+    by = table.set_index(["method", "format"])
+    scale = heights(drawn["fp32 none"]).max((1, 2))
+    for row, (title, key) in zip(axes, chosen.items(), strict=True):
+        said = "" if key == ("fp32", "none") else f"\n{by.loc[key, 'mem_share']:.1%}, {by.loc[key, 'decibels']:.1f} dB"
+        for ax, z, top in zip(row, heights(drawn[" ".join(key)]), scale, strict=True):
+            ax.imshow(z, cmap="viridis", vmin=0, vmax=top)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(f"{title}{said}", fontsize=9)
+    figure.suptitle("Height maps from the same noise", fontsize=11)
+    report.save_figure(WORK, "maps", figure, "colours from 0 to the highest point of the FP32 map", pixels=True)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
