@@ -17,7 +17,7 @@ $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 t
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
 	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-.PHONY: help setup reproduce resume publish classifier evidence benchmark packed verify test test-fast test-kill test-browser site lint clean
+.PHONY: help setup reproduce resume publish classifier evidence benchmark terrain packed verify test test-fast test-kill test-browser site lint clean
 
 ##@ for everyone
 
@@ -58,6 +58,11 @@ benchmark: $(READY)  ## the quantizer beside optimum-quanto and torchao, Fisher 
 	@$(BIN)/python benchmarks/quantizers.py
 	@$(BIN)/python benchmarks/fisher.py
 	@$(BIN)/python benchmarks/binder.py
+
+terrain: $(READY)  ## lafq on a public diffusion model of others: results/terrain (installs it beside .venv; about half an hour)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/terrain-packages -r requirements-terrain.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
+	@PYTHONPATH=build/terrain-packages $(BIN)/python benchmarks/terrain.py
 
 packed: $(READY)  ## pack the paper profile's weights by the allocator, to be committed (about an hour on two cores)
 	@$(BIN)/python -m tools.shipping $(if $(PROFILE),--profile $(PROFILE))

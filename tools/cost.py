@@ -66,7 +66,9 @@ def work(parameters: dict[str, Any]) -> dict[str, float]:
     found = {name: p["IMAGES"] * (by_vision.get(name, 0) * seen + rows * image) for name, rows in sampled_rows(p).items()}
     found["01_train"] += p["INCEPTION_REFERENCE"] * seen
     if p["TRAIN"]:
-        found["01_train"] += training_flop(p) + p["CHECK_IMAGES"] * image
+        found["01_train"] += training_flop(p)
+    if p["TRAIN"] or p["KEEP"]:
+        found["01_train"] += p["CHECK_IMAGES"] * image
     # Empirical, and Monte Carlo on as many noised digits and as many states of the reverse process.
     found["02_fisher"] = 3 * 3 * one * p["FISHER_SAMPLES"] + p["FISHER_SAMPLES"] // p["TIMESTEP_BINS"] * image
     measure_candidates = 11 + 10 * len(p["BUDGET_BITS"]) + len(p["TUNED"]["bits"]) + 34 * 6 / 2

@@ -50,6 +50,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "evidence": evidence(work),
         "rules": f"{markdown(rules.rules_at_equal_bytes(budget, methods.FEEDBACK))}\n\n{summaries.best_rule(budget)}",
         "rules_claims": markdown(tables.claims_text(rule_claims(work)).drop(columns=["p", "note"])),
+        "int4": at_int4_bytes(paper),
         "fresh": markdown(summaries.both_draws(budget, results.load_table(work, "06_fresh"))),
         "published_scores": markdown(audit_tables.published_scores(published_images.load("scores"))),
         "published_sets": (
@@ -129,6 +130,17 @@ def rule_claims(work: Workspace) -> pd.DataFrame:
     """The claims about threshold rules: on damage and, where `make evidence` has made them, on images."""
     found = (results.load_optional(work, name) for name in ("06_claims", "evidence_fresh_claims"))
     return pd.concat([table for table in found if table is not None], ignore_index=True)
+
+
+def at_int4_bytes(work: Workspace) -> str:
+    """The rows of `make evidence` at the bytes of uniform INT4, and what they say."""
+    rows, found = (results.load_optional(work, name) for name in ("evidence_int4", "evidence_int4_claims"))
+    if rows is None or found is None:
+        return f"Not made yet (`make evidence PROFILE={work.profile}`)."
+    columns = ["method", "format", "mem_mib", "mem_share", "fid_mnist", "delta_fid_mnist", "psnr", "class_changed"]
+    shown = tables.format_table(rows, columns, ("delta_fid_mnist",))
+    claimed = markdown(tables.claims_text(found))
+    return f"{markdown(shown)}\n\n{summaries.at_int4_bytes(rows, poster.WIDTH)}\n\n{claimed}"
 
 
 def evidence(work: Workspace) -> str:

@@ -133,7 +133,8 @@ def quality(work: Workspace, model: nn.Module, sampling: Sampling, block: int) -
 
     One row for all images and one per block: columns images (a range), n_images, fid_mnist, is_mnist, kid_mnist.
     """
-    network, generated = classifier.load(), cached_samples(work, model, sampling).images
+    own = samples.provenance(model, BASELINE, weights_sha256(model), {}) if work.keep else None
+    network, generated = classifier.load(), cached_samples(work, model, sampling, provenance=own).images
     reference, found = metrics.mnist_reference(network), []
     for part in (range(len(generated)), *(range(i, i + block) for i in range(0, len(generated) - block + 1, block))):
         features, logits = metrics.mnist_features(network, generated[part.start : part.stop])

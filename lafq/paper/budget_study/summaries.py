@@ -77,6 +77,23 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
     return said
 
 
+def at_int4_bytes(rows: pd.DataFrame, width: int) -> str:
+    """What the rows of `make evidence` at the bytes of uniform INT4 do to FID, for a model of this width."""
+    by = rows.assign(name=rows["method"].str.split(",").str[0].where(rows["method"] != "uniform", rows["format"].str.upper()))
+    by = by.set_index("name")
+
+    def change(name: str) -> str:
+        value, low, high = (f"{by.loc[name, f'delta_fid_mnist{end}']:+.2f}" for end in ("", "_low", "_high"))
+        return f"{value} [{low}, {high}]"
+
+    return (
+        f"Width {width}, {by.loc['INT4', 'mem_mib']:.2f} MiB ({by.loc['INT4', 'mem_share']:.1%} of FP32): FID (MNIST features, "
+        f"N = {by.loc['INT4', 'n_images']:,}) changes by {change('allocator')} with the allocator, {change('global')} with one "
+        f"threshold, {change('ratio')} with a threshold per layer (ratio) and {change('INT4')} with uniform INT4. Uniform INT8 "
+        f"({by.loc['INT8', 'mem_share']:.1%}) changes it by {change('INT8')}."
+    )
+
+
 def _over_int8(row: pd.Series) -> str:
     value, low, high = (f"{v:.2f}" if v >= 0.1 else f"{v:.2g}" for v in row[[f"over_int8{end}" for end in ("", "_low", "_high")]])
     return f"{value} [{low}, {high}]"
