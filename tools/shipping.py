@@ -85,10 +85,11 @@ def main() -> int:
 def sentence(work: Workspace) -> str:
     """What the packed weights of a profile cost."""
     row = results.load_table(work, "packed").iloc[-1]
-    low, high = row["delta_fid_mnist_low"], row["delta_fid_mnist_high"]
+    low, high = row["delta_fid_inception_low"], row["delta_fid_inception_high"]
     return (
-        f"The packed weights take {row['mem_mib']:.2f} MiB ({row['mem_share']:.1%} of FP32): FID (MNIST "
-        f"features) changes by {row['delta_fid_mnist']:+.3f} [{low:+.3f}, {high:+.3f}], N = {row['n_images']:.0f}."
+        f"The packed weights take {row['mem_mib']:.2f} MiB ({row['mem_share']:.1%} of FP32). They change FID by "
+        f"{row['delta_fid_inception']:+.2f} [{low:+.2f}, {high:+.2f}] (Inception features, N = {row['n_images']:.0f}, "
+        f"{row['steps']:.0f} sampling steps, the same noise); {row['class_changed']:.0%} of the images show another digit."
     )
 
 

@@ -6,14 +6,14 @@ import pandas as pd
 
 from lafq import paths
 from lafq.diffusion.unet import UNet
-from lafq.diffusion.weights import WEIGHTS
+from lafq.diffusion.weights import PACKED, WEIGHTS
 from lafq.io import load_tensors, sha256
 from lafq.paper import claims, poster, results
 from lafq.paper.audit import published_images
 from lafq.paper.budget_study import methods, rules, summaries
 from lafq.presentation import audit_tables, sentences, tables
 from lafq.workspace import Workspace
-from tools import cost
+from tools import cost, shipping
 from tools.notebooks import notebooks, profile_parameters
 
 
@@ -29,7 +29,8 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     _, trained = load_tensors(work.results / WEIGHTS, "01_train")
     quality = results.load_table(work, "training_quality")
     names = ("01_baseline", "03_global", "04_group", "05_ratio_sweep")
-    rows = pd.concat([results.load_table(work, name) for name in names], ignore_index=True)
+    of_profile = {w.profile: pd.concat([results.load_table(w, name) for name in names], ignore_index=True) for w in (work, paper)}
+    rows = of_profile[profile]
     timed = json.loads((work.results / "timing.json").read_text())["notebooks"]
     classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
     minutes, peak = sum(n["seconds"] for n in timed.values()) / 60, max(n["peak_mib_so_far"] for n in timed.values()) / 1024
@@ -45,6 +46,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "headline": headline(published),
         "verdicts": verdicts(paper, work),
         "comparison": f"{markdown(tables.comparison(work))}\n\n{tables.note(rows)}",
+        "comparison_paper": f"{markdown(tables.comparison(paper))}\n\n{tables.note(of_profile['paper'])}",
         "claims": "\n".join([claimed[profile], "", *(f"- {sentence}" for sentence in said)]),
         "claims_paper": f"{claimed['paper']}\n\n{drivers['paper']}",
         "evidence": evidence(work),
@@ -77,6 +79,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "machines": sentences.machines_compared(results.load_table(paper, "machines")),
         "timing": markdown(timing()),
         "card": card(work),
+        "packed": shipping.sentence(paper),
         "binder": markdown(benchmarks["binder"]),
     }
 
@@ -228,7 +231,8 @@ def card(work: Workspace) -> str:
     count = sum(p.numel() for p in UNet(trained["width"]).parameters())
     model = f"diffusion model, width {trained['width']}, {count:,} parameters, EMA, FP32, {trained['steps']:,} training steps"
     judge = f"digit classifier, {classifier['parameters']:,} parameters, test accuracy {classifier['test_accuracy']:.2%}"
-    files = {f"{work.profile}/{WEIGHTS}": model, "classifier/classifier.safetensors": judge}
+    packed = f"diffusion model, width {poster.WIDTH}, quantized by the allocator"
+    files = {f"{work.profile}/{WEIGHTS}": model, f"paper/{PACKED}": packed, "classifier/classifier.safetensors": judge}
     rows = [
         (f"`{name}`", what, f"{(paths.RESULTS / name).stat().st_size:,}", f"`{sha256(paths.RESULTS / name)}`")
         for name, what in files.items()
