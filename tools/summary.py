@@ -36,7 +36,10 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     minutes, peak = sum(n["seconds"] for n in timed.values()) / 60, max(n["peak_mib_so_far"] for n in timed.values()) / 1024
     budget, evidence_budget = results.load_table(work, "budget"), results.load_optional(work, "evidence_budget")
     published = poster.compare(results.load_table(paper, "08_published"), "paper")
-    found = sentences.findings(published, budget)
+    found, many = sentences.findings(published, budget), results.load_optional(paper, "evidence_int4")
+    if many is not None:
+        rule_claim = results.load_table(paper, "evidence_int4_claims")
+        found[2] += " " + summaries.on_images(rule_claim, poster.WIDTH, many["n_images"].iloc[0])
     claimed = {w.profile: markdown(tables.claims_text(results.load_table(w, "claims"))) for w in (work, paper)}
     drivers = {w.profile: sentences.drivers_of_fisher(results.load_table(w, "02_fisher")) for w in (work, paper)}
     said = [drivers[profile], sentences.published_ratio_sizes(), sentences.changes_by_format(rows), sentences.layerwise_size()]

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from lafq.paper.audit import published_images
+from lafq.paper.budget_study import summaries
 from lafq.paper.budget_study.methods import FEEDBACK
 from lafq.presentation import audit_tables, sentences
 
@@ -149,3 +150,20 @@ def test_images_of_two_machines_are_compared_by_weights():
     assert "one some GPU GPU. 300 images of 3 rows" in said
     assert "the 2 rows with the same weights, 97.000% of the pixels are equal, and the largest difference is 1 of" in said
     assert "the 1 rows whose Fisher information" in said and "50.000%" in said
+
+
+def test_rows_at_the_bytes_of_int4_are_said_with_their_intervals():
+    names = [("uniform", "int8"), ("uniform", "int4"), ("allocator", "bits"), ("global, error feedback", "bits")]
+    rows = [(*name, 0.13, i, i - 1, i + 2, 30.0 + i) for i, name in enumerate([*names, ("ratio, error feedback", "bits")])]
+    ends = [f"delta_fid_mnist{end}" for end in ("", "_low", "_high")]
+    table = pd.DataFrame(rows, columns=["method", "format", "mem_share", *ends, "psnr"]).assign(mem_mib=17.9, n_images=1000)
+    said = summaries.at_int4_bytes(table, 64)
+    assert "17.90 MiB (13.0% of FP32), N = 1,000" in said
+    assert (
+        "+2.00 [+1.00, +4.00] (32.0 dB) with the allocator, +3.00" in said
+        and "+1.00 [+0.00, +3.00] (31.0 dB) with uniform INT4" in said
+    )
+    claims = pd.DataFrame(
+        {"quantity": ["FID of one threshold per layer (ratio) minus"], "measured": [2.27], "low": [0.86], "high": [3.72]}
+    )
+    assert "costs 2.3 [0.9, 3.7] FID more than one threshold" in summaries.on_images(claims, 64, 1000)

@@ -84,13 +84,23 @@ def at_int4_bytes(rows: pd.DataFrame, width: int) -> str:
 
     def change(name: str) -> str:
         value, low, high = (f"{by.loc[name, f'delta_fid_mnist{end}']:+.2f}" for end in ("", "_low", "_high"))
-        return f"{value} [{low}, {high}]"
+        return f"{value} [{low}, {high}] ({by.loc[name, 'psnr']:.1f} dB)"
 
     return (
-        f"Width {width}, {by.loc['INT4', 'mem_mib']:.2f} MiB ({by.loc['INT4', 'mem_share']:.1%} of FP32): FID (MNIST features, "
-        f"N = {by.loc['INT4', 'n_images']:,}) changes by {change('allocator')} with the allocator, {change('global')} with one "
-        f"threshold, {change('ratio')} with a threshold per layer (ratio) and {change('INT4')} with uniform INT4. Uniform INT8 "
-        f"({by.loc['INT8', 'mem_share']:.1%}) changes it by {change('INT8')}."
+        f"Width {width}, {by.loc['INT4', 'mem_mib']:.2f} MiB ({by.loc['INT4', 'mem_share']:.1%} of FP32), N = "
+        f"{by.loc['INT4', 'n_images']:,}: FID (MNIST features) changes by {change('allocator')} with the allocator, "
+        f"{change('global')} with one threshold, {change('ratio')} with a threshold per layer (ratio) and {change('INT4')} with "
+        f"uniform INT4. Uniform INT8 ({by.loc['INT8', 'mem_share']:.1%} of FP32) changes it by {change('INT8')}. In parentheses: "
+        "peak signal-to-noise ratio against the images of FP32; higher is closer."
+    )
+
+
+def on_images(claims: pd.DataFrame, width: int, images: int) -> str:
+    """What one threshold per layer costs in FID over one for all, from the claims of `rules.image_claims`."""
+    row = claims[claims["quantity"].str.contains("(ratio)", regex=False)].iloc[0]
+    return (
+        f"In images (width {width}, N = {images:,}), a threshold per layer costs {row['measured']:.1f} "
+        f"[{row['low']:.1f}, {row['high']:.1f}] FID more than one threshold."
     )
 
 
