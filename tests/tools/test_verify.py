@@ -35,6 +35,8 @@ def made(tiny, sandbox, monkeypatch):
     }
     for name, rows in tables.items():
         results.save_rows(SMOKE, name, *evaluation.evaluate(SMOKE, tiny, rows, SAMPLING))
+    # The same row with more images.
+    results.save_rows(SMOKE, "evidence_int4", *evaluation.evaluate(SMOKE, tiny, [baseline], SAMPLING._replace(images=12)))
     save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, plan), tiny)
     return sandbox / "weights.safetensors"
 
@@ -46,8 +48,8 @@ def lines(*found):
 @pytest.mark.slow
 def test_all_that_is_right_holds(made, monkeypatch, capsys):
     found = list(verify.checks(SMOKE, made))
-    assert [holds for holds, _ in found] == [True] * 8 + [None]
-    assert "8 images drawn again at 2 steps differ by 0 of 255" in found[4][1]
+    assert [holds for holds, _ in found] == [True] * 9 + [None]
+    assert "8 images drawn again at 2 steps differ by 0 of 255" in found[5][1]
     without = list(verify.checks(SMOKE, None))
     assert next(line for holds, line in without if holds is None) == "rows drawn from the FP32 weights: give them with WEIGHTS=path"
     monkeypatch.setattr("sys.argv", ["tools.verify", "--profile", "smoke"])
