@@ -111,8 +111,8 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"Two draws of {n} images from one model differ by {noise:.1f} FID (1 sd; the authors' FP32 images): more than "
-        f"{(theirs < noise).sum()} of these {len(theirs)} differences."
+        f"Two draws of {n} images from one model differ by {noise:.1f} FID (1 sd; the authors' FP32 images). "
+        f"{(theirs < noise).sum()} of these {len(theirs)} differences are smaller."
     )
 
 

@@ -55,7 +55,7 @@ def test_findings_follow_from_the_tables(noise):
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
     assert "largest gain is 3.09" in found[0]
     assert "Two draws of 100 images from one model differ by 4.4 FID (1 sd" in found[1]
-    assert "more than 2 of these 2 differences" in found[1]
+    assert "2 of these 2 differences are smaller" in found[1]
     assert "We compared 6 rules that choose which weights to keep, at 4 bits per weight" in found[2]
     assert "One threshold for the whole model does the least damage. Thresholds per group" in found[2]
     assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times" in found[2]
