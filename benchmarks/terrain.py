@@ -9,6 +9,7 @@ are there already are left alone; delete results/terrain to make them again.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.resources import files
@@ -99,7 +100,7 @@ def sensitivity(model: nn.Module) -> Sensitivity:
         found = estimate_sensitivity(model, tqdm(list(zip(*parts, strict=True)), desc="sensitivity", leave=False), KNOWN)
         tensors = {f"{kind} {n}": t.contiguous() for kind, by in found._asdict().items() for n, t in by.items()}
         save_tensors(path, tensors, passes=PASSES)
-    stored = load_tensors(path, "make terrain")[0]
+    stored = load_tensors(path, "make terrain", passes=PASSES)[0]
     fields = [{n.partition(" ")[2]: t for n, t in stored.items() if n.startswith(f"{kind} ")} for kind in Sensitivity._fields]
     return Sensitivity(*fields)
 
@@ -179,6 +180,8 @@ def measured(
 
 def main() -> int:
     """Make the rows that are missing and the figure; errors are one sentence and exit status 1."""
+    # The converter warns of what its resizing leaves out; `load` compares the output with ONNX Runtime's.
+    warnings.filterwarnings("ignore", module="onnx2pytorch")
     try:
         compute_on(2, "cpu")
         model = load()
@@ -211,13 +214,14 @@ def make_rows(model: nn.Module, known: Sensitivity, expected: Tensor, look: dict
         print(f"{method} {format}: {rows[-1]['mem_mib']:.2f} MiB, {rows[-1]['decibels']:.1f} dB", flush=True)
 
     full = resident_bytes(model) / MIB
-    add("fp32", "other noise", lambda: {"mem_mib": full, "mem_share": 1.0, "decibels": 0.0} | other_noise(model, look))
+    add("fp32", "other noise", lambda: {"mem_mib": full, "mem_share": 1.0, "decibels": float("nan")} | other_noise(model, look))
     x = maps(OTHER, MAPS_PER_PASS)
-    with torch.inference_mode():
+    with torch.no_grad():
         inputs = layer_inputs(model, known.fisher, *x)
 
     def peer(setting: str | int, quantizer: Callable, name: str) -> dict[str, Any]:
-        small, left = by_layer(quantizer(setting))(model, inputs)
+        with torch.no_grad():
+            small, left = by_layer(quantizer(setting))(model, inputs)
         size = stored_bytes(small)
         own = {"mem_mib": size / MIB, "mem_share": size / resident_bytes(model), "layers_left_fp32": left}
         return own | measured(small, expected, look, drawn, name)

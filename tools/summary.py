@@ -36,9 +36,11 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     minutes, peak = sum(n["seconds"] for n in timed.values()) / 60, max(n["peak_mib_so_far"] for n in timed.values()) / 1024
     budget, evidence_budget = results.load_table(work, "budget"), results.load_optional(work, "evidence_budget")
     published = poster.compare(results.load_table(paper, "08_published"), "paper")
+    terrain = results.load_table(Workspace("terrain"), "terrain")
     found, many = sentences.findings(published, budget), results.load_optional(paper, "evidence_int4")
     if many is not None:
         rule_claim = results.load_table(paper, "evidence_int4_claims")
+        found[3] = f"Our allocator chooses the bits for a given size. {found[3]}".replace("The allocator at", "At")
         found[2] += " " + summaries.on_images(rule_claim, poster.WIDTH, many["n_images"].iloc[0])
     claimed = {w.profile: markdown(tables.claims_text(results.load_table(w, "claims"))) for w in (work, paper)}
     drivers = {w.profile: sentences.drivers_of_fisher(results.load_table(w, "02_fisher")) for w in (work, paper)}
@@ -54,7 +56,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "claims_paper": f"{claimed['paper']}\n\n{drivers['paper']}",
         "evidence": evidence(work),
         "rules": f"{markdown(rules.rules_at_equal_bytes(budget, methods.FEEDBACK))}\n\n{summaries.best_rule(budget)}",
-        "rules_claims": markdown(tables.claims_text(rule_claims(work)).drop(columns=["p", "note"])),
+        "rules_claims": markdown(tables.claims_text(rule_claims(work)).drop(columns=["paper", "p", "note"])),
         "int4": at_int4_bytes(paper),
         "fresh": markdown(summaries.both_draws(budget, results.load_table(work, "06_fresh"))),
         "published_scores": markdown(audit_tables.published_scores(published_images.load("scores"))),
@@ -77,6 +79,8 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "quantizers": (
             f"{markdown(tables.quantizers(benchmarks['quantizers']))}\n\n{sentences.quantizers_compared(benchmarks['quantizers'])}"
         ),
+        "terrain": f"{markdown(tables.terrain(terrain))}\n\n{sentences.terrain(terrain)}",
+        "terrain_character": markdown(tables.terrain_character(terrain)),
         "deviations": markdown(deviations()),
         "counted": counted(),
         "machines": sentences.machines_compared(results.load_table(paper, "machines")),
@@ -100,13 +104,15 @@ def headline(table: pd.DataFrame) -> str:
         )
         for row in tables.listed(table[table["method"] != "baseline"]).itertuples()
     ]
-    columns = ["row", "FID difference from FP32: poster", "ours", "share of FP32's bytes: poster", "ours"]
+    columns = ["row", "FID difference, poster", "FID difference, ours", "bytes, poster", "bytes, ours"]
     images, steps = table["n_images"].iloc[0], table["steps"].iloc[0]
     baseline = table[table["method"] == "baseline"]["fid_inception"].item()
     return (
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
-        f"Positive: worse. Width {poster.WIDTH} ({poster.BASELINE_MIB:.2f} MiB), N = {images}, Inception features. Poster: "
-        f"{poster.SAMPLING_STEPS:,} sampling steps, other noise in every row, baseline {base.fid:.2f}. Ours: {steps:,} steps, the "
+        f"Differences are from FP32 (positive: worse), bytes are shares of FP32's. Width {poster.WIDTH} "
+        f"Differences are from FP32 (positive: worse), bytes are shares of FP32's. Width {poster.WIDTH} "
+        f"({poster.BASELINE_MIB:.2f} MiB), N = {images}, Inception features. Poster: {poster.SAMPLING_STEPS:,} sampling steps, other "
+        f"noise in every row, baseline {base.fid:.2f}. Ours: {steps:,} steps, the "
         f"same noise, baseline {baseline:.2f}, thresholds on single weights, 95 % intervals."
     )
 
@@ -121,12 +127,11 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
             found = found[found["claim"] == claim]
             found = found[found["quantity"].str.contains("INT8")] if claim == "C3" else found
             known = [f"**{r.verdict}** ({r.measured:.3g} [{r.low:.3g}, {r.high:.3g}])" for r in found.itertuples()]
-            true = found[found["quantity"].str.contains("Monte Carlo, noised")]["measured"]
-            row.append((known[0] if known else "not tested yet") + "".join(f"; true Fisher: {v:.3g}" for v in true))
+            row.append(known[0] if known else "not tested yet")
         cells.append(row)
     quantities = (
-        "C1: mean Fisher information at t < 500 over t >= 500; C2: per weight, Layers 1-2 over 3-6. "
-        "C3, C4: FID differences (negative: better), INT8."
+        "C1: mean Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by 3-6. "
+        "C3, C4: FID differences (negative: better), INT8, 100 and 50 sampling steps."
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "at the poster's size", "at a quarter of its width"])
     return f"{markdown(table)}\n\n{quantities}"
@@ -207,8 +212,8 @@ def counted() -> str:
     count, of_08 = sum(rows.values()) - rows["07_audit"], cost.PUBLISHED_ROWS + len(published["ratios"])
     return (
         f"Training, which `TRAIN=1` repeats, takes {cost.training_flop(p) / 1e15:.1f} PFLOP (bfloat16 autocast). 01 and 03 to 05 "
-        f"have {count} rows of {p['IMAGES']} images at {p['SAMPLING_STEPS']} steps, {strided:.2f} PFLOP each. 08 has {of_08} at "
-        f"{published['steps']:,} steps, {full:.2f} PFLOP each."
+        f"have {count} rows of {p['IMAGES']} images at {p['SAMPLING_STEPS']} steps; a row takes {strided:.2f} PFLOP. 08 has "
+        f"{of_08} rows at {published['steps']:,} steps; a row takes {full:.2f} PFLOP."
     )
 
 

@@ -99,7 +99,9 @@ def conclusions(work: Workspace) -> pd.DataFrame:
         if found.empty:
             return "not measured without Inception"
         row = found.iloc[0]
-        return f"{row['choice'].split(' (')[0]}: {row['here']:.2f} by our protocol, {row['released']:.2f} with it ({judge})"
+        return (
+            f"{row['choice'].split(' (')[0]}: {row['released']:.2f} with this choice, {row['here']:.2f} by our protocol ({judge})"
+        )
 
     none = groups[groups["tensors_kept"] == 0]
     said = [
@@ -109,7 +111,7 @@ def conclusions(work: Workspace) -> pd.DataFrame:
         ("R4", "one Fisher value per weight tensor", fisher(BY_TENSOR)),
         (
             "R5",
-            "thresholds are compared with squared weights, or limit the weights",
+            "thresholds are compared with squared weights, or weights are clamped to them",
             f"groups in which no tensor is kept: {', '.join(none['group']) or 'none'}; denoising loss: "
             f"{limited['limited']:.3f} with limited weights, {limited['as trained']:.3f} as trained",
         ),

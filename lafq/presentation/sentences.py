@@ -18,8 +18,8 @@ def published_ratio_sizes() -> str:
     found = []
     for row in rows:
         share, needed = row.mem_mib / poster.BASELINE_MIB, (1 + float(row.threshold)) / 2
-        below = ", less than all weights in FP16 take" if row.mem_mib < least else ""
-        found.append(f"{row.threshold}: {share:.1%} of FP32 published{below}, at least {needed:.1%} by that rule")
+        below = " (less than uniform FP16 takes)" if row.mem_mib < least else ""
+        found.append(f"ratio {row.threshold}: published {share:.1%} of FP32{below}, needed at least {needed:.1%}")
     return "The poster's memory does not follow from keeping the ratio in FP32 and the rest in FP16: " + "; ".join(found) + "."
 
 
@@ -38,7 +38,7 @@ def drivers_of_fisher(timesteps: pd.DataFrame) -> str:
 def layerwise_size() -> str:
     """Why C4 on size needs no test."""
     return (
-        "C4, size: a mix of FP32 and FP16 stores more than FP16 for all weights, whatever the thresholds. "
+        "C4, size: some weights in FP32 and the others in FP16 take more bytes than all in FP16, whatever the thresholds. "
         "That is arithmetic; there is nothing to test."
     )
 
@@ -111,8 +111,8 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"Two draws of {n} images from one model differ by {noise:.1f} FID (1 sd; the authors' FP32 images). "
-        f"{(theirs < noise).sum()} of these {len(theirs)} differences are smaller."
+        f"Noise alone: two sets of {n} images from the authors' FP32 model differ by {noise:.1f} FID (standard deviation). "
+        f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller."
     )
 
 
@@ -148,6 +148,16 @@ def changes_by_format(table: pd.DataFrame) -> str:
     return f"FID differences from FP32 ({baseline:.2f}), MNIST features, the same noise: " + ", ".join(found) + "."
 
 
+def terrain(table: pd.DataFrame) -> str:
+    """The allocator at the bytes of uniform INT4, and at a tenth of FP32's, in decibels."""
+    by = table.set_index(["method", "format"])["decibels"]
+    ours, tenth = by["allocator", "bytes of uniform int4"], by["allocator", "10% of FP32"]
+    return (
+        f"At the bytes of uniform INT4 the allocator has {ours:.1f} dB, uniform INT4 {by['uniform', 'int4']:.1f} dB and uniform "
+        f"INT8, at twice the bytes, {by['uniform', 'int8']:.1f} dB. At a tenth of FP32's bytes the allocator has {tenth:.1f} dB."
+    )
+
+
 def machines_compared(table: pd.DataFrame) -> str:
     """How far images of the same rows and noise, drawn on two kinds of machine, are from each other."""
 
@@ -161,8 +171,8 @@ def machines_compared(table: pd.DataFrame) -> str:
     return (
         f"The committed images were drawn on one {table['machine'].iloc[0].partition(',')[0]} GPU. {count:,} images of {rows} "
         f"rows had been drawn on CPUs before. For the {table[same]['sample'].nunique()} rows with the same weights, "
-        f"{found(table[same])}. For the {table[~same]['sample'].nunique()} rows whose Fisher information was computed on the other "
-        f"machine, so that some masks differ, {found(table[~same])}."
+        f"{found(table[same])}. For the {table[~same]['sample'].nunique()} rows whose masks differ a little, "
+        f"because their Fisher information had been computed on another CPU, {found(table[~same])}."
     )
 
 

@@ -32,8 +32,9 @@ def note(table: pd.DataFrame) -> str:
     """The sentence over every table of rows: N, sampling, reference sets and padding."""
     images, steps = table["n_images"].iloc[0], table["steps"].iloc[0]
     seen = re.search(r"Inception: (\d+)", " ".join(table["reference"])) if "reference" in table else None
-    inception = f"the first {int(seen[1]):,} of them for Inception" if seen else "no Inception columns"
     count = REFERENCE.stop - REFERENCE.start
+    first = "the same" if seen and int(seen[1]) == count else f"the first {int(seen[1]):,} of them" if seen else ""
+    inception = f"{first} for Inception" if seen else "no Inception columns"
     return (
         f"N = {images} images per row, {steps:,} sampling steps, the same noise in every row. Reference: test digits "
         f"{REFERENCE.start:,}-{REFERENCE.stop - 1:,} ({count:,} images) for MNIST features, {inception}; both "
@@ -168,6 +169,31 @@ def layer_table(model: UNet) -> pd.DataFrame:
     channels = {name: getattr(model, name).block1.conv1.in_channels for name in LAYERS}
     table.insert(1, "channels", [str(channels.get(name, "")) for name in layers])
     return table.assign(mib=(table["parameters"] * 4 / MIB).round(3))
+
+
+def terrain(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `make terrain` beside the allocator at the same bytes: decibels, higher is closer to FP32."""
+    ours = table[table["method"] == "allocator"].set_index("format")
+    found = []
+    for row in table[~table["method"].isin(["allocator", "fp32"])].itertuples():
+        name = row.method if row.method.startswith("INT4") else f"{row.method} {row.format}"
+        found.append((name, f"{row.mem_mib:.2f} MiB ({row.mem_share:.1%})", row.decibels, ours.loc[f"bytes of {name}", "decibels"]))
+    columns = ["row", "stored (share of FP32)", "decibels", "allocator at these bytes"]
+    return pd.DataFrame(found, columns=columns).round(1)
+
+
+def terrain_character(table: pd.DataFrame) -> pd.DataFrame:
+    """How far slopes, roughness and spectrum of some rows are from FP32's maps, beside what other noise does."""
+    chosen = {
+        "allocator at INT4's bytes": ("allocator", "bytes of uniform int4"),
+        "allocator at 10% of FP32": ("allocator", "10% of FP32"),
+        "uniform INT4": ("uniform", "int4"),
+        "uniform INT8": ("uniform", "int8"),
+        "FP32, other noise": ("fp32", "other noise"),
+    }
+    by = table.set_index(["method", "format"])[["slope", "roughness", "spectrum"]]
+    found = pd.DataFrame({name: by.loc[key] for name, key in chosen.items()}).T.map("{:.2g}".format)
+    return found.set_axis(["slope, m per cell", "roughness, m", "spectrum, dB"], axis=1).rename_axis("maps").reset_index()
 
 
 def fisher_cost(table: pd.DataFrame) -> pd.DataFrame:

@@ -56,8 +56,8 @@ def test_compare_puts_the_published_values_beside_ours(row, fid, memory):
 
 def test_published_ratio_sizes():
     sentence = sentences.published_ratio_sizes()
-    assert "0.35: 50.7% of FP32 published, at least 67.5% by that rule" in sentence
-    assert "0.38: 47.9% of FP32 published, less than all weights in FP16 take, at least 69.0% by that rule" in sentence
+    assert "ratio 0.35: published 50.7% of FP32, needed at least 67.5%" in sentence
+    assert "ratio 0.38: published 47.9% of FP32 (less than uniform FP16 takes), needed at least 69.0%" in sentence
     assert "0.40: 50.4% of FP32 published, at least 70.0% by that rule" in sentence
 
 

@@ -56,8 +56,8 @@ def both_draws(table: pd.DataFrame, fresh: pd.DataFrame) -> pd.DataFrame:
     both = fresh[key].merge(table, on=key)
     return fresh[[*key, "mem_mib"]].assign(
         **{
-            "over INT8, draws that settings were chosen on": both.apply(_over_int8, axis=1),
-            "fresh draws": fresh.apply(_over_int8, axis=1),
+            "over INT8, digits used for settings": both.apply(_over_int8, axis=1),
+            "over INT8, fresh digits": fresh.apply(_over_int8, axis=1),
         }
     )
 
@@ -65,8 +65,8 @@ def both_draws(table: pd.DataFrame, fresh: pd.DataFrame) -> pd.DataFrame:
 def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
     """`against_int8`, from where on the allocator does half of INT8's damage, and how small FID lets it be."""
     half = _mixed(table)["damage"] <= 0.5 * _int8(table)["damage"]
-    from_there = f"from {half.index[half][0]:g} bits per weight on" if half.any() else "at no size"
-    said = f"{against_int8(table)} Its damage is at most half of INT8's {from_there}."
+    from_there = f"From {half.index[half][0]:g} bits per weight on" if half.any() else "At no size"
+    said = f"{against_int8(table)} {from_there}, its damage is at most half of INT8's."
     baseline = None if evidence is None else evidence[evidence["method"] == "baseline"]["fid_mnist"].item()
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:
