@@ -85,7 +85,7 @@ def maps(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return noise, torch.full((count,), SIGMA), torch.randint(100, (count,), generator=g) / 99
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def outputs(model: nn.Module, seed: int) -> Tensor:
     """What the model makes of FRESH maps, (FRESH, 1, 128, 128)."""
     parts = [part.split(CHUNK) for part in maps(seed, FRESH)]

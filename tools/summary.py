@@ -110,10 +110,9 @@ def headline(table: pd.DataFrame) -> str:
     return (
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
         f"Differences are from FP32 (positive: worse), bytes are shares of FP32's. Width {poster.WIDTH} "
-        f"Differences are from FP32 (positive: worse), bytes are shares of FP32's. Width {poster.WIDTH} "
-        f"({poster.BASELINE_MIB:.2f} MiB), N = {images}, Inception features. Poster: {poster.SAMPLING_STEPS:,} sampling steps, other "
-        f"noise in every row, baseline {base.fid:.2f}. Ours: {steps:,} steps, the "
-        f"same noise, baseline {baseline:.2f}, thresholds on single weights, 95 % intervals."
+        f"({poster.BASELINE_MIB:.2f} MiB), N = {images}, Inception features. Poster: {poster.SAMPLING_STEPS:,} sampling steps, "
+        f"other noise in every row, baseline {base.fid:.2f}. Ours: {steps:,} steps, the same noise, "
+        f"baseline {baseline:.2f}, thresholds on single weights, 95 % intervals."
     )
 
 
