@@ -46,7 +46,7 @@ SIZE, SIGMA = 128, 80.0
 PASSES, MAPS_PER_PASS = 32, 2
 FRESH, CHUNK = 64, 4
 KNOWN, JUDGED, OTHER = 0, 1, 2  # seeds of the noise: plans are made from, judged on, and what other noise does
-UNIFORM = ("int8", "int6", "int4", "int3", "int2")
+UNIFORM = ("int4", "int3", "int2", "int8", "int6")
 SENSITIVE = 10  # weight tensors that the row "INT4, sensitive tensors FP16" keeps
 TENTH = 0.1
 HEIGHT, ASINH = 22.16864013671875, 0.1  # metres; the package's map from the output to heights
@@ -150,17 +150,17 @@ def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Call
         }
         return Plan(alike["int4"] | dict.fromkeys(sorted(error, key=error.get)[-SENSITIVE:], "fp16"))
 
-    kept = sensitive()
+    yield "allocator", f"{TENTH:.0%} of FP32", partial(allocated, TENTH * resident_bytes(model) / MIB)
     for low, plan in alike.items():
         yield "uniform", low, partial(Plan, plan)
         yield "allocator", f"bytes of uniform {low}", partial(allocated, nbytes(model, plan) / MIB)
-    yield "INT4, sensitive tensors FP16", "int4", partial(Plan, kept)
-    yield "allocator", "bytes of INT4, sensitive tensors FP16", partial(allocated, nbytes(model, kept) / MIB)
-    yield "allocator", f"{TENTH:.0%} of FP32", partial(allocated, TENTH * resident_bytes(model) / MIB)
     for library, (_, settings) in PEERS.items():
         for setting in settings:
             # Their own rows come first, so their bytes are known.
             yield "allocator", f"bytes of {library} {setting}", partial(allocated, known_mib(library, str(setting)))
+    kept = sensitive()
+    yield "INT4, sensitive tensors FP16", "int4", partial(Plan, kept)
+    yield "allocator", "bytes of INT4, sensitive tensors FP16", partial(allocated, nbytes(model, kept) / MIB)
 
 
 def known_mib(method: str, format: str) -> float:

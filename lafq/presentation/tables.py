@@ -177,6 +177,8 @@ def terrain(table: pd.DataFrame) -> pd.DataFrame:
     found = []
     for row in table[~table["method"].isin(["allocator", "fp32"])].itertuples():
         name = row.method if row.method.startswith("INT4") else f"{row.method} {row.format}"
+        if f"bytes of {name}" not in ours.index:
+            continue  # not made yet
         found.append((name, f"{row.mem_mib:.2f} MiB ({row.mem_share:.1%})", row.decibels, ours.loc[f"bytes of {name}", "decibels"]))
     columns = ["row", "stored (share of FP32)", "decibels", "allocator at these bytes"]
     return pd.DataFrame(found, columns=columns).round(1)
