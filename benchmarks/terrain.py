@@ -44,7 +44,7 @@ WORK = Workspace("terrain")
 WEIGHTS = "weights/terrain_consistency_unet_difficulty100.onnx"
 SIZE, SIGMA = 128, 80.0
 PASSES, MAPS_PER_PASS = 32, 2
-FRESH, CHUNK = 64, 4
+FRESH, CHUNK, SHOWN = 64, 4, 3
 KNOWN, JUDGED, OTHER = 0, 1, 2  # seeds of the noise: plans are made from, judged on, and what other noise does
 UNIFORM = ("int4", "int3", "int2", "int8", "int6")
 SENSITIVE = 10  # weight tensors that the row "INT4, sensitive tensors FP16" keeps
@@ -258,12 +258,12 @@ def draw(table: pd.DataFrame, drawn: dict[str, Tensor]) -> None:
         "allocator, INT4's bytes": ("allocator", "bytes of uniform int4"),
     }
     chosen[f"allocator, {TENTH:.0%} of FP32"] = ("allocator", f"{TENTH:.0%} of FP32")
-    figure, axes = plt.subplots(len(chosen), CHUNK, figsize=(8, 8.6))
+    figure, axes = plt.subplots(len(chosen), SHOWN, figsize=(5, 6.6))
     by = table.set_index(["method", "format"])
     scale = heights(drawn["fp32 none"]).max((1, 2))
     for row, (title, key) in zip(axes, chosen.items(), strict=True):
         said = "" if key == ("fp32", "none") else f"\n{by.loc[key, 'mem_share']:.1%}, {by.loc[key, 'decibels']:.1f} dB"
-        for ax, z, top in zip(row, heights(drawn[" ".join(key)]), scale, strict=True):
+        for ax, z, top in zip(row, heights(drawn[" ".join(key)]), scale, strict=False):
             ax.imshow(z, cmap="viridis", vmin=0, vmax=top)
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(f"{title}{said}", fontsize=9)

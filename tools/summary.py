@@ -40,7 +40,11 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     found, many = sentences.findings(published, budget), results.load_optional(paper, "evidence_int4")
     if many is not None:
         rule_claim = results.load_table(paper, "evidence_int4_claims")
-        found[3] = f"Our allocator chooses the bits for a given size. {found[3]}".replace("The allocator at", "At")
+        found[3] = (
+            found[3]
+            .replace("The allocator at", "Our allocator chooses the bits for a given size. At")
+            .replace(") does", ") it does")
+        )
         found[2] += " " + summaries.on_images(rule_claim, poster.WIDTH, many["n_images"].iloc[0])
     claimed = {w.profile: markdown(tables.claims_text(results.load_table(w, "claims"))) for w in (work, paper)}
     drivers = {w.profile: sentences.drivers_of_fisher(results.load_table(w, "02_fisher")) for w in (work, paper)}
@@ -109,9 +113,9 @@ def headline(table: pd.DataFrame) -> str:
     baseline = table[table["method"] == "baseline"]["fid_inception"].item()
     return (
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
-        f"Differences are from FP32 (positive: worse), bytes are shares of FP32's. Width {poster.WIDTH} "
-        f"({poster.BASELINE_MIB:.2f} MiB), N = {images}, Inception features. Poster: {poster.SAMPLING_STEPS:,} sampling steps, "
-        f"other noise in every row, baseline {base.fid:.2f}. Ours: {steps:,} steps, the same noise, "
+        f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images}, Inception "
+        f"features. Poster: {poster.SAMPLING_STEPS:,} steps, other noise in every row, baseline {base.fid:.2f}. Ours: {steps:,} "
+        "steps, the same noise, "
         f"baseline {baseline:.2f}, thresholds on single weights, 95 % intervals."
     )
 
