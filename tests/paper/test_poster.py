@@ -58,7 +58,7 @@ def test_published_ratio_sizes():
     sentence = sentences.published_ratio_sizes()
     assert "ratio 0.35: published 50.7% of FP32, needed at least 67.5%" in sentence
     assert "ratio 0.38: published 47.9% of FP32 (less than uniform FP16 takes), needed at least 69.0%" in sentence
-    assert "0.40: 50.4% of FP32 published, at least 70.0% by that rule" in sentence
+    assert "ratio 0.40: published 50.4% of FP32, needed at least 70.0%" in sentence
 
 
 def test_changes_by_format_and_reached_sizes():

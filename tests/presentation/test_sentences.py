@@ -149,7 +149,7 @@ def test_images_of_two_machines_are_compared_by_weights():
     said = sentences.machines_compared(table)
     assert "one some GPU GPU. 300 images of 3 rows" in said
     assert "the 2 rows with the same weights, 97.000% of the pixels are equal, and the largest difference is 1 of" in said
-    assert "the 1 rows whose Fisher information" in said and "50.000%" in said
+    assert "the 1 rows whose masks differ a little" in said and "50.000%" in said
 
 
 def test_rows_at_the_bytes_of_int4_are_said_with_their_intervals():

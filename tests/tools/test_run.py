@@ -101,9 +101,11 @@ def run_notebook(folder, source):
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     (folder / "notebooks").mkdir()
     nbformat.write(notebook, folder / "notebooks" / "01_train.ipynb")
+    # A shell starts a background command with SIGINT ignored, which its children inherit.
     program = f"""
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from lafq import paths
 from tools import run
 folder = Path({str(folder)!r})
