@@ -37,15 +37,9 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     budget, evidence_budget = results.load_table(work, "budget"), results.load_optional(work, "evidence_budget")
     published = poster.compare(results.load_table(paper, "08_published"), "paper")
     terrain = results.load_table(Workspace("terrain"), "terrain")
-    found, many = sentences.findings(published, budget), results.load_optional(paper, "evidence_int4")
-    if many is not None:
-        rule_claim = results.load_table(paper, "evidence_int4_claims")
-        found[3] = (
-            found[3]
-            .replace("The allocator at", "Our allocator chooses the bits for a given size. At")
-            .replace(") does", ") it does")
-        )
-        found[2] += " " + summaries.on_images(rule_claim, poster.WIDTH, many["n_images"].iloc[0])
+    int4, int4_claims = (results.load_table(paper, name) for name in ("evidence_int4", "evidence_int4_claims"))
+    on_images = summaries.on_images(int4_claims, poster.WIDTH, int4["n_images"].iloc[0])
+    found = sentences.findings(published, budget, on_images)
     claimed = {w.profile: markdown(tables.claims_text(results.load_table(w, "claims"))) for w in (work, paper)}
     drivers = {w.profile: sentences.drivers_of_fisher(results.load_table(w, "02_fisher")) for w in (work, paper)}
     said = [drivers[profile], sentences.published_ratio_sizes(), sentences.changes_by_format(rows), sentences.layerwise_size()]
@@ -60,8 +54,8 @@ def blocks(profile: str = "mini") -> dict[str, str]:
         "claims_paper": f"{claimed['paper']}\n\n{drivers['paper']}",
         "evidence": evidence(work),
         "rules": f"{markdown(rules.rules_at_equal_bytes(budget, methods.FEEDBACK))}\n\n{summaries.best_rule(budget)}",
-        "rules_claims": markdown(tables.claims_text(rule_claims(work)).drop(columns=["paper", "p", "note"])),
-        "int4": at_int4_bytes(paper),
+        "rules_claims": markdown(rules_shown(rule_claims(work))),
+        "int4": at_int4_bytes(int4, int4_claims),
         "fresh": markdown(summaries.both_draws(budget, results.load_table(work, "06_fresh"))),
         "published_scores": markdown(audit_tables.published_scores(published_images.load("scores"))),
         "published_sets": (
@@ -115,8 +109,7 @@ def headline(table: pd.DataFrame) -> str:
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
         f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images}, Inception "
         f"features. Poster: {poster.SAMPLING_STEPS:,} steps, other noise in every row, baseline {base.fid:.2f}. Ours: {steps:,} "
-        "steps, the same noise, "
-        f"baseline {baseline:.2f}, thresholds on single weights, 95 % intervals."
+        f"steps, the same noise, baseline {baseline:.2f}, thresholds on single weights, 95 % intervals."
     )
 
 
@@ -146,15 +139,16 @@ def rule_claims(work: Workspace) -> pd.DataFrame:
     return pd.concat([table for table in found if table is not None], ignore_index=True)
 
 
-def at_int4_bytes(work: Workspace) -> str:
-    """The rows of `make evidence` at the bytes of uniform INT4, and what they say."""
-    rows, found = (results.load_optional(work, name) for name in ("evidence_int4", "evidence_int4_claims"))
-    if rows is None or found is None:
-        return f"Not made yet (`make evidence PROFILE={work.profile}`)."
+def rules_shown(found: pd.DataFrame) -> pd.DataFrame:
+    """Claims about threshold rules as text; the poster makes none, and each is tested once."""
+    return tables.claims_text(found).drop(columns=["paper", "p", "note"])
+
+
+def at_int4_bytes(rows: pd.DataFrame, found: pd.DataFrame) -> str:
+    """The rows and claims of `make evidence` at the bytes of uniform INT4, and what they say."""
     columns = ["method", "format", "mem_mib", "mem_share", "fid_mnist", "delta_fid_mnist", "psnr", "class_changed"]
     shown = tables.format_table(rows, columns, ("delta_fid_mnist",))
-    claimed = markdown(tables.claims_text(found))
-    return f"{markdown(shown)}\n\n{summaries.at_int4_bytes(rows, poster.WIDTH)}\n\n{claimed}"
+    return f"{markdown(shown)}\n\n{summaries.at_int4_bytes(rows, poster.WIDTH)}\n\n{markdown(rules_shown(found))}"
 
 
 def evidence(work: Workspace) -> str:

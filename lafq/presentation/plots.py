@@ -35,7 +35,7 @@ def digits(ax: Axes, images: np.ndarray, columns: int, title: str) -> None:
 def loss_curve(ax: Axes, losses: pd.DataFrame) -> None:
     """Training loss over steps (columns step, loss), log scale."""
     ax.plot(losses["step"], losses["loss"], lw=1)
-    ax.set(yscale="log", xlabel="training step", ylabel="noise-prediction MSE", title="Training loss (mean of 50 steps)")
+    ax.set(yscale="log", xlabel="training step", ylabel="noise-prediction MSE", title="Training loss")
 
 
 def size_curve(

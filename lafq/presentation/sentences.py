@@ -85,13 +85,16 @@ def published_inside(table: pd.DataFrame) -> str:
     )
 
 
-def findings(published: pd.DataFrame, budget: pd.DataFrame) -> list[str]:
-    """The four findings: `poster.compare` of the rows of 08, and the table of 06, where the rules have equal bytes."""
+def findings(published: pd.DataFrame, budget: pd.DataFrame, on_images: str) -> list[str]:
+    """The four findings: `poster.compare` of the rows of 08, and the table of 06, where the rules have equal bytes.
+
+    on_images: what `summaries.on_images` says.
+    """
     return [
         by_format(published),
         f"{published_inside(published)} {against_noise(published)}",
-        summaries.best_rule(budget),
-        summaries.against_int8(budget),
+        f"{summaries.best_rule(budget)} {on_images}",
+        f"Our allocator chooses bits for a given size. {summaries.against_int8(budget)}",
     ]
 
 
@@ -150,11 +153,20 @@ def changes_by_format(table: pd.DataFrame) -> str:
 
 def terrain(table: pd.DataFrame) -> str:
     """The allocator at the bytes of uniform INT4, and at a tenth of FP32's, in decibels."""
-    by = table.set_index(["method", "format"])["decibels"]
-    ours, tenth = by["allocator", "bytes of uniform int4"], by["allocator", "10% of FP32"]
+    by = table.set_index(["method", "format"])
+    ours, tenth, int4, int8 = (
+        by.loc[key]
+        for key in (
+            ("allocator", "bytes of uniform int4"),
+            ("allocator", "10% of FP32"),
+            ("uniform", "int4"),
+            ("uniform", "int8"),
+        )
+    )
     return (
-        f"At the bytes of uniform INT4 the allocator has {ours:.1f} dB, uniform INT4 {by['uniform', 'int4']:.1f} dB and uniform "
-        f"INT8, at twice the bytes, {by['uniform', 'int8']:.1f} dB. At a tenth of FP32's bytes the allocator has {tenth:.1f} dB."
+        f"At {ours['mem_share']:.1%} of FP32's bytes the allocator has {ours['decibels']:.1f} dB and uniform INT4 "
+        f"{int4['decibels']:.1f} dB; uniform INT8 has {int8['decibels']:.1f} dB at {int8['mem_share']:.1%}. At a tenth of FP32's "
+        f"bytes the allocator has {tenth['decibels']:.1f} dB."
     )
 
 

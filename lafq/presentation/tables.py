@@ -173,15 +173,13 @@ def layer_table(model: UNet) -> pd.DataFrame:
 
 def terrain(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of `make terrain` beside the allocator at the same bytes: decibels, higher is closer to FP32."""
-    ours = table[table["method"] == "allocator"].set_index("format")
-    found = []
-    for row in table[~table["method"].isin(["allocator", "fp32"])].itertuples():
+    ours, found = table[table["method"] == "allocator"].set_index("format")["decibels"].map("{:.1f}".format), []
+    others = table[~table["method"].isin(["allocator", "fp32"])]
+    for row in others.sort_values("mem_mib", ascending=False, kind="stable").itertuples():
         name = row.method if row.method.startswith("INT4") else f"{row.method} {row.format}"
-        if f"bytes of {name}" not in ours.index:
-            continue  # not made yet
-        found.append((name, f"{row.mem_mib:.2f} MiB ({row.mem_share:.1%})", row.decibels, ours.loc[f"bytes of {name}", "decibels"]))
-    columns = ["row", "stored (share of FP32)", "decibels", "allocator at these bytes"]
-    return pd.DataFrame(found, columns=columns).round(1)
+        beside = ours.get(f"bytes of {name}", "not made yet")
+        found.append((name, f"{row.mem_mib:.2f} MiB ({row.mem_share:.1%})", f"{row.decibels:.1f}", beside))
+    return pd.DataFrame(found, columns=["row", "stored (share of FP32)", "decibels", "allocator at these bytes"])
 
 
 def terrain_character(table: pd.DataFrame) -> pd.DataFrame:

@@ -259,3 +259,14 @@ def test_provenances_do_not_depend_on_the_weights_drawn_from(tiny, rows):
     provenance = samples.provenance(tiny, rows[2], weights_sha256(tiny), FISHER)
     assert weights_sha256(tiny) in provenance.values()
     assert "drawn_from" not in provenance
+
+
+@pytest.mark.slow
+def test_the_spread_of_fid_takes_the_baselines_kept_images(tiny, sandbox, monkeypatch):
+    sampling = Sampling(images=8, steps=2, seed=0, batch=2)
+    table, _ = evaluation.evaluate(KEEPING, tiny, [], sampling)
+    assert table.empty and len(list(samples.samples_folder(KEEPING).iterdir())) == 4
+    monkeypatch.setattr(samples, "sample", None)
+    found = evaluation.quality(KEEPING, tiny, sampling, 4)
+    assert found["images"].tolist() == ["0-7", "0-3", "4-7"]
+    assert found["fid_mnist"].nunique() == 3

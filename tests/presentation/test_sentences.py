@@ -49,7 +49,7 @@ def test_which_published_differences_lie_inside(low, high, said):
 
 
 def test_findings_follow_from_the_tables(noise):
-    found = sentences.findings(published(0.05, -0.1, 0.2), budget())
+    found = sentences.findings(published(0.05, -0.1, 0.2), budget(), "In images, more.")
     assert len(found) == 4
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
@@ -59,11 +59,13 @@ def test_findings_follow_from_the_tables(noise):
     assert "We compared 6 rules that choose which weights to keep, at 4 bits per weight" in found[2]
     assert "One threshold for the whole model does the least damage. Thresholds per group" in found[2]
     assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times" in found[2]
-    assert "0.20 [0.10, 0.30] times the damage" in found[3]
+    assert found[2].endswith("In images, more.")
+    assert found[3].startswith("Our allocator chooses bits for a given size. At ")
+    assert "the allocator does 0.20 [0.10, 0.30] times the damage" in found[3]
 
 
 def test_a_rule_that_may_be_as_good_is_counted(noise):
-    said = sentences.findings(published(0.05, -0.1, 0.2), budget(group=1.5))[2]
+    said = sentences.findings(published(0.05, -0.1, 0.2), budget(group=1.5), "")[2]
     assert "does less damage than 4 of the 5 others" in said
 
 

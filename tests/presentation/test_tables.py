@@ -19,7 +19,7 @@ def test_rows_with_two_numbers_of_steps_stand_side_by_side():
 
 
 def test_terrain_rows_stand_beside_the_allocator_at_their_bytes():
-    names = [("fp32", "other noise"), ("uniform", "int4"), ("uniform", "int8"), ("quanto", "qint4")]
+    names = [("fp32", "other noise"), ("uniform", "int4"), ("uniform", "int8"), ("quanto", "qint4"), ("torchao", "8")]
     names += [("allocator", f"bytes of {of}") for of in ("uniform int4", "uniform int8", "quanto qint4")] + [
         ("allocator", "10% of FP32")
     ]
@@ -27,9 +27,10 @@ def test_terrain_rows_stand_beside_the_allocator_at_their_bytes():
     for column in ("decibels", "slope", "roughness", "spectrum"):
         table[column] = [float(i) for i in range(len(names))]
     found = tables.terrain(table).set_index("row")
-    assert found.index.tolist() == ["uniform int4", "uniform int8", "quanto qint4"]
-    assert found.loc["quanto qint4", "decibels"] == 3.0 and found.loc["quanto qint4", "allocator at these bytes"] == 6.0
+    assert found.index.tolist() == ["uniform int4", "uniform int8", "quanto qint4", "torchao 8"]
+    assert found.loc["quanto qint4", "decibels"] == "3.0" and found.loc["quanto qint4", "allocator at these bytes"] == "7.0"
+    assert found.loc["torchao 8", "allocator at these bytes"] == "not made yet"
     assert found.loc["uniform int4", "stored (share of FP32)"] == "5.00 MiB (13.0%)"
     assert tables.terrain_character(table).set_index("maps").loc["uniform INT8", "slope, m per cell"] == "2"
     said = sentences.terrain(table)
-    assert "the allocator has 4.0 dB, uniform INT4 1.0 dB" in said and "a tenth of FP32's bytes the allocator has 7.0 dB" in said
+    assert "the allocator has 5.0 dB and uniform INT4 1.0 dB" in said and "a tenth of FP32's bytes the allocator has 8.0 dB" in said

@@ -30,7 +30,7 @@ def against_int8(table: pd.DataFrame) -> str:
     """The allocator at 4 bits per weight against uniform INT8; the interval pairs both over the digits."""
     ours, int8 = _mixed(table).loc[RATE], _int8(table)
     return (
-        f"The allocator at {ours['mem_mib']:.2f} MiB (4 bits per weight, {ours['mem_share']:.1%} of FP32) does {_over_int8(ours)} "
+        f"At {ours['mem_mib']:.2f} MiB (4 bits per weight, {ours['mem_share']:.1%} of FP32) the allocator does {_over_int8(ours)} "
         f"times the damage of uniform INT8 at {int8['mem_mib']:.2f} MiB."
     )
 
