@@ -135,7 +135,7 @@ def decibels(expected: Tensor, found: Tensor) -> float:
 
 def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Callable[[], Plan]]]:
     """Method and format of every row of ours, and what makes its plan; allocations are named for the row whose bytes they have."""
-    recipe, frontiers = Recipe(unshrunk_scale, *known), {}
+    recipe, frontiers = Recipe(unshrunk_scale, known.fisher, known.curvature), {}
     alike = {low: Plan(dict.fromkeys(known.fisher, low)) for low in UNIFORM}
 
     def allocated(mib: float) -> Plan:

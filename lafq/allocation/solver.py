@@ -71,7 +71,7 @@ def allocate(
     """
     model = unwrapped(model)
     fronts = frontiers_of(model, sensitivity.fisher, granularity, formats, progress, sensitivity.curvature)
-    return solve_budget(model, fronts, budget_mib, recipe=Recipe(unshrunk_scale, *sensitivity))
+    return solve_budget(model, fronts, budget_mib, recipe=Recipe(unshrunk_scale, sensitivity.fisher, sensitivity.curvature))
 
 
 def frontiers_of(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lafq.fisher.shrinkage import Moments
 from lafq.modes import arguments_of, checked_output, evaluating, unwrapped
 from lafq.quantization.checks import channel_view
 from lafq.rng import generator
@@ -22,10 +23,16 @@ BATCH = 8
 
 
 class Sensitivity(NamedTuple):
-    """By parameter name: the true Fisher values, of its shape, and the curvature (C, C) of the C weights of an output channel."""
+    """By parameter name: the true Fisher values, of its shape, and the curvature (C, C) of the C weights of an output channel.
+
+    passes: batches that both were estimated from. noise: by parameter name, the share of the curvature's off-diagonal that is noise
+    and was shrunk away, 0 to 1. None where it was not estimated.
+    """
 
     fisher: dict[str, Tensor]
     curvature: dict[str, Tensor]
+    passes: int = 0
+    noise: dict[str, float] | None = None
 
 
 def monte_carlo_fisher(model: nn.Module, names: list[str], batches: Iterable[tuple[Tensor, ...]], seed: int) -> dict[str, Tensor]:
@@ -36,24 +43,30 @@ def monte_carlo_fisher(model: nn.Module, names: list[str], batches: Iterable[tup
     Needs the memory of training and one gradient more.
     Raises ValueError for an unknown name, no batch, or a result that is not finite or zero everywhere.
     """
-    return _mean_squares(unwrapped(model), names, batches, seed)
+    squares, samples, _ = _squares(unwrapped(model), names, batches, seed)
+    return {n: f / samples for n, f in squares.items()}
 
 
 def estimate_sensitivity(
-    model: nn.Module, batches: Iterable[tuple[Tensor, ...] | Tensor], seed: int = 0, names: list[str] | None = None
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, ...] | Tensor],
+    seed: int = 0,
+    names: list[str] | None = None,
+    shrink: bool = True,
 ) -> Sensitivity:
     """Estimate the diagonal of the true Fisher information, and from the same passes the curvature that output channels share.
 
     Args:
         model: any network; called as `model(*batch)`.
         batches: the model's arguments (or its one argument), batch by batch, the first (B, ...). The output must be one tensor
-            (B, ...). Many small batches beat few large ones.
+            (B, ...). Many small batches of equal size beat few large ones.
         seed: of the noise that is sent back through the network.
         names: the parameters; None: all with two dimensions or more.
+        shrink: shrink noisy estimates (`fisher.shrinkage`); False: the means over passes as they are.
 
     >>> import torch
     >>> model = nn.Linear(3, 2)
-    >>> found = estimate_sensitivity(model, [(torch.ones(8, 3),)] * 100)
+    >>> found = estimate_sensitivity(model, [(torch.randn(8, 3),) for _ in range(100)])
     >>> found.fisher["weight"].shape, found.curvature["weight"].shape
     (torch.Size([2, 3]), torch.Size([3, 3]))
 
@@ -61,40 +74,48 @@ def estimate_sensitivity(
     too few draws of it. The channels share H, the mean over passes and channels of g_r g_r^T / mean(g_r^2), (C, C) with a mean
     diagonal of 1: up to each channel's mean Fisher value that is its matrix, if the tensor's is a Kronecker product (Martens and
     Grosse 2015, "K-FAC"). Columns are those of `channel_view`. The channels of a grouped convolution share one H as well,
-    though each group has inputs of its own. Needs C^2 numbers a tensor besides.
+    though each group has inputs of its own. Needs 2 C^2 numbers a tensor besides.
     """
     model = unwrapped(model)
     names = [n for n, p in model.named_parameters() if p.ndim > 1] if names is None else names
     views = {n: channel_view(model, n) for n in names if model.get_parameter(n).ndim > 1}
-    with torch.inference_mode(False):  # these add up over passes that take gradients
-        shared = {n: torch.zeros(v.size[1], v.size[1]) for n, v in views.items()}
+    moments: dict[str, Moments] = {}
 
     def add(name: str, gradient: Tensor) -> None:
         if name in views:
-            g = views[name].of(gradient)
-            scale = g.square().mean(1, keepdim=True).sqrt()
-            g = torch.where(scale > 0, g / scale, 0)
-            shared[name] = shared[name].to(g).addmm_(g.T, g)
+            rows = views[name].of(gradient)
+            if name not in moments:
+                moments[name] = Moments(rows)
+            moments[name].add(rows)
 
-    fisher = _mean_squares(model, names, batches, seed, add)
-    return Sensitivity(fisher, {n: h / h.diagonal().mean().clamp_min(1e-30) for n, h in shared.items()})
+    squares, samples, passes = _squares(model, names, batches, seed, add)
+    if not shrink:
+        plain = {n: m.curvature / m.curvature.diagonal().mean().clamp_min(1e-30) for n, m in moments.items()}
+        return Sensitivity({n: f / samples for n, f in squares.items()}, plain, passes)
+    shrunk = {n: m.shrunk_curvature() for n, m in moments.items()}
+    squares |= {n: views[n].back(m.shrunk_squares(views[n].of(squares[n]))).contiguous() for n, m in moments.items()}
+    fisher = {n: f / samples for n, f in squares.items()}
+    return Sensitivity(fisher, {n: h for n, (h, _) in shrunk.items()}, passes, {n: s for n, (_, s) in shrunk.items()})
 
 
-def _mean_squares(
+def _squares(
     model: nn.Module,
     names: list[str],
     batches: Iterable[tuple[Tensor, ...] | Tensor],
     seed: int,
     also: Callable[[str, Tensor], None] | None = None,
-) -> dict[str, Tensor]:
-    """Squared gradients of the output times N(0, I), summed over batches, over the number of samples; `also` sees each gradient."""
+) -> tuple[dict[str, Tensor], int, int]:
+    """Squared gradients of the output times N(0, I), summed over passes; the numbers of samples and of passes.
+
+    `also` sees each gradient.
+    """
     available = dict(model.named_parameters())
     if not names:
         raise ValueError("no parameter is named: give the names whose Fisher information is wanted")
     if unknown := [n for n in names if n not in available]:
         raise ValueError(f"the model has no parameter {unknown[0]!r}: names are those of model.named_parameters()")
     chosen = [available[n] for n in names]
-    count, g = 0, generator(seed, 1)
+    samples, passes, g = 0, 0, generator(seed, 1)
     with evaluating(model, gradients=True):
         total = [torch.zeros_like(p) for p in chosen]
         for n, p in available.items():
@@ -108,11 +129,11 @@ def _mean_squares(
                 sum_.addcmul_(gradient, gradient)
                 if also:
                     also(name, gradient)
-            count += len(output)
-    if not count:
+            samples, passes = samples + len(output), passes + 1
+    if not samples:
         raise ValueError("no batch was given: Fisher information needs at least one sample")
     if bad := [n for n, f in zip(names, total, strict=True) if not torch.isfinite(f).all()]:
         raise ValueError(f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged")
     if not any(f.any() for f in total):
         raise ValueError("the Fisher information is zero everywhere: these batches give the output no gradient, give others")
-    return {n: (sum_ / count).detach() for n, sum_ in zip(names, total, strict=True)}
+    return {n: sum_.detach() for n, sum_ in zip(names, total, strict=True)}, samples, passes

@@ -113,7 +113,7 @@ def test_curvature_of_a_kronecker_product_is_its_factor():
     expected = inputs.T @ inputs / 8
     expected = expected / expected.diagonal().mean()
     batches = [(x[None],) for x in inputs] * 500
-    _, found = estimate_sensitivity(network, batches, 0, ["0.weight"])
+    found = estimate_sensitivity(network, batches, 0, ["0.weight"], shrink=False).curvature
     direction = inputs / inputs.norm(dim=1, keepdim=True)  # every pass counts alike
     expected = direction.T @ direction
     assert torch.allclose(found["0.weight"], expected / expected.diagonal().mean(), atol=1e-6)
@@ -121,7 +121,8 @@ def test_curvature_of_a_kronecker_product_is_its_factor():
 
 def test_fisher_is_that_of_true_fisher(tiny, digits):
     names = list(quantizable(tiny))
-    fisher, curvature = estimate_sensitivity(tiny, noised_batches(digits, 16, 0), 0, names)
+    fisher, curvature, passes, _ = estimate_sensitivity(tiny, noised_batches(digits, 16, 0), 0, names, shrink=False)
+    assert passes == 2
     alone = monte_carlo_fisher(tiny, names, noised_batches(digits, 16, 0), 0)
     for n in names:
         assert torch.equal(fisher[n], alone[n])
@@ -140,7 +141,7 @@ def test_predicted_damage_is_the_rise_of_a_linear_networks_error():
     exact = 0.5 * (moved - layer(x)).square().sum().item()
     jacobian = jacrev(lambda w: functional_call(layer, {"weight": w}, (x,)))(layer.weight.detach()).flatten(0, 3)
     rows = channel_view(layer, "weight")
-    _, curvature = estimate_sensitivity(layer, [(x,)], 0, ["weight"])
+    curvature = estimate_sensitivity(layer, [(x,)], 0, ["weight"], shrink=False).curvature
     found = damage(rows.of(change), rows.of(jacobian.square().sum(0)), curvature["weight"])
     assert found.sum().item() == pytest.approx(exact, rel=1e-9)
 
@@ -148,7 +149,8 @@ def test_predicted_damage_is_the_rise_of_a_linear_networks_error():
 @pytest.fixture
 def trained_like(tiny, digits):
     names = list(quantizable(tiny))
-    return tiny, estimate_sensitivity(tiny, noised_batches(digits, 128, 0), 0, names)
+    found = estimate_sensitivity(tiny, noised_batches(digits, 128, 0), 0, names)
+    return tiny, (found.fisher, found.curvature)
 
 
 def test_pack_with_feedback_takes_the_same_bytes_and_less_damage(trained_like, digits):
@@ -192,8 +194,9 @@ def test_every_layer_kind_keeps_its_shape_and_other_weights(digits):
     inputs = digits[:4, :, :6, :6].float() / 255
     network(inputs)
     names = ["0.weight", "1.weight", "3.weight"]
-    fisher, curvature = estimate_sensitivity(network, itertools.repeat((inputs,), 8), 0, names)
-    fed = dequantize(quantize(network, dict.fromkeys(names, "int4"), Recipe(unshrunk_scale, fisher, curvature)))
+    found = estimate_sensitivity(network, itertools.repeat((inputs,), 8), 0, names)
+    recipe = Recipe(unshrunk_scale, found.fisher, found.curvature)
+    fed = dequantize(quantize(network, dict.fromkeys(names, "int4"), recipe))
     stored = dict(fed.named_parameters())
     for n, p in network.named_parameters():
         assert stored[n].shape == p.shape

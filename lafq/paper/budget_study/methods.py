@@ -31,8 +31,12 @@ def budget_candidate(method: str, granularity: str, bits: float, plan: Plan) -> 
 
 
 def measured_sensitivity(model: nn.Module, samples: int, seed: int) -> Sensitivity:
-    """Sensitivity of all weights, the input and output convolutions' too, from so many noised training digits."""
-    return estimate_sensitivity(model, noised_batches(mnist(train=True)[0], samples, seed), seed)
+    """Sensitivity of all weights, the input and output convolutions' too, from so many noised training digits.
+
+    Not shrunk: for so many passes that changes the damage little (results/benchmarks/passes.csv), and the tables of
+    `make evidence`, which take hours, were made without.
+    """
+    return estimate_sensitivity(model, noised_batches(mnist(train=True)[0], samples, seed), seed, shrink=False)
 
 
 def made(samples: int, seed: int) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def uniform(model: nn.Module, calibration: Sensitivity) -> list[Candidate]:
     """All weights in one format: rounded as everywhere, and with the allocator's scales and error feedback."""
     plans = {low: Plan(dict.fromkeys(quantizable(model), low)) for low in (*INTEGERS, "fp16")}
     found = [budget_candidate("uniform", "tensor", bits_of(model, plan), plan) for plan in plans.values()]
-    recipe = Recipe(unshrunk_scale, *calibration)
+    recipe = Recipe(unshrunk_scale, calibration.fisher, calibration.curvature)
     return found + [
         budget_candidate(f"uniform, {FEEDBACK}", "tensor", bits_of(model, plans[f]), Plan(plans[f], recipe)) for f in INTEGERS
     ]
@@ -114,7 +118,7 @@ def thresholds(
         "magnitude": {n: w.abs() for n, w in quantizable(model).items()},
         "random": {n: torch.rand(f.shape, generator=g) for n, f in fisher.items()},
     }
-    recipe, rows = Recipe(unshrunk_scale, *calibration), []
+    recipe, rows = Recipe(unshrunk_scale, calibration.fisher, calibration.curvature), []
     for b in bits:
         fitting = [f for f in (*INTEGERS, "fp16") if bits_of(model, dict.fromkeys(fisher, f)) < b]
         for name in rules if fitting else ():

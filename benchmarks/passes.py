@@ -1,0 +1,142 @@
+"""How many passes a sensitivity needs: damage of the allocator's plan over uniform INT4's, at INT4's bytes, after 1 to 256 passes.
+
+Three small networks with random weights, and the diffusion model of width 16; shrunk estimates beside plain means. A pass is
+one input for the small networks and eight noised digits for the diffusion model. No plan has seen the inputs that measure damage.
+Writes results/benchmarks/passes.csv and figures/benchmarks/passes.png.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lafq import allocate, dequantize, estimate_sensitivity, quantize
+from lafq.device import compute_on
+from lafq.diffusion.mnist import mnist
+from lafq.diffusion.noising import noised_batches
+from lafq.diffusion.weights import load_model
+from lafq.evaluation import scoring
+from lafq.fisher.monte_carlo import BATCH
+from lafq.paper import results
+from lafq.paper.budget_study.budget import HALF_PIXELS
+from lafq.presentation import report
+from lafq.quantization.formats import MIB
+from lafq.quantization.model import nbytes
+from lafq.rng import generator
+from lafq.workspace import Workspace
+
+WORK = Workspace("benchmarks")
+PASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+FRESH, FRESH_SEED = 256, 1000
+Measure = Callable[[nn.Module], float]
+
+
+class Subject(NamedTuple):
+    """A model, batches for so many passes of a draw, and what measures the damage of a quantized copy."""
+
+    model: nn.Module
+    batches: Callable[[int, int], Iterable]
+    damage: Measure
+    draws: int = 3
+
+
+def small(layers: list[nn.Module], shape: tuple[int, ...]) -> Subject:
+    """A network with the weights that it has, on standard normal inputs of this shape; one input is a pass."""
+    model = nn.Sequential(*layers).eval()
+    fresh = torch.randn(FRESH, *shape, generator=generator(FRESH_SEED))
+    with torch.no_grad():
+        expected = model(fresh)
+
+    def damage(copy: nn.Module) -> float:
+        with torch.no_grad():
+            return 0.5 * (copy(fresh) - expected).square().flatten(1).sum(1).mean().item()
+
+    def batches(count: int, draw: int) -> Iterable[Tensor]:
+        return torch.randn(count, 1, *shape, generator=generator(draw))
+
+    return Subject(model, batches, damage)
+
+
+def diffusion(width: int = 16) -> Subject:
+    """The trained diffusion model of profile mini."""
+    model, digits = load_model(Workspace("mini"), width), mnist(train=True)[0]
+    outputs = scoring.held_out_outputs(model, FRESH_SEED, FRESH)
+
+    def damage(copy: nn.Module) -> float:
+        error = scoring.output_errors(copy, outputs, FRESH_SEED)[0].mean().item()
+        return HALF_PIXELS * error
+
+    return Subject(model, lambda count, draw: noised_batches(digits, BATCH * count, draw), damage, draws=1)
+
+
+def subjects() -> dict[str, Subject]:
+    """The networks by name; random weights come from fixed seeds."""
+    torch.manual_seed(0)
+    conv = [nn.Conv2d(3, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 3, 3, padding=1)]
+    torch.manual_seed(1)
+    linear = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)]
+    torch.manual_seed(2)
+    down = [nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.SiLU(), nn.Conv2d(8, 16, 3, padding=1, stride=2)]
+    up = [
+        nn.GroupNorm(4, 16),
+        nn.SiLU(),
+        nn.ConvTranspose2d(16, 8, 4, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(8, 1, 3, padding=1),
+    ]
+    return {
+        "three convolutions": small(conv, (3, 16, 16)),
+        "two linear layers": small(linear, (64,)),
+        "down and up": small(down + up, (1, 16, 16)),
+        "diffusion model": diffusion(),
+    }
+
+
+def measured(name: str, subject: Subject, passes: Iterable[int] = PASSES) -> pd.DataFrame:
+    """One row per number of passes, draw and estimate: measured damage over uniform INT4's, and over the predicted one."""
+    model = subject.model
+    uniform = dict.fromkeys([n for n, p in model.named_parameters() if p.ndim > 1], "int4")
+    mib, of_uniform, rows = nbytes(model, uniform) / MIB, subject.damage(dequantize(quantize(model, uniform))), []
+    todo = [(count, draw, shrink) for count in passes for draw in range(subject.draws) for shrink in (True, False)]
+    for count, draw, shrink in tqdm(todo, desc=name, leave=False):
+        found = estimate_sensitivity(model, subject.batches(count, draw), draw, shrink=shrink)
+        plan = allocate(model, found, mib, progress=False)
+        damage = subject.damage(dequantize(quantize(model, plan)))
+        row = {"network": name, "passes": count, "draw": draw, "estimates": "shrunk" if shrink else "plain"}
+        rows.append(row | {"over_uniform": damage / of_uniform, "over_predicted": damage / plan.damage})
+    return pd.DataFrame(rows)
+
+
+def draw(table: pd.DataFrame) -> None:
+    """Damage over uniform INT4's by passes, one panel per network."""
+    report.set_style()
+    figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), sharex=True, sharey=True)
+    for ax, (name, rows) in zip(axes, table.groupby("network", sort=False), strict=True):
+        for (kind, own), style in zip(rows.groupby("estimates", sort=False), ("o-", "s--"), strict=True):
+            ax.plot("passes", "over_uniform", style, data=own.groupby("passes")["over_uniform"].mean().reset_index(), label=kind)
+        ax.axhline(1, color="0.4", lw=1)
+        ax.set(xscale="log", yscale="log", title=name, xlabel="passes")
+    axes[0].set(ylabel="damage / uniform INT4's", xticks=[1, 4, 16, 64, 256], xticklabels=["1", "4", "16", "64", "256"])
+    axes[0].legend(title="estimates", fontsize=8, title_fontsize=8)
+    figure.suptitle("Shrunk estimates never do worse than uniform INT4; plain ones need many passes", fontsize=11)
+    report.save_figure(WORK, "passes", figure, "equal bytes; lower is better; small networks: mean of three draws")
+    plt.close(figure)
+
+
+def main() -> None:
+    """Write the table and the figure."""
+    compute_on(2, "cpu")
+    tables = []
+    for name, subject in subjects().items():
+        tables.append(measured(name, subject))
+        results.save_table(WORK, "passes", pd.concat(tables, ignore_index=True))
+    draw(results.load_table(WORK, "passes"))
+    print("written: results/benchmarks/passes.csv, figures/benchmarks/passes.png")
+
+
+if __name__ == "__main__":
+    main()
