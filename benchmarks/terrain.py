@@ -27,7 +27,7 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq import estimate_sensitivity, quantize, save_quantized
+from lafq import allocate_coded, estimate_sensitivity, quantize, save_quantized
 from lafq.allocation import solver
 from lafq.device import compute_on
 from lafq.fisher.monte_carlo import Sensitivity
@@ -49,6 +49,8 @@ KNOWN, JUDGED, OTHER = 0, 1, 2  # seeds of the noise: plans are made from, judge
 UNIFORM = ("int4", "int3", "int2", "int8", "int6")
 SENSITIVE = 10  # weight tensors that the row "INT4, sensitive tensors FP16" keeps
 TENTH = 0.1
+STORED = ("fisher", "curvature")
+CODED = "entropy-coded"
 HEIGHT, ASINH = 22.16864013671875, 0.1  # metres; the package's map from the output to heights
 PEERS = {"optimum-quanto": (quanto, ("qint8", "qint4", "qint2")), "torchao": (torchao, (8, 4))}
 
@@ -98,11 +100,11 @@ def sensitivity(model: nn.Module) -> Sensitivity:
     if not path.is_file():
         parts = [part.split(MAPS_PER_PASS) for part in maps(KNOWN, PASSES * MAPS_PER_PASS)]
         found = estimate_sensitivity(model, tqdm(list(zip(*parts, strict=True)), desc="sensitivity", leave=False), KNOWN)
-        tensors = {f"{kind} {n}": t.contiguous() for kind, by in found._asdict().items() for n, t in by.items()}
-        save_tensors(path, tensors, passes=PASSES)
-    stored = load_tensors(path, "make terrain", passes=PASSES)[0]
-    fields = [{n.partition(" ")[2]: t for n, t in stored.items() if n.startswith(f"{kind} ")} for kind in Sensitivity._fields]
-    return Sensitivity(*fields)
+        tensors = {f"{kind} {n}": t.contiguous() for kind in STORED for n, t in getattr(found, kind).items()}
+        save_tensors(path, tensors, passes=PASSES, noise=found.noise)
+    stored, about = load_tensors(path, "make terrain", passes=PASSES)
+    fields = [{n.partition(" ")[2]: t for n, t in stored.items() if n.startswith(f"{kind} ")} for kind in STORED]
+    return Sensitivity(*fields, PASSES, about["noise"])
 
 
 def heights(output: Tensor) -> np.ndarray:
@@ -154,6 +156,9 @@ def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Call
     for low, plan in alike.items():
         yield "uniform", low, partial(Plan, plan)
         yield "allocator", f"bytes of uniform {low}", partial(allocated, nbytes(model, plan) / MIB)
+    for low in ("int4", "int3", "int2"):
+        yield CODED, f"bytes of uniform {low}", partial(allocate_coded, model, known, nbytes(model, alike[low]) / MIB)
+    yield CODED, f"{TENTH:.0%} of FP32", partial(allocate_coded, model, known, TENTH * resident_bytes(model) / MIB)
     for library, (_, settings) in PEERS.items():
         for setting in settings:
             # Their own rows come first, so their bytes are known.
@@ -230,7 +235,7 @@ def make_rows(model: nn.Module, known: Sensitivity, expected: Tensor, look: dict
         small = quantize(model, plan_of())
         with TemporaryDirectory() as folder:
             path = Path(folder) / "small.safetensors"
-            save_quantized(path, small, model)
+            save_quantized(path, small, model, compress=True)
             file = path.stat().st_size
         size = resident_bytes(small)
         own = {"mem_mib": size / MIB, "mem_share": size / resident_bytes(model), "file_mib": file / MIB}

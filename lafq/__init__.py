@@ -1,8 +1,8 @@
 """lafq: quantize a network where its Fisher information says that it hurts least.
 
-Six names serve a model of your own: `estimate_sensitivity`, `allocate`, `quantize`, `dequantize`, `save_quantized`,
-`load_quantized`. The packages hold the study of the paper: `quantization`, `fisher` and `allocation` are the method, `diffusion`
-the model, `evaluation`, `paper` and `presentation` the study. Each may import those before it.
+Seven names serve a model of your own: `estimate_sensitivity`, `allocate`, `allocate_coded`, `quantize`, `dequantize`,
+`save_quantized`, `load_quantized`. The packages hold the study of the paper: `quantization`, `fisher` and `allocation` are the
+method, `diffusion` the model, `evaluation`, `paper` and `presentation` the study. Each may import those before it.
 """
 
 from importlib import import_module
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "estimate_sensitivity": "lafq.fisher.monte_carlo",
     "allocate": "lafq.allocation.solver",
+    "allocate_coded": "lafq.allocation.coded",
     "quantize": "lafq.quantization.model",
     "dequantize": "lafq.quantization.model",
     "save_quantized": "lafq.quantization.checkpoint",

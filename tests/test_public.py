@@ -35,9 +35,9 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_six_names_and_no_others():
+def test_seven_names_and_no_others():
     assert lafq.__all__ == [
-        *("estimate_sensitivity", "allocate", "quantize", "dequantize", "save_quantized", "load_quantized"),
+        *("estimate_sensitivity", "allocate", "allocate_coded", "quantize", "dequantize", "save_quantized", "load_quantized"),
     ]
     assert all(getattr(lafq, name).__doc__ for name in lafq.__all__)
     with pytest.raises(AttributeError, match="no attribute 'pack'"):

@@ -29,6 +29,7 @@ from tools.notebooks import open_workspace, profile_parameters
 
 IMAGES, DESCRIBED, SHOWN = 1000, 200, 16
 ALLOCATED, RULE_BITS = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
+CODED_FILES = (2.0, 2.5)  # bits per weight
 RULES = ("global", "group", "ratio", "magnitude", "random")
 FRESH = ("allocator", "allocator, tuned", *(f"{rule}, {methods.FEEDBACK}" for rule in ("global", "group", "ratio")))
 # A row of 1,000 images takes minutes: of these methods no other budgets.
@@ -82,6 +83,17 @@ def fresh(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     return {"fresh": table, "fresh_claims": pd.DataFrame(claims)}
 
 
+def coded(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
+    """FID of entropy-coded files of 06_budget, from the noise of the other rows."""
+    p = profile_parameters(profile)
+    work = open_workspace(p)
+    model = load_model(work, p["WIDTH"])
+    known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
+    rows = [BASELINE._replace(threshold="32.000", bits=32.0), *methods.coded(model, known, list(CODED_FILES))]
+    table, _ = evaluate(work, model, rows, Sampling(images, p["SAMPLING_STEPS"], p["SEED"]))
+    return {"coded": table.rename(columns={"threshold": "budget_bits"}).drop(columns=["format", "sample"])}
+
+
 def at_int4_bytes(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     """Uniform INT8 and INT4, and at the bytes of INT4 the allocator and two rules, rounded alike; the noise of the other tables."""
     p = profile_parameters(profile)
@@ -121,6 +133,7 @@ STEPS = {
     "noise_floor": lambda profile: {"noise_floor": noise_floor(profile_parameters(profile))},
     "evidence_budget": lambda profile: {f"evidence_{name}": table for name, table in budgets(profile).items()},
     "evidence_fresh": lambda profile: {f"evidence_{name}": table for name, table in fresh(profile).items()},
+    "evidence_coded": lambda profile: {f"evidence_{name}": table for name, table in coded(profile).items()},
     "evidence_int4": lambda profile: {f"evidence_{name}": table for name, table in at_int4_bytes(profile).items()},
     "evidence_rows": lambda profile: {f"evidence_{name}": table for name, table in rows(profile).items()},
     "evidence_images": lambda profile: {f"evidence_{name}": table for name, table in described(profile).items()},

@@ -39,11 +39,14 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     terrain = results.load_table(Workspace("terrain"), "terrain")
     int4, int4_claims = (results.load_table(paper, name) for name in ("evidence_int4", "evidence_int4_claims"))
     on_images = summaries.on_images(int4_claims, poster.WIDTH, int4["n_images"].iloc[0])
-    found = sentences.findings(published, budget, on_images)
+    coded = results.load_table(work, "06_coded")
+    found = sentences.findings(published, budget, coded, on_images)
     claimed = {w.profile: markdown(tables.claims_text(results.load_table(w, "claims"))) for w in (work, paper)}
     drivers = {w.profile: sentences.drivers_of_fisher(results.load_table(w, "02_fisher")) for w in (work, paper)}
     said = [drivers[profile], sentences.published_ratio_sizes(), sentences.changes_by_format(rows), sentences.layerwise_size()]
-    benchmarks = {name: pd.read_csv(paths.RESULTS / "benchmarks" / f"{name}.csv") for name in ("fisher", "quantizers", "binder")}
+    benchmarks = {
+        name: pd.read_csv(paths.RESULTS / "benchmarks" / f"{name}.csv") for name in ("fisher", "quantizers", "binder", "passes")
+    }
     return {
         "findings": "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(found, start=1)),
         "headline": headline(published),
@@ -63,6 +66,8 @@ def blocks(profile: str = "mini") -> dict[str, str]:
             f"{audit_tables.published_sets(published_images.load('compared'))}"
         ),
         "audit": markdown(audit_tables.conclusions(work)),
+        "coded": f"{markdown(tables.coded_shown(coded))}\n\n{summaries.coded_sentence(coded)}",
+        "passes": f"{markdown(tables.passes(benchmarks['passes']))}\n\n{sentences.passes(benchmarks['passes'])}",
         "budget": summaries.summary_sentences(budget, evidence_budget),
         "fisher": markdown(tables.fisher_cost(benchmarks["fisher"])),
         "cost": (

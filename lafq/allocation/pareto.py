@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lafq.quantization.error_feedback import Factor, damage, factor, round_with_error_feedback
-from lafq.quantization.formats import FORMATS, FP16_MAX, Format, fake_quantize, unshrunk_scale
+from lafq.quantization.formats import DEFAULT_FORMATS, FORMATS, FP16_MAX, Format, fake_quantize, unshrunk_scale
 from lafq.quantization.weight_spec import ChannelView, WeightSpec, counted_bytes
 
 ALLOCATED = ("tensor", "channel", "mixed")
@@ -56,7 +56,7 @@ def pareto_front(
     fisher: Tensor,
     view: ChannelView,
     granularity: str,
-    formats: tuple[str, ...] = tuple(FORMATS),
+    formats: tuple[str, ...] = DEFAULT_FORMATS,
     curvature: Tensor | None = None,
 ) -> list[StorageOption]:
     """The choices of one parameter that no other choice beats in both bytes and damage, smallest first.

@@ -16,7 +16,7 @@ from lafq.allocation.pareto import ALLOCATED, StorageOption, pareto_front
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.modes import unwrapped
 from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_plan
-from lafq.quantization.formats import FORMATS, MIB, get_format, unshrunk_scale
+from lafq.quantization.formats import DEFAULT_FORMATS, FORMATS, MIB, get_format, unshrunk_scale
 from lafq.quantization.model import nbytes, weights_sha256
 from lafq.quantization.plan import Entries, Plan, Recipe
 from lafq.quantization.weight_spec import weight_spec
@@ -31,12 +31,22 @@ class Allocation(Plan):
 
     nbytes: of the whole model under the plan; damage: the predicted rise of half the squared error, summed over the output. It is
     too low where plan and rounding fit the noise of few draws (`budget.measure_candidates` predicts from others).
+    file_bytes: of the entropy-coded file, where the plan was made for one (`coded.allocate_coded`); else 0.
     report: one row per parameter, columns parameter, weights, bits_per_weight, formats, kept (single weights in FP16), damage.
     """
 
-    def __init__(self, entries: Entries, recipe: Recipe, source: str, nbytes: int, damage: float, report: pd.DataFrame) -> None:
+    def __init__(
+        self,
+        entries: Entries,
+        recipe: Recipe,
+        source: str,
+        nbytes: int,
+        damage: float,
+        report: pd.DataFrame,
+        file_bytes: int = 0,
+    ) -> None:
         super().__init__(entries, recipe, source)
-        self.nbytes, self.damage, self.report = nbytes, damage, report
+        self.nbytes, self.damage, self.report, self.file_bytes = nbytes, damage, report, file_bytes
 
 
 def allocate(
@@ -44,7 +54,7 @@ def allocate(
     sensitivity: Sensitivity,
     budget_mib: float,
     granularity: str = "mixed",
-    formats: tuple[str, ...] = tuple(FORMATS),
+    formats: tuple[str, ...] = DEFAULT_FORMATS,
     progress: bool = True,
 ) -> Allocation:
     """Choose the formats of least predicted damage that store the whole model in `budget_mib` MiB (2**20 bytes) or less.
@@ -78,7 +88,7 @@ def frontiers_of(
     model: nn.Module,
     fisher: dict[str, Tensor],
     granularity: str,
-    formats: tuple[str, ...] = tuple(FORMATS),
+    formats: tuple[str, ...] = DEFAULT_FORMATS,
     progress: bool = True,
     curvature: dict[str, Tensor] | None = None,
 ) -> dict[str, list[StorageOption]]:
@@ -193,7 +203,7 @@ def _best_partner(more: np.ndarray, change: np.ndarray, owner: np.ndarray, left:
 
 
 def _report(name: str, weights: int, choice: StorageOption) -> dict:
-    low, kept, _ = weight_spec(choice.entry)
+    low, kept, *_ = weight_spec(choice.entry)
     rows = [low] if isinstance(low, str) else low
     counts = {f: rows.count(f) for f in FORMATS if f in rows}
     formats = next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} rows {f}" for f, n in counts.items())

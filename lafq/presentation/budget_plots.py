@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator
 
-from lafq.paper.budget_study.methods import FEEDBACK
+from lafq.paper.budget_study.methods import CODED, FEEDBACK
 from lafq.paper.budget_study.predictions import PROXIES
+from lafq.paper.budget_study.summaries import CODED_RATE
 from lafq.presentation.plots import bars
 
 NAMED = {
@@ -18,10 +19,14 @@ NAMED = {
     "allocator, tuned": "*",
     "allocator, nearest code": "x",
     "allocator, all weights": "P",
+    CODED: "o",
     "uniform": "s",
     f"uniform, {FEEDBACK}": "s",
 }
-COLOURED = ("uniform", "allocator", "global", "ratio", "allocator, tuned", "allocator, nearest code")
+COLOURED = (
+    *("uniform", "allocator", "global", "ratio", "allocator, tuned", "allocator, nearest code"),
+    *("allocator, all weights", CODED),
+)
 SPOKEN = {"tensor": "one format per tensor", "channel": "one format per channel", "mixed": "per channel, single weights in FP16"}
 SHADES = {"tensor": 0.4, "channel": 0.7}
 STYLES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
@@ -39,6 +44,7 @@ VARIANTS = (
     ALLOCATOR,
     ("allocator, tuned", "mixed"),
 )
+SIZES = {"mem_mib": "stored MiB", "file_mib": "MiB of the entropy-coded file"}
 TITLE_BITS = 4.0
 
 
@@ -62,6 +68,14 @@ def finding_of_variants(table: pd.DataFrame) -> str:
         f"At {TITLE_BITS:g} bits per weight: without error feedback {nearest / damage[ALLOCATOR]:.1f} times the damage, with one "
         f"format per tensor {by_tensor / damage[ALLOCATOR]:.1f} times"
     )
+
+
+def finding_of_coded(table: pd.DataFrame) -> str:
+    """The title of the figure of entropy-coded weights: the share of uniform INT8's damage in the file of three bits per weight."""
+    row = table[(table["method"] == CODED) & np.isclose(table["budget_bits"], CODED_RATE)]
+    if row.empty:
+        return "Damage by size of the file"
+    return f"Entropy-coded at {CODED_RATE:g} bits per weight: {row['over_int8'].item():.2f} times the damage of uniform INT8"
 
 
 def _at_title_bits(table: pd.DataFrame) -> pd.Series:
@@ -88,8 +102,8 @@ def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame)
     axes[0].legend(fontsize=8)
 
 
-def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
-    """A number of every row with its 95 % interval over stored MiB, one line per (method, granularity).
+def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, size: str = "mem_mib") -> None:
+    """A number of every row with its 95 % interval over MiB, stored or of the file, one line per (method, granularity).
 
     Rows without the number are left out. Coarser granularities of one method are paler. A method has one colour in each rounding.
     """
@@ -97,14 +111,14 @@ def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
     colours = dict(zip(COLOURED, sns.color_palette(n_colors=len(COLOURED)), strict=True))
     counts = table.groupby("method")["granularity"].nunique()
     for (method, granularity), line in rows.groupby(["method", "granularity"], sort=False):
-        line = line.sort_values("mem_mib")
+        line = line.sort_values(size)
         shade = SHADES.get(granularity, 1) if counts[method] > 1 else 1
         colour = tuple(1 - shade * (1 - part) for part in colours[method.removesuffix(f", {FEEDBACK}")])
         style = {"marker": NAMED.get(method, "."), "ls": STYLES[granularity], "color": colour, "ms": 4, "lw": 1.2, "capsize": 2}
         rounded = method if "," in method or method == "allocator" else f"{method}, nearest code"
         label_of_line = f"{rounded}, {SPOKEN[granularity]}" if counts[method] > 1 else rounded
-        ax.errorbar(line["mem_mib"], line[metric], bars(line, metric), **style, elinewidth=0.8, label=label_of_line)
-    ax.set(xlabel="stored MiB", ylabel=label, xscale="log")
+        ax.errorbar(line[size], line[metric], bars(line, metric), **style, elinewidth=0.8, label=label_of_line)
+    ax.set(xlabel=SIZES[size], ylabel=label, xscale="log")
     ax.xaxis.set_major_formatter("{x:.2g}")
     ax.xaxis.set_minor_formatter("{x:.2g}")
     ax.tick_params(axis="x", which="both", labelsize=8)

@@ -81,6 +81,21 @@ def damages_shown(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def passes(table: pd.DataFrame) -> pd.DataFrame:
+    """results/benchmarks/passes.csv as it is shown: damage over uniform INT4's, shrunk estimates and, in brackets, plain means."""
+    mean = table.groupby(["network", "passes", "estimates"], sort=False)["over_uniform"].mean().unstack("estimates")
+    cells = mean["shrunk"].map("{:.2f}".format) + " (" + mean["plain"].map("{:.2f}".format) + ")"
+    return cells.unstack("network").loc[:, table["network"].unique()].rename_axis(columns=None).reset_index()
+
+
+def coded_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of 06_coded as they are shown: file and resident MiB side by side, damage also over uniform INT8's."""
+    columns = ["method", "granularity", "budget_bits", "file_mib", "mem_mib", "damage", "over_int8", "fid_mnist_delta"]
+    shown = table[(table["budget_bits"] % 0.5 == 0) | ~table["method"].str.startswith("allocator")]
+    known = [c for c in columns if not shown[c].isna().all()]
+    return format_table(shown, known, with_interval=("damage", "over_int8", "fid_mnist_delta"))
+
+
 def comparison(work: Workspace, *methods: str) -> pd.DataFrame:
     """Rows of paper_comparison.csv as they are shown: of some methods (all without any), of the ratios `listed` ones."""
     table = load_table(work, "paper_comparison")
@@ -173,13 +188,18 @@ def layer_table(model: UNet) -> pd.DataFrame:
 
 def terrain(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of `make terrain` beside the allocator at the same bytes: decibels, higher is closer to FP32."""
-    ours, found = table[table["method"] == "allocator"].set_index("format")["decibels"].map("{:.1f}".format), []
-    others = table[~table["method"].isin(["allocator", "fp32"])]
+    ours, coded = (
+        table[table["method"] == method].set_index("format")["decibels"].map("{:.1f}".format)
+        for method in ("allocator", "entropy-coded")
+    )
+    others, found = table[~table["method"].isin(["allocator", "entropy-coded", "fp32"])], []
     for row in others.sort_values("mem_mib", ascending=False, kind="stable").itertuples():
         name = row.method if row.method.startswith("INT4") else f"{row.method} {row.format}"
         beside = ours.get(f"bytes of {name}", "not made yet")
-        found.append((name, f"{row.mem_mib:.2f} MiB ({row.mem_share:.1%})", f"{row.decibels:.1f}", beside))
-    return pd.DataFrame(found, columns=["row", "stored (share of FP32)", "decibels", "allocator at these bytes"])
+        in_file = coded.get(f"bytes of {name}", "")
+        found.append((name, f"{row.mem_mib:.2f} MiB ({row.mem_share:.1%})", f"{row.decibels:.1f}", beside, in_file))
+    columns = ["row", "stored (share of FP32)", "decibels", "allocator at these bytes", "entropy-coded file of these bytes"]
+    return pd.DataFrame(found, columns=columns)
 
 
 def terrain_character(table: pd.DataFrame) -> pd.DataFrame:
@@ -187,6 +207,7 @@ def terrain_character(table: pd.DataFrame) -> pd.DataFrame:
     chosen = {
         "allocator at INT4's bytes": ("allocator", "bytes of uniform int4"),
         "allocator at 10% of FP32": ("allocator", "10% of FP32"),
+        "entropy-coded file of 10% of FP32": ("entropy-coded", "10% of FP32"),
         "uniform INT4": ("uniform", "int4"),
         "uniform INT8": ("uniform", "int8"),
         "FP32, other noise": ("fp32", "other noise"),

@@ -6,14 +6,15 @@ from torch import Tensor, nn
 
 from lafq.io import load_tensors, save_tensors
 from lafq.modes import unwrapped
+from lafq.quantization.entropy_coding import compress_parts, expand_parts
 from lafq.quantization.model import tied, weights_sha256, with_quantized
 from lafq.quantization.quantized_weight import QuantizedWeight
 from lafq.quantization.weight_spec import ChannelView
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 has no coded streams, int7 and int5; files without these still bear it
 
 
-def save_quantized(path: Path | str, packed: nn.Module, source: nn.Module) -> None:
+def save_quantized(path: Path | str, packed: nn.Module, source: nn.Module, compress: bool = False) -> None:
     """Write a packed copy as safetensors; `source` is the model it was made of, whose fingerprint goes along.
 
     >>> from tempfile import mkdtemp
@@ -23,30 +24,33 @@ def save_quantized(path: Path | str, packed: nn.Module, source: nn.Module) -> No
     >>> load_quantized(path, nn.Linear(4, 2)).weight.shape
     torch.Size([2, 4])
 
+    compress: entropy-code the integers (`entropy_coding`). Nothing is lost, and the loaded model takes the same memory.
     The metadata holds the format version, the plan in words, the width (None for a model without one), the source's
     sha256, and a checksum of the whole file.
     Raises ValueError for a state that is no tensor, and for a name that would be taken for a part of a planned parameter.
     """
-    path, packed, plan, chains = Path(path), unwrapped(packed), {}, {}
+    path, packed, plan, chains, tensors = Path(path), unwrapped(packed), {}, {}, {}
     for name, module in packed.named_modules():
         if isinstance(module, QuantizedWeight):
             chain = name.removesuffix(".0")
             owner, _, parameter = chain.rpartition("parametrizations.")
-            plan[owner + parameter], chains[chain] = module.describe(), owner + parameter
-    tensors = {}
+            parts, coded, planned = dict(module.named_buffers()), {}, owner + parameter
+            if compress and (counts := module.code_counts()):
+                parts, coded = compress_parts(parts, counts)
+            plan[planned], chains[chain] = module.describe() | ({"coded": coded} if coded else {}), planned
+            tensors |= {f"{planned}/{part}": tensor for part, tensor in parts.items()}
     for name, tensor in packed.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is no tensor, and a file of tensors cannot hold it: leave it out of the model's state_dict")
-        chain, _, part = name.rpartition(".") if name.rpartition(".")[0] in chains else name.rpartition(".0.")
+        chain = name.rpartition(".")[0] if name.rpartition(".")[0] in chains else name.rpartition(".0.")[0]
         if chain not in chains:
             if planned := [p for p in plan if name.startswith(f"{p}/")]:
                 raise ValueError(f"{name} has the name of a part of {planned[0]}: rename it, or leave {planned[0]} out of the plan")
             tensors[name] = tensor
-        elif name != f"{chain}.original":  # that is the empty stand-in
-            tensors[f"{chains[chain]}/{part}"] = tensor
     shared = tied(tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in shared}
-    about = {"format_version": FORMAT_VERSION, "width": _width(packed), "source": weights_sha256(source)}
+    new = any("coded" in words or {"int7", "int5"} & set(words["formats"]) for words in plan.values())
+    about = {"format_version": FORMAT_VERSION if new else 1, "width": _width(packed), "source": weights_sha256(source)}
     save_tensors(path, tensors, sealed=True, **about, plan=plan, **({"tied": shared} if shared else {}))
 
 
@@ -72,6 +76,11 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
     packed = {}
     for name, words in about["plan"].items():
         parts = {n.removeprefix(f"{name}/"): t for n, t in tensors.items() if n.startswith(f"{name}/")}
+        coded = words.pop("coded", None)
+        try:
+            parts = parts if coded is None else expand_parts(parts, coded)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({name}: {error}): save it again") from None
         packed[name] = QuantizedWeight(parts, ChannelView(tuple(words["shape"]), words["groups"]))
         if packed[name].describe() != words:
             raise ValueError(f"{path} holds {name} in another form than its plan says: save it again")

@@ -33,8 +33,10 @@ def check_values(model: nn.Module, plan: Entries) -> None:
             raise ValueError(f"{name} holds NaN or infinite weights: it cannot be quantized")
         if name not in plan:
             continue
-        largest, used = p.abs().max().item(), weight_spec(plan[name]).format
-        if 0 < largest < max(least_absmax(get_format(f)) for f in ([used] if isinstance(used, str) else used)):
+        largest, (used, _, _, steps) = p.abs().max().item(), weight_spec(plan[name])
+        formats = [get_format(f) for f in ([used] if isinstance(used, str) else used)]
+        # Steps that are given are stored as they are.
+        if 0 < largest < max((least_absmax(f) for f in formats if steps is None or not f.qmax), default=0.0):
             raise ValueError(
                 f"{name} holds weights of {largest:.1g} at most, too small for FP16 numbers and scales: leave it out of the plan"
             )

@@ -18,10 +18,11 @@ BLOCK = 128
 
 
 class Factor(NamedTuple):
-    """Of a curvature H: the order (C,) in which columns are rounded, and U (C, C) of H = U D U^T in that order."""
+    """Of a curvature H: the order (C,) in which columns are rounded, and U (C, C) and D (C,) of H = U D U^T in that order."""
 
     order: Tensor
     upper: Tensor
+    pivots: Tensor
 
 
 def factor(curvature: Tensor) -> Factor:
@@ -38,7 +39,8 @@ def factor(curvature: Tensor) -> Factor:
     if failed:
         raise ValueError("a curvature is not positive semidefinite: give what estimate_sensitivity estimates")
     root = root.flip(0, 1)
-    return Factor(order, (root / root.diagonal()).to(curvature.dtype))
+    diagonal = root.diagonal()
+    return Factor(order, (root / diagonal).to(curvature.dtype), diagonal.square().to(curvature.dtype))
 
 
 def round_with_error_feedback(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: Tensor | None = None) -> Tensor:
@@ -47,7 +49,7 @@ def round_with_error_feedback(values: Tensor, scales: Tensor, qmax: Tensor, fact
     scales, qmax: (R,), qmax 0 for a row that is not rounded. kept: boolean (R, C), weights that are not rounded; they take up
     errors of others as well.
     """
-    order, upper = factor
+    order, upper, _ = factor
     free = (qmax == 0)[:, None].expand_as(values) if kept is None else kept | (qmax == 0)[:, None]
     # Columns as rows: what is worked on at a time then lies together in memory.
     exact, free, limit = values[:, order].T.contiguous(), free[:, order].T.contiguous(), qmax.to(values)

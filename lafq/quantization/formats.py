@@ -23,9 +23,12 @@ class Format(NamedTuple):
     qmax: int = 0
 
 
+# A file names a channel's format by its place here, so new formats come last.
 FORMATS = {
-    f.name: f for f in (Format("fp32", 32), Format("fp16", 16), *(Format(f"int{b}", b, 2 ** (b - 1) - 1) for b in (8, 6, 4, 3, 2)))
+    f.name: f
+    for f in (Format("fp32", 32), Format("fp16", 16), *(Format(f"int{b}", b, 2 ** (b - 1) - 1) for b in (8, 6, 4, 3, 2, 7, 5, 16)))
 }
+DEFAULT_FORMATS = tuple(FORMATS)[:7]  # what `allocate` chooses from; the others serve `allocate_coded`
 FP16_MAX = torch.finfo(torch.float16).max
 COARSE = torch.logspace(0, math.log10(0.15), 14).tolist()
 FINE = (1, 0.95, 1.05, 0.98, 1.02, 1)
@@ -83,8 +86,8 @@ def unshrunk_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) -> Ten
 
 
 def encode(values: Tensor, scale: Tensor, qmax: int) -> Tensor:
-    """Codes round(values / scale), limited to -qmax..qmax and shifted by qmax to uint8 (0 is -qmax)."""
-    return (values / scale).round_().clamp_(-qmax, qmax).add_(qmax).to(torch.uint8)
+    """Codes round(values / scale), limited to -qmax..qmax and shifted by qmax (0 is -qmax), uint8 or, beyond 255, int32."""
+    return (values / scale).round_().clamp_(-qmax, qmax).add_(qmax).to(torch.uint8 if qmax < 128 else torch.int32)
 
 
 def fake_quantize(rows: Tensor, f: Format, scale: ScaleRule, fisher: Tensor | None = None) -> Tensor:
@@ -96,11 +99,13 @@ def fake_quantize(rows: Tensor, f: Format, scale: ScaleRule, fisher: Tensor | No
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes (n,) below 2**bits (1 to 8 bits) into bytes, without gaps.
+    """Pack codes (n,) below 2**bits into bytes, without gaps: uint8 codes of 1 to 8 bits, or int32 codes of 16 bits.
 
     The codes are cut into planes of 8, 4, 2 and 1 bits (6 = 4 + 2, 3 = 2 + 1). A plane that holds k codes a byte puts codes
     j, m + j, 2 m + j, ... into byte j of m = ceil(n / k).
     """
+    if bits == 16:
+        return (codes - 2**15).to(torch.int16).view(torch.uint8)
     planes, shift = [], 0
     for width in _planes(bits):
         plane = (codes >> shift) & (2**width - 1)
@@ -115,7 +120,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The `count` codes, uint8 (count,), that `pack_bits` packed."""
+    """The `count` codes (count,) that `pack_bits` packed, uint8 or, of 16 bits, int32."""
+    if bits == 16:
+        return packed.view(torch.int16)[:count].int() + 2**15
     codes, start, shift = None, 0, 0
     for width in _planes(bits):
         per_byte = 8 // width
@@ -137,7 +144,7 @@ def bit_bytes(bits: int, count: int) -> int:
 
 
 def _planes(bits: int) -> list[int]:
-    return [width for width in (8, 4, 2, 1) if bits & width]
+    return [width for width in (16, 8, 4, 2, 1) if bits & width]
 
 
 def _usable(scale: Tensor) -> Tensor:

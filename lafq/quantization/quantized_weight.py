@@ -49,12 +49,12 @@ class QuantizedWeight(nn.Module):
 
         curvature: as for `error_feedback.factor`; without it every weight goes to its nearest code.
         """
-        format, keep_mask, keep_format = weight_spec(entry)
+        format, keep_mask, keep_format, steps = weight_spec(entry)
         values = view.of(weight)
         fisher = None if fisher is None else view.of(fisher.to(weight.device))
         by_format = channels_by_format(format, view.size[0], weight.device)
         mask = view.of(keep_mask.to(weight.device)) if keep_mask is not None and keep_mask.any() else None
-        parts, scales, qmax = _scales(values, by_format, mask, scale, fisher)
+        parts, scales, qmax = _scales(values, by_format, mask, scale, fisher, steps)
         if curvature is not None and qmax.any():
             values = round_with_error_feedback(values, scales, qmax, factor(curvature.to(weight.device)), mask)
         if mask is not None:
@@ -85,22 +85,42 @@ class QuantizedWeight(nn.Module):
         original: the parametrization's empty original, of which only the dtype counts.
         """
         channels, length = self.view.size
-        parts = dict(self.named_buffers())
-        mask = unpack_bits(parts["mask"], 1, channels * length).bool().view(channels, length) if "mask" in parts else None
-        if "formats" in parts:
-            codes = unpack_bits(parts["formats"], CHANNEL_CODE_BITS, channels)
-            weight = torch.empty(channels, length, device=codes.device)
-            for i in codes.unique().tolist():
-                rows = (codes == i).nonzero()[:, 0]
-                weight[rows] = _decode(parts, ORDER[i], None if mask is None else ~mask[rows], len(rows), length)
+        parts, mask, rows_of = dict(self.named_buffers()), self._mask(), self._rows_of_format()
+        if len(rows_of) > 1:
+            weight = torch.empty(channels, length, device=parts["formats"].device)
+            for name, rows in rows_of.items():
+                weight[rows] = _decode(parts, name, None if mask is None else ~mask[rows], len(rows), length)
         else:
-            weight = _decode(parts, next(f for f in ORDER if f in parts), None if mask is None else ~mask, channels, length)
+            weight = _decode(parts, next(iter(rows_of)), None if mask is None else ~mask, channels, length)
         if mask is not None:
             weight.masked_scatter_(mask, parts["kept"].float())
         elif "columns" in parts:
             row = torch.arange(channels, device=weight.device).repeat_interleave(parts["counts"])
             weight[row, parts["columns"].long()] = parts["kept"].float()
         return self.view.back(weight).to(original.dtype)
+
+    def code_counts(self) -> dict[str, int]:
+        """How many codes are stored in each integer format."""
+        mask, length = self._mask(), self.view.size[1]
+        return {
+            name: len(rows) * length - (0 if mask is None else int(mask[rows].sum()))
+            for name, rows in self._rows_of_format().items()
+            if FORMATS[name].qmax
+        }
+
+    def _mask(self) -> Tensor | None:
+        """Where single weights are kept and their places hold no code, boolean (channels, weights in each)."""
+        channels, length = self.view.size
+        mask = dict(self.named_buffers()).get("mask")
+        return None if mask is None else unpack_bits(mask, 1, channels * length).bool().view(channels, length)
+
+    def _rows_of_format(self) -> dict[str, Tensor]:
+        """The channels of each format, by number."""
+        parts, channels = dict(self.named_buffers()), self.view.size[0]
+        if "formats" not in parts:
+            return {next(f for f in ORDER if f in parts): torch.arange(channels, device=next(self.buffers()).device)}
+        codes = unpack_bits(parts["formats"], CHANNEL_CODE_BITS, channels)
+        return {ORDER[i]: (codes == i).nonzero()[:, 0] for i in codes.unique().tolist()}
 
     def describe(self) -> dict[str, Any]:
         """The entry of the plan in words, for the metadata of a file."""
@@ -116,7 +136,12 @@ class QuantizedWeight(nn.Module):
 
 
 def _scales(
-    values: Tensor, by_format: dict[Format, Tensor], mask: Tensor | None, scale: ScaleRule, fisher: Tensor | None
+    values: Tensor,
+    by_format: dict[Format, Tensor],
+    mask: Tensor | None,
+    scale: ScaleRule,
+    fisher: Tensor | None,
+    steps: Tensor | None,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The stored scales by part name; scale and qmax of every row, both (R,): 1 and 0 for a row that is not integer."""
     rest = values
@@ -126,8 +151,9 @@ def _scales(
     scales, qmax, parts = torch.ones_like(values[:, 0]), torch.zeros_like(values[:, 0]), {}
     for f, r in by_format.items():
         if f.qmax:
-            parts[f"{f.name}_scale"] = scale(rest[r], f.qmax, None if fisher is None else fisher[r])
-            scales[r], qmax[r] = parts[f"{f.name}_scale"].float(), float(f.qmax)
+            chosen = scale(rest[r], f.qmax, None if fisher is None else fisher[r]) if steps is None else steps.to(r.device)[r]
+            parts[f"{f.name}_scale"] = chosen
+            scales[r], qmax[r] = chosen.float(), float(f.qmax)
     return parts, scales, qmax
 
 

@@ -17,11 +17,13 @@ class WeightSpec(NamedTuple):
 
     format: for all of it, or a tuple with one for each output channel.
     keep_mask: boolean, of the weight's shape: these single weights are stored as `keep_format` ("fp32" or "fp16") instead.
+    steps: FP16 scales (output channels,) of integer formats; None: the recipe's rule chooses them.
     """
 
     format: str | tuple[str, ...]
     keep_mask: Tensor | None = None
     keep_format: str = "fp32"
+    steps: Tensor | None = None
 
 
 class ChannelView(NamedTuple):
@@ -58,11 +60,15 @@ class ChannelView(NamedTuple):
         """Raise ValueError for an unknown format, or formats and masks that do not fit."""
         if not isinstance(entry, str | WeightSpec):
             raise ValueError(f"the plan gives {name} the entry {entry!r}: give the name of a format, or a WeightSpec")
-        format, keep_mask, keep_format = weight_spec(entry)
+        format, keep_mask, keep_format, steps = weight_spec(entry)
+        if steps is not None and (steps.shape != self.size[:1] or steps.dtype != torch.float16 or not (steps > 0).all()):
+            raise ValueError(f"the steps of {name} must be {self.size[0]} FP16 numbers above 0, one per output channel")
         if isinstance(format, tuple) and len(format) != self.size[0]:
             raise ValueError(
                 f"the plan has {len(format)} formats for the {self.size[0]} output channels of {name}: give one for each"
             )
+        if steps is None and "int16" in ((format,) if isinstance(format, str) else format):
+            raise ValueError(f"the plan stores {name} in int16, which needs steps of its own: give WeightSpec's `steps`, or fp16")
         known = [get_format(f) for f in ((format,) if isinstance(format, str) else set(format))]
         if len(self.shape) < 2 and any(f.qmax for f in known):
             raise ValueError(f"{name} has shape {self.shape}: integers need two dimensions, choose fp16 or fp32")
@@ -82,7 +88,7 @@ def weight_spec(entry: str | WeightSpec) -> WeightSpec:
 
 def stored_bytes(view: ChannelView, entry: str | WeightSpec) -> int:
     """Bytes of one parameter in its stored form: values, scales, channel formats, and what tells the kept weights."""
-    format, keep_mask, keep_format = weight_spec(entry)
+    format, keep_mask, keep_format, _ = weight_spec(entry)
     in_row = torch.zeros(view.size[0], dtype=torch.int64) if keep_mask is None else view.of(keep_mask).sum(1).cpu()
     return counted_bytes(view, channels_by_format(format, view.size[0]), in_row, keep_format)
 
@@ -99,7 +105,7 @@ def counted_bytes(view: ChannelView, by_format: dict[Format, Tensor], in_row: Te
 
 def in_fp32(view: ChannelView, entry: str | WeightSpec) -> int:
     """How many weights of a parameter its plan entry leaves in FP32."""
-    format, keep_mask, keep_format = weight_spec(entry)
+    format, keep_mask, keep_format, _ = weight_spec(entry)
     whole = torch.tensor([f == "fp32" for f in ([format] * view.size[0] if isinstance(format, str) else format)])[:, None]
     mask = torch.zeros(view.size, dtype=torch.bool) if keep_mask is None else view.of(keep_mask).cpu()
     return int((whole | mask if keep_format == "fp32" else whole & ~mask).expand(view.size).sum())

@@ -6,7 +6,7 @@ import pytest
 
 from lafq.paper.audit import published_images
 from lafq.paper.budget_study import summaries
-from lafq.paper.budget_study.methods import FEEDBACK
+from lafq.paper.budget_study.methods import CODED, FEEDBACK
 from lafq.presentation import audit_tables, sentences
 
 
@@ -31,6 +31,14 @@ def budget(group=5.0):
     return table.assign(damage=1.0, **ends)
 
 
+def coded(bits=(2.0, 3.0, 4.0), damages=(4e-5, 2.2e-6, 2e-7)):
+    """Rows of 06_coded: entropy-coded files, and uniform INT8."""
+    rows = [{"method": CODED, "budget_bits": b, "damage": d, "over_int8": d / 1e-5} for b, d in zip(bits, damages, strict=True)]
+    rows += [{"method": "uniform", "budget_bits": 8.0, "damage": 1e-5, "over_int8": 1.0, "file_mib": 1.7}]
+    table = pd.DataFrame([{"mem_mib": 1.2, "mem_share": 0.15, "file_mib": 0.8} | row for row in rows])
+    return table.assign(over_int8_low=table["over_int8"] * 0.5, over_int8_high=table["over_int8"] * 1.5)
+
+
 @pytest.fixture
 def noise(monkeypatch):
     monkeypatch.setattr(published_images, "fid_noise", lambda: 3.1)
@@ -49,7 +57,7 @@ def test_which_published_differences_lie_inside(low, high, said):
 
 
 def test_findings_follow_from_the_tables(noise):
-    found = sentences.findings(published(0.05, -0.1, 0.2), budget(), "In images, more.")
+    found = sentences.findings(published(0.05, -0.1, 0.2), budget(), coded(), "In images, more.")
     assert len(found) == 4
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
@@ -60,12 +68,22 @@ def test_findings_follow_from_the_tables(noise):
     assert "One threshold for the whole model does the least damage. Thresholds per group" in found[2]
     assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times" in found[2]
     assert found[2].endswith("In images, more.")
-    assert found[3].startswith("Our allocator chooses bits for a given size. At ")
-    assert "the allocator does 0.20 [0.10, 0.30] times the damage" in found[3]
+    assert found[3].startswith(
+        "Our allocator chooses how finely each weight is stored in a file of a given size. With entropy-coded "
+    )
+    assert "a file of 0.80 MiB (10.0% of FP32) does 0.22 [0.11, 0.33] times the damage of uniform INT8" in found[3]
+    assert "whose entropy-coded file takes 1.70 MiB. In memory the weights take 1.20 MiB." in found[3]
+    # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
+    assert found[3].endswith("equals INT8's at 2.5 bits per weight of the file.")
+
+
+def test_equal_damage_outside_the_rows_is_not_said():
+    assert "equals INT8's" not in summaries.coded_sentence(coded(damages=(4e-6, 2e-6, 1e-6)))
+    assert "equals INT8's" not in summaries.coded_sentence(coded(damages=(4e-3, 2e-4, 1e-4)))
 
 
 def test_a_rule_that_may_be_as_good_is_counted(noise):
-    said = sentences.findings(published(0.05, -0.1, 0.2), budget(group=1.5), "")[2]
+    said = sentences.findings(published(0.05, -0.1, 0.2), budget(group=1.5), coded(), "")[2]
     assert "does less damage than 4 of the 5 others" in said
 
 

@@ -21,7 +21,9 @@ def test_rows_with_two_numbers_of_steps_stand_side_by_side():
 def test_terrain_rows_stand_beside_the_allocator_at_their_bytes():
     names = [("fp32", "other noise"), ("uniform", "int4"), ("uniform", "int8"), ("quanto", "qint4"), ("torchao", "8")]
     names += [("allocator", f"bytes of {of}") for of in ("uniform int4", "uniform int8", "quanto qint4")] + [
-        ("allocator", "10% of FP32")
+        ("allocator", "10% of FP32"),
+        ("entropy-coded", "bytes of uniform int4"),
+        ("entropy-coded", "10% of FP32"),
     ]
     table = pd.DataFrame(names, columns=["method", "format"]).assign(mem_mib=5.0, mem_share=0.13)
     for column in ("decibels", "slope", "roughness", "spectrum"):
@@ -30,7 +32,43 @@ def test_terrain_rows_stand_beside_the_allocator_at_their_bytes():
     assert found.index.tolist() == ["uniform int4", "uniform int8", "quanto qint4", "torchao 8"]
     assert found.loc["quanto qint4", "decibels"] == "3.0" and found.loc["quanto qint4", "allocator at these bytes"] == "7.0"
     assert found.loc["torchao 8", "allocator at these bytes"] == "not made yet"
+    assert found["entropy-coded file of these bytes"].to_dict() == {
+        **dict.fromkeys(found.index, ""),
+        "uniform int4": "9.0",
+    }
     assert found.loc["uniform int4", "stored (share of FP32)"] == "5.00 MiB (13.0%)"
     assert tables.terrain_character(table).set_index("maps").loc["uniform INT8", "slope, m per cell"] == "2"
     said = sentences.terrain(table)
-    assert "the allocator has 5.0 dB and uniform INT4 1.0 dB" in said and "a tenth of FP32's bytes the allocator has 8.0 dB" in said
+    assert (
+        "the allocator has 5.0 dB and uniform INT4 1.0 dB" in said
+        and "the allocator has 8.0 dB, and an entropy-coded file 10.0 dB" in said
+    )
+
+
+def test_passes_are_means_over_draws_with_plain_ones_in_brackets():
+    rows = [("net", 1, draw, kind, value, 1.0) for draw in (0, 1) for kind, value in (("shrunk", 0.5 + draw), ("plain", 4.0))]
+    rows += [("net", 64, 0, "shrunk", 0.25, 0.9), ("net", 64, 0, "plain", 0.3, 1.2), ("other", 1, 0, "shrunk", 0.7, 1.4)]
+    rows += [("other", 1, 0, "plain", 9.0, 50.0), ("other", 64, 0, "shrunk", 0.6, 1.1), ("other", 64, 0, "plain", 0.6, 1.1)]
+    table = pd.DataFrame(rows, columns=["network", "passes", "draw", "estimates", "over_uniform", "over_predicted"])
+    shown = tables.passes(table)
+    assert shown["passes"].tolist() == [1, 64]
+    assert shown["net"].tolist() == ["1.00 (4.00)", "0.25 (0.30)"]
+    assert shown["other"].tolist() == ["0.70 (9.00)", "0.60 (0.60)"]
+    said = sentences.passes(table)
+    assert "The worst of 5 plans does 1.50 times uniform INT4's damage with shrunk estimates and 9.0 times with plain" in said
+    assert "0.90 to 1.40 times the predicted one" in said
+
+
+def test_coded_rows_show_file_and_memory():
+    names = [
+        ("uniform", 8.02),
+        ("allocator, all weights", 3.02),
+        ("allocator, all weights", 3.0),
+        ("allocator, entropy-coded", 3.0),
+    ]
+    table = pd.DataFrame(names, columns=["method", "budget_bits"]).assign(granularity="channel", file_mib=0.8, mem_mib=1.2)
+    for name, value in (("damage", 1e-6), ("over_int8", 0.25), ("fid_mnist_delta", float("nan"))):
+        table = table.assign(**{name: value, f"{name}_low": value, f"{name}_high": value})
+    shown = tables.coded_shown(table)
+    assert shown["method"].tolist() == ["uniform", "allocator, all weights", "allocator, entropy-coded"]
+    assert {"file_mib", "mem_mib"} < set(shown) and "fid_mnist_delta" not in shown

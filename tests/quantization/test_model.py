@@ -34,7 +34,7 @@ def plans(model):
     scores = by_granularity({n: w.square() for n, w in weights.items()}, "channel", dict.fromkeys(TRANSPOSED, 1))
     return {
         "nothing": {},
-        **{f: dict.fromkeys(names, f) for f in FORMATS},
+        **{f: dict.fromkeys(names, f) for f in FORMATS if f != "int16"},
         "tensors": {n: cycle[i % len(cycle)] for i, n in enumerate(names)},
         "channels": {n: WeightSpec(f) for n, f in mixed.items()},
         "channels by ratio": make_plan(keep_ratio(scores, 0.35), "int4", "fp16"),

@@ -5,6 +5,8 @@ pixels, which the Fisher information is of, is 512 times that.
 """
 
 import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ from lafq.evaluation.candidates import Candidate, quantized
 from lafq.evaluation.samples import Sampling, cached_samples
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper.budget_study.methods import bits_of, mib_at, rule_beside
+from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.checks import channel_view
 from lafq.quantization.error_feedback import damage
 from lafq.quantization.formats import MIB
@@ -68,6 +71,17 @@ def measure_candidates(
             ratio = (math.nan,) * 3 if reference is None else scoring.ratio_of_means(own, reference, seed)
             numbers |= dict(zip((name, f"{name}_low", f"{name}_high"), ratio, strict=True))
     return pd.DataFrame(found)[COLUMNS]
+
+
+def file_sizes(model: nn.Module, rows: list[Candidate], seed: int) -> list[float]:
+    """MiB of the entropy-coded file of every row, header included."""
+    found = []
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "row.safetensors"
+        for row in tqdm(rows, desc="entropy-coded files", unit="row", leave=False):
+            save_quantized(path, quantized(model, row, seed), model, compress=True)
+            found.append(path.stat().st_size / MIB)
+    return found
 
 
 def predicted_damage(model: nn.Module, whole: nn.Module, validation: Sensitivity) -> float:

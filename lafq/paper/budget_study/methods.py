@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lafq.allocation import solver
+from lafq.allocation.coded import allocate_coded
 from lafq.allocation.pareto import ALLOCATED
 from lafq.allocation.thresholds import by_layer, keep_global, relative_to_group, standardized
 from lafq.diffusion.mnist import mnist
@@ -22,6 +23,7 @@ from lafq.rng import generator
 
 INTEGERS = ("int2", "int3", "int4", "int6", "int8")
 FEEDBACK = "error feedback"
+CODED = "allocator, entropy-coded"
 RULES = ("global", "group", "ratio", "mean_std", "magnitude", "random")
 
 
@@ -93,6 +95,28 @@ def allocated(
                 continue
             rows.append(budget_candidate(method, granularity, b, plan))
     return rows
+
+
+def coded(model: nn.Module, calibration: Sensitivity, bits: list[float]) -> list[Candidate]:
+    """The steps that `allocate_coded` chooses for all weights, in files of as many bytes as `mib_at` counts for these bits.
+
+    A budget below the smallest possible file is left out, and a line says so.
+    """
+    rows = []
+    for b in bits:
+        try:
+            plan = allocate_coded(model, calibration, mib_at(model, b), progress=False)
+        except ValueError:
+            print(f"{CODED}: a file of {b:.2f} bits per weight cannot be met")
+            continue
+        rows.append(budget_candidate(CODED, "channel", b, plan))
+    return rows
+
+
+def beside_coded(rows: list[Candidate]) -> list[Candidate]:
+    """The rows that the coded ones are compared with: uniform formats, and the allocator that has all weights to choose from."""
+    methods = ("uniform", f"uniform, {FEEDBACK}", "allocator, all weights")
+    return [row for row in rows if row.method in methods and row.bits < 10]
 
 
 def tuned(rows: list[Candidate], bits: list[float], steps: int) -> list[Candidate]:

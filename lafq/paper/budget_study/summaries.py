@@ -3,9 +3,10 @@
 import numpy as np
 import pandas as pd
 
-from lafq.paper.budget_study.methods import FEEDBACK
+from lafq.paper.budget_study.methods import CODED, FEEDBACK
 from lafq.paper.budget_study.rules import RATE, over_global
 
+CODED_RATE = 3.0  # bits per weight of the file
 RISE = 0.03  # of the FP32 model's FID
 
 
@@ -60,6 +61,28 @@ def both_draws(table: pd.DataFrame, fresh: pd.DataFrame) -> pd.DataFrame:
             "over INT8, fresh digits": fresh.apply(_over_int8, axis=1),
         }
     )
+
+
+def coded_sentence(table: pd.DataFrame) -> str:
+    """What entropy-coded weights do at three bits per weight, and at how many bits they do uniform INT8's damage."""
+    rows, int8 = table[table["method"] == CODED].sort_values("budget_bits"), _int8(table)
+    at = rows[np.isclose(rows["budget_bits"], CODED_RATE)]
+    said = ""
+    if len(at):
+        row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
+        said = (
+            f"With entropy-coded weights a file of {row['file_mib']:.2f} MiB ({row['file_mib'] / full:.1%} of FP32) does "
+            f"{_over_int8(row)} times the damage of uniform INT8, whose entropy-coded file takes {int8['file_mib']:.2f} MiB. "
+            f"In memory the weights take {row['mem_mib']:.2f} MiB."
+        )
+    bits = bits_of_equal_damage(rows, int8["damage"])
+    return said + ("" if np.isnan(bits) else f" Its damage equals INT8's at {bits:.1f} bits per weight of the file.")
+
+
+def bits_of_equal_damage(rows: pd.DataFrame, damage: float) -> float:
+    """Budget in bits per weight at which rows, sorted by it, do this damage, between two of them log-linear; NaN outside."""
+    logs = np.log(rows["damage"].to_numpy())[::-1]
+    return float(np.interp(np.log(damage), logs, rows["budget_bits"].to_numpy()[::-1], left=np.nan, right=np.nan))
 
 
 def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
