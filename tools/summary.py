@@ -220,17 +220,17 @@ def counted() -> str:
 
 
 def timing(profiles: tuple[str, ...] = ("mini", "paper")) -> pd.DataFrame:
-    """Minutes, and the largest memory up to then, of every notebook in each profile's last timed run; "not timed" without one."""
-    table = pd.DataFrame({"notebook": [path.stem for path in notebooks()]})
+    """Minutes of every notebook in each profile's last timed run, and the largest memory of any; "not timed" without one."""
+    names = [path.stem for path in notebooks()]
+    table = pd.DataFrame({"notebook": [*names, "largest memory"]})
     for profile in profiles:
         path = Workspace(profile).results / "timing.json"
         record = json.loads(path.read_text()) if path.is_file() else {"gpu": None, "notebooks": {}}
         device = record["gpu"] or "two CPU cores"
-        cells = [record["notebooks"].get(name) for name in table["notebook"]]
-        table[f"{profile}, {device}"] = [
-            f"{cell['seconds'] / 60:.1f} min, {cell['peak_mib_so_far'] / 1024:.1f} GiB so far" if cell else "not timed"
-            for cell in cells
-        ]
+        cells = [record["notebooks"].get(name) for name in names]
+        peak = max((cell["peak_mib_so_far"] for cell in cells if cell), default=0)
+        minutes = [f"{cell['seconds'] / 60:.1f} min" if cell else "not timed" for cell in cells]
+        table[f"{profile}, {device}"] = [*minutes, f"{peak / 1024:.1f} GiB" if peak else "not measured"]
     return table
 
 

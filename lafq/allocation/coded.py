@@ -22,7 +22,7 @@ from lafq.allocation.solver import Allocation
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.modes import unwrapped
 from lafq.quantization.checkpoint import save_quantized
-from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_plan, check_values
+from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_names, check_plan, check_values
 from lafq.quantization.entropy_coding import compress_parts
 from lafq.quantization.error_feedback import Factor, damage, factor, round_with_error_feedback
 from lafq.quantization.formats import FORMATS, FP16_MAX, MIB, absmax_scale, unshrunk_scale
@@ -93,15 +93,17 @@ def allocate_coded(model: nn.Module, sensitivity: Sensitivity, file_mib: float, 
             return _tried(model, parts, log_step, Path(folder) / "tried.safetensors")
 
         found = _search(tried, _first_guess(parts, budget), budget)
-    plan = Plan(found.plan)
     rows = [_report(name, part.values.numel(), found) for name, part in parts.items()]
     recipe = Recipe(unshrunk_scale, sensitivity.fisher, sensitivity.curvature)
     total = sum(found.damages.values())
-    return Allocation(plan, recipe, weights_sha256(model), nbytes(model, plan), total, pd.DataFrame(rows), found.file_bytes)
+    return Allocation(
+        found.plan, recipe, weights_sha256(model), nbytes(model, found.plan), total, pd.DataFrame(rows), found.file_bytes
+    )
 
 
 def _prepared(model: nn.Module, sensitivity: Sensitivity) -> dict[str, _Tensor]:
-    names = [n for n in sensitivity.fisher if n in dict(model.named_parameters()) and model.get_parameter(n).ndim > 1]
+    parameters = check_names(model, sensitivity.fisher, "the Fisher values name")
+    names = [n for n in sensitivity.fisher if parameters[n].ndim > 1]
     if not names:
         raise ValueError("give the Fisher values of one parameter with two dimensions at least")
     plan = dict.fromkeys(names, "int8")
@@ -110,9 +112,9 @@ def _prepared(model: nn.Module, sensitivity: Sensitivity) -> dict[str, _Tensor]:
     check_curvature(model, sensitivity.curvature)
     found = {}
     for name in names:
-        check_fisher(name, model.get_parameter(name), sensitivity.fisher[name])
+        check_fisher(name, parameters[name], sensitivity.fisher[name])
         view = channel_view(model, name)
-        values, fisher = (view.of(t.detach().cpu()) for t in (model.get_parameter(name), sensitivity.fisher[name]))
+        values, fisher = (view.of(t.detach().cpu()) for t in (parameters[name], sensitivity.fisher[name]))
         curvature = sensitivity.curvature.get(name)
         curvature = None if curvature is None else curvature.cpu()
         own = None if curvature is None else factor(curvature)

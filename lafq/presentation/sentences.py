@@ -204,16 +204,15 @@ def machines_compared(table: pd.DataFrame) -> str:
 
 
 def noise_caption(table: pd.DataFrame, noise: pd.DataFrame | None, metric: str) -> str:
-    """The title of a figure: how much other noise moves the FID of one model at the table's N.
+    """The second line of a title: how much other noise moves the FID of one model at the table's N.
 
     noise: the table of `noise_floor.noise_floor`, where it has been made; metric: fid_inception or fid_mnist.
     """
-    same = "the same noise in every row"
     if noise is None:
-        return same
+        return "other noise was not measured"
     rows = noise[(noise["features"] == FEATURES[metric]) & (noise["images"] == "generated") & (noise["metric"] == "fid")]
     spread = rows[rows["n"] == table["n_images"].iloc[0]]["sd"]
-    return f"{same}; other noise moves FID by ±{spread.item():.1f} (1 sd)" if len(spread) else same
+    return f"other noise moves it by ±{spread.item():.1f}, 1 sd" if len(spread) else "other noise was not measured at this N"
 
 
 def training_quality(quality: pd.DataFrame | None) -> str:

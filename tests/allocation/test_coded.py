@@ -108,7 +108,10 @@ def test_channels_that_do_not_matter_round_to_nothing(subject):
         ({"file_mib": 0.0005}, "a file of 0.0005.* MiB cannot be met: the smallest possible is 0.00"),
         ({"sensitivity": Sensitivity({"0.bias": torch.ones(96)}, {})}, "Fisher values of one parameter with two dimensions"),
         ({"sensitivity": Sensitivity({"0.weight": -torch.ones(96, 2, 3, 3)}, {})}, "none below 0 or NaN"),
-        ({"sensitivity": Sensitivity({"9.weight": torch.ones(1, 1)}, {})}, "Fisher values of one parameter"),
+        (
+            {"sensitivity": Sensitivity({"9.weight": torch.ones(1, 1)}, {})},
+            "the Fisher values name '9.weight', which the model lacks",
+        ),
     ],
     ids=["budget", "vector", "negative", "unknown"],
 )

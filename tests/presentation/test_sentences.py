@@ -112,9 +112,9 @@ def test_what_drives_the_fisher_claims():
 @pytest.mark.parametrize(
     ("metric", "n", "said"),
     [
-        ("fid_inception", 100, "the same noise in every row; other noise moves FID by ±2.9 (1 sd)"),
-        ("fid_mnist", 100, "the same noise in every row; other noise moves FID by ±18.5 (1 sd)"),
-        ("fid_mnist", 77, "the same noise in every row"),
+        ("fid_inception", 100, "other noise moves it by ±2.9, 1 sd"),
+        ("fid_mnist", 100, "other noise moves it by ±18.5, 1 sd"),
+        ("fid_mnist", 77, "other noise was not measured at this N"),
     ],
 )
 def test_a_caption_has_the_noise_of_its_own_features_and_n(metric, n, said):
