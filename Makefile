@@ -53,11 +53,12 @@ clean:  ## remove .venv and build (results/ stays)
 evidence: $(READY)  ## experiments that take hours: noise floor, 1,000 images per row, other training runs (about two hours); PUBLISHED=path: the authors' images
 	@$(BIN)/python -m tools.evidence $(if $(PROFILE),--profile $(PROFILE)) $(if $(PUBLISHED),--published $(PUBLISHED))
 
-benchmark: $(READY)  ## the quantizer beside optimum-quanto and torchao, Fisher beside BackPACK, the notebooks in 2 GiB (about 20 minutes)
+benchmark: $(READY)  ## the quantizer beside optimum-quanto and torchao, Fisher beside BackPACK, notebooks in 2 GiB, damage by passes (about 40 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
 	@$(BIN)/python benchmarks/quantizers.py
 	@$(BIN)/python benchmarks/fisher.py
 	@$(BIN)/python benchmarks/binder.py
+	@$(BIN)/python benchmarks/passes.py
 
 terrain: $(READY)  ## lafq on a public diffusion model of others: results/terrain (installs it beside .venv; about half an hour)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/terrain-packages -r requirements-terrain.txt

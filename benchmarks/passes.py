@@ -11,6 +11,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -114,15 +115,20 @@ def measured(name: str, subject: Subject, passes: Iterable[int] = PASSES) -> pd.
 def draw(table: pd.DataFrame) -> None:
     """Damage over uniform INT4's by passes, one panel per network."""
     report.set_style()
-    figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, 4, figsize=(11, 3.1), sharex=True)
     for ax, (name, rows) in zip(axes, table.groupby("network", sort=False), strict=True):
         for (kind, own), style in zip(rows.groupby("estimates", sort=False), ("o-", "s--"), strict=True):
             ax.plot("passes", "over_uniform", style, data=own.groupby("passes")["over_uniform"].mean().reset_index(), label=kind)
         ax.axhline(1, color="0.4", lw=1)
         ax.set(xscale="log", yscale="log", title=name, xlabel="passes")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.tick_params(labelsize=9)
     axes[0].set(ylabel="damage / uniform INT4's", xticks=[1, 4, 16, 64, 256], xticklabels=["1", "4", "16", "64", "256"])
-    axes[0].legend(title="estimates", fontsize=8, title_fontsize=8)
-    figure.suptitle("Shrunk estimates never do worse than uniform INT4; plain ones need many passes", fontsize=11)
+    axes[-1].legend(title="estimates", fontsize=8, title_fontsize=8)
+    worst = table.groupby("estimates")["over_uniform"].max()
+    title = f"The worst plan does {worst['shrunk']:.2f} times uniform INT4's damage with shrunk estimates"
+    figure.suptitle(f"{title}, {worst['plain']:.0f} times with plain means", fontsize=11)
     report.save_figure(WORK, "passes", figure, "equal bytes; lower is better; small networks: mean of three draws")
     plt.close(figure)
 

@@ -48,7 +48,7 @@ def result(name: str, work: Workspace) -> str:
     if name == "07_audit":
         return f"{audit_tables.published_sets(published_images.load('compared'))} {sentences.against_noise(published)}"
     budget = results.load_table(work, "budget")
-    return f"{summaries.best_rule(budget)} {summaries.against_int8(budget)}"
+    return f"{summaries.best_rule(budget)} {summaries.coded_sentence(results.load_table(work, '06_coded'))}"
 
 
 def baseline(work: Workspace) -> str:

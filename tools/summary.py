@@ -66,7 +66,10 @@ def blocks(profile: str = "mini") -> dict[str, str]:
             f"{audit_tables.published_sets(published_images.load('compared'))}"
         ),
         "audit": markdown(audit_tables.conclusions(work)),
-        "coded": f"{markdown(tables.coded_shown(coded))}\n\n{summaries.coded_sentence(coded)}",
+        "coded": (
+            f"{markdown(tables.coded_shown(coded))}\n\n{summaries.coded_sentence(coded)} "
+            f"{summaries.coded_with_fid(coded, results.load_optional(work, 'evidence_coded'))}"
+        ),
         "passes": f"{markdown(tables.passes(benchmarks['passes']))}\n\n{sentences.passes(benchmarks['passes'])}",
         "budget": summaries.summary_sentences(budget, evidence_budget),
         "fisher": markdown(tables.fisher_cost(benchmarks["fisher"])),

@@ -84,7 +84,7 @@ def damages_shown(table: pd.DataFrame) -> pd.DataFrame:
 def passes(table: pd.DataFrame) -> pd.DataFrame:
     """results/benchmarks/passes.csv as it is shown: damage over uniform INT4's, shrunk estimates and, in brackets, plain means."""
     mean = table.groupby(["network", "passes", "estimates"], sort=False)["over_uniform"].mean().unstack("estimates")
-    cells = mean["shrunk"].map("{:.2f}".format) + " (" + mean["plain"].map("{:.2f}".format) + ")"
+    cells = mean["shrunk"].map("{:.2g}".format) + " (" + mean["plain"].map("{:.2g}".format) + ")"
     return cells.unstack("network").loc[:, table["network"].unique()].rename_axis(columns=None).reset_index()
 
 
@@ -93,7 +93,8 @@ def coded_shown(table: pd.DataFrame) -> pd.DataFrame:
     columns = ["method", "granularity", "budget_bits", "file_mib", "mem_mib", "damage", "over_int8", "fid_mnist_delta"]
     shown = table[(table["budget_bits"] % 0.5 == 0) | ~table["method"].str.startswith("allocator")]
     known = [c for c in columns if not shown[c].isna().all()]
-    return format_table(shown, known, with_interval=("damage", "over_int8", "fid_mnist_delta"))
+    shown = shown.assign(file_mib=shown["file_mib"].map("{:.2f}".format), over_int8=shown["over_int8"].map("{:.2g}".format))
+    return format_table(shown, known, with_interval=("damage", "fid_mnist_delta"))
 
 
 def comparison(work: Workspace, *methods: str) -> pd.DataFrame:

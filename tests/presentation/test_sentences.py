@@ -69,17 +69,26 @@ def test_findings_follow_from_the_tables(noise):
     assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times" in found[2]
     assert found[2].endswith("In images, more.")
     assert found[3].startswith(
-        "Our allocator chooses how finely each weight is stored in a file of a given size. With entropy-coded "
+        "Our entropy-coded file of 0.80 MiB (10.0% of FP32; 1.20 MiB in memory) does 0.22 [0.11, 0.33] times"
     )
-    assert "a file of 0.80 MiB (10.0% of FP32) does 0.22 [0.11, 0.33] times the damage of uniform INT8" in found[3]
-    assert "whose entropy-coded file takes 1.70 MiB. In memory the weights take 1.20 MiB." in found[3]
+    assert "the damage of uniform INT8 (file: 1.70 MiB)." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
-    assert found[3].endswith("equals INT8's at 2.5 bits per weight of the file.")
+    assert found[3].endswith("The two damages are equal at 2.5 bits per weight.")
+
+
+def test_the_smallest_file_with_hardly_a_rise_of_fid():
+    """3 % of an FID of 80 are 2.4: the file of 2 bits rises by up to 3.0, the others by less."""
+    table = coded().assign(n_images=1000.0, fid_mnist_delta_high=[3.0, 2.0, 1.0, math.nan]).assign(file_mib=[0.6, 0.7, 0.8, 1.7])
+    evidence = pd.DataFrame({"method": ["baseline"], "fid_mnist": [80.0]})
+    said = summaries.coded_with_fid(table, evidence)
+    assert said.startswith("A file of 0.70 MiB (8.8% of FP32) is the smallest, of those measured, whose FID rises by less than 3 %")
+    assert said.endswith("N = 1,000).")
+    assert summaries.coded_with_fid(table, None) == summaries.coded_with_fid(table, evidence.assign(fid_mnist=20.0)) == ""
 
 
 def test_equal_damage_outside_the_rows_is_not_said():
-    assert "equals INT8's" not in summaries.coded_sentence(coded(damages=(4e-6, 2e-6, 1e-6)))
-    assert "equals INT8's" not in summaries.coded_sentence(coded(damages=(4e-3, 2e-4, 1e-4)))
+    assert "equal" not in summaries.coded_sentence(coded(damages=(4e-6, 2e-6, 1e-6)))
+    assert "equal" not in summaries.coded_sentence(coded(damages=(4e-3, 2e-4, 1e-4)))
 
 
 def test_a_rule_that_may_be_as_good_is_counted(noise):
