@@ -71,7 +71,8 @@ def work(parameters: dict[str, Any]) -> dict[str, float]:
         found["01_train"] += p["CHECK_IMAGES"] * image
     # Empirical, and Monte Carlo on as many noised digits and as many states of the reverse process.
     found["02_fisher"] = 3 * 3 * one * p["FISHER_SAMPLES"] + p["FISHER_SAMPLES"] // p["TIMESTEP_BINS"] * image
-    measure_candidates = 11 + 10 * len(p["BUDGET_BITS"]) + len(p["TUNED"]["bits"]) + 34 * 6 / 2
+    coded = 10 + len(p["BUDGET_BITS"]) + len(p["CODED_BITS"])
+    measure_candidates = 11 + 10 * len(p["BUDGET_BITS"]) + len(p["TUNED"]["bits"]) + 34 * 6 / 2 + coded
     found["06_budget"] = 6 * one * p["TRUE_FISHER_SAMPLES"] + measure_candidates * p["DAMAGE_DIGITS"] * one + 5 * 7 * image
     found["06_budget"] += 4 * one * len(p["TUNED"]["bits"]) * p["TUNED"]["steps"] * tuning.BATCH
     found["00_explore"] = EXPLORED * one

@@ -91,7 +91,9 @@ def passes(table: pd.DataFrame) -> pd.DataFrame:
 def coded_shown(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of 06_coded as they are shown: file and resident MiB side by side, damage also over uniform INT8's."""
     columns = ["method", "granularity", "budget_bits", "file_mib", "mem_mib", "damage", "over_int8", "fid_mnist_delta"]
-    shown = table[(table["budget_bits"] % 0.5 == 0) | ~table["method"].str.startswith("allocator")]
+    fixed, coded = table["method"] == "allocator, all weights", table["method"] == "allocator, entropy-coded"
+    plain = (table["method"] == "uniform") & (table["budget_bits"] < 8)
+    shown = table[~plain & ~(fixed & ~table["budget_bits"].isin([3.0, 4.0, 6.0])) & ~(coded & (table["budget_bits"] > 4))]
     known = [c for c in columns if not shown[c].isna().all()]
     shown = shown.assign(file_mib=shown["file_mib"].map("{:.2f}".format), over_int8=shown["over_int8"].map("{:.2g}".format))
     return format_table(shown, known, with_interval=("damage", "fid_mnist_delta"))

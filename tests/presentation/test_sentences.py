@@ -68,20 +68,19 @@ def test_findings_follow_from_the_tables(noise):
     assert "One threshold for the whole model does the least damage. Thresholds per group" in found[2]
     assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times" in found[2]
     assert found[2].endswith("In images, more.")
-    assert found[3].startswith(
-        "Our entropy-coded file of 0.80 MiB (10.0% of FP32; 1.20 MiB in memory) does 0.22 [0.11, 0.33] times"
-    )
-    assert "the damage of uniform INT8 (file: 1.70 MiB)." in found[3]
+    assert found[3].startswith("At 3 bits per weight our entropy-coded file of 0.80 MiB (10.0% of FP32; 1.20 MiB in memory) does ")
+    assert "0.22 [0.11, 0.33] times the damage of uniform INT8 (file: 1.70 MiB)." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
-    assert found[3].endswith("The two damages are equal at 2.5 bits per weight.")
+    assert found[3].endswith("At 2.5 bits they are equal.")
 
 
 def test_the_smallest_file_with_hardly_a_rise_of_fid():
     """3 % of an FID of 80 are 2.4: the file of 2 bits rises by up to 3.0, the others by less."""
-    table = coded().assign(n_images=1000.0, fid_mnist_delta_high=[3.0, 2.0, 1.0, math.nan]).assign(file_mib=[0.6, 0.7, 0.8, 1.7])
+    ends = {"fid_mnist_delta": [1.0, 1.0, 1.0, math.nan], "fid_mnist_delta_high": [3.0, 2.0, 1.0, math.nan]}
+    table = coded().assign(n_images=1000.0, file_mib=[0.6, 0.7, 0.8, 1.7], **ends)
     evidence = pd.DataFrame({"method": ["baseline"], "fid_mnist": [80.0]})
     said = summaries.coded_with_fid(table, evidence)
-    assert said.startswith("A file of 0.70 MiB (8.8% of FP32) is the smallest, of those measured, whose FID rises by less than 3 %")
+    assert said.startswith("A file of 0.70 MiB (8.8% of FP32) is the smallest of 3 with a measured FID that raises FID by less")
     assert said.endswith("N = 1,000).")
     assert summaries.coded_with_fid(table, None) == summaries.coded_with_fid(table, evidence.assign(fid_mnist=20.0)) == ""
 

@@ -71,11 +71,12 @@ def coded_sentence(table: pd.DataFrame) -> str:
     if len(at):
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
-            f"Our entropy-coded file of {row['file_mib']:.2f} MiB ({row['file_mib'] / full:.1%} of FP32; {row['mem_mib']:.2f} MiB "
-            f"in memory) does {_over_int8(row)} times the damage of uniform INT8 (file: {int8['file_mib']:.2f} MiB)."
+            f"At {CODED_RATE:g} bits per weight our entropy-coded file of {row['file_mib']:.2f} MiB "
+            f"({row['file_mib'] / full:.1%} of FP32; {row['mem_mib']:.2f} MiB in memory) does {_over_int8(row)} times the damage "
+            f"of uniform INT8 (file: {int8['file_mib']:.2f} MiB)."
         )
     bits = bits_of_equal_damage(rows, int8["damage"])
-    return said + ("" if np.isnan(bits) else f" The two damages are equal at {bits:.1f} bits per weight.")
+    return said + ("" if np.isnan(bits) else f" At {bits:.1f} bits they are equal.")
 
 
 def coded_with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
@@ -88,9 +89,10 @@ def coded_with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
         return ""
     row = rows.loc[rows["file_mib"].idxmin()]
     share = row["file_mib"] / (row["mem_mib"] / row["mem_share"])
+    count = ((table["method"] == CODED) & table["fid_mnist_delta"].notna()).sum()
     return (
-        f"A file of {row['file_mib']:.2f} MiB ({share:.1%} of FP32) is the smallest, "
-        f"of those measured, whose FID rises by less than 3 % (upper end of the 95 % interval; N = {row['n_images']:,.0f})."
+        f"A file of {row['file_mib']:.2f} MiB ({share:.1%} of FP32) is the smallest of {count} with a measured FID that raises FID "
+        f"by less than 3 % (upper end of the 95 % interval; N = {row['n_images']:,.0f})."
     )
 
 
@@ -109,8 +111,8 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:
         said += (
-            f" {found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; {found['method']}) is the smallest size at which FID "
-            f"rises by less than 3 % (upper end of the 95 % interval; N = {found['n_images']:,.0f})."
+            f" {found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; {found['method']}) is the smallest size in memory at "
+            f"which FID rises by less than 3 % (upper end of the 95 % interval; N = {found['n_images']:,.0f})."
         )
     return said
 
