@@ -8,6 +8,7 @@ of mean zero, so E[g_i^2] = sum over samples of (J_b^T J_b)_ii: squares of batch
 unbiased here.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -62,7 +63,8 @@ def estimate_sensitivity(
             (B, ...). Many small batches of equal size beat few large ones.
         seed: of the noise that is sent back through the network.
         names: the parameters; None: all with two dimensions or more.
-        shrink: shrink noisy estimates (`fisher.shrinkage`); False: the means over passes as they are.
+        shrink: shrink noisy estimates (`fisher.shrinkage`), which takes two passes at least; False: the means over passes as they
+            are.
 
     >>> import torch
     >>> model = nn.Linear(3, 2)
@@ -94,8 +96,12 @@ def estimate_sensitivity(
         return Sensitivity({n: f / samples for n, f in squares.items()}, plain, passes)
     shrunk = {n: m.shrunk_curvature() for n, m in moments.items()}
     squares |= {n: views[n].back(m.shrunk_squares(views[n].of(squares[n]))).contiguous() for n, m in moments.items()}
-    fisher = {n: f / samples for n, f in squares.items()}
-    return Sensitivity(fisher, {n: h for n, (h, _) in shrunk.items()}, passes, {n: s for n, (_, s) in shrunk.items()})
+    fisher, noise = {n: f / samples for n, f in squares.items()}, {n: s for n, (_, s) in shrunk.items()}
+    if passes == 1:
+        warnings.warn(
+            "one pass says nothing about its noise, so all weights of a tensor count the same: give more batches", stacklevel=2
+        )
+    return Sensitivity(fisher, {n: h for n, (h, _) in shrunk.items()}, passes, noise)
 
 
 def _squares(

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -103,6 +105,21 @@ def linear():
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), (64,)
 
 
+def test_one_pass_is_said_in_one_line():
+    model, shape = linear()
+    batches = list(torch.randn(2, 1, *shape, generator=generator(4)))
+    with pytest.warns(
+        UserWarning, match="one pass says nothing about its noise, so all weights of a tensor count the same: give more"
+    ):
+        found = estimate_sensitivity(model, batches[:1])
+    assert found.passes == 1 and found.noise == {"0.weight": 1.0, "2.weight": 1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert estimate_sensitivity(model, batches).passes == 2
+        assert estimate_sensitivity(model, batches[:1], shrink=False).noise is None
+
+
+@pytest.mark.filterwarnings("ignore:one pass says nothing")
 @pytest.mark.parametrize("make", [conv, linear])
 @pytest.mark.parametrize("passes", [1, 2, 8])
 def test_few_passes_give_a_plan_no_worse_than_uniform(make, passes):
