@@ -69,7 +69,7 @@ def allocate_coded(model: nn.Module, sensitivity: Sensitivity, file_mib: float, 
         file_mib: of the whole file that `save_quantized(..., compress=True)` writes; up to 0.3 % of it stay unused.
 
     Returns the plan, with its rounding recipe: `quantize(model, plan)`. In memory its codes are bit-packed, each channel in the
-    narrowest integer format that holds them, so `plan.nbytes` exceeds `plan.file_bytes`. Columns of its report: as
+    narrowest integer format that holds them, so the plan's nbytes exceed its file_bytes. Columns of its report: as
     `solver.Allocation`, bits_per_weight in the file.
     Raises ValueError as `check_plan`; for Fisher values that do not fit, weights that are not finite, and a budget below what is
     possible, naming the smallest.

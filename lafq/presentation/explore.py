@@ -129,7 +129,10 @@ def plan_of(subject: Subject, setting: Setting) -> tuple[str, Plan]:
     if granularity not in subject.fronts:
         curvature = subject.calibration.curvature
         subject.fronts[granularity] = frontiers_of(model, fisher, granularity, progress=False, curvature=curvature)
-    recipe, budget = Recipe(unshrunk_scale, *subject.calibration), amount * nbytes(model, {}) / MIB
+    recipe, budget = (
+        Recipe(unshrunk_scale, subject.calibration.fisher, subject.calibration.curvature),
+        amount * nbytes(model, {}) / MIB,
+    )
     return f"size at most {amount:.1%} of FP32", solve_budget(model, subject.fronts[granularity], budget, recipe=recipe)
 
 

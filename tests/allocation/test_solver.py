@@ -176,7 +176,7 @@ def test_weights_without_fisher_information_cost_nothing(model):
         ({"budget_mib": 0.01}, r"a budget of 0.01 MiB cannot be met: the smallest possible is 0\.\d{1,4} MiB"),
         ({"budget_mib": float("nan")}, "nan"),
         ({"granularity": "layer"}, "unknown granularity 'layer': choose one of tensor, channel, mixed"),
-        ({"formats": ("int5", "fp32")}, "unknown format 'int5'"),
+        ({"formats": ("int9", "fp32")}, "unknown format 'int9'"),
         ({"formats": ("int4",)}, "fp32 or fp16 among the formats"),
         ({"sensitivity": Sensitivity({}, {})}, "Fisher values of one parameter"),
         ({"sensitivity": Sensitivity({"Layer9": torch.ones(1)}, {})}, "the plan names 'Layer9'"),
@@ -321,7 +321,7 @@ def table(ratio, delta_high):
 def test_the_summary_follows_from_the_table():
     said = summaries.summary_sentences(table(0.3, 2), pd.DataFrame({"method": ["baseline"], "fid_mnist": [100.0]}))
     assert "0.30 [0.20, 0.40] times" in said and "From 4 bits per weight on" in said
-    assert "is the smallest size at which FID rises by less than 3 % (upper end" in said
+    assert "is the smallest size in memory at which FID rises by less than 3 % (upper end" in said
     assert "3 %" not in summaries.summary_sentences(table(0.3, 2), None)
 
 

@@ -229,7 +229,7 @@ def test_rows_come_back():
     ("plan", "message"),
     [
         ({"Layer7.weight": "fp16"}, "'Layer7.weight', which the model lacks"),
-        ({"Layer1.resample.weight": "int5"}, "unknown format 'int5': choose one of fp32, fp16, int8"),
+        ({"Layer1.resample.weight": "int9"}, "unknown format 'int9': choose one of fp32, fp16, int8"),
         ({"Layer1.resample.weight": WeightSpec(("int4", "int1"))}, "has 2 formats|2 formats for the 8 output channels"),
         ({"Layer1.resample.weight": WeightSpec(("int1",) * 8)}, "unknown format 'int1'"),
         ({"Layer1.resample.weight": WeightSpec("int8", torch.ones(3, dtype=torch.bool))}, r"of shape \(3,\)"),

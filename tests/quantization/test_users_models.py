@@ -370,7 +370,7 @@ def test_a_recipe_that_does_not_fit_is_refused(recipe, message):
         quantize(nn.Linear(4, 4), {"weight": "int4"}, Recipe(**recipe))
 
 
-@pytest.mark.parametrize("entry", ["int5", 8, None, ("int8", 3)], ids=str)
+@pytest.mark.parametrize("entry", ["int9", 8, None, ("int8", 3)], ids=str)
 def test_an_entry_that_is_no_format_is_refused(entry):
     with pytest.raises(ValueError, match="format"):
         quantize(nn.Linear(4, 2), {"weight": entry})
