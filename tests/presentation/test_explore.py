@@ -31,7 +31,7 @@ def subject(digits, tmp_path_factory):
     torch.manual_seed(0)
     model = UNet(4).eval()
     calibration, validation = (
-        estimate_sensitivity(model, noised_batches(digits, 16, seed=i), i, list(quantizable(model))) for i in (0, 1)
+        estimate_sensitivity(model, noised_batches(digits, 16, seed=i), i, list(quantizable(model)), shrink=False) for i in (0, 1)
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "BUILD", tmp_path_factory.mktemp("build"))
