@@ -11,7 +11,7 @@ from lafq.io import load_tensors, sha256
 from lafq.paper import claims, poster, results
 from lafq.paper.audit import published_images
 from lafq.paper.budget_study import methods, rules, summaries
-from lafq.presentation import audit_tables, sentences, tables
+from lafq.presentation import audit_tables, benchmarks, sentences, tables
 from lafq.workspace import Workspace
 from tools import cost, shipping
 from tools.notebooks import notebooks, profile_parameters
@@ -44,7 +44,7 @@ def blocks(profile: str = "mini") -> dict[str, str]:
     claimed = {w.profile: markdown(tables.claims_text(results.load_table(w, "claims"))) for w in (work, paper)}
     drivers = {w.profile: sentences.drivers_of_fisher(results.load_table(w, "02_fisher")) for w in (work, paper)}
     said = [drivers[profile], sentences.published_ratio_sizes(), sentences.changes_by_format(rows), sentences.layerwise_size()]
-    benchmarks = {
+    measured = {
         name: pd.read_csv(paths.RESULTS / "benchmarks" / f"{name}.csv") for name in ("fisher", "quantizers", "binder", "passes")
     }
     return {
@@ -70,9 +70,9 @@ def blocks(profile: str = "mini") -> dict[str, str]:
             f"{markdown(tables.coded_shown(coded))}\n\n{summaries.coded_sentence(coded)} "
             f"{summaries.coded_with_fid(coded, results.load_optional(work, 'evidence_coded'))}"
         ),
-        "passes": f"{markdown(tables.passes(benchmarks['passes']))}\n\n{sentences.passes(benchmarks['passes'])}",
+        "passes": f"{markdown(benchmarks.passes_table(measured['passes']))}\n\n{benchmarks.passes_sentence(measured['passes'])}",
         "budget": summaries.summary_sentences(budget, evidence_budget),
-        "fisher": markdown(tables.fisher_cost(benchmarks["fisher"])),
+        "fisher": markdown(benchmarks.fisher_cost(measured["fisher"])),
         "cost": (
             f"`make reproduce` took {minutes:.0f} minutes on two cores and {peak:.1f} GiB of memory; setting up `.venv` "
             f"comes on top, once."
@@ -83,17 +83,17 @@ def blocks(profile: str = "mini") -> dict[str, str]:
             f"`{classifier['sha256']}`"
         ),
         "quantizers": (
-            f"{markdown(tables.quantizers(benchmarks['quantizers']))}\n\n{sentences.quantizers_compared(benchmarks['quantizers'])}"
+            f"{markdown(benchmarks.quantizers_table(measured['quantizers']))}\n\n{benchmarks.quantizers_sentence(measured['quantizers'])}"
         ),
-        "terrain": f"{markdown(tables.terrain(terrain))}\n\n{sentences.terrain(terrain)}",
-        "terrain_character": markdown(tables.terrain_character(terrain)),
+        "terrain": f"{markdown(benchmarks.terrain_table(terrain))}\n\n{benchmarks.terrain_sentence(terrain)}",
+        "terrain_character": markdown(benchmarks.terrain_character(terrain)),
         "deviations": markdown(deviations()),
         "counted": counted(),
         "machines": sentences.machines_compared(results.load_table(paper, "machines")),
         "timing": markdown(timing()),
         "card": card(work),
         "packed": shipping.sentence(paper),
-        "binder": markdown(benchmarks["binder"]),
+        "binder": markdown(measured["binder"]),
     }
 
 

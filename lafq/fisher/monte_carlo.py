@@ -6,6 +6,12 @@ sample, n ~ N(0, I): for the squared error also the Gauss-Newton matrix (Kunstne
 One backward pass of a batch with n instead of the residual gives g = sum over samples of J_b^T n_b. The n_b are independent and
 of mean zero, so E[g_i^2] = sum over samples of (J_b^T J_b)_ii: squares of batch gradients, which are wrong for the loss itself, are
 unbiased here.
+
+The same passes estimate a curvature. The weights of an output channel r have the Gauss-Newton matrix E[g_r g_r^T], g_r (C,) their
+gradient in one pass; a channel alone gives too few draws of it. The channels share H, the mean over passes and channels of
+g_r g_r^T / mean(g_r^2), (C, C) with a mean diagonal of 1: up to each channel's mean Fisher value that is its matrix, if the tensor's
+is a Kronecker product (Martens and Grosse 2015, "K-FAC"). Columns are those of `channel_view`. The channels of a grouped
+convolution share one H as well, though each group has inputs of its own.
 """
 
 import warnings
@@ -72,11 +78,7 @@ def estimate_sensitivity(
     >>> found.fisher["weight"].shape, found.curvature["weight"].shape
     (torch.Size([2, 3]), torch.Size([3, 3]))
 
-    The weights of a channel r have the Gauss-Newton matrix E[g_r g_r^T], g_r (C,) their gradient in one pass; a channel alone gives
-    too few draws of it. The channels share H, the mean over passes and channels of g_r g_r^T / mean(g_r^2), (C, C) with a mean
-    diagonal of 1: up to each channel's mean Fisher value that is its matrix, if the tensor's is a Kronecker product (Martens and
-    Grosse 2015, "K-FAC"). Columns are those of `channel_view`. The channels of a grouped convolution share one H as well,
-    though each group has inputs of its own. Needs 2 C^2 numbers a tensor besides.
+    Needs 2 C^2 numbers a tensor besides those of `monte_carlo_fisher`. Raises ValueError as that does.
     """
     model = unwrapped(model)
     names = [n for n, p in model.named_parameters() if p.ndim > 1] if names is None else names

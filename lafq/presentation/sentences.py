@@ -64,15 +64,6 @@ def _int8_ratios(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows["method"] == "ratio") & (rows["format"] == "int8") & (rows["granularity"] == "weight")]
 
 
-def quantizers_compared(table: pd.DataFrame) -> str:
-    """How often lafq stores the fewest bytes and has the largest output error among the libraries of the benchmark."""
-    groups = [rows for _, rows in table.groupby(["width", "format"]) if rows["library"].nunique() > 1]
-    ours = [rows["library"].eq("lafq") for rows in groups]
-    fewest = sum(rows[own]["bytes_ratio"].item() == rows["bytes_ratio"].min() for rows, own in zip(groups, ours, strict=True))
-    largest = sum(rows[own]["output_mse"].item() == rows["output_mse"].max() for rows, own in zip(groups, ours, strict=True))
-    return f"Of {len(groups)} comparisons, lafq stores the fewest bytes in {fewest} and has the largest output error in {largest}."
-
-
 def published_inside(table: pd.DataFrame) -> str:
     """For how many rows of `poster.compare` the poster's difference from its baseline lies inside our interval."""
     rows = table[(table["method"] != "baseline") & table["fid_paper"].notna() & table["delta_fid_inception"].notna()]
@@ -96,26 +87,6 @@ def findings(published: pd.DataFrame, budget: pd.DataFrame, coded: pd.DataFrame,
         f"{summaries.best_rule(budget)} {on_images}",
         summaries.coded_sentence(coded),
     ]
-
-
-MANY_PASSES = 64
-
-
-def passes(table: pd.DataFrame) -> str:
-    """What shrinking does to plans of few passes, and how well it predicts their damage."""
-    by = {kind: rows for kind, rows in table.groupby("estimates")}
-    worst = {kind: rows["over_uniform"].max() for kind, rows in by.items()}
-    low, high = by["shrunk"]["over_predicted"].min(), by["shrunk"]["over_predicted"].max()
-    mean = table[table["passes"] >= MANY_PASSES].groupby(["network", "passes", "estimates"])["over_uniform"].mean().unstack()
-    many = mean["plain"] / mean["shrunk"]
-    return (
-        "Damage of the allocator's plan over that of uniform INT4, at INT4's bytes, on inputs that no plan has seen; in "
-        "parentheses with plain means. Below 1: better than uniform. The worst of "
-        f"{len(by['shrunk'])} plans does {worst['shrunk']:.2f} times uniform INT4's damage with shrunk estimates and "
-        f"{worst['plain']:.1f} times with plain means. With shrunk estimates the measured damage is {low:.2f} to {high:.2f} times "
-        f"the predicted one. From {MANY_PASSES} passes on, plain means give {many.min():.2f} to {many.max():.2f} times the damage "
-        "of shrunk estimates."
-    )
 
 
 def by_format(published: pd.DataFrame) -> str:
@@ -169,26 +140,6 @@ def changes_by_format(table: pd.DataFrame) -> str:
         least = f"{moves.min():+.3f}" + (f" to {moves.max():+.3f}" if len(moves) > 1 else "")
         found.append(f"{low} {least} ({len(moves)} row{'s' if len(moves) > 1 else ''})")
     return f"FID differences from FP32 ({baseline:.2f}), MNIST features, the same noise: " + ", ".join(found) + "."
-
-
-def terrain(table: pd.DataFrame) -> str:
-    """The allocator at the bytes of uniform INT4, and at a tenth of FP32's, in decibels."""
-    by = table.set_index(["method", "format"])
-    ours, tenth, int4, int8, coded = (
-        by.loc[key]
-        for key in (
-            ("allocator", "bytes of uniform int4"),
-            ("allocator", "10% of FP32"),
-            ("uniform", "int4"),
-            ("uniform", "int8"),
-            ("entropy-coded", "10% of FP32"),
-        )
-    )
-    return (
-        f"At {ours['mem_share']:.1%} of FP32's bytes the allocator has {ours['decibels']:.1f} dB and uniform INT4 "
-        f"{int4['decibels']:.1f} dB; uniform INT8 has {int8['decibels']:.1f} dB at {int8['mem_share']:.1%}. At a tenth of FP32's "
-        f"bytes the allocator has {tenth['decibels']:.1f} dB, and an entropy-coded file {coded['decibels']:.1f} dB."
-    )
 
 
 def machines_compared(table: pd.DataFrame) -> str:

@@ -81,13 +81,6 @@ def damages_shown(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def passes(table: pd.DataFrame) -> pd.DataFrame:
-    """results/benchmarks/passes.csv as it is shown: damage over uniform INT4's, shrunk estimates and, in brackets, plain means."""
-    mean = table.groupby(["network", "passes", "estimates"], sort=False)["over_uniform"].mean().unstack("estimates")
-    cells = mean["shrunk"].map("{:.2g}".format) + " (" + mean["plain"].map("{:.2g}".format) + ")"
-    return cells.unstack("network").loc[:, table["network"].unique()].rename_axis(columns=None).reset_index()
-
-
 def coded_shown(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of 06_coded as they are shown: file and resident MiB side by side, damage also over uniform INT8's."""
     columns = ["method", "granularity", "budget_bits", "file_mib", "mem_mib", "damage", "over_int8", "fid_mnist_delta"]
@@ -187,51 +180,3 @@ def layer_table(model: UNet) -> pd.DataFrame:
     channels = {name: getattr(model, name).block1.conv1.in_channels for name in LAYERS}
     table.insert(1, "channels", [str(channels.get(name, "")) for name in layers])
     return table.assign(mib=(table["parameters"] * 4 / MIB).round(3))
-
-
-def terrain(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `make terrain` beside the allocator at the same bytes: decibels, higher is closer to FP32."""
-    ours, coded = (
-        table[table["method"] == method].set_index("format")["decibels"].map("{:.1f}".format)
-        for method in ("allocator", "entropy-coded")
-    )
-    others, found = table[~table["method"].isin(["allocator", "entropy-coded", "fp32"])], []
-    for row in others.sort_values("mem_mib", ascending=False, kind="stable").itertuples():
-        name = row.method if row.method.startswith("INT4") else f"{row.method} {row.format}"
-        beside = ours.get(f"bytes of {name}", "not made yet")
-        in_file = coded.get(f"bytes of {name}", "")
-        found.append((name, f"{row.mem_mib:.2f} MiB ({row.mem_share:.1%})", f"{row.decibels:.1f}", beside, in_file))
-    columns = ["row", "stored (share of FP32)", "decibels", "allocator at these bytes", "entropy-coded file of these bytes"]
-    return pd.DataFrame(found, columns=columns)
-
-
-def terrain_character(table: pd.DataFrame) -> pd.DataFrame:
-    """How far slopes, roughness and spectrum of some rows are from FP32's maps, beside what other noise does."""
-    chosen = {
-        "allocator at INT4's bytes": ("allocator", "bytes of uniform int4"),
-        "allocator at 10% of FP32": ("allocator", "10% of FP32"),
-        "entropy-coded file of 10% of FP32": ("entropy-coded", "10% of FP32"),
-        "uniform INT4": ("uniform", "int4"),
-        "uniform INT8": ("uniform", "int8"),
-        "FP32, other noise": ("fp32", "other noise"),
-    }
-    by = table.set_index(["method", "format"])[["slope", "roughness", "spectrum"]]
-    found = pd.DataFrame({name: by.loc[key] for name, key in chosen.items()}).T.map("{:.2g}".format)
-    return found.set_axis(["slope, m per cell", "roughness, m", "spectrum, dB"], axis=1).rename_axis("maps").reset_index()
-
-
-def fisher_cost(table: pd.DataFrame) -> pd.DataFrame:
-    """The benchmark of Fisher methods as it is shown."""
-    digits = {"cost_ratio": "{:.2f}", "relative_error": "{:.2g}"}
-    return table.assign(**{c: table[c].map(f.format) for c, f in digits.items()})
-
-
-def quantizers(table: pd.DataFrame) -> pd.DataFrame:
-    """The benchmark as it is shown: the integer formats that at least two libraries have."""
-    shared = table.groupby(["width", "format"])["library"].transform("nunique") > 1
-    shown = table[shared].assign(order=table["format"].str[3:].astype(int)).sort_values(["width", "order"], ascending=[True, False])
-    digits = {"bytes_ratio": "{:.3f}", "output_mse": "{:.2g}", "time_ratio": "{:.2f}"}
-    shown = shown.assign(
-        library=shown["library"] + " " + shown["version"], **{c: shown[c].map(f.format) for c, f in digits.items()}
-    )
-    return shown[["width", "format", "library", *digits, "layers_left_fp32"]]

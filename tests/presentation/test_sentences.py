@@ -7,7 +7,7 @@ import pytest
 from lafq.paper.audit import published_images
 from lafq.paper.budget_study import summaries
 from lafq.paper.budget_study.methods import CODED, FEEDBACK
-from lafq.presentation import audit_tables, sentences
+from lafq.presentation import audit_tables, benchmarks, sentences
 
 
 def published(ours, low, high):
@@ -151,7 +151,7 @@ def test_ratios_with_many_images():
 def test_quantizers_are_counted_where_two_libraries_have_the_format():
     rows = [("lafq", "int8", 0.2, 2.0), ("other", "int8", 0.3, 1.0), ("lafq", "int4", 0.2, 1.0), ("other", "int4", 0.1, 2.0)]
     table = pd.DataFrame([*rows, ("lafq", "int6", 0.2, 9.0)], columns=["library", "format", "bytes_ratio", "output_mse"])
-    said = sentences.quantizers_compared(table.assign(width=16))
+    said = benchmarks.quantizers_sentence(table.assign(width=16))
     assert said == "Of 2 comparisons, lafq stores the fewest bytes in 1 and has the largest output error in 1."
 
 

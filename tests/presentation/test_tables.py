@@ -1,7 +1,7 @@
 import pandas as pd
 
 from lafq.evaluation.candidates import KEY
-from lafq.presentation import sentences, tables
+from lafq.presentation import benchmarks, tables
 
 
 def rows(steps, thresholds):
@@ -28,7 +28,7 @@ def test_terrain_rows_stand_beside_the_allocator_at_their_bytes():
     table = pd.DataFrame(names, columns=["method", "format"]).assign(mem_mib=5.0, mem_share=0.13)
     for column in ("decibels", "slope", "roughness", "spectrum"):
         table[column] = [float(i) for i in range(len(names))]
-    found = tables.terrain(table).set_index("row")
+    found = benchmarks.terrain_table(table).set_index("row")
     assert found.index.tolist() == ["uniform int4", "uniform int8", "quanto qint4", "torchao 8"]
     assert found.loc["quanto qint4", "decibels"] == "3.0" and found.loc["quanto qint4", "allocator at these bytes"] == "7.0"
     assert found.loc["torchao 8", "allocator at these bytes"] == "not made yet"
@@ -37,8 +37,8 @@ def test_terrain_rows_stand_beside_the_allocator_at_their_bytes():
         "uniform int4": "9.0",
     }
     assert found.loc["uniform int4", "stored (share of FP32)"] == "5.00 MiB (13.0%)"
-    assert tables.terrain_character(table).set_index("maps").loc["uniform INT8", "slope, m per cell"] == "2"
-    said = sentences.terrain(table)
+    assert benchmarks.terrain_character(table).set_index("maps").loc["uniform INT8", "slope, m per cell"] == "2"
+    said = benchmarks.terrain_sentence(table)
     assert (
         "the allocator has 5.0 dB and uniform INT4 1.0 dB" in said
         and "the allocator has 8.0 dB, and an entropy-coded file 10.0 dB" in said
@@ -50,11 +50,11 @@ def test_passes_are_means_over_draws_with_plain_ones_in_brackets():
     rows += [("net", 64, 0, "shrunk", 0.25, 0.9), ("net", 64, 0, "plain", 0.3, 1.2), ("other", 1, 0, "shrunk", 0.7, 1.4)]
     rows += [("other", 1, 0, "plain", 9.0, 50.0), ("other", 64, 0, "shrunk", 0.6, 1.1), ("other", 64, 0, "plain", 0.6, 1.1)]
     table = pd.DataFrame(rows, columns=["network", "passes", "draw", "estimates", "over_uniform", "over_predicted"])
-    shown = tables.passes(table)
+    shown = benchmarks.passes_table(table)
     assert shown["passes"].tolist() == [1, 64]
     assert shown["net"].tolist() == ["1 (4)", "0.25 (0.3)"]
     assert shown["other"].tolist() == ["0.7 (9)", "0.6 (0.6)"]
-    said = sentences.passes(table)
+    said = benchmarks.passes_sentence(table)
     assert "The worst of 5 plans does 1.50 times uniform INT4's damage with shrunk estimates and 9.0 times with plain" in said
     assert "0.90 to 1.40 times the predicted one" in said
     assert said.endswith("From 64 passes on, plain means give 1.00 to 1.20 times the damage of shrunk estimates.")
