@@ -9,8 +9,8 @@ unbiased here.
 
 The same passes estimate a curvature. The weights of an output channel r have the Gauss-Newton matrix E[g_r g_r^T], g_r (C,) their
 gradient in one pass; a channel alone gives too few draws of it. The channels share H, the mean over passes and channels of
-g_r g_r^T / mean(g_r^2), (C, C) with a mean diagonal of 1: up to each channel's mean Fisher value that is its matrix, if the tensor's
-is a Kronecker product (Martens and Grosse 2015, "K-FAC"). Columns are those of `channel_view`. The channels of a grouped
+g_r g_r^T / mean(g_r^2), (C, C) with a mean diagonal of 1: up to each channel's mean Fisher value that is its matrix, if the
+tensor's is a Kronecker product (Martens and Grosse 2015, "K-FAC"). Columns are those of `channel_view`. The channels of a grouped
 convolution share one H as well, though each group has inputs of its own.
 """
 
