@@ -69,8 +69,7 @@ def estimate_sensitivity(
             (B, ...). Many small batches of equal size beat few large ones.
         seed: of the noise that is sent back through the network.
         names: the parameters; None: all with two dimensions or more.
-        shrink: shrink noisy estimates (`fisher.shrinkage`), which takes two passes at least; False: the means over passes as they
-            are.
+        shrink: shrink noisy estimates (`fisher.shrinkage`); False: the means over passes as they are.
 
     >>> import torch
     >>> model = nn.Linear(3, 2)
@@ -96,14 +95,19 @@ def estimate_sensitivity(
     if not shrink:
         plain = {n: m.curvature / m.curvature.diagonal().mean().clamp_min(1e-30) for n, m in moments.items()}
         return Sensitivity({n: f / samples for n, f in squares.items()}, plain, passes)
-    shrunk = {n: m.shrunk_curvature() for n, m in moments.items()}
     squares |= {n: views[n].back(m.shrunk_squares(views[n].of(squares[n]))).contiguous() for n, m in moments.items()}
-    fisher, noise = {n: f / samples for n, f in squares.items()}, {n: s for n, (_, s) in shrunk.items()}
-    if passes == 1:
+    curvature, noise = _shrunk_curvatures(moments)
+    return Sensitivity({n: f / samples for n, f in squares.items()}, curvature, passes, noise)
+
+
+def _shrunk_curvatures(moments: dict[str, Moments]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """By parameter name: the shrunk curvature, and the share of it that was noise; a warning where one pass is all there is."""
+    if any(m.passes == 1 for m in moments.values()):
         warnings.warn(
-            "one pass says nothing about its noise, so all weights of a tensor count the same: give more batches", stacklevel=2
+            "one pass says nothing about its noise, so all weights of a tensor count the same: give more batches", stacklevel=3
         )
-    return Sensitivity(fisher, {n: h for n, (h, _) in shrunk.items()}, passes, noise)
+    shrunk = {n: m.shrunk_curvature() for n, m in moments.items()}
+    return {n: h for n, (h, _) in shrunk.items()}, {n: share for n, (_, share) in shrunk.items()}
 
 
 def _squares(
