@@ -33,6 +33,7 @@ from lafq.workspace import Workspace
 WORK = Workspace("benchmarks")
 PASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FRESH, FRESH_SEED = 256, 1000
+SMALLEST = 0.15  # the lower end of the axis that the small networks share
 Measure = Callable[[nn.Module], float]
 
 
@@ -121,6 +122,8 @@ def draw(table: pd.DataFrame) -> None:
             ax.plot("passes", "over_uniform", style, data=own.groupby("passes")["over_uniform"].mean().reset_index(), label=kind)
         ax.axhline(1, color="0.4", lw=1)
         ax.set(xscale="log", yscale="log", title=name, xlabel="passes")
+        if rows["over_uniform"].min() > SMALLEST:
+            ax.set(ylim=(SMALLEST, 20), yticks=[0.2, 0.5, 1, 2, 5, 10])
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.tick_params(labelsize=9)

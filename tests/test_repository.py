@@ -159,7 +159,7 @@ def snippets(name):
 
 @pytest.mark.slow
 def test_examples_run(digits, tmp_path):
-    own, diffusion, sized, coded = snippets("docs/own-model.md")
+    sized, coded, own, diffusion = snippets("docs/own-model.md")
     [first] = snippets("README.md")
     assert max(len(s.strip().splitlines()) for s in (own, sized, coded, first)) <= 11
     imports = "\n".join(line for s in (own, first) for line in s.splitlines() if "import " in line)

@@ -21,7 +21,8 @@ NAMED = {
     "allocator, all weights": "P",
     CODED: "o",
     "uniform": "s",
-    f"uniform, {FEEDBACK}": "s",
+    "global": "v",
+    "ratio": "^",
 }
 COLOURED = (
     *("uniform", "allocator", "global", "ratio", "allocator, tuned", "allocator, nearest code"),
@@ -105,7 +106,8 @@ def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame)
 def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, size: str = "mem_mib") -> None:
     """A number of every row with its 95 % interval over MiB, stored or of the file, one line per (method, granularity).
 
-    Rows without the number are left out. Coarser granularities of one method are paler. A method has one colour in each rounding.
+    Rows without the number are left out. Coarser granularities of one method are paler. A method has one colour in each rounding;
+    hollow markers: rounded to the nearest code.
     """
     rows = table[table[metric].notna()]
     colours = dict(zip(COLOURED, sns.color_palette(n_colors=len(COLOURED)), strict=True))
@@ -114,8 +116,16 @@ def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, size: str 
         line = line.sort_values(size)
         shade = SHADES.get(granularity, 1) if counts[method] > 1 else 1
         colour = tuple(1 - shade * (1 - part) for part in colours[method.removesuffix(f", {FEEDBACK}")])
-        style = {"marker": NAMED.get(method, "."), "ls": STYLES[granularity], "color": colour, "ms": 4, "lw": 1.2, "capsize": 2}
+        style = {
+            "marker": NAMED.get(method.removesuffix(f", {FEEDBACK}"), "."),
+            "ls": STYLES[granularity],
+            "color": colour,
+            "ms": 4,
+            "lw": 1.2,
+            "capsize": 2,
+        }
         rounded = method if "," in method or method == "allocator" else f"{method}, nearest code"
+        style["mfc"] = "white" if rounded.endswith("nearest code") else colour
         label_of_line = f"{rounded}, {SPOKEN[granularity]}" if counts[method] > 1 else rounded
         ax.errorbar(line[size], line[metric], bars(line, metric), **style, elinewidth=0.8, label=label_of_line)
     ax.set(xlabel=SIZES[size], ylabel=label, xscale="log")

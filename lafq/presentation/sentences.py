@@ -70,10 +70,8 @@ def published_inside(table: pd.DataFrame) -> str:
     published = rows["fid_paper"] - table[table["method"] == "baseline"]["fid_paper"].item()
     inside = published.between(rows["delta_fid_inception_low"], rows["delta_fid_inception_high"])
     named = ", ".join(f"{r.method} {r.threshold}" for r in rows[inside].itertuples())
-    return (
-        f"{inside.sum() or 'None'} of the poster's {len(rows)} differences from FP32 lie{'s' if inside.sum() < 2 else ''} in the "
-        f"95 % interval of our row" + (f" ({named})." if named else ".")
-    )
+    count = f"{(~inside).sum()} of {len(rows)}" if named else f"All {len(rows)}"
+    return f"{count} FID differences of the poster lie outside our 95 % intervals" + (f" (inside: {named})." if named else ".")
 
 
 def findings(published: pd.DataFrame, budget: pd.DataFrame, coded: pd.DataFrame, on_images: str) -> list[str]:
@@ -105,8 +103,8 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"Noise alone: two sets of {n} images from the authors' FP32 model differ by {noise:.1f} FID (standard deviation). "
-        f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller."
+        f"Other noise alone does as much: two sets of {n} images of the authors' FP32 model differ by {noise:.1f} FID (standard "
+        f"deviation), more than {(theirs < noise).sum()} of these {len(theirs)} differences."
     )
 
 
@@ -166,7 +164,7 @@ def noise_caption(table: pd.DataFrame, noise: pd.DataFrame | None, metric: str) 
     noise: the table of `noise_floor.noise_floor`, where it has been made; metric: fid_inception or fid_mnist.
     """
     if noise is None:
-        return "other noise was not measured"
+        return "other noise was not measured for this model"
     rows = noise[(noise["features"] == FEATURES[metric]) & (noise["images"] == "generated") & (noise["metric"] == "fid")]
     spread = rows[rows["n"] == table["n_images"].iloc[0]]["sd"]
     return f"other noise moves it by ±{spread.item():.1f}, 1 sd" if len(spread) else "other noise was not measured at this N"

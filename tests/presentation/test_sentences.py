@@ -47,9 +47,9 @@ def noise(monkeypatch):
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
-        (-0.1, 0.2, "None of the poster's 2 differences from FP32 lies in the 95 % interval of our row."),
-        (-0.1, 0.5, "1 of the poster's 2 differences from FP32 lies in the 95 % interval of our row (global tau=1)."),
-        (-4, 4, "2 of the poster's 2 differences from FP32 lie in"),
+        (-0.1, 0.2, "All 2 FID differences of the poster lie outside our 95 % intervals."),
+        (-0.1, 0.5, "1 of 2 FID differences of the poster lie outside our 95 % intervals (inside: global tau=1)."),
+        (-4, 4, "0 of 2 FID differences of the poster lie outside"),
     ],
 )
 def test_which_published_differences_lie_inside(low, high, said):
@@ -62,16 +62,16 @@ def test_findings_follow_from_the_tables(noise):
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
     assert "largest gain is 3.09" in found[0]
-    assert "two sets of 100 images from the authors' FP32 model differ by 4.4 FID (standard" in found[1]
-    assert "2 of the poster's 2 differences are smaller" in found[1]
-    assert "We compared 6 rules that choose which weights to keep, at 4 bits per weight" in found[2]
+    assert "two sets of 100 images of the authors' FP32 model differ by 4.4 FID (standard" in found[1]
+    assert "(standard deviation), more than 2 of these 2 differences." in found[1]
+    assert "We compared 6 rules for the choice of weights to keep, at 4 bits per weight" in found[2]
     assert "One threshold for the whole model does the least damage. Thresholds per group" in found[2]
     assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times" in found[2]
     assert found[2].endswith("In images, more.")
-    assert found[3].startswith("At 3 bits per weight our entropy-coded file of 0.80 MiB (10.0% of FP32; 1.20 MiB in memory) does ")
+    assert found[3].startswith("At 3 bits per weight our file of 0.80 MiB (10.0% of FP32; 1.20 MiB in memory) does 0.22")
     assert "0.22 [0.11, 0.33] times the damage of uniform INT8 (file: 1.70 MiB)." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
-    assert found[3].endswith("At 2.5 bits they are equal.")
+    assert found[3].endswith("At 2.5 bits the damages are equal.")
 
 
 def test_the_smallest_file_with_hardly_a_rise_of_fid():
@@ -83,6 +83,22 @@ def test_the_smallest_file_with_hardly_a_rise_of_fid():
     assert said.startswith("A file of 0.70 MiB (8.8% of FP32) is the smallest of 3 with a measured FID that raises FID by less")
     assert said.endswith("N = 1,000).")
     assert summaries.coded_with_fid(table, None) == summaries.coded_with_fid(table, evidence.assign(fid_mnist=20.0)) == ""
+
+
+@pytest.mark.parametrize(("damage", "said"), [(1e-6, "In memory `allocate` is better"), (1e-3, "is no better")])
+def test_entropy_coded_plans_are_compared_in_memory_too(damage, said):
+    """The coded row of 3 bits takes the memory nearest to the allocator's."""
+    rows = [
+        {"method": "allocator, all weights", "budget_bits": 3.0, "mem_mib": 0.9, "damage": damage},
+        {"method": f"uniform, {FEEDBACK}", "budget_bits": 8.0, "over_int8": 0.3, "over_int8_low": 0.2, "over_int8_high": 0.4},
+    ]
+    table = pd.concat([coded().assign(mem_mib=[0.8, 0.88, 1.2, 2.2]), pd.DataFrame(rows)], ignore_index=True)
+    found = summaries.coded_beside(table)
+    assert found.startswith("With error feedback, uniform INT8 does 0.30 [0.20, 0.40] times its damage without.")
+    assert said in found
+    assert "at 0.88 MiB there, the entropy-coded plan does 2.2e-06 damage" in found
+    assert f"the plan of `allocate` at 0.90 MiB {damage:.1e}." in found
+    assert summaries.coded_beside(coded()) == ""
 
 
 def test_equal_damage_outside_the_rows_is_not_said():
