@@ -17,7 +17,7 @@ $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 t
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
 	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-.PHONY: help setup reproduce resume publish classifier evidence benchmark terrain packed verify test test-fast test-kill test-browser site lint clean
+.PHONY: help setup reproduce resume publish classifier evidence benchmark peers terrain packed verify test test-fast test-kill test-browser site lint clean
 
 ##@ for everyone
 
@@ -59,6 +59,9 @@ benchmark: $(READY)  ## the quantizer beside optimum-quanto and torchao, Fisher 
 	@$(BIN)/python benchmarks/fisher.py
 	@$(BIN)/python benchmarks/binder.py
 	@$(BIN)/python benchmarks/passes.py
+
+peers: $(READY)  ## the allocator beside five other libraries at equal bytes (installs each beside .venv; about an hour)
+	@$(BIN)/python benchmarks/peers.py
 
 terrain: $(READY)  ## lafq on a public diffusion model of others: results/terrain (installs it beside .venv; about half an hour)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/terrain-packages -r requirements-terrain.txt

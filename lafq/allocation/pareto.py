@@ -33,7 +33,7 @@ class StorageOption(NamedTuple):
 
 
 class Curvature(NamedTuple):
-    """H (C, C) and its factor, which all choices of a parameter share."""
+    """H (C, C) or (B, S, S) and its factor, which all choices of a parameter share."""
 
     matrix: Tensor
     factor: Factor
@@ -61,7 +61,7 @@ def pareto_front(
 ) -> list[StorageOption]:
     """The choices of one parameter that no other choice beats in both bytes and damage, smallest first.
 
-    weight and fisher have the parameter's shape; view as `channel_view` gives it; curvature (C, C) for its columns.
+    weight and fisher have the parameter's shape; view as `channel_view` gives it; curvature (C, C) or (B, S, S) for its columns.
     """
     known = [f for f in (FORMATS[name] for name in formats) if not f.qmax or len(view.shape) > 1]
     values, fisher = view.of(weight), view.of(fisher)

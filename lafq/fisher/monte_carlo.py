@@ -11,7 +11,8 @@ The same passes estimate a curvature. The weights of an output channel r have th
 gradient in one pass; a channel alone gives too few draws of it. The channels share H, the mean over passes and channels of
 g_r g_r^T / mean(g_r^2), (C, C) with a mean diagonal of 1: up to each channel's mean Fisher value that is its matrix, if the
 tensor's is a Kronecker product (Martens and Grosse 2015, "K-FAC"). Columns are those of `channel_view`. The channels of a grouped
-convolution share one H as well, though each group has inputs of its own.
+convolution share one H as well, though each group has inputs of its own. Where C is large, H is a block diagonal: equal blocks of
+consecutive columns, (B, S, S), which take B times fewer numbers and products.
 """
 
 import warnings
@@ -27,10 +28,12 @@ from lafq.quantization.checks import channel_view
 from lafq.rng import generator
 
 BATCH = 8
+LARGEST = 8192  # columns of one curvature matrix, which takes 256 MiB
 
 
 class Sensitivity(NamedTuple):
-    """By parameter name: the true Fisher values, of its shape, and the curvature (C, C) of the C weights of an output channel.
+    """By parameter name: the true Fisher values, of its shape, and the curvature (C, C) of the C weights of an output channel, or
+    its blocks (B, S, S).
 
     passes: batches that both were estimated from. noise: by parameter name, the share of the curvature's off-diagonal that is noise
     and was shrunk away, 0 to 1. None where it was not estimated.
@@ -60,6 +63,7 @@ def estimate_sensitivity(
     seed: int = 0,
     names: list[str] | None = None,
     shrink: bool = True,
+    largest: int = LARGEST,
 ) -> Sensitivity:
     """Estimate the diagonal of the true Fisher information, and from the same passes the curvature that output channels share.
 
@@ -70,6 +74,7 @@ def estimate_sensitivity(
         seed: of the noise that is sent back through the network.
         names: the parameters; None: all with two dimensions or more.
         shrink: shrink noisy estimates (`fisher.shrinkage`); False: the means over passes as they are.
+        largest: columns of a curvature matrix; that of a tensor with more weights per output channel is estimated in blocks.
 
     >>> import torch
     >>> model = nn.Linear(3, 2)
@@ -77,7 +82,7 @@ def estimate_sensitivity(
     >>> found.fisher["weight"].shape, found.curvature["weight"].shape
     (torch.Size([2, 3]), torch.Size([3, 3]))
 
-    Needs 2 C^2 numbers a tensor besides those of `monte_carlo_fisher`. Raises ValueError as that does.
+    Needs 2 C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that does.
     """
     model = unwrapped(model)
     names = [n for n, p in model.named_parameters() if p.ndim > 1] if names is None else names
@@ -88,12 +93,12 @@ def estimate_sensitivity(
         if name in views:
             rows = views[name].of(gradient)
             if name not in moments:
-                moments[name] = Moments(rows)
+                moments[name] = Moments(rows, largest)
             moments[name].add(rows)
 
     squares, samples, passes = _squares(model, names, batches, seed, add)
     if not shrink:
-        plain = {n: m.curvature / m.curvature.diagonal().mean().clamp_min(1e-30) for n, m in moments.items()}
+        plain = {n: m.plain_curvature() for n, m in moments.items()}
         return Sensitivity({n: f / samples for n, f in squares.items()}, plain, passes)
     squares |= {n: views[n].back(m.shrunk_squares(views[n].of(squares[n]))).contiguous() for n, m in moments.items()}
     curvature, noise = _shrunk_curvatures(moments)

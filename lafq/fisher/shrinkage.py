@@ -15,13 +15,16 @@ from torch import Tensor
 class Moments:
     """Sums over passes of what the gradients (R, C) of one tensor, R channels of C weights, tell of its Fisher information.
 
-    Holds C^2 + 2 R + C numbers, and C^2 more while a pass is added. Raises nothing: what is not finite stays so.
+    largest: with more columns, sums for the curvature are kept in equal blocks of at most so many, (B, S, S).
+    Holds B S^2 + 2 R + C numbers, and B S^2 more while a pass is added. Raises nothing: what is not finite stays so.
     """
 
-    def __init__(self, gradient: Tensor) -> None:
+    def __init__(self, gradient: Tensor, largest: int) -> None:
         rows, columns = gradient.shape
         self.passes = 0
-        self.curvature = gradient.new_zeros(columns, columns)
+        self.blocks = next(b for b in range(max(1, -(-columns // largest)), columns + 1) if columns % b == 0)
+        size = columns // self.blocks
+        self.curvature = gradient.new_zeros((self.blocks, size, size) if self.blocks > 1 else (size, size))
         self.off_diagonal_squares = gradient.new_zeros((), dtype=torch.float64)
         self.diagonal_squares = gradient.new_zeros(columns, dtype=torch.float64)
         self.fourth_powers = gradient.new_zeros(rows, dtype=torch.float64)
@@ -32,8 +35,9 @@ class Moments:
         square = gradient.square()
         mean = square.mean(1, keepdim=True)
         unit = torch.where(mean > 0, gradient / mean.sqrt(), 0)
-        shared = unit.T @ unit
-        diagonal = shared.diagonal().double().square()
+        columns = unit if self.blocks == 1 else unit.unflatten(1, (self.blocks, -1)).movedim(1, 0)
+        shared = columns.mT @ columns
+        diagonal = _diagonal(shared).double().square()
         self.passes += 1
         self.curvature += shared
         self.off_diagonal_squares += torch.linalg.vector_norm(shared).double().square() - diagonal.sum()
@@ -41,19 +45,24 @@ class Moments:
         self.fourth_powers += square.square().sum(1)
         self.mean_squares += mean[:, 0].double().square()
 
+    def plain_curvature(self) -> Tensor:
+        """H (C, C), or (B, S, S), of mean diagonal 1: the mean over passes as it is."""
+        return self.curvature / _diagonal(self.curvature).mean().clamp_min(1e-30)
+
     def shrunk_curvature(self) -> tuple[Tensor, float]:
-        """H (C, C) of mean diagonal 1, its off-diagonal shrunk towards 0 and its diagonal towards 1, and the first share.
+        """H (C, C), or (B, S, S), of mean diagonal 1, shrunk off the diagonal towards 0 and on it towards 1; and the first share.
 
         The off-diagonal shrinks at least as much as the diagonal, so H stays positive semidefinite.
         """
         mean = self.curvature / self.passes
-        diagonal = mean.diagonal().double().clone()  # `mean` is changed in place below
+        diagonal = _diagonal(mean).double().clone()  # `mean` is changed in place below
         level = diagonal.mean()
         off = (torch.linalg.vector_norm(mean).double().square() - diagonal.square().sum()).clamp_min(0)
         own = self._share(self.diagonal_squares.sum(), diagonal.square().sum(), (diagonal - level).square().sum())
         share = torch.maximum(self._share(self.off_diagonal_squares, off, off), own)
         found = mean.mul_((1 - share) / level.clamp_min(1e-30))
-        found.diagonal().copy_((1 - own) * diagonal / level.clamp_min(1e-30) + own)
+        target = (1 - own) * diagonal / level.clamp_min(1e-30) + own
+        found.diagonal(dim1=-2, dim2=-1).copy_(target.view(found.shape[:-1]))
         return found, share.item()
 
     def shrunk_squares(self, squares: Tensor) -> Tensor:
@@ -75,3 +84,8 @@ class Moments:
             return torch.ones_like(distance)
         variance = (squares - self.passes * squared_mean) / (self.passes * (self.passes - 1))
         return torch.where(distance > 0, variance / distance.clamp_min(1e-300), 1).clamp(0, 1)
+
+
+def _diagonal(blocks: Tensor) -> Tensor:
+    """The diagonal (C,) of a matrix, or of a block diagonal one (B, S, S)."""
+    return blocks.diagonal(dim1=-2, dim2=-1).flatten()

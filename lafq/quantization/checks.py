@@ -57,9 +57,12 @@ def check_curvature(model: nn.Module, curvature: dict[str, Tensor]) -> None:
     check_names(model, curvature, "the curvature names")
     for name, values in curvature.items():
         columns = channel_view(model, name).size[1]
-        if values.shape != (columns, columns) or not torch.isfinite(values).all():
+        size = values.shape[-1] if values.ndim == 3 and values.shape[-1] else columns
+        fits = values.shape[-2:] == (size, size) and values.shape[:-2].numel() * size == columns
+        if not fits or not torch.isfinite(values).all():
             raise ValueError(
-                f"the curvature of {name} must be finite and of shape {(columns, columns)}, it has {tuple(values.shape)}"
+                f"the curvature of {name} must be finite and of shape {(columns, columns)} or in blocks of these columns, it has "
+                f"{tuple(values.shape)}"
             )
 
 

@@ -6,6 +6,9 @@ H = U D U^T, U upper triangular with ones on its diagonal, it is a sum over weig
 the weights are rounded one after another, each to the code nearest to w_k - sum_{j<k} U_jk dw_j, which makes its term least
 (Chee et al. 2023, "QuIP", who show it to be what Frantar et al. 2023, "GPTQ", do with H^-1; the idea is that of
 Hassibi and Stork 1993, "Optimal Brain Surgeon").
+
+A curvature of three dimensions (B, S, S) stands for a block diagonal one: B blocks of S consecutive columns, which do not
+compensate for each other's errors.
 """
 
 from typing import NamedTuple
@@ -18,7 +21,10 @@ BLOCK = 128
 
 
 class Factor(NamedTuple):
-    """Of a curvature H: the order (C,) in which columns are rounded, and U (C, C) and D (C,) of H = U D U^T in that order."""
+    """Of a curvature H: the order (C,) in which columns are rounded, and U (C, C) and D (C,) of H = U D U^T in that order.
+
+    Of blocks (B, S, S): order (B, S), upper (B, S, S) and pivots (B, S).
+    """
 
     order: Tensor
     upper: Tensor
@@ -26,11 +32,14 @@ class Factor(NamedTuple):
 
 
 def factor(curvature: Tensor) -> Factor:
-    """The factor of H (C, C), damped; weights of large H_kk come first, while many are left to compensate for their errors.
+    """The factor of H (C, C), or of each of its blocks (B, S, S), damped.
 
+    Weights of large H_kk come first, while many are left to compensate for their errors.
     With P the reversal of the order and P H P = L L^T, the columns of P L P over its diagonal are U.
     Raises ValueError for an H that is not positive semidefinite.
     """
+    if curvature.ndim == 3:
+        return Factor(*map(torch.stack, zip(*map(factor, curvature), strict=True)))
     order = curvature.diagonal().argsort(descending=True, stable=True)
     damped = curvature[order][:, order].double().flip(0, 1)
     mean = damped.diagonal().mean()
@@ -50,6 +59,11 @@ def round_with_error_feedback(values: Tensor, scales: Tensor, qmax: Tensor, fact
     errors of others as well.
     """
     order, upper, _ = factor
+    if upper.ndim == 3:
+        columns = zip(*(t.split(upper.shape[1], 1) for t in (values, values if kept is None else kept)), strict=True)
+        blocks = zip(columns, map(Factor, *factor), strict=True)
+        found = [round_with_error_feedback(v, scales, qmax, own, kept if kept is None else k) for (v, k), own in blocks]
+        return torch.cat(found, 1)
     free = (qmax == 0)[:, None].expand_as(values) if kept is None else kept | (qmax == 0)[:, None]
     # Columns as rows: what is worked on at a time then lies together in memory.
     exact, free, limit = values[:, order].T.contiguous(), free[:, order].T.contiguous(), qmax.to(values)
@@ -70,8 +84,11 @@ def round_with_error_feedback(values: Tensor, scales: Tensor, qmax: Tensor, fact
 def damage(change: Tensor, fisher: Tensor, curvature: Tensor | None = None) -> Tensor:
     """Predicted damage of each row (R,): half the squared error summed over the output, to second order.
 
-    change, fisher: (R, C); curvature: (C, C), or None for the diagonal alone, 1/2 * sum(F * dw^2).
+    change, fisher: (R, C); curvature: (C, C) or (B, S, S), or None for the diagonal alone, 1/2 * sum(F * dw^2).
     """
     if curvature is None:
         return 0.5 * (fisher * change.square()).double().sum(1)
+    if curvature.ndim == 3:
+        parts = [((c @ h) * c).sum(1) for c, h in zip(change.split(curvature.shape[1], 1), curvature, strict=True)]
+        return 0.5 * (fisher.mean(1) * torch.stack(parts).sum(0)).double().clamp_min(0)
     return 0.5 * (fisher.mean(1) * ((change @ curvature) * change).sum(1)).double().clamp_min(0)

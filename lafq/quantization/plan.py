@@ -14,8 +14,8 @@ class Recipe(NamedTuple):
     """How weights are rounded.
 
     scale: a rule of `formats`. fisher: by parameter name, Fisher values of its shape, which weight the error where the rule asks
-    for it. curvature: by parameter name, (C, C) for the C weights of an output channel; the weights named are rounded with error
-    feedback, the others to the nearest code.
+    for it. curvature: by parameter name, (C, C) or in blocks (B, S, S), for the C weights of an output channel; the weights named
+    are rounded with error feedback, the others to the nearest code.
     """
 
     scale: ScaleRule = absmax_scale

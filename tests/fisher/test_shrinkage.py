@@ -6,8 +6,9 @@ from torch import nn
 
 from lafq import allocate, dequantize, estimate_sensitivity, quantize
 from lafq.fisher.shrinkage import Moments
-from lafq.quantization.formats import MIB
+from lafq.quantization.formats import MIB, unshrunk_scale
 from lafq.quantization.model import nbytes
+from lafq.quantization.plan import Recipe
 from lafq.rng import generator
 
 
@@ -21,8 +22,8 @@ def gradients(passes, rows=6, columns=10, seed=0):
     return size * drawn, true / true.diagonal().mean()
 
 
-def moments_of(drawn):
-    found = Moments(drawn[0])
+def moments_of(drawn, largest=30):
+    found = Moments(drawn[0], largest)
     for gradient in drawn:
         found.add(gradient)
     return found
@@ -70,6 +71,45 @@ def test_shrunk_curvature_is_nearer_to_the_true_one(passes):
         errors.append([(m - true).square().sum().item() for m in (shrunk, mean)])
         assert torch.linalg.eigvalsh(shrunk).min() > -1e-12
     assert torch.tensor(errors).mean(0).diff() > 0
+
+
+@pytest.mark.parametrize(("largest", "blocks", "size"), [(10, 1, 10), (9, 2, 5), (3, 5, 2), (1, 10, 1)])
+def test_blocks_are_those_of_the_whole_curvature(largest, blocks, size):
+    """As few equal blocks as fit; they are diagonal blocks of the whole, and shrink by what their own entries say."""
+    drawn, _ = gradients(20)
+    whole, found = moments_of(drawn), moments_of(drawn, largest)
+    shape = (size, size) if blocks == 1 else (blocks, size, size)
+    assert found.curvature.shape == shape
+    expected = torch.stack([whole.plain_curvature()[i : i + size, i : i + size] for i in range(0, 10, size)])
+    assert torch.allclose(found.plain_curvature().view(expected.shape), expected, rtol=1e-12)
+    shrunk, share = found.shrunk_curvature()
+    assert shrunk.shape == shape
+    assert 0 <= share <= 1
+    assert shrunk.diagonal(dim1=-2, dim2=-1).mean().item() == pytest.approx(1)
+    assert torch.linalg.eigvalsh(shrunk).min() > -1e-12
+    squares = drawn.square().sum(0)
+    assert torch.equal(found.shrunk_squares(squares), whole.shrunk_squares(squares))
+
+
+def test_a_plan_from_blocks_is_better_than_nearest_codes():
+    """Of a convolution with more columns than `largest`; the whole curvature is better still."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)).eval()
+    fresh = torch.randn(64, 1, 8, 8, generator=generator(9))
+    batches = [(torch.randn(4, 1, 8, 8, generator=generator(i)),) for i in range(64)]
+    whole, blocks = (estimate_sensitivity(model, batches, largest=n) for n in (8192, 36))
+    assert blocks.curvature["2.weight"].shape == (4, 36, 36)
+    assert blocks.curvature["0.weight"].shape == (9, 9)
+    plan = dict.fromkeys(whole.fisher, "int4")
+
+    def error(curvature):
+        recipe = Recipe(unshrunk_scale, whole.fisher, curvature)
+        with torch.no_grad():
+            return (dequantize(quantize(model, plan, recipe))(fresh) - model(fresh)).square().mean().item()
+
+    assert error(whole.curvature) < error(blocks.curvature) < error(None)
+    mib = nbytes(model, plan) / MIB
+    assert allocate(model, blocks, mib, progress=False).nbytes <= mib * MIB
 
 
 def test_many_passes_are_hardly_shrunk():

@@ -69,6 +69,22 @@ def test_first_error_is_made_good_as_well_as_it_can_be():
     assert torch.allclose(change[others], best)
 
 
+def test_blocks_stand_for_a_block_diagonal_curvature():
+    """Each block rounds its columns by itself; the damage is that of the whole matrix."""
+    values, scales, qmax, curvature = problem(columns=12)
+    blocks = torch.stack([curvature[:4, :4], curvature[4:8, 4:8], curvature[8:, 8:]])
+    kept = torch.rand(values.shape, generator=generator(3)) < 0.2
+    found = round_with_error_feedback(values, scales, qmax, factor(blocks), kept)
+    alone = [
+        round_with_error_feedback(values[:, i : i + 4], scales, qmax, factor(h), kept[:, i : i + 4])
+        for i, h in zip((0, 4, 8), blocks, strict=True)
+    ]
+    assert torch.equal(found, torch.cat(alone, 1))
+    fisher = torch.rand(values.shape, generator=generator(4), dtype=torch.float64)
+    whole = damage(found - values, fisher, torch.block_diag(*blocks))
+    assert torch.allclose(damage(found - values, fisher, blocks), whole)
+
+
 @pytest.mark.parametrize(("rank", "share"), [(4, 0.3), (24, 0.9)])
 def test_correlated_weights_are_rounded_with_less_damage_than_nearest(rank, share):
     values, scales, qmax, curvature = problem(rows=40, rank=rank)
