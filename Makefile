@@ -17,7 +17,7 @@ $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 t
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
 	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-.PHONY: help setup reproduce resume publish classifier evidence benchmark peers terrain packed verify test test-fast test-kill test-browser site lint clean
+.PHONY: help setup reproduce resume publish classifier evidence benchmark peers growth terrain packed verify test test-fast test-kill test-browser site lint clean
 
 ##@ for everyone
 
@@ -53,15 +53,18 @@ clean:  ## remove .venv and build (results/ stays)
 evidence: $(READY)  ## experiments that take hours: noise floor, 1,000 images per row, other training runs (about two hours); PUBLISHED=path: the authors' images
 	@$(BIN)/python -m tools.evidence $(if $(PROFILE),--profile $(PROFILE)) $(if $(PUBLISHED),--published $(PUBLISHED))
 
-benchmark: $(READY)  ## the quantizer beside optimum-quanto and torchao, Fisher beside BackPACK, notebooks in 2 GiB, damage by passes (about 40 minutes)
+benchmark: $(READY)  ## what quantized models cost to run, Fisher beside BackPACK, notebooks in 2 GiB, damage by passes (about 40 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
-	@$(BIN)/python benchmarks/quantizers.py
+	@$(BIN)/python benchmarks/running.py
 	@$(BIN)/python benchmarks/fisher.py
 	@$(BIN)/python benchmarks/binder.py
 	@$(BIN)/python benchmarks/passes.py
 
 peers: $(READY)  ## the allocator beside five other libraries at equal bytes (installs each beside .venv; about an hour)
 	@$(BIN)/python benchmarks/peers.py
+
+growth: $(READY)  ## time and memory of every step by the size of the model, and smaller blocks of the curvature (about half an hour; Linux)
+	@$(BIN)/python benchmarks/growth.py
 
 terrain: $(READY)  ## lafq on a public diffusion model of others: results/terrain (installs it beside .venv; about half an hour)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/terrain-packages -r requirements-terrain.txt

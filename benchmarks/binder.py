@@ -12,7 +12,7 @@ import tempfile
 import time
 
 import pandas as pd
-from quantizers import write
+from running import write
 
 from lafq import paths
 from tools.notebooks import notebooks

@@ -13,11 +13,12 @@ from collections.abc import Callable
 
 import pandas as pd
 import torch
-from quantizers import THREADS, write
+from running import write
 from torch import Tensor
 from tqdm import tqdm
 
 from lafq.allocation import solver
+from lafq.device import compute_on
 from lafq.diffusion.mnist import mnist
 from lafq.diffusion.noising import add_noise, unit_interval
 from lafq.diffusion.unet import TIMESTEPS, UNet, quantizable
@@ -159,7 +160,7 @@ def correlated(size: int) -> Tensor:
 
 def main() -> None:
     """Write and print the two tables."""
-    torch.set_num_threads(THREADS)
+    compute_on(2, "cpu")
     write("allocation", allocating())
     write("fisher", pd.DataFrame([row for width in BATCH for row in rows(width)]).to_dict("records"))
 

@@ -31,6 +31,7 @@ from lafq.io import load_tensors
 from lafq.paper import results
 from lafq.paper.budget_study.budget import FRESH, FRESH_SEED
 from lafq.presentation import report
+from lafq.presentation.benchmarks import OURS
 from lafq.quantization.formats import MIB, bit_bytes, unshrunk_scale
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import Plan, Recipe
@@ -42,7 +43,6 @@ BITS = (8, 6, 4, 3, 2)
 SAMPLES, DIGITS = {16: 512, 64: 128}, {16: 500, 64: 100}
 SCALE_BYTES = 2  # a scale counts as FP16, as ours do
 ONLY_NARROW = ("aimet-torch",)  # AdaRound takes too long at width 64
-OURS = "lafq, uniform"
 
 
 def installed(library: str) -> Path:

@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from quantizers import by_layer, layer_inputs, quanto, stored_bytes, torchao
+from by_layer import by_layer, layer_inputs, quanto, stored_bytes, torchao
 from scipy.ndimage import uniform_filter
 from scipy.stats import wasserstein_distance
 from torch import Tensor, nn

@@ -69,15 +69,17 @@ def published() -> dict[str, str]:
 
 def measured() -> dict[str, str]:
     """The benchmarks and the terrain model."""
-    names = ("fisher", "quantizers", "binder", "passes")
+    names = ("fisher", "running", "binder", "passes", "peers", "growth", "blocks")
     by = {name: pd.read_csv(paths.RESULTS / "benchmarks" / f"{name}.csv") for name in names}
     terrain = results.load_table(Workspace("terrain"), "terrain")
     return {
         "passes": f"{markdown(benchmarks.passes_table(by['passes']))}\n\n{benchmarks.passes_sentence(by['passes'])}",
         "fisher": markdown(benchmarks.fisher_cost(by["fisher"])),
-        "quantizers": (
-            f"{markdown(benchmarks.quantizers_table(by['quantizers']))}\n\n{benchmarks.quantizers_sentence(by['quantizers'])}"
-        ),
+        "running": markdown(benchmarks.running_table(by["running"])),
+        "peers": f"{markdown(benchmarks.peers_table(by['peers'], 'all'))}\n\n{benchmarks.peers_sentence(by['peers'])}",
+        "peers_shared": markdown(benchmarks.peers_table(by["peers"], "shared")),
+        "growth": f"{markdown(benchmarks.growth_table(by['growth']))}\n\n{benchmarks.growth_sentence(by['growth'])}",
+        "blocks": markdown(benchmarks.blocks_table(by["blocks"])),
         "terrain": f"{markdown(benchmarks.terrain_table(terrain))}\n\n{benchmarks.terrain_sentence(terrain)}",
         "terrain_character": markdown(benchmarks.terrain_character(terrain)),
         "binder": markdown(by["binder"]),

@@ -1,8 +1,10 @@
 """What the benchmarks and the terrain model show, as tables and sentences."""
 
+import numpy as np
 import pandas as pd
 
 MANY_PASSES = 64
+OURS = "lafq, uniform"
 
 
 def passes_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -49,24 +51,89 @@ def fisher_cost(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{c: table[c].map(f.format) for c, f in digits.items()})
 
 
-def quantizers_table(table: pd.DataFrame) -> pd.DataFrame:
-    """The benchmark as it is shown: the integer formats that at least two libraries have."""
-    shared = table.groupby(["width", "format"])["library"].transform("nunique") > 1
-    shown = table[shared].assign(order=table["format"].str[3:].astype(int)).sort_values(["width", "order"], ascending=[True, False])
-    digits = {"bytes_ratio": "{:.3f}", "output_mse": "{:.2g}", "time_ratio": "{:.2f}"}
-    shown = shown.assign(
-        library=shown["library"] + " " + shown["version"], **{c: shown[c].map(f.format) for c, f in digits.items()}
+def running_table(table: pd.DataFrame) -> pd.DataFrame:
+    """results/benchmarks/running.csv as it is shown."""
+    digits = {"mem_mib": "{:.2f}", "damage": "{:.2g}", "time_batch_1": "{:.2f}", "time_batch_100": "{:.2f}"}
+    return table.assign(**{c: table[c].map(f.format) for c, f in digits.items()})
+
+
+def peers_table(table: pd.DataFrame, weights: str) -> pd.DataFrame:
+    """The allocator's damage over each library's at its bytes, and these as a share of FP32's, one column per number of bits.
+
+    weights: "all", or "shared" for the allocator that may quantize only what the library did.
+    """
+    known = table[table["damage"].notna()]
+    over = [known[f"over_{weights}{end}"].map("{:.2g}".format) for end in ("", "_low", "_high")]
+    cells = over[0] + " [" + over[1] + ", " + over[2] + "] at " + known["mem_share"].map("{:.1%}".format)
+    library = (known["library"] + " " + known["version"].fillna("")).str.strip()
+    shown = known.assign(cell=cells, library=library, bits=known["bits"].astype(str) + " bits")
+    wide = shown.pivot(index=["width", "library"], columns="bits", values="cell").fillna("")
+    order = pd.MultiIndex.from_frame(shown[["width", "library"]].drop_duplicates())
+    return wide.loc[order, list(dict.fromkeys(shown["bits"]))].rename_axis(columns=None).reset_index()
+
+
+def peers_sentence(table: pd.DataFrame) -> str:
+    """The allocator's worst ratio to another library, and which libraries failed where."""
+    others = table[table["library"] != OURS]
+    known = others[others["damage"].notna()]
+    said = {}
+    for kind in ("all", "shared"):
+        row = known.loc[known[f"over_{kind}"].idxmax()]
+        said[kind] = f"{row[f'over_{kind}']:.2g} times ({row['library']}, {row['bits']} bits, width {row['width']})"
+    failed = [
+        f"{library}, {', '.join(str(b) for b in sorted(set(rows['bits'])))} bits: {rows['error'].iloc[0]}"
+        for library, rows in others[others["damage"].isna()].groupby("library", sort=False)
+    ]
+    return (
+        f"In {len(known)} comparisons at equal bytes the allocator does at most {said['all']} the damage of the library. Where it "
+        f"may quantize only the weights that the library quantized, it does at most {said['shared']}."
+        + (f" What failed: {'; '.join(failed)}." if failed else "")
     )
-    return shown[["width", "format", "library", *digits, "layers_left_fp32"]]
 
 
-def quantizers_sentence(table: pd.DataFrame) -> str:
-    """How often lafq stores the fewest bytes and has the largest output error among the libraries of the benchmark."""
-    groups = [rows for _, rows in table.groupby(["width", "format"]) if rows["library"].nunique() > 1]
-    ours = [rows["library"].eq("lafq") for rows in groups]
-    fewest = sum(rows[own]["bytes_ratio"].item() == rows["bytes_ratio"].min() for rows, own in zip(groups, ours, strict=True))
-    largest = sum(rows[own]["output_mse"].item() == rows["output_mse"].max() for rows, own in zip(groups, ours, strict=True))
-    return f"Of {len(groups)} comparisons, lafq stores the fewest bytes in {fewest} and has the largest output error in {largest}."
+def exponent(rows: pd.DataFrame, column: str) -> float:
+    """The slope of log(column) over log(weights): how it grows with the size of the model."""
+    return float(np.polyfit(np.log(rows["weights"]), np.log(rows[column]), 1)[0])
+
+
+def growth_table(table: pd.DataFrame) -> pd.DataFrame:
+    """results/benchmarks/growth.csv by step: seconds and peak MiB at each width, and their exponents."""
+    cells = table["seconds"].map("{:.2g} s".format) + ", " + table["peak_mib"].map("{:,.0f} MiB".format)
+    wide = table.assign(cell=cells, width="width " + table["width"].astype(str)).pivot(index="step", columns="width", values="cell")
+    wide = wide.fillna("")[list(dict.fromkeys("width " + table["width"].astype(str)))]
+    positive = table.assign(peak_mib=table["peak_mib"].clip(lower=0.1))
+    for column, name in (("seconds", "exponent of time"), ("peak_mib", "of memory")):
+        wide[name] = {step: f"{exponent(rows, column):.1f}" for step, rows in positive.groupby("step")}
+    return wide.loc[list(dict.fromkeys(table["step"]))].rename_axis(columns=None).reset_index()
+
+
+def growth_sentence(table: pd.DataFrame, weights: float = 860e6) -> str:
+    """What the largest width's figures make for a model of so many weights, by the fitted exponents."""
+    found = {}
+    for step, rows in table.groupby("step", sort=False):
+        last = rows.loc[rows["weights"].idxmax()]
+        found[step] = [last[c] * (weights / last["weights"]) ** exponent(rows, c) for c in ("seconds", "peak_mib")]
+    breaks = max(found, key=lambda step: found[step][1])
+    said = "; ".join(f"{step} {seconds / 60:,.0f} min and {mib / 1024:,.0f} GiB" for step, (seconds, mib) in found.items())
+    return (
+        f"By these exponents a U-Net of {weights / 1e6:.0f} million weights takes: {said} (estimate_sensitivity: time per pass). "
+        f"`{breaks}` needs the most memory, so it breaks first."
+    )
+
+
+def blocks_table(table: pd.DataFrame) -> pd.DataFrame:
+    """results/benchmarks/blocks.csv as it is shown."""
+    over = [table[f"over_whole{end}"].map("{:.2f}".format) for end in ("", "_low", "_high")]
+    return pd.DataFrame(
+        {
+            "width": table["width"],
+            "columns of the largest block": table["columns"],
+            "curvature, MiB": table["curvature_mib"].map("{:,.0f}".format),
+            "time of a pass": table["pass_ratio"].map("{:.1f}".format),
+            "damage at 4 bits": table["damage"].map("{:.2e}".format),
+            "over the whole curvature's": over[0] + " [" + over[1] + ", " + over[2] + "]",
+        }
+    )
 
 
 def passes_sentence(table: pd.DataFrame) -> str:

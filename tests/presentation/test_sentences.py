@@ -7,7 +7,7 @@ import pytest
 from lafq.paper.audit import published_images
 from lafq.paper.budget_study import summaries
 from lafq.paper.budget_study.methods import CODED, FEEDBACK
-from lafq.presentation import audit_tables, benchmarks, sentences
+from lafq.presentation import audit_tables, sentences
 
 
 def published(ours, low, high):
@@ -162,13 +162,6 @@ def test_ratios_with_many_images():
         "At N = 1,000 the mean FID (MNIST features) of the ratios in 0.35-0.40 differs by -1.00 from that of the others. "
         "The best single ratio is 0.42."
     )
-
-
-def test_quantizers_are_counted_where_two_libraries_have_the_format():
-    rows = [("lafq", "int8", 0.2, 2.0), ("other", "int8", 0.3, 1.0), ("lafq", "int4", 0.2, 1.0), ("other", "int4", 0.1, 2.0)]
-    table = pd.DataFrame([*rows, ("lafq", "int6", 0.2, 9.0)], columns=["library", "format", "bytes_ratio", "output_mse"])
-    said = benchmarks.quantizers_sentence(table.assign(width=16))
-    assert said == "Of 2 comparisons, lafq stores the fewest bytes in 1 and has the largest output error in 1."
 
 
 def test_what_the_choice_of_fisher_values_does_to_the_loss():

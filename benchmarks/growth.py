@@ -1,0 +1,201 @@
+"""How time and memory grow with a model: `make growth` writes results/benchmarks/growth.csv, blocks.csv and a figure.
+
+growth.csv: each step of a user's work, in a process of its own, on U-Nets of five widths with random weights. Peak memory is
+what the step takes above the model, its inputs and the libraries (Linux: /proc/self). A tensor wider than `monte_carlo.LARGEST`
+has its curvature in blocks. The widest model has no sensitivity estimated.
+
+blocks.csv: what smaller blocks of the curvature cost in damage and save in time, on the trained models of width 16 and 64.
+
+Rows that are there already are left alone; delete a table to make it again.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lafq import allocate, dequantize, estimate_sensitivity, load_quantized, quantize, save_quantized
+from lafq.device import compute_on
+from lafq.diffusion.mnist import mnist
+from lafq.diffusion.noising import noised_batches
+from lafq.diffusion.unet import UNet
+from lafq.diffusion.weights import load_model
+from lafq.evaluation import scoring
+from lafq.fisher.monte_carlo import LARGEST, Sensitivity
+from lafq.fisher.shrinkage import Moments
+from lafq.paper import results
+from lafq.paper.budget_study.budget import FRESH, FRESH_SEED
+from lafq.paper.budget_study.methods import mib_at
+from lafq.presentation import benchmarks, report
+from lafq.quantization.checks import channel_view
+from lafq.quantization.formats import MIB
+from lafq.workspace import Workspace
+
+WORK = Workspace("benchmarks")
+WIDTHS, WIDEST = (8, 16, 32, 64, 128), 128
+STEPS = ("estimate_sensitivity", "allocate", "quantize", "save_quantized", "load_quantized")
+PASSES, BATCH, BITS = 2, 8, 4.0
+BLOCKS = {16: (8192, 576, 288, 144), 64: (8192, 2304, 1152)}
+SAMPLES, DIGITS = {16: 512, 64: 128}, {16: 500, 64: 100}
+PROFILES = {16: "mini", 64: "paper"}
+
+
+def random_sensitivity(model: nn.Module) -> Sensitivity:
+    """Fisher values and curvatures of the right shapes; a curvature has random columns, so that rounding has something to do."""
+    fisher, curvature = {}, {}
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            view = channel_view(model, name)
+            fisher[name] = torch.rand(weight.shape)
+            empty = Moments(torch.empty(1, view.size[1]), LARGEST).curvature
+            some = torch.randn(*empty.shape[:-1], 16)
+            curvature[name] = some @ some.mT / 16 + torch.eye(empty.shape[-1])
+    return Sensitivity(fisher, curvature)
+
+
+def memory(field: str) -> float:
+    """MiB of this process: VmRSS now, VmHWM the most since the last reset."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def measured(work: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of a call, and MiB that it took above what was held before."""
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    start = time.perf_counter()
+    work()
+    return {"seconds": time.perf_counter() - start, "peak_mib": memory("VmHWM") - before}
+
+
+def one_step(step: str, width: int) -> dict[str, float]:
+    """Seconds and MiB of a step; of estimate_sensitivity, seconds per pass."""
+    compute_on(2, "cpu")
+    torch.manual_seed(0)
+    model = UNet(width).eval()
+    known = None if step == "estimate_sensitivity" else random_sensitivity(model)
+    mib = mib_at(model, BITS)
+    batches = [(torch.randn(BATCH, 1, 32, 32), torch.randint(1000, (BATCH,))) for _ in range(PASSES)]
+    uniform = dict.fromkeys(known.fisher, "int4") if known else {}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "small.safetensors"
+        small = quantize(model, uniform)
+        if step == "load_quantized":
+            save_quantized(path, small, model)
+        work = {
+            "estimate_sensitivity": lambda: estimate_sensitivity(model, batches, 0),
+            "allocate": lambda: allocate(model, known, mib, progress=False),
+            "quantize": lambda: quantize(model, uniform),
+            "save_quantized": lambda: save_quantized(path, small, model),
+            "load_quantized": lambda: load_quantized(path, model),
+        }[step]
+        found = measured(work)
+    if step == "estimate_sensitivity":
+        found["seconds"] /= PASSES
+    return found | {"weights": sum(p.numel() for p in model.parameters())}
+
+
+def grown() -> pd.DataFrame:
+    """The table of growth, row by row."""
+    table = results.load_optional(WORK, "growth")
+    rows = [] if table is None else table.to_dict("records")
+    there = {(row["width"], row["step"]) for row in rows}
+    for width in WIDTHS:
+        for step in STEPS:
+            if (width, step) in there or (width == WIDEST and step == "estimate_sensitivity"):
+                continue
+            done = subprocess.run([sys.executable, __file__, step, str(width)], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{step} at width {width}: {done.stderr.strip().splitlines()[-1]}")
+            rows.append({"width": width, "step": step, **json.loads(done.stdout.splitlines()[-1])})
+            results.save_table(WORK, "growth", pd.DataFrame(rows))
+            print(rows[-1], flush=True)
+    return results.load_table(WORK, "growth")
+
+
+def pass_ratio(model: nn.Module, largest: int, batches: list[tuple[Tensor, ...]]) -> float:
+    """Time of a pass over that of one forward and backward pass of the same batch, the median over batches."""
+    ratios = []
+    for x, t in batches:
+        start = time.perf_counter()
+        model(x, t).square().sum().backward()
+        middle = time.perf_counter()
+        estimate_sensitivity(model, [(x, t)] * 2, 0, shrink=False, largest=largest)
+        ratios.append((time.perf_counter() - middle) / 2 / (middle - start))
+        model.zero_grad()
+    return statistics.median(ratios)
+
+
+def blocked() -> pd.DataFrame:
+    """The table of blocks: damage of the allocator's plan at BITS per weight, over that with the whole curvature."""
+    table = results.load_optional(WORK, "blocks")
+    rows = [] if table is None else table.to_dict("records")
+    there = {(row["width"], row["largest"]) for row in rows}
+    for width, sizes in BLOCKS.items():
+        if all((width, largest) in there for largest in sizes):
+            continue
+        model, noise = load_model(Workspace(PROFILES[width]), width), FRESH_SEED
+        outputs = scoring.held_out_outputs(model, noise, DIGITS[width], FRESH)
+        digits, errors = mnist(train=True)[0], {}
+        for largest in sizes:
+            known = estimate_sensitivity(model, noised_batches(digits, SAMPLES[width], 0), 0, largest=largest)
+            plan = allocate(model, known, mib_at(model, BITS), progress=False)
+            errors[largest] = scoring.output_errors(dequantize(quantize(model, plan)), outputs, noise, FRESH)[0]
+            ratio = scoring.ratio_of_means(errors[largest], errors[sizes[0]], 0)
+            row = {"width": width, "largest": largest, "columns": max(h.shape[-1] for h in known.curvature.values())}
+            row |= {"curvature_mib": sum(4 * h.numel() for h in known.curvature.values()) / MIB}
+            row |= {"pass_ratio": pass_ratio(model, largest, list(noised_batches(digits, 5 * BATCH, 1)))}
+            row["damage"] = errors[largest].mean().item()
+            rows.append(row | dict(zip(("over_whole", "over_whole_low", "over_whole_high"), ratio, strict=True)))
+            print(rows[-1], flush=True)
+        results.save_table(WORK, "blocks", pd.DataFrame(rows))
+    return results.load_table(WORK, "blocks")
+
+
+def draw(table: pd.DataFrame) -> None:
+    """Seconds and peak MiB over the number of weights, one line per step."""
+    report.set_style()
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    table = table.assign(peak_mib=table["peak_mib"].clip(lower=0.1))
+    for (step, rows), marker in zip(table.groupby("step", sort=False), "osD^v", strict=True):
+        for ax, column in zip(axes, ("seconds", "peak_mib"), strict=True):
+            label = f"{step}, {benchmarks.exponent(rows, column):.1f}"
+            ax.plot("weights", column, f"{marker}-", data=rows, label=label, ms=4)
+    axes[0].set_ylabel("seconds (estimate_sensitivity: per pass)")
+    axes[1].set_ylabel("peak MiB above the model")
+    for ax in axes:
+        ax.set(xscale="log", yscale="log", xlabel="weights of the model")
+        ax.legend(title="step, exponent", fontsize=7, title_fontsize=7)
+    figure.suptitle("Time and memory by the size of the model", fontsize=11)
+    report.save_figure(WORK, "growth", figure, "random weights; two cores")
+    plt.close(figure)
+
+
+def main() -> int:
+    """One step of one width as JSON, or both tables and the figure."""
+    if len(sys.argv) == 3:
+        print(json.dumps(one_step(sys.argv[1], int(sys.argv[2]))))
+        return 0
+    compute_on(2, "cpu")
+    try:
+        draw(grown())
+        blocked()
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    print("written: results/benchmarks/growth.csv, results/benchmarks/blocks.csv, figures/benchmarks/growth.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What a quantized model costs to run: `make benchmark` writes results/benchmarks/running.csv.
+
+The trained diffusion models of width 16 and 64, one forward pass, batches of 1 and 100 noised digits. Packed models unpack one
+layer at a time; "dequantized" was unpacked when it was loaded. Times are medians of ratios to an FP32 pass run just before.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lafq import paths
+from lafq.device import compute_on
+from lafq.diffusion.mnist import HELD_OUT, mnist
+from lafq.diffusion.noising import add_noise, unit_interval
+from lafq.diffusion.unet import TIMESTEPS, quantizable
+from lafq.diffusion.weights import load_model
+from lafq.io import atomic_write
+from lafq.quantization.formats import MIB
+from lafq.quantization.model import dequantize, quantize, resident_bytes
+from lafq.rng import generator
+from lafq.workspace import Workspace
+
+PROFILES, ROUNDS = {16: "mini", 64: "paper"}, {(16, 1): 31, (16, 100): 9, (64, 1): 15, (64, 100): 3}
+FORMATS = ("fp16", "int8", "int6", "int4", "int3", "int2")
+
+
+def noised_digits(count: int) -> tuple[Tensor, Tensor]:
+    """Held-out digits, noised to timesteps spread over all of them."""
+    x0 = unit_interval(mnist(train=False)[0][HELD_OUT][:count])
+    t = torch.linspace(0, TIMESTEPS - 1, count).long()
+    x = add_noise(x0, t, torch.randn(x0.shape, generator=generator(0, 1)))
+    return x.contiguous(memory_format=torch.channels_last), t
+
+
+def bfloat16(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model computing under autocast, its weights in FP32."""
+
+    def run(x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x, t).float()
+
+    return run
+
+
+def seconds(run: Callable, x: Tensor, t: Tensor) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    run(x, t)
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def rows(width: int) -> list[dict]:
+    """One row per model: MiB in memory, damage, and its time over FP32's for each batch."""
+    model = load_model(Workspace(PROFILES[width]), width)
+    small = {low: quantize(model, dict.fromkeys(quantizable(model), low)) for low in FORMATS}
+    runs = {f"{low}, packed": (m, resident_bytes(m)) for low, m in small.items()}
+    runs["int8, dequantized"] = (dequantize(small["int8"]), resident_bytes(model))
+    runs["bfloat16 compute"] = (bfloat16(copy.deepcopy(model)), resident_bytes(model))
+    x, t = noised_digits(100)
+    expected, table = model(x, t), []
+    for name, (run, size) in tqdm(runs.items(), desc=f"width {width}"):
+        row = {"width": width, "model": name, "mem_mib": size / MIB, "damage": (run(x, t) - expected).square().mean().item()}
+        for batch in (1, 100):
+            pairs = [
+                (seconds(model, x[:batch], t[:batch]), seconds(run, x[:batch], t[:batch])) for _ in range(ROUNDS[width, batch])
+            ]
+            row[f"time_batch_{batch}"] = statistics.median(own / full for full, own in pairs)
+        table.append(row)
+    return table
+
+
+def write(name: str, rows: list[dict]) -> None:
+    """Write and print one table."""
+    table, path = pd.DataFrame(rows), paths.RESULTS / "benchmarks" / f"{name}.csv"
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.4g")
+    print(table.to_string(index=False))
+    print(f"written: {path.relative_to(paths.ROOT)}")
+
+
+def main() -> None:
+    """Write and print the table; the poster's width only where its weights are."""
+    compute_on(2, "cpu")
+    found = rows(16)
+    try:
+        found += rows(64)
+    except FileNotFoundError as error:
+        print(f"without width 64: {error}")
+    write("running", found)
+
+
+if __name__ == "__main__":
+    main()

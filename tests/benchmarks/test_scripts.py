@@ -1,0 +1,128 @@
+"""The scripts in benchmarks/ at a small size; what they import beyond .venv is stood in for."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lafq.diffusion.unet import UNet, quantizable
+from lafq.quantization.model import dequantize, nbytes, quantize
+from lafq.rng import generator
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A module of benchmarks/ by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def test_bytes_of_peers_are_codes_scales_zero_points_and_what_stays_fp32(script, tiny):
+    """A tensor of 4 bits with a scale per channel takes what lafq's INT4 takes; zero points take a code's bits each."""
+    peers = script("peers")
+    weights = quantizable(tiny)
+    shapes = {n: (4, _channels(tiny, n), 0) for n in weights}
+    ours = nbytes(tiny, dict.fromkeys(weights, "int4"))
+    assert peers.stored_bytes(tiny, shapes) == ours
+    name = next(iter(weights))
+    assert peers.stored_bytes(tiny, shapes | {name: (*shapes[name][:2], 10)}) == ours + 5
+    assert peers.stored_bytes(tiny, {}) == nbytes(tiny, {})
+
+
+def test_a_peer_is_judged_at_its_own_bytes(script, tiny, digits, monkeypatch, tmp_path):
+    """A library that rounds to uniform INT4 does the damage of uniform INT4, and the allocator less at these bytes."""
+    peers = script("peers")
+    monkeypatch.setattr(peers, "load_model", lambda work, width: _copy(tiny))
+    monkeypatch.setattr(peers, "mnist", lambda train: (digits, None))
+    monkeypatch.setattr(peers, "SAMPLES", {4: 64})
+    monkeypatch.setattr(peers, "DIGITS", {4: 20})
+    monkeypatch.setattr(peers, "PROFILES", {4: "smoke"})
+    names = [n for n, p in tiny.named_parameters() if p.ndim > 1]
+    rounded = dequantize(quantize(tiny, dict.fromkeys(names, "int4")))
+    rows = {n: (4, _channels(tiny, n), 0) for n in names}
+    monkeypatch.setattr(
+        peers, "quantized_by", lambda *_: ({n: rounded.get_parameter(n).detach() for n in names}, {"version": "1", "stored": rows})
+    )
+    judge = peers.Judge(4)
+    ours, theirs = judge.uniform(4), judge.of("x", 4)
+    assert theirs["damage"] == pytest.approx(ours["damage"])
+    assert theirs["mem_mib"] == ours["mem_mib"]
+    assert theirs["tensors_fp32"] == 0
+    assert theirs["over_all"] == theirs["over_shared"] < 1
+
+    def fails(*_):
+        raise RuntimeError("TypeError: no")
+
+    monkeypatch.setattr(peers, "quantized_by", fails)
+    assert judge.of("x", 2) == {"width": 4, "library": "x", "bits": 2, "error": "TypeError: no"}
+
+
+def _copy(model):
+    copy = UNet(model.width).eval()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def _channels(model, name):
+    weight = model.get_parameter(name)
+    transposed = isinstance(model.get_submodule(name.removesuffix(".weight")), nn.ConvTranspose2d)
+    return weight.shape[1] if transposed else weight.shape[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux")
+def test_growth_measures_each_step(script):
+    growth = script("growth")
+    for step in growth.STEPS:
+        found = growth.one_step(step, 4)
+        assert found["seconds"] > 0
+        assert found["weights"] == sum(p.numel() for p in UNet(4).parameters())
+
+
+def test_terrain_plans_have_the_bytes_of_the_rows_beside_them(script, monkeypatch, tmp_path):
+    """On a small network: each allocation fits in the bytes that it is named for."""
+    terrain = script("terrain")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 1, 3, padding=1)
+    ).eval()
+    batches = [(torch.randn(2, 1, 8, 8, generator=generator(i)),) for i in range(16)]
+    known = terrain.estimate_sensitivity(model, batches)
+    monkeypatch.setattr(terrain, "known_mib", lambda *_: 0.02)
+    monkeypatch.setattr(terrain, "SENSITIVE", 1)
+    monkeypatch.setattr(terrain, "TENTH", 0.3)
+    made = {(method, format): make() for method, format, make in terrain.plans(model, known)}
+    for low in terrain.UNIFORM:
+        assert nbytes(model, made["allocator", f"bytes of uniform {low}"]) <= nbytes(model, made["uniform", low])
+    kept = made["INT4, sensitive tensors FP16", "int4"]
+    assert sorted(kept.values()) == ["fp16", "int4", "int4"]
+    for low in ("int4", "int3"):
+        assert made[terrain.CODED, f"bytes of uniform {low}"].file_bytes <= nbytes(model, made["uniform", low])
+
+
+def test_terrain_decibels_and_character(script):
+    terrain = script("terrain")
+    maps = torch.rand(2, 1, 128, 128, generator=generator(0)) * 2 - 1
+    noise = 0.1 * torch.randn(maps.shape, generator=generator(1))
+    assert terrain.decibels(maps, maps + noise) == pytest.approx(
+        10 * np.log10(maps.var().item() / noise.square().mean().item()), abs=1e-3
+    )
+    look = terrain.character(maps)
+    assert set(terrain.distances(look, look).values()) == {0.0}
+    assert min(terrain.distances(look, terrain.character(maps + noise)).values()) > 0
+    flat = terrain.character(torch.full((1, 1, 128, 128), 0.5) + torch.linspace(0, 1e-3, 128))
+    assert flat["slope"].std() < 0.05 * flat["slope"].mean()
+
+
+def test_passes_are_measured_over_uniform(script):
+    passes = script("passes")
+    torch.manual_seed(0)
+    subject = passes.small([nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)], (16,))._replace(draws=1)
+    table = passes.measured("x", subject, (1, 64))
+    assert table[["passes", "estimates"]].values.tolist() == [[1, "shrunk"], [1, "plain"], [64, "shrunk"], [64, "plain"]]
+    assert table["over_uniform"].iloc[2] < 1.05
+    assert (table["over_predicted"] > 0).all()
