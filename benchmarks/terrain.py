@@ -34,7 +34,7 @@ from lafq.fisher.monte_carlo import Sensitivity
 from lafq.io import load_tensors, save_tensors
 from lafq.paper import results
 from lafq.presentation import report
-from lafq.quantization.formats import MIB, unshrunk_scale
+from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
 from lafq.quantization.model import dequantize, nbytes, resident_bytes
 from lafq.quantization.plan import Plan, Recipe
 from lafq.rng import generator
@@ -142,7 +142,7 @@ def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Call
 
     def allocated(mib: float) -> Plan:
         if not frontiers:
-            frontiers.update(solver.frontiers_of(model, known.fisher, "mixed", curvature=known.curvature))
+            frontiers.update(solver.frontiers_of(model, known.fisher, "mixed", STUDY_FORMATS, curvature=known.curvature))
         return solver.solve_budget(model, frontiers, mib, recipe=recipe)
 
     def sensitive() -> Plan:

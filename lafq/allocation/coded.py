@@ -35,7 +35,7 @@ ROUNDS = 16
 CLOSE = 0.003  # the share of the budget that the file may leave
 FINEST = 2**14  # steps in a channel's largest weight; with error feedback codes then stay within INT16
 COARSEST = 200.0  # log2 of a number at which every weight rounds to 0
-INTEGERS = sorted((f for f in FORMATS.values() if f.qmax), key=lambda f: f.bits)
+INTEGERS = sorted((f for f in FORMATS.values() if f.qmax and not f.qmax % 1), key=lambda f: f.bits)
 
 
 class _Tensor(NamedTuple):

@@ -24,7 +24,7 @@ from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper.budget_study.budget import predicted_damage
 from lafq.paper.budget_study.methods import measured_sensitivity
 from lafq.quantization.checks import channel_view
-from lafq.quantization.formats import DEFAULT_FORMATS, MIB, unshrunk_scale
+from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
 from lafq.quantization.model import bits_per_weight, dequantize, kept_weights, nbytes, quantize
 from lafq.quantization.plan import Plan, Recipe, make_plan
 from lafq.workspace import Workspace
@@ -36,7 +36,7 @@ RULES = {
     "ratio": "ratio: the same of every layer",
     "allocator": "allocator: the best within a size",
 }
-LOW = [name for name in DEFAULT_FORMATS if name != "fp32"]
+LOW = [name for name in STUDY_FORMATS if name != "fp32"]
 
 
 class Setting(NamedTuple):
@@ -128,7 +128,7 @@ def plan_of(subject: Subject, setting: Setting) -> tuple[str, Plan]:
     granularity = "mixed" if granularity == "weight" else granularity
     if granularity not in subject.fronts:
         curvature = subject.calibration.curvature
-        subject.fronts[granularity] = frontiers_of(model, fisher, granularity, progress=False, curvature=curvature)
+        subject.fronts[granularity] = frontiers_of(model, fisher, granularity, STUDY_FORMATS, False, curvature=curvature)
     recipe, budget = (
         Recipe(unshrunk_scale, subject.calibration.fisher, subject.calibration.curvature),
         amount * nbytes(model, {}) / MIB,

@@ -56,7 +56,7 @@ def expand_parts(parts: dict[str, Tensor], known: dict[str, Any]) -> dict[str, T
 
 
 def _narrowest_first(counts: dict[str, int]) -> list[Format]:
-    return sorted((FORMATS[name] for name in counts), key=lambda f: f.bits)
+    return sorted((FORMATS[name] for name in counts), key=lambda f: (f.bits, f.qmax))
 
 
 def _bytes_per_code(f: Format) -> int:
@@ -64,7 +64,7 @@ def _bytes_per_code(f: Format) -> int:
 
 
 def _to_bytes(packed: Tensor, f: Format, count: int) -> bytes:
-    code = unpack_bits(packed, f.bits, count).int() - f.qmax
+    code = unpack_bits(packed, f.bits, count).int() - int(f.qmax)
     folded = torch.where(code < 0, -2 * code - 1, 2 * code)
     planes = (folded & 255, folded >> 8) if f.bits == 16 else (folded,)
     return torch.cat(planes).to(torch.uint8).cpu().numpy().tobytes()
@@ -75,5 +75,5 @@ def _to_packed(codes: bytes, f: Format) -> Tensor:
     if f.bits == 16:
         low, high = folded.chunk(2)
         folded = low + (high << 8)
-    code = torch.where(folded % 2 == 1, -(folded + 1) // 2, folded // 2) + f.qmax
+    code = torch.where(folded % 2 == 1, -(folded + 1) // 2, folded // 2) + int(f.qmax)
     return pack_bits(code if f.bits == 16 else code.to(torch.uint8), f.bits)

@@ -55,8 +55,8 @@ def factor(curvature: Tensor) -> Factor:
 def round_with_error_feedback(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: Tensor | None = None) -> Tensor:
     """Rows (R, C) whose integer weights lie on the grid of their row, scales[r] * (-qmax[r]..qmax[r]).
 
-    scales, qmax: (R,), qmax 0 for a row that is not rounded. kept: boolean (R, C), weights that are not rounded; they take up
-    errors of others as well.
+    scales, qmax: (R,), qmax 0 for a row that is not rounded, a half-integer for one whose codes are halves. kept: boolean (R, C),
+    weights that are not rounded; they take up errors of others as well.
     """
     order, upper, _ = factor
     if upper.ndim == 3:
@@ -67,13 +67,16 @@ def round_with_error_feedback(values: Tensor, scales: Tensor, qmax: Tensor, fact
     free = (qmax == 0)[:, None].expand_as(values) if kept is None else kept | (qmax == 0)[:, None]
     # Columns as rows: what is worked on at a time then lies together in memory.
     exact, free, limit = values[:, order].T.contiguous(), free[:, order].T.contiguous(), qmax.to(values)
-    wanted = exact.clone()
+    wanted, half = exact.clone(), limit % 1
+    halves = bool(half.any())
     for start in range(0, len(wanted), BLOCK):
         stop = min(start + BLOCK, len(wanted))
         errors = torch.empty(stop - start, len(values)).to(values)
         for k in range(start, stop):
             column = wanted[k]
-            grid = (column / scales).round_().clamp_(-limit, limit).mul_(scales)
+            grid = column / scales
+            grid = grid.sub_(half).round_().add_(half) if halves else grid.round_()
+            grid = grid.clamp_(-limit, limit).mul_(scales)
             column.copy_(torch.where(free[k], column, grid))
             torch.sub(exact[k], column, out=errors[k - start])
             wanted[k + 1 : stop].addr_(upper[k, k + 1 : stop], errors[k - start])

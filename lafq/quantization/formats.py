@@ -4,6 +4,9 @@ Integers are symmetric. Each output channel has a scale s, stored in FP16. The w
 limited to -qmax..qmax, and read back as s * q. There are three rules for s: `absmax_scale` takes the smallest s that clips nothing,
 `weighted_mse_scale` the one of least (Fisher-weighted) squared error, `unshrunk_scale` removes the shrinkage of the latter.
 
+Symmetric codes leave one of four 2-bit codes unused. The format "midrise2" uses all: codes -1.5, -0.5, 0.5, 1.5 (a mid-rise
+quantizer, which has no level at 0; Gersho and Gray 1992, section 5.4). Its qmax is 1.5, and its codes are the halves.
+
 Weights come as rows, (output channels, weights per channel).
 """
 
@@ -16,26 +19,31 @@ from torch import Tensor
 
 
 class Format(NamedTuple):
-    """A number format: bits per weight and, of an integer, the largest code."""
+    """A number format: bits per weight and, of an integer, the largest code; a half-integer one where there is no code 0."""
 
     name: str
     bits: int
-    qmax: int = 0
+    qmax: float = 0
 
 
 # A file names a channel's format by its place here, so new formats come last.
 FORMATS = {
     f.name: f
-    for f in (Format("fp32", 32), Format("fp16", 16), *(Format(f"int{b}", b, 2 ** (b - 1) - 1) for b in (8, 6, 4, 3, 2, 7, 5, 16)))
+    for f in (
+        *(Format("fp32", 32), Format("fp16", 16)),
+        *(Format(f"int{b}", b, 2 ** (b - 1) - 1) for b in (8, 6, 4, 3, 2, 7, 5, 16)),
+        Format("midrise2", 2, 1.5),
+    )
 }
-DEFAULT_FORMATS = tuple(FORMATS)[:7]  # what `allocate` chooses from; the others serve `allocate_coded`
+STUDY_FORMATS = tuple(FORMATS)[:7]  # what the tables of the study choose from
+DEFAULT_FORMATS = (*STUDY_FORMATS, "midrise2")  # what `allocate` chooses from; the others serve `allocate_coded`
 FP16_MAX = torch.finfo(torch.float16).max
 COARSE = torch.logspace(0, math.log10(0.15), 14).tolist()
 FINE = (1, 0.95, 1.05, 0.98, 1.02, 1)
 BLOCK = 2**18
 MIB = 2**20
 
-ScaleRule = Callable[[Tensor, int, Tensor | None], Tensor]
+ScaleRule = Callable[[Tensor, float, Tensor | None], Tensor]
 
 
 def get_format(name: str) -> Format:
@@ -50,12 +58,18 @@ def least_absmax(f: Format) -> float:
     return 0.0 if f.bits == 32 else max(1, f.qmax) * 2**-20
 
 
-def absmax_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) -> Tensor:
+def nearest_code(values: Tensor, qmax: float) -> Tensor:
+    """The code nearest to each value in units of the scale, in place; limited to -qmax..qmax."""
+    half = qmax % 1
+    return (values.sub_(half).round_().add_(half) if half else values.round_()).clamp_(-qmax, qmax)
+
+
+def absmax_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> Tensor:
     """FP16 scales (R,) that give the largest absolute weight of each row the largest code; 1 for a row of zeros."""
-    return _usable(rows.abs().amax(1) / qmax)
+    return _usable(rows.abs().amax(1) / qmax, qmax)
 
 
-def weighted_mse_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) -> Tensor:
+def weighted_mse_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> Tensor:
     """FP16 scales (R,) of least sum over the row of F * (w - s * q)^2.
 
     fisher: F, of the shape of `rows`, at least 0 (the Fisher values: the error is then the predicted damage);
@@ -68,7 +82,7 @@ def weighted_mse_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) ->
     return torch.cat([_least_squares(r, qmax, f) for r, f in zip(rows.split(size), shares, strict=True)])
 
 
-def unshrunk_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) -> Tensor:
+def unshrunk_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> Tensor:
     """FP16 scales (R,) without least-squares shrinkage.
 
     `weighted_mse_scale`, moved twice to sum(F * w * (s * q - w)) = 0 for its codes q.
@@ -80,14 +94,14 @@ def unshrunk_scale(rows: Tensor, qmax: int, fisher: Tensor | None = None) -> Ten
     weight = rows if fisher is None else torch.where(fisher.sum(1, keepdim=True) > 0, fisher, 1) * rows
     square = (weight * rows).sum(1, keepdim=True)
     for _ in range(2):
-        along = (rows / scales).round_().clamp_(-qmax, qmax).mul_(weight).sum(1, keepdim=True)
+        along = nearest_code(rows / scales, qmax).mul_(weight).sum(1, keepdim=True)
         scales = torch.where(along > 0, square / along, scales)
-    return _usable(scales[:, 0])
+    return _usable(scales[:, 0], qmax)
 
 
-def encode(values: Tensor, scale: Tensor, qmax: int) -> Tensor:
-    """Codes round(values / scale), limited to -qmax..qmax and shifted by qmax (0 is -qmax), uint8 or, beyond 255, int32."""
-    return (values / scale).round_().clamp_(-qmax, qmax).add_(qmax).to(torch.uint8 if qmax < 128 else torch.int32)
+def encode(values: Tensor, scale: Tensor, qmax: float) -> Tensor:
+    """Codes nearest to values / scale, shifted by qmax (0 is -qmax), uint8 or, beyond 255, int32."""
+    return nearest_code(values / scale, qmax).add_(qmax).to(torch.uint8 if qmax < 128 else torch.int32)
 
 
 def fake_quantize(rows: Tensor, f: Format, scale: ScaleRule, fisher: Tensor | None = None) -> Tensor:
@@ -95,7 +109,7 @@ def fake_quantize(rows: Tensor, f: Format, scale: ScaleRule, fisher: Tensor | No
     if not f.qmax:
         return rows.half().float() if f.bits == 16 else rows
     scales = scale(rows, f.qmax, fisher).float()[:, None]
-    return (rows / scales).round_().clamp_(-f.qmax, f.qmax).mul_(scales)
+    return nearest_code(rows / scales, f.qmax).mul_(scales)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -147,12 +161,12 @@ def _planes(bits: int) -> list[int]:
     return [width for width in (16, 8, 4, 2, 1) if bits & width]
 
 
-def _usable(scale: Tensor) -> Tensor:
-    # 2**-24 is the smallest FP16 number: below it a scale would become 0.
-    return torch.where(scale > 0, scale, 1).clamp(2**-24, FP16_MAX).half()
+def _usable(scale: Tensor, qmax: float) -> Tensor:
+    # 2**-24 is the smallest FP16 number: below it a scale would become 0. Without a code 0 a row of zeros needs it.
+    return torch.where(scale > 0, scale, 2**-24 if qmax % 1 else 1).clamp(2**-24, FP16_MAX).half()
 
 
-def _least_squares(rows: Tensor, qmax: int, fisher: Tensor | None) -> Tensor:
+def _least_squares(rows: Tensor, qmax: float, fisher: Tensor | None) -> Tensor:
     weight = torch.ones_like(rows) if fisher is None else fisher
     weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, 1)
     weighted = weight * rows
@@ -162,7 +176,7 @@ def _least_squares(rows: Tensor, qmax: int, fisher: Tensor | None) -> Tensor:
 
     def improve(scale: Tensor) -> None:
         nonlocal best, gain
-        codes = (rows / scale).round_().clamp_(-qmax, qmax)
+        codes = nearest_code(rows / scale, qmax)
         cross, square = (weighted * codes).sum(1, keepdim=True), (codes.square_().mul_(weight)).sum(1, keepdim=True)
         found = torch.where(square > 0, cross / square, scale), torch.where(square > 0, cross.square() / square, 0)
         better = found[1] > gain
@@ -172,4 +186,4 @@ def _least_squares(rows: Tensor, qmax: int, fisher: Tensor | None) -> Tensor:
         improve(start * share)
     for step in FINE:
         improve(best * step)
-    return _usable(best[:, 0])
+    return _usable(best[:, 0], qmax)

@@ -6,7 +6,7 @@ from torch import nn
 from lafq.diffusion.unet import UNet
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.entropy_coding import STREAM, compress_parts, expand_parts
-from lafq.quantization.formats import FORMATS, absmax_scale, pack_bits
+from lafq.quantization.formats import FORMATS, absmax_scale, nearest_code, pack_bits
 from lafq.quantization.model import quantize, resident_bytes, weights_sha256
 from lafq.quantization.quantized_weight import QuantizedWeight
 from lafq.quantization.weight_spec import ChannelView, WeightSpec
@@ -18,7 +18,7 @@ INTEGERS = [f for f in FORMATS.values() if f.qmax]
 def gaussian_codes(low, count=20000, spread=0.25):
     """Packed codes of normal numbers, a share `spread` of the format's range wide."""
     f = FORMATS[low]
-    codes = (torch.randn(count, generator=generator(0)) * spread * f.qmax).round().clamp(-f.qmax, f.qmax)
+    codes = nearest_code(torch.randn(count, generator=generator(0)) * spread * f.qmax, f.qmax)
     shifted = (codes + f.qmax).to(torch.uint8 if f.bits < 16 else torch.int32)
     return {low: pack_bits(shifted, f.bits)}, codes
 

@@ -39,6 +39,15 @@ def test_weights_lie_on_the_grid_of_their_row():
     assert codes.abs().max() <= 3 + 1e-9
 
 
+def test_codes_without_a_zero_are_halves():
+    values, scales, qmax, curvature = problem()
+    qmax = torch.tensor([1.5, 3, 1.5, 3, 1.5], dtype=torch.float64)
+    codes = round_with_error_feedback(values, scales, qmax, factor(curvature)) / scales[:, None]
+    assert torch.allclose((codes[::2].abs() - 0.5) % 1, torch.zeros(3, 12, dtype=torch.float64), atol=1e-9)
+    assert codes[::2].abs().max() <= 1.5 + 1e-9
+    assert torch.allclose(codes[1::2], codes[1::2].round(), atol=1e-9)
+
+
 def test_uncorrelated_weights_go_to_their_nearest_code():
     values, scales, qmax, _ = problem()
     diagonal = torch.diag(torch.rand(12, generator=generator(2), dtype=torch.float64) + 0.1)

@@ -16,7 +16,7 @@ from lafq.diffusion.noising import noised_batches
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation.candidates import Candidate
 from lafq.fisher.monte_carlo import Sensitivity, estimate_sensitivity
-from lafq.quantization.formats import MIB, unshrunk_scale
+from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
 from lafq.quantization.model import bits_per_weight, nbytes
 from lafq.quantization.plan import Plan, Recipe, make_plan
 from lafq.rng import generator
@@ -85,7 +85,7 @@ def allocated(
         methods.append(("allocator, nearest code", "mixed", layers, None))
         methods.append(("allocator, all weights", "mixed", calibration.fisher, calibration.curvature))
     for method, granularity, fisher, curvature in methods:
-        frontiers = solver.frontiers_of(model, fisher, granularity, curvature=curvature)
+        frontiers = solver.frontiers_of(model, fisher, granularity, STUDY_FORMATS, curvature=curvature)
         recipe = Recipe(unshrunk_scale, calibration.fisher, curvature)
         for b in bits:
             try:
