@@ -56,6 +56,7 @@ evidence: $(READY)  ## experiments that take hours: noise floor, 1,000 images pe
 benchmark: $(READY)  ## what quantized models cost to run, Fisher beside BackPACK, notebooks in 2 GiB, damage by passes (about 40 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
 	@$(BIN)/python benchmarks/running.py
+	@$(BIN)/python benchmarks/groups.py
 	@$(BIN)/python benchmarks/fisher.py
 	@$(BIN)/python benchmarks/binder.py
 	@$(BIN)/python benchmarks/passes.py

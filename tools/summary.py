@@ -52,6 +52,7 @@ def beyond(work: Workspace, paper: Workspace) -> dict[str, str]:
         "rules_claims": markdown(rules_shown(rule_claims(work))),
         "int4": at_int4_bytes(int4, int4_claims),
         "fresh": markdown(summaries.both_draws(budget, results.load_table(work, "06_fresh"))),
+        "fresh_images": markdown(images_shown(results.load_table(work, "evidence_fresh"))),
         "coded": f"{markdown(tables.coded_shown(coded))}\n\n{coded_said}",
         "budget": summaries.summary_sentences(budget, evidence_budget),
     }
@@ -69,12 +70,13 @@ def published() -> dict[str, str]:
 
 def measured() -> dict[str, str]:
     """The benchmarks and the terrain model."""
-    names = ("fisher", "running", "binder", "passes", "peers", "growth", "blocks")
+    names = ("fisher", "running", "binder", "passes", "peers", "growth", "blocks", "groups")
     by = {name: pd.read_csv(paths.RESULTS / "benchmarks" / f"{name}.csv") for name in names}
     terrain = results.load_table(Workspace("terrain"), "terrain")
     return {
         "passes": f"{markdown(benchmarks.passes_table(by['passes']))}\n\n{benchmarks.passes_sentence(by['passes'])}",
         "fisher": markdown(benchmarks.fisher_cost(by["fisher"])),
+        "groups": f"{markdown(benchmarks.groups_table(by['groups']))}\n\n{benchmarks.groups_sentence(by['groups'])}",
         "running": markdown(benchmarks.running_table(by["running"])),
         "peers": f"{markdown(benchmarks.peers_table(by['peers'], 'all'))}\n\n{benchmarks.peers_sentence(by['peers'])}",
         "peers_shared": markdown(benchmarks.peers_table(by["peers"], "shared")),
@@ -143,9 +145,13 @@ def rules_shown(found: pd.DataFrame) -> pd.DataFrame:
 
 def at_int4_bytes(rows: pd.DataFrame, found: pd.DataFrame) -> str:
     """The rows and claims of `make evidence` at the bytes of uniform INT4, and what they say."""
+    return f"{markdown(images_shown(rows))}\n\n{summaries.at_int4_bytes(rows, poster.WIDTH)}\n\n{markdown(rules_shown(found))}"
+
+
+def images_shown(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of 1,000 images: sizes, FID and its difference from FP32, and how near the images are to FP32's."""
     columns = ["method", "format", "mem_mib", "mem_share", "fid_mnist", "delta_fid_mnist", "psnr", "class_changed"]
-    shown = tables.format_table(rows, columns, ("delta_fid_mnist",))
-    return f"{markdown(shown)}\n\n{summaries.at_int4_bytes(rows, poster.WIDTH)}\n\n{markdown(rules_shown(found))}"
+    return tables.format_table(rows, columns, ("delta_fid_mnist",))
 
 
 def evidence(work: Workspace) -> str:

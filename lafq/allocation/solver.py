@@ -30,7 +30,7 @@ class Allocation(Plan):
     """A plan within a budget, with what is known of it.
 
     nbytes: of the whole model under the plan; damage: the predicted rise of half the squared error, summed over the output. It is
-    too low where plan and rounding fit the noise of few draws (`budget.measure_candidates` predicts from others).
+    too low where plan and rounding fit the noise of few draws (`prediction.predicted_damage` predicts from others).
     file_bytes: of the entropy-coded file, where the plan was made for one (`coded.allocate_coded`); else 0.
     report: one row per parameter, columns parameter, weights, bits_per_weight, formats, kept (single weights in FP16), damage.
     """

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 MANY_PASSES = 64
+PER_BIT = 6.0  # decibels
 OURS = "lafq, uniform"
 
 
@@ -88,6 +89,25 @@ def peers_sentence(table: pd.DataFrame) -> str:
         f"In {len(known)} comparisons at equal bytes the allocator does at most {said['all']} the damage of the library. Where it "
         f"may quantize only the weights that the library quantized, it does at most {said['shared']}."
         + (f" What failed: {'; '.join(failed)}." if failed else "")
+    )
+
+
+def groups_table(table: pd.DataFrame) -> pd.DataFrame:
+    """results/benchmarks/groups.csv as it is shown."""
+    digits = {"bits_per_weight": "{:.2f}", "damage": "{:.2e}", "decibels": "{:+.1f}", "decibels_per_bit": "{:.1f}"}
+    return table.assign(**{c: [f.format(v) if pd.notna(v) else "" for v in table[c]] for c, f in digits.items()})
+
+
+def groups_sentence(table: pd.DataFrame) -> str:
+    """What four levels bring at 2 bits, and where groups bring more than the bits that they take."""
+    whole = table[table["group"] == "channel"].set_index("format")["damage"]
+    groups = table[table["decibels_per_bit"].notna()]
+    pay = groups[groups["decibels_per_bit"] > PER_BIT]
+    named = ", ".join(f"{r.format} in groups of {r.group}" for r in pay.itertuples()) or "nowhere"
+    return (
+        f"At 2 bits, four levels do {whole['midrise2'] / whole['int2']:.2f} times the damage of three. Groups bring more than "
+        f"{PER_BIT:g} dB per extra bit in {len(pay)} of {len(groups)} rows ({named}). "
+        "lafq's formats have no groups. Whether the allocator would gain from them was not measured."
     )
 
 

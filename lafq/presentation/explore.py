@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lafq.allocation.pareto import StorageOption
+from lafq.allocation.prediction import predicted_damage
 from lafq.allocation.solver import frontiers_of, solve_budget
 from lafq.allocation.thresholds import GRANULARITIES, by_granularity, keep_global, keep_ratio, relative_to_group, standardized
 from lafq.diffusion.unet import layer_of, quantizable
@@ -21,7 +22,7 @@ from lafq.diffusion.weights import load_model
 from lafq.evaluation.candidates import kept_share
 from lafq.evaluation.samples import Sampling, cached_samples
 from lafq.fisher.monte_carlo import Sensitivity
-from lafq.paper.budget_study.budget import predicted_damage
+from lafq.paper.budget_study.budget import HALF_PIXELS
 from lafq.paper.budget_study.methods import measured_sensitivity
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
@@ -106,7 +107,9 @@ def subject_of(work: Workspace, model: nn.Module, calibration: Sensitivity, vali
     """The subject of a model whose sensitivity is at hand."""
     digits = cached_samples(work, model, sampling).images[:, 0].numpy()
     int8 = dequantize(quantize(model, dict.fromkeys(quantizable(model), "int8")))
-    return Subject(work, model, calibration, validation, sampling, digits, predicted_damage(model, int8, validation), {})
+    return Subject(
+        work, model, calibration, validation, sampling, digits, predicted_damage(model, int8, validation) / HALF_PIXELS, {}
+    )
 
 
 def plan_of(subject: Subject, setting: Setting) -> tuple[str, Plan]:
@@ -154,7 +157,7 @@ def outcome(subject: Subject, setting: Setting) -> Outcome:
     model = subject.model
     whole = dequantize(quantize(model, plan))
     digits = cached_samples(subject.work, whole, subject.sampling).images[:, 0].numpy()
-    damage = predicted_damage(model, whole, subject.validation)
+    damage = predicted_damage(model, whole, subject.validation) / HALF_PIXELS
     stored, share = nbytes(model, plan), kept_share(model, plan)
     return Outcome(setting, words, plan, stored, share, damage, by_tensor(model, plan), digits)
 

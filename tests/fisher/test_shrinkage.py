@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from lafq import allocate, dequantize, estimate_sensitivity, quantize
+from lafq.allocation.prediction import predicted_damage
 from lafq.fisher.shrinkage import Moments
 from lafq.quantization.formats import MIB, unshrunk_scale
-from lafq.quantization.model import nbytes
+from lafq.quantization.model import nbytes, resident_bytes
 from lafq.quantization.plan import Recipe
 from lafq.rng import generator
 
@@ -110,6 +111,27 @@ def test_a_plan_from_blocks_is_better_than_nearest_codes():
     assert error(whole.curvature) < error(blocks.curvature) < error(None)
     mib = nbytes(model, plan) / MIB
     assert allocate(model, blocks, mib, progress=False).nbytes <= mib * MIB
+
+
+def test_damage_from_other_passes_is_what_is_measured():
+    """A plan of few passes: its own prediction is far too low, that from other passes within a third; the copy stays packed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 8)).eval()
+
+    def batches(count, seed):
+        return [(torch.randn(1, 24, generator=generator(seed, i)),) for i in range(count)]
+
+    own = estimate_sensitivity(model, batches(4, 0), 0, shrink=False)
+    small = quantize(model, dict.fromkeys(own.fisher, "int4"), Recipe(unshrunk_scale, own.fisher, own.curvature))
+    fresh = torch.randn(2000, 24, generator=generator(5))
+    with torch.no_grad():
+        measured = 0.5 * (small(fresh) - model(fresh)).square().sum(1).mean().item()
+    crossed = predicted_damage(model, small, estimate_sensitivity(model, batches(256, 1), 1, shrink=False))
+    assert crossed == pytest.approx(measured, rel=0.35)
+    assert predicted_damage(model, small, own) < 0.5 * measured
+    assert resident_bytes(small) < resident_bytes(model)
+    with pytest.raises(ValueError, match="Fisher values"):
+        predicted_damage(model, small, own._replace(fisher={"9.weight": own.fisher["0.weight"]}))
 
 
 def test_many_passes_are_hardly_shrunk():

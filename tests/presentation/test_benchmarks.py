@@ -57,3 +57,13 @@ def test_blocks_and_running_are_shown_rounded():
     assert shown.iloc[0].tolist() == [64, 1152, "1,234", "2.3", "1.23e-06", "1.01 [0.99, 1.04]"]
     row = {"width": 16, "model": "int8", "mem_mib": 2.178, "damage": 6.24e-6, "time_batch_1": 1.234, "time_batch_100": 1.0}
     assert benchmarks.running_table(pd.DataFrame([row])).iloc[0].tolist() == [16, "int8", "2.18", "6.2e-06", "1.23", "1.00"]
+
+
+def test_where_groups_pay_is_counted():
+    rows = [("midrise2", "channel", 0.6, None, None), ("int2", "channel", 1.0, None, None)]
+    rows += [("int2", "64", 0.5, 3.0, 12.0), ("int2", "32", 0.9, 0.5, 0.9)]
+    table = pd.DataFrame(rows, columns=["format", "group", "damage", "decibels", "decibels_per_bit"]).assign(bits_per_weight=2.0)
+    said = benchmarks.groups_sentence(table)
+    assert said.startswith("At 2 bits, four levels do 0.60 times the damage of three.")
+    assert "more than 6 dB per extra bit in 1 of 2 rows (int2 in groups of 64)" in said
+    assert benchmarks.groups_table(table)["decibels"].tolist() == ["", "", "+3.0", "+0.5"]

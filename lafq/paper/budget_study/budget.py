@@ -13,6 +13,7 @@ import pandas as pd
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lafq.allocation.prediction import predicted_damage
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation import scoring
 from lafq.evaluation.candidates import Candidate, quantized
@@ -20,8 +21,6 @@ from lafq.evaluation.samples import Sampling, cached_samples
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper.budget_study.methods import bits_of, mib_at, rule_beside
 from lafq.quantization.checkpoint import save_quantized
-from lafq.quantization.checks import channel_view
-from lafq.quantization.error_feedback import damage
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import bits_per_weight, dequantize, nbytes
 from lafq.workspace import Workspace
@@ -61,7 +60,7 @@ def measure_candidates(
             "budget_mib": mib_at(model, row.bits),
         }
         stored = {"mem_mib": size / MIB, "mem_share": size / full, "bits_per_weight": bits_of(model, row.plan)}
-        damages = {"predicted": predicted_damage(model, small, validation)} | scoring.output_mse(own, rise, seed)
+        damages = {"predicted": predicted_damage(model, small, validation) / HALF_PIXELS} | scoring.output_mse(own, rise, seed)
         found.append(key | stored | damages)
     int8 = [own for (method, bits, _), own in errors.items() if method == "uniform" and 8 <= bits < 16]
     for row, numbers in zip(rows, found, strict=True):
@@ -82,16 +81,6 @@ def file_sizes(model: nn.Module, rows: list[Candidate], seed: int) -> list[float
             save_quantized(path, quantized(model, row, seed), model, compress=True)
             found.append(path.stat().st_size / MIB)
     return found
-
-
-def predicted_damage(model: nn.Module, whole: nn.Module, validation: Sensitivity) -> float:
-    """Predicted damage per pixel of a quantized model that has been dequantized."""
-    total = 0.0
-    for name, values in validation.fisher.items():
-        view = channel_view(model, name)
-        change = view.of(whole.get_parameter(name).detach() - model.get_parameter(name).detach()).cpu()
-        total += damage(change, view.of(values).cpu(), validation.curvature[name].cpu()).sum().item()
-    return total / HALF_PIXELS
 
 
 def bits_by_tensor(model: nn.Module, fisher: dict[str, Tensor], rows: list[Candidate], granularity: str = "mixed") -> pd.DataFrame:
