@@ -105,15 +105,15 @@ def conclusions(work: Workspace) -> pd.DataFrame:
 
     none = groups[groups["tensors_kept"] == 0]
     said = [
-        ("R1", "the EMA weights are sampled, which are not quantized", scored("R1")),
+        ("R1", "images come from the EMA weights, which the code does not quantize", scored("R1")),
         ("R2", "Fisher values of an untrained network", fisher(UNTRAINED)),
         ("R3", "a loss between output and input, one image, t = 1", fisher(OWN_INPUT)),
         ("R4", "one Fisher value per weight tensor", fisher(BY_TENSOR)),
         (
             "R5",
-            "thresholds are compared with squared weights, or weights are clamped to them",
+            "thresholds are compared with squared weights; in the mean/std rule weights are clamped to them",
             f"groups in which no tensor is kept: {', '.join(none['group']) or 'none'}; denoising loss: "
-            f"{limited['limited']:.3f} with limited weights, {limited['as trained']:.3f} as trained",
+            f"{limited['limited']:.3f} with clamped weights, {limited['as trained']:.3f} as trained",
         ),
         ("R6", "real digits are 28x28", scored("R6")),
         ("R7", "no seed: every row has other noise", scored("R7")),

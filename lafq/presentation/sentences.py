@@ -46,10 +46,11 @@ def layerwise_size() -> str:
 def ratios_with_many_images(rows: pd.DataFrame) -> str:
     """The mean difference that C3 speaks of, and the best single ratio, in a table of INT8 rows with many images."""
     sweep = _int8_ratios(rows)
+    best, (low, high) = sweep.loc[sweep["fid_mnist"].idxmin(), "threshold"], poster.BEST_RATIOS
     return (
         f"At N = {sweep['n_images'].iloc[0]:,} the mean FID (MNIST features) of the ratios in 0.35-0.40 differs by "
-        f"{mean_inside_range(rows):+.2f} from that of the others. The best single ratio is "
-        f"{sweep.loc[sweep['fid_mnist'].idxmin(), 'threshold']}."
+        f"{mean_inside_range(rows):+.2f} from that of the others. The best single ratio is {best}, "
+        f"{'inside' if low <= float(best) <= high else 'outside'} that range."
     )
 
 
@@ -103,8 +104,8 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"Other noise alone does as much: two sets of {n} images of the authors' FP32 model differ by {noise:.1f} FID (standard "
-        f"deviation), more than {(theirs < noise).sum()} of these {len(theirs)} differences."
+        f"Noise alone does as much: the FIDs of two sets of {n} images of the authors' FP32 model differ with a standard deviation "
+        f"of {noise:.1f}. {(theirs < noise).sum()} of the {len(theirs)} differences are smaller."
     )
 
 
@@ -151,9 +152,9 @@ def machines_compared(table: pd.DataFrame) -> str:
     same = table["same_weights"]
     count, rows = table["n_images"].sum(), table["sample"].nunique()
     return (
-        f"The committed images were drawn on one {table['machine'].iloc[0].partition(',')[0]} GPU. {count:,} images of {rows} "
-        f"rows had been drawn on CPUs before. For the {table[same]['sample'].nunique()} rows with the same weights, "
-        f"{found(table[same])}. For the {table[~same]['sample'].nunique()} rows whose masks differ a little, "
+        f"The committed images were drawn on one {table['machine'].iloc[0].partition(',')[0]} GPU. {count:,} of them, of {rows} "
+        f"rows, had been drawn on CPUs before, and we compared both. For the {table[same]['sample'].nunique()} rows with the same "
+        f"weights, {found(table[same])}. For the {table[~same]['sample'].nunique()} rows whose masks differ a little, "
         f"because their Fisher information had been computed on another CPU, {found(table[~same])}."
     )
 

@@ -62,11 +62,11 @@ def test_findings_follow_from_the_tables(noise):
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
     assert "largest gain is 3.09" in found[0]
-    assert "two sets of 100 images of the authors' FP32 model differ by 4.4 FID (standard" in found[1]
-    assert "(standard deviation), more than 2 of these 2 differences." in found[1]
+    assert "differ with a standard deviation of 4.4." in found[1]
+    assert "2 of the 2 differences are smaller." in found[1]
     assert "We compared 6 rules for the choice of weights to keep, at 4 bits per weight" in found[2]
     assert "One threshold for the whole model does the least damage. Thresholds per group" in found[2]
-    assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times" in found[2]
+    assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
     assert found[3].startswith("At 3 bits per weight our file of 0.80 MiB (10.0% of FP32; 1.20 MiB in memory) does 0.22")
     assert "0.22 [0.11, 0.33] times the damage of uniform INT8 (file: 1.70 MiB)." in found[3]
@@ -80,12 +80,12 @@ def test_the_smallest_file_with_hardly_a_rise_of_fid():
     table = coded().assign(n_images=1000.0, file_mib=[0.6, 0.7, 0.8, 1.7], **ends)
     evidence = pd.DataFrame({"method": ["baseline"], "fid_mnist": [80.0]})
     said = summaries.coded_with_fid(table, evidence)
-    assert said.startswith("A file of 0.70 MiB (8.8% of FP32) is the smallest of 3 with a measured FID that raises FID by less")
-    assert said.endswith("N = 1,000).")
+    assert said.startswith("FID was measured for 3 files. The smallest that raises it by less than 3 % (upper end")
+    assert said.endswith("N = 1,000) has 0.70 MiB (8.8% of FP32).")
     assert summaries.coded_with_fid(table, None) == summaries.coded_with_fid(table, evidence.assign(fid_mnist=20.0)) == ""
 
 
-@pytest.mark.parametrize(("damage", "said"), [(1e-6, "In memory `allocate` is better"), (1e-3, "is no better")])
+@pytest.mark.parametrize(("damage", "said"), [(1e-6, "`allocate` is better"), (1e-3, "`allocate` is no better")])
 def test_entropy_coded_plans_are_compared_in_memory_too(damage, said):
     """The coded row of 3 bits takes the memory nearest to the allocator's."""
     rows = [
@@ -96,8 +96,8 @@ def test_entropy_coded_plans_are_compared_in_memory_too(damage, said):
     found = summaries.coded_beside(table)
     assert found.startswith("With error feedback, uniform INT8 does 0.30 [0.20, 0.40] times its damage without.")
     assert said in found
-    assert "at 0.88 MiB there, the entropy-coded plan does 2.2e-06 damage" in found
-    assert f"the plan of `allocate` at 0.90 MiB {damage:.1e}." in found
+    assert "the entropy-coded plan 2.2e-06 at 0.88 MiB." in found
+    assert f"its plan does {damage:.1e} damage at 0.90 MiB," in found
     assert summaries.coded_beside(coded()) == ""
 
 
@@ -160,7 +160,7 @@ def test_ratios_with_many_images():
     table = pd.DataFrame(rows, columns=["method", "threshold", "format", "granularity", "fid_mnist", "n_images"])
     assert sentences.ratios_with_many_images(table) == (
         "At N = 1,000 the mean FID (MNIST features) of the ratios in 0.35-0.40 differs by -1.00 from that of the others. "
-        "The best single ratio is 0.42."
+        "The best single ratio is 0.42, outside that range."
     )
 
 
@@ -184,7 +184,7 @@ def test_images_of_two_machines_are_compared_by_weights():
         }
     )
     said = sentences.machines_compared(table)
-    assert "one some GPU GPU. 300 images of 3 rows" in said
+    assert "one some GPU GPU. 300 of them, of 3 rows" in said
     assert "the 2 rows with the same weights, 97.000% of the pixels are equal, and the largest difference is 1 of" in said
     assert "the 1 rows whose masks differ a little" in said and "50.000%" in said
 

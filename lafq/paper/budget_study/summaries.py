@@ -47,7 +47,7 @@ def best_rule(table: pd.DataFrame) -> str:
     return (
         f"We compared {len(rows)} rules for the choice of weights to keep, at {RATE:g} bits per weight and with equal rounding. "
         f"One threshold for the whole model does {best}. Thresholds per group do {said['group']} times that damage, thresholds per "
-        f"layer (ratio) {said['ratio']} times, random choice {said['random']} times."
+        f"layer (ratio) {said['ratio']} times."
     )
 
 
@@ -89,9 +89,11 @@ def coded_beside(table: pd.DataFrame) -> str:
     ours = fixed.iloc[0]
     nearest = rows.loc[(rows["mem_mib"] - ours["mem_mib"]).abs().idxmin()]
     said = f"With error feedback, uniform INT8 does {_over_int8(same.iloc[0])} times its damage without."
-    sizes = f"at {nearest['mem_mib']:.2f} MiB there, the entropy-coded plan does {nearest['damage']:.1e} damage"
-    better = "In memory `allocate` is better" if ours["damage"] < nearest["damage"] else "In memory `allocate` is no better"
-    return f"{said} {better}: {sizes}, and the plan of `allocate` at {ours['mem_mib']:.2f} MiB {ours['damage']:.1e}."
+    better = "better" if ours["damage"] < nearest["damage"] else "no better"
+    return (
+        f"{said} For memory `allocate` is {better}: its plan does {ours['damage']:.1e} damage at {ours['mem_mib']:.2f} MiB, the "
+        f"entropy-coded plan {nearest['damage']:.1e} at {nearest['mem_mib']:.2f} MiB."
+    )
 
 
 def coded_summary(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
@@ -112,8 +114,8 @@ def coded_with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
     share = row["file_mib"] / (row["mem_mib"] / row["mem_share"])
     count = ((table["method"] == CODED) & table["fid_mnist_delta"].notna()).sum()
     return (
-        f"A file of {row['file_mib']:.2f} MiB ({share:.1%} of FP32) is the smallest of {count} with a measured FID that raises FID "
-        f"by less than 3 % (upper end of the 95 % interval; N = {row['n_images']:,.0f})."
+        f"FID was measured for {count} files. The smallest that raises it by less than 3 % (upper end of the 95 % interval; N = "
+        f"{row['n_images']:,.0f}) has {row['file_mib']:.2f} MiB ({share:.1%} of FP32)."
     )
 
 
