@@ -25,7 +25,7 @@ from lafq.fisher.monte_carlo import BATCH
 from lafq.paper import results
 from lafq.paper.budget_study.budget import HALF_PIXELS
 from lafq.presentation import report
-from lafq.quantization.formats import MIB
+from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import nbytes
 from lafq.rng import generator
 from lafq.workspace import Workspace
@@ -106,7 +106,7 @@ def measured(name: str, subject: Subject, passes: Iterable[int] = PASSES) -> pd.
     todo = [(count, draw, shrink) for count in passes for draw in range(subject.draws) for shrink in (True, False)]
     for count, draw, shrink in tqdm(todo, desc=name, leave=False):
         found = estimate_sensitivity(model, subject.batches(count, draw), draw, shrink=shrink)
-        plan = allocate(model, found, mib, progress=False)
+        plan = allocate(model, found, mib, formats=STUDY_FORMATS, progress=False)
         damage = subject.damage(dequantize(quantize(model, plan)))
         row = {"network": name, "passes": count, "draw": draw, "estimates": "shrunk" if shrink else "plain"}
         rows.append(row | {"over_uniform": damage / of_uniform, "over_predicted": damage / plan.damage})

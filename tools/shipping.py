@@ -20,6 +20,7 @@ from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper import results
 from lafq.paper.budget_study import methods
 from lafq.quantization.checkpoint import save_quantized
+from lafq.quantization.formats import STUDY_FORMATS
 from lafq.quantization.model import dequantize, quantize
 from lafq.workspace import Workspace
 from tools.notebooks import open_workspace, profile_parameters
@@ -46,7 +47,7 @@ def ship(
     Raises ValueError, as `solver.solve_budget`, for a budget below the smallest possible size.
     """
     # A hundredth of a percent to two thousandths of a file are its header.
-    plan = allocate(model, known, budget_mib / HEADER)
+    plan = allocate(model, known, budget_mib / HEADER, formats=STUDY_FORMATS)
     small = quantize(model, plan)
     save_quantized(work.results / PACKED, small, model)
     rows = [
