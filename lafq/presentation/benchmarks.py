@@ -112,8 +112,9 @@ def groups_sentence(table: pd.DataFrame) -> str:
 
 
 def exponent(rows: pd.DataFrame, column: str) -> float:
-    """The slope of log(column) over log(weights): how it grows with the size of the model."""
-    return float(np.polyfit(np.log(rows["weights"]), np.log(rows[column]), 1)[0])
+    """How a column grows with the number of weights: the slope of the logarithms between the two largest models."""
+    last = np.log(rows.nlargest(2, "weights")[["weights", column]].to_numpy())
+    return float((last[0, 1] - last[1, 1]) / (last[0, 0] - last[1, 0]))
 
 
 def growth_table(table: pd.DataFrame) -> pd.DataFrame:
