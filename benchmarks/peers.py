@@ -16,7 +16,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from matplotlib.ticker import NullFormatter
 from peer import LIBRARIES, PROFILES, SEED
 from torch import Tensor, nn
 
@@ -141,8 +140,9 @@ def draw(table: pd.DataFrame) -> None:
         ours = own.sort_values("mem_mib")
         ax.plot("mem_mib", "damage_all", "D-", data=ours, label="lafq, allocator", color="black", ms=4, lw=1.2)
         ax.set(xscale="log", yscale="log", xlabel="stored MiB", title=f"width {width}")
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_formatter("{x:.2g}")
+        ax.xaxis.set_minor_formatter("{x:.2g}")
+        ax.tick_params(axis="x", which="both", labelsize=8)
     axes[0, 0].set_ylabel("damage (mean squared change of the output)")
     axes[0, -1].legend(fontsize=7)
     worst = rows[rows["library"] != OURS]["over_all"].max()

@@ -20,7 +20,7 @@ from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper import results
 from lafq.paper.budget_study import methods
 from lafq.quantization.checkpoint import save_quantized
-from lafq.quantization.formats import STUDY_FORMATS
+from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import dequantize, quantize
 from lafq.workspace import Workspace
 from tools.notebooks import open_workspace, profile_parameters
@@ -49,7 +49,7 @@ def ship(
     # A hundredth of a percent to two thousandths of a file are its header.
     plan = allocate(model, known, budget_mib / HEADER, formats=STUDY_FORMATS)
     small = quantize(model, plan)
-    save_quantized(work.results / PACKED, small, model)
+    save_quantized(work.results / PACKED, small, model, compress=True)
     rows = [
         BASELINE._replace(inception=True),
         Candidate("shipped", f"{budget_mib:g} MiB", "mixed", "mixed", plan, inception=True, made=made),
@@ -85,10 +85,11 @@ def main() -> int:
 
 def sentence(work: Workspace) -> str:
     """What the packed weights of a profile cost."""
-    row = results.load_table(work, "packed").iloc[-1]
+    row, file = results.load_table(work, "packed").iloc[-1], (work.results / PACKED).stat().st_size / MIB
     low, high = row["delta_fid_inception_low"], row["delta_fid_inception_high"]
     return (
-        f"The packed weights take {row['mem_mib']:.2f} MiB ({row['mem_share']:.1%} of FP32). They change FID by "
+        f"The packed weights take {row['mem_mib']:.2f} MiB in memory ({row['mem_share']:.1%} of FP32) and {file:.2f} MiB in the "
+        "entropy-coded file. They change FID by "
         f"{row['delta_fid_inception']:+.2f} [{low:+.2f}, {high:+.2f}] (Inception features, N = {row['n_images']:.0f}, "
         f"{row['steps']:.0f} sampling steps, the same noise); {row['class_changed']:.0%} of the images show another digit."
     )
