@@ -106,9 +106,9 @@ def headline(table: pd.DataFrame) -> str:
     baseline = table[table["method"] == "baseline"]["fid_inception"].item()
     return (
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
-        f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images}, Inception "
-        f"features. Poster: {poster.SAMPLING_STEPS:,} steps, other noise in every row, baseline {base.fid:.2f}. Ours: {steps:,} "
-        f"steps, the same noise, baseline {baseline:.2f}, thresholds on single weights, 95 % intervals."
+        f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images}, {steps:,} steps, "
+        f"Inception features. Poster: other noise in every row, baseline {base.fid:.2f}. Ours: the same noise, baseline "
+        f"{baseline:.2f}, thresholds on single weights, 95 % intervals."
     )
 
 
@@ -125,8 +125,9 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
             row.append(known[0] if known else "not tested yet")
         cells.append(row)
     quantities = (
-        "C1: Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by 3-6. C3: mean FID of "
-        "ratios 0.35-0.40 minus the others'. C4: FID of the INT8 row nearest in size to uniform FP16, minus that. Below 0: better."
+        "C1: empirical Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by 3-6. C3: "
+        "mean FID of ratios 0.35-0.40 minus the others'. C4: FID of the INT8 row nearest in size to uniform FP16, minus FP16's. "
+        "Below 0: better; 100 and 50 sampling steps."
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "at the poster's size", "at a quarter of its width"])
     return f"{markdown(table)}\n\n{quantities}"
@@ -140,7 +141,7 @@ def rule_claims(work: Workspace) -> pd.DataFrame:
 
 def rules_shown(found: pd.DataFrame) -> pd.DataFrame:
     """Claims about threshold rules as text; the poster makes none, and each is tested once."""
-    return tables.claims_text(found).drop(columns=["claim", "p", "note"]).rename(columns={"paper": "claim (ours)"})
+    return tables.claims_text(found).drop(columns=["claim", "p", "note"]).rename(columns={"paper": "hypothesis (not the poster's)"})
 
 
 def at_int4_bytes(rows: pd.DataFrame, found: pd.DataFrame) -> str:

@@ -81,10 +81,7 @@ def peers_sentence(table: pd.DataFrame) -> str:
     for kind in ("all", "shared"):
         row = known.loc[known[f"over_{kind}"].idxmax()]
         said[kind] = f"{row[f'over_{kind}']:.2g} times ({row['library']}, {row['bits']} bits, width {row['width']})"
-    failed = [
-        f"{library}, {', '.join(str(b) for b in sorted(set(rows['bits'])))} bits: {rows['error'].iloc[0]}"
-        for library, rows in others[others["damage"].isna()].groupby("library", sort=False)
-    ]
+    failed = [f"{r.library}, {r.bits} bits, width {r.width}: {r.error}" for r in others[others["damage"].isna()].itertuples()]
     return (
         f"In {len(known)} comparisons at equal bytes the allocator does at most {said['all']} the damage of the library. Where it "
         f"may quantize only the weights that the library quantized, it does at most {said['shared']}."
@@ -135,9 +132,10 @@ def growth_sentence(table: pd.DataFrame, weights: float = 860e6) -> str:
         last = rows.loc[rows["weights"].idxmax()]
         found[step] = [last[c] * (weights / last["weights"]) ** exponent(rows, c) for c in ("seconds", "peak_mib")]
     breaks = max(found, key=lambda step: found[step][1])
-    said = "; ".join(f"{step} {seconds / 60:,.0f} min and {mib / 1024:,.0f} GiB" for step, (seconds, mib) in found.items())
+    each = {step: " per pass" if step == "estimate_sensitivity" else "" for step in found}
+    said = "; ".join(f"{step} {s / 60:,.0f} min{each[step]} and {mib / 1024:,.0f} GiB" for step, (s, mib) in found.items())
     return (
-        f"By these exponents a U-Net of {weights / 1e6:.0f} million weights takes: {said} (estimate_sensitivity: time per pass). "
+        f"By these exponents a U-Net of {weights / 1e6:.0f} million weights takes: {said}. "
         f"`{breaks}` needs the most memory, so it breaks first."
     )
 

@@ -104,8 +104,8 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"Noise alone does as much: the FIDs of two sets of {n} images of the authors' FP32 model differ with a standard deviation "
-        f"of {noise:.1f}. {(theirs < noise).sum()} of the {len(theirs)} differences are smaller."
+        f"Noise alone explains that: two sets of {n} images of the authors' FP32 model differ in FID by {noise:.1f} (standard "
+        f"deviation). {(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller."
     )
 
 

@@ -62,14 +62,14 @@ def test_findings_follow_from_the_tables(noise):
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
     assert "largest gain is 3.09" in found[0]
-    assert "differ with a standard deviation of 4.4." in found[1]
-    assert "2 of the 2 differences are smaller." in found[1]
+    assert "differ in FID by 4.4 (standard" in found[1]
+    assert "2 of the poster's 2 differences are smaller." in found[1]
     assert "We compared 6 rules for the choice of weights to keep, at 4 bits per weight" in found[2]
     assert "One threshold for the whole model does the least damage. Thresholds per group" in found[2]
     assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
     assert found[3].startswith("At 3 bits per weight our file of 0.80 MiB (10.0% of FP32; 1.20 MiB in memory) does 0.22")
-    assert "0.22 [0.11, 0.33] times the damage of uniform INT8 (file: 1.70 MiB)." in found[3]
+    assert "0.22 [0.11, 0.33] times the damage of uniform INT8 (nearest codes; file: 1.70 MiB)." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
     assert found[3].endswith("At 2.5 bits the damages are equal.")
 
@@ -203,4 +203,4 @@ def test_rows_at_the_bytes_of_int4_are_said_with_their_intervals():
     claims = pd.DataFrame(
         {"quantity": ["FID of one threshold per layer (ratio) minus"], "measured": [2.27], "low": [0.86], "high": [3.72]}
     )
-    assert "costs 2.3 [0.9, 3.7] FID more than one threshold" in summaries.on_images(claims, 64, 1000)
+    assert "costs 2.3 [0.9, 3.7] FID (MNIST features) more than one threshold" in summaries.on_images(claims, 64, 1000)

@@ -71,9 +71,9 @@ def coded_sentence(table: pd.DataFrame) -> str:
     if len(at):
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
-            f"At {CODED_RATE:g} bits per weight our file of {row['file_mib']:.2f} MiB "
-            f"({row['file_mib'] / full:.1%} of FP32; {row['mem_mib']:.2f} MiB in memory) does {_over_int8(row)} times the damage "
-            f"of uniform INT8 (file: {int8['file_mib']:.2f} MiB). It stores frequent codes in fewer bits (entropy coding)."
+            f"At {CODED_RATE:g} bits per weight our file of {row['file_mib']:.2f} MiB ({row['file_mib'] / full:.1%} of FP32; "
+            f"{row['mem_mib']:.2f} MiB in memory) does {_over_int8(row)} times the damage of uniform INT8 (nearest codes; file: "
+            f"{int8['file_mib']:.2f} MiB). It stores frequent codes in fewer bits (entropy coding)."
         )
     bits = bits_of_equal_damage(rows, int8["damage"])
     return said + ("" if np.isnan(bits) else f" At {bits:.1f} bits the damages are equal.")
@@ -163,7 +163,7 @@ def on_images(claims: pd.DataFrame, width: int, images: int) -> str:
     row = claims[claims["quantity"].str.contains("(ratio)", regex=False)].iloc[0]
     return (
         f"In images (width {width}, N = {images:,}), a threshold per layer costs {row['measured']:.1f} "
-        f"[{row['low']:.1f}, {row['high']:.1f}] FID more than one threshold."
+        f"[{row['low']:.1f}, {row['high']:.1f}] FID (MNIST features) more than one threshold."
     )
 
 
