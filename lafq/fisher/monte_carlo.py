@@ -69,11 +69,11 @@ def estimate_sensitivity(
 
     Args:
         model: any network; called as `model(*batch)`.
-        batches: the model's arguments (or its one argument), batch by batch, the first (B, ...). The output must be one tensor
-            (B, ...). Many small batches of equal size beat few large ones.
+        batches: the model's arguments (or its one argument), first (B, ...); the output must be one tensor (B, ...). Many small
+            batches of equal size beat few large ones.
         seed: of the noise that is sent back through the network.
         names: the parameters; None: all with two dimensions or more.
-        shrink: shrink noisy estimates (`fisher.shrinkage`); False: the means over passes as they are.
+        shrink: shrink noisy estimates (`fisher.shrinkage`), else take the means over passes as they are.
         largest: columns of a curvature matrix; that of a tensor with more weights per output channel is estimated in blocks.
 
     >>> import torch
@@ -101,18 +101,17 @@ def estimate_sensitivity(
         plain = {n: m.plain_curvature() for n, m in moments.items()}
         return Sensitivity({n: f / samples for n, f in squares.items()}, plain, passes)
     squares |= {n: views[n].back(m.shrunk_squares(views[n].of(squares[n]))).contiguous() for n, m in moments.items()}
-    curvature, noise = _shrunk_curvatures(moments)
-    return Sensitivity({n: f / samples for n, f in squares.items()}, curvature, passes, noise)
+    return Sensitivity({n: f / samples for n, f in squares.items()}, *_shrunk_curvatures(moments, passes))
 
 
-def _shrunk_curvatures(moments: dict[str, Moments]) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _shrunk_curvatures(moments: dict[str, Moments], passes: int) -> tuple[dict[str, Tensor], int, dict[str, float]]:
     """By parameter name: the shrunk curvature, and the share of it that was noise; a warning where one pass is all there is."""
-    if any(m.passes == 1 for m in moments.values()):
+    if moments and passes == 1:
         warnings.warn(
             "one pass says nothing about its noise, so all weights of a tensor count the same: give more batches", stacklevel=3
         )
     shrunk = {n: m.shrunk_curvature() for n, m in moments.items()}
-    return {n: h for n, (h, _) in shrunk.items()}, {n: share for n, (_, share) in shrunk.items()}
+    return {n: h for n, (h, _) in shrunk.items()}, passes, {n: share for n, (_, share) in shrunk.items()}
 
 
 def _squares(
