@@ -84,7 +84,7 @@ def peers_sentence(table: pd.DataFrame) -> str:
     failed = [f"{r.library}, {r.bits} bits, width {r.width}: {r.error}" for r in others[others["damage"].isna()].itertuples()]
     return (
         f"In {len(known)} comparisons at equal bytes the allocator does at most {said['all']} the damage of the library. Where it "
-        f"may quantize only the weights that the library quantized, it does at most {said['shared']}."
+        f"may quantize only the weights that the library quantized, it does at most {said['shared']} the library's damage."
         + (f" What failed: {'; '.join(failed)}." if failed else "")
     )
 
