@@ -53,7 +53,7 @@ clean:  ## remove .venv and build (results/ stays)
 evidence: $(READY)  ## experiments that take hours: noise floor, 1,000 images per row, other training runs (about two hours); PUBLISHED=path: the authors' images
 	@$(BIN)/python -m tools.evidence $(if $(PROFILE),--profile $(PROFILE)) $(if $(PUBLISHED),--published $(PUBLISHED))
 
-benchmark: $(READY)  ## what quantized models cost to run, Fisher beside BackPACK, notebooks in 2 GiB, damage by passes (about 40 minutes)
+benchmark: $(READY)  ## what quantized models cost to run, groups of weights, Fisher beside BackPACK, notebooks in 2 GiB, damage by passes (about 50 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
 	@$(BIN)/python benchmarks/running.py
 	@$(BIN)/python benchmarks/groups.py

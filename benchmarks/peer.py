@@ -161,7 +161,7 @@ def main() -> int:
         print(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", file=sys.stderr)
         return 1
     found = {n: s for n, s in found.items() if s.values.shape == shapes.get(n)}
-    tensors = {n: torch.Tensor(s.values.detach()).float().contiguous().clone() for n, s in found.items()}
+    tensors = {n: s.values.detach().float().contiguous().clone() for n, s in found.items()}
     stored = {n: [s.bits, s.scales, s.zero_points] for n, s in found.items()}
     save_tensors(path, tensors, library=library, version=version(library), stored=stored)
     return 0

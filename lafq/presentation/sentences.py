@@ -104,7 +104,7 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"Noise alone explains that: two sets of {n} images of the authors' FP32 model differ in FID by {noise:.1f} (standard "
+        f"Noise does as much: two sets of {n} images of the authors' FP32 model differ in FID by {noise:.1f} (standard "
         f"deviation). {(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller."
     )
 
