@@ -107,7 +107,7 @@ def headline(table: pd.DataFrame) -> str:
     return (
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
         f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images}, {steps:,} steps, "
-        f"Inception features. Poster: other noise in every row, baseline {base.fid:.2f}. Ours: the same noise, baseline "
+        f"Inception features. Poster: formats not named, other noise in every row, baseline {base.fid:.2f}. Ours: the same noise, baseline "
         f"{baseline:.2f}, thresholds on single weights, 95 % intervals."
     )
 
@@ -125,9 +125,9 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
             row.append(known[0] if known else "not tested yet")
         cells.append(row)
     quantities = (
-        "C1: empirical Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by 3-6. C3: "
+        "C1: Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by 3-6. C3: "
         "mean FID of ratios 0.35-0.40 minus the others'. C4: FID of the INT8 row nearest in size to uniform FP16, minus FP16's. "
-        "Below 0: better; 100 and 50 sampling steps."
+        "Below 0: better. Sampling steps: 100 (left), 50 (right)."
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "at the poster's size", "at a quarter of its width"])
     return f"{markdown(table)}\n\n{quantities}"

@@ -19,8 +19,11 @@ def published_ratio_sizes() -> str:
     for row in rows:
         share, needed = row.mem_mib / poster.BASELINE_MIB, (1 + float(row.threshold)) / 2
         below = " (less than uniform FP16 takes)" if row.mem_mib < least else ""
-        found.append(f"ratio {row.threshold}: published {share:.1%} of FP32{below}, needed at least {needed:.1%}")
-    return "The poster's memory does not follow from keeping the ratio in FP32 and the rest in FP16: " + "; ".join(found) + "."
+        found.append(f"ratio {row.threshold}: {share:.1%}{below} instead of {needed:.1%}")
+    return (
+        "A share r of the weights in FP32 and the others in FP16 take at least (1 + r) / 2 of FP32's bytes. The poster's table "
+        "has fewer bytes: " + "; ".join(found) + "."
+    )
 
 
 def drivers_of_fisher(timesteps: pd.DataFrame) -> str:
@@ -104,7 +107,7 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"Noise does as much: two sets of {n} images of the authors' FP32 model differ in FID by {noise:.1f} (standard "
+        f"Different noise alone does as much: it changes the FID of the authors' FP32 model by {noise:.1f} (N = {n}, standard "
         f"deviation). {(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller."
     )
 

@@ -62,16 +62,16 @@ def test_findings_follow_from_the_tables(noise):
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
     assert "largest gain is 3.09" in found[0]
-    assert "differ in FID by 4.4 (standard" in found[1]
+    assert "changes the FID of the authors' FP32 model by 4.4 (N = 100, standard" in found[1]
     assert "2 of the poster's 2 differences are smaller." in found[1]
     assert "We compared 6 rules for the choice of weights to keep, at 4 bits per weight" in found[2]
     assert "One threshold for the whole model does the least damage. Thresholds per group" in found[2]
     assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
-    assert found[3].startswith("At 3 bits per weight our file of 0.80 MiB (10.0% of FP32; 1.20 MiB in memory) does 0.22")
-    assert "0.22 [0.11, 0.33] times the damage of uniform INT8 (nearest codes; file: 1.70 MiB)." in found[3]
+    assert found[3].startswith("Entropy coding stores frequent codes in fewer bits. At 3 bits per weight the file has 0.80 MiB")
+    assert "Its damage is 0.22 [0.11, 0.33] times that of uniform INT8 (nearest codes, 1.70 MiB)." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
-    assert found[3].endswith("At 2.5 bits the damages are equal.")
+    assert found[3].endswith("At 2.5 bits per weight both damages are equal.")
 
 
 def test_the_smallest_file_with_hardly_a_rise_of_fid():
@@ -94,7 +94,7 @@ def test_entropy_coded_plans_are_compared_in_memory_too(damage, said):
     ]
     table = pd.concat([coded().assign(mem_mib=[0.8, 0.88, 1.2, 2.2]), pd.DataFrame(rows)], ignore_index=True)
     found = summaries.coded_beside(table)
-    assert found.startswith("With error feedback, uniform INT8 does 0.30 [0.20, 0.40] times its damage without.")
+    assert found.startswith("Error feedback multiplies the damage of uniform INT8 by 0.30 [0.20, 0.40].")
     assert said in found
     assert "the entropy-coded plan 2.2e-06 at 0.88 MiB." in found
     assert f"its plan does {damage:.1e} damage at 0.90 MiB," in found

@@ -71,12 +71,12 @@ def coded_sentence(table: pd.DataFrame) -> str:
     if len(at):
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
-            f"At {CODED_RATE:g} bits per weight our file of {row['file_mib']:.2f} MiB ({row['file_mib'] / full:.1%} of FP32; "
-            f"{row['mem_mib']:.2f} MiB in memory) does {_over_int8(row)} times the damage of uniform INT8 (nearest codes; file: "
-            f"{int8['file_mib']:.2f} MiB). It stores frequent codes in fewer bits (entropy coding)."
+            f"Entropy coding stores frequent codes in fewer bits. At {CODED_RATE:g} bits per weight the file has "
+            f"{row['file_mib']:.2f} MiB ({row['file_mib'] / full:.1%} of FP32; {row['mem_mib']:.2f} MiB in memory). Its damage is "
+            f"{_over_int8(row)} times that of uniform INT8 (nearest codes, {int8['file_mib']:.2f} MiB)."
         )
     bits = bits_of_equal_damage(rows, int8["damage"])
-    return said + ("" if np.isnan(bits) else f" At {bits:.1f} bits the damages are equal.")
+    return said + ("" if np.isnan(bits) else f" At {bits:.1f} bits per weight both damages are equal.")
 
 
 def coded_beside(table: pd.DataFrame) -> str:
@@ -88,7 +88,7 @@ def coded_beside(table: pd.DataFrame) -> str:
         return ""
     ours = fixed.iloc[0]
     nearest = rows.loc[(rows["mem_mib"] - ours["mem_mib"]).abs().idxmin()]
-    said = f"With error feedback, uniform INT8 does {_over_int8(same.iloc[0])} times its damage without."
+    said = f"Error feedback multiplies the damage of uniform INT8 by {_over_int8(same.iloc[0])}."
     better = "better" if ours["damage"] < nearest["damage"] else "no better"
     return (
         f"{said} For memory `allocate` is {better}: its plan does {ours['damage']:.1e} damage at {ours['mem_mib']:.2f} MiB, the "
