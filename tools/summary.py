@@ -107,8 +107,8 @@ def headline(table: pd.DataFrame) -> str:
     return (
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
         f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images}, {steps:,} steps, "
-        f"Inception features. Poster: formats not named, other noise in every row, baseline {base.fid:.2f}. Ours: the same noise, baseline "
-        f"{baseline:.2f}, thresholds on single weights, 95 % intervals."
+        f"Inception features. Poster: formats not named, other noise in every row, baseline {base.fid:.2f}. Ours: the same "
+        f"noise, baseline {baseline:.2f}, thresholds on single weights, 95 % intervals."
     )
 
 
