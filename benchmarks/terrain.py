@@ -1,9 +1,5 @@
 """lafq on a diffusion model that others have trained: `make terrain` writes results/terrain and figures/terrain.
 
-The model comes with the package adaptive-terrain-diffusion (MIT): a consistency U-Net in ONNX with 10.4 million parameters. From
-noise of standard deviation 80 and a difficulty in [0, 1] it makes a height map of 128 x 128 in one step. onnx2pytorch turns it into
-a torch module.
-
 Decibels: variance of the FP32 model's output over the mean squared error, on maps from noise that no plan has seen. Rows that
 are there already are left alone; delete results/terrain to make them again.
 """
@@ -12,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,117 +17,44 @@ import numpy as np
 import pandas as pd
 import torch
 from by_layer import by_layer, layer_inputs, quanto, stored_bytes, torchao
-from scipy.ndimage import uniform_filter
-from scipy.stats import wasserstein_distance
+from terrain_model import (
+    CHUNK,
+    JUDGED,
+    MAPS_PER_PASS,
+    OTHER,
+    PASSES,
+    SIZE,
+    WORK,
+    character,
+    decibels,
+    distances,
+    estimated,
+    heights,
+    load,
+    maps,
+    outputs,
+    sensitivity,
+)
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from lafq import allocate_coded, estimate_sensitivity, quantize, save_quantized
+from lafq import allocate, allocate_coded, quantize, save_quantized
 from lafq.allocation import solver
 from lafq.device import compute_on
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.io import load_tensors, save_tensors
 from lafq.paper import results
 from lafq.presentation import report
-from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
+from lafq.quantization.formats import MIB, unshrunk_scale
 from lafq.quantization.model import dequantize, nbytes, resident_bytes
 from lafq.quantization.plan import Plan, Recipe
-from lafq.rng import generator
-from lafq.workspace import Workspace
 
-WORK = Workspace("terrain")
-WEIGHTS = "weights/terrain_consistency_unet_difficulty100.onnx"
-SIZE, SIGMA = 128, 80.0
-PASSES, MAPS_PER_PASS = 32, 2
-FRESH, CHUNK, SHOWN = 64, 4, 3
-KNOWN, JUDGED, OTHER = 0, 1, 2  # seeds of the noise: plans are made from, judged on, and what other noise does
+SHOWN = 3
 UNIFORM = ("int4", "int3", "int2", "int8", "int6")
+FEWER = (1, 2, 4, 8, 16, PASSES)
 SENSITIVE = 10  # weight tensors that the row "INT4, sensitive tensors FP16" keeps
 TENTH = 0.1
-STORED = ("fisher", "curvature")
 CODED = "entropy-coded"
-HEIGHT, ASINH = 22.16864013671875, 0.1  # metres; the package's map from the output to heights
 PEERS = {"optimum-quanto": (quanto, ("qint8", "qint4", "qint2")), "torchao": (torchao, (8, 4))}
-
-
-def load() -> nn.Module:
-    """The model in torch, without the buffers in which the converter repeats every weight; checked against ONNX Runtime."""
-    import onnx
-    import onnxruntime
-    from onnx2pytorch import ConvertModel
-
-    path = str(files("terrain_diffusion") / WEIGHTS)
-    model = ConvertModel(onnx.load(path)).eval()
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    for name, buffer in list(model.named_buffers()):
-        if any(buffer.shape == w.shape and torch.equal(buffer, w) for w in weights):
-            delattr(model, name)
-    x = maps(OTHER, CHUNK)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    named = dict(zip(("noisy", "sigma", "difficulty"), (part.numpy() for part in x), strict=True))
-    with torch.inference_mode():
-        off = (model(*x) - torch.from_numpy(session.run(["denoised"], named)[0])).abs().max().item()
-    if off > 1e-4:
-        raise RuntimeError(
-            f"the model in torch differs from ONNX Runtime's by {off:.2g}: use the versions in requirements-terrain.txt"
-        )
-    print(f"the model in torch differs from ONNX Runtime's by at most {off:.1g}")
-    return model
-
-
-def maps(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The model's arguments for so many maps, as the package's generator gives them: noise, sigma, difficulty."""
-    g = generator(seed)
-    noise = SIGMA * torch.randn(count, 1, SIZE, SIZE, generator=g)
-    return noise, torch.full((count,), SIGMA), torch.randint(100, (count,), generator=g) / 99
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, seed: int) -> Tensor:
-    """What the model makes of FRESH maps, (FRESH, 1, 128, 128)."""
-    parts = [part.split(CHUNK) for part in maps(seed, FRESH)]
-    return torch.cat([model(*x) for x in tqdm(zip(*parts, strict=True), total=FRESH // CHUNK, leave=False)])
-
-
-def sensitivity(model: nn.Module) -> Sensitivity:
-    """Of all weights, kept in build/terrain: PASSES passes of MAPS_PER_PASS maps."""
-    path = WORK.build / "sensitivity.safetensors"
-    if not path.is_file():
-        parts = [part.split(MAPS_PER_PASS) for part in maps(KNOWN, PASSES * MAPS_PER_PASS)]
-        found = estimate_sensitivity(model, tqdm(list(zip(*parts, strict=True)), desc="sensitivity", leave=False), KNOWN)
-        tensors = {f"{kind} {n}": t.contiguous() for kind in STORED for n, t in getattr(found, kind).items()}
-        save_tensors(path, tensors, passes=PASSES, noise=found.noise)
-    stored, about = load_tensors(path, "make terrain", passes=PASSES)
-    fields = [{n.partition(" ")[2]: t for n, t in stored.items() if n.startswith(f"{kind} ")} for kind in STORED]
-    return Sensitivity(*fields, PASSES, about["noise"])
-
-
-def heights(output: Tensor) -> np.ndarray:
-    """Metres, (N, 128, 128), as the package computes them."""
-    unit = ((output[:, 0].double() + 1) / 2).clamp(0, 1).numpy()
-    return ASINH * np.sinh(unit * np.arcsinh(HEIGHT / ASINH))
-
-
-def character(output: Tensor) -> dict[str, np.ndarray]:
-    """What a user of terrain looks at: slopes, roughness (height over the mean of 5 x 5 cells), and the power spectrum in dB."""
-    z = heights(output)
-    slope = np.hypot(*np.gradient(z, axis=(1, 2)))
-    rough = np.abs(z - uniform_filter(z, (0, 5, 5)))
-    power = np.abs(np.fft.fft2(z - z.mean((1, 2), keepdims=True))) ** 2
-    frequency = np.hypot(*np.meshgrid(*[np.fft.fftfreq(SIZE) * SIZE] * 2)).round().astype(int)
-    rings = [power[:, frequency == k].mean() for k in range(1, SIZE // 2)]
-    return {"slope": slope.ravel(), "roughness": rough.ravel(), "spectrum": 10 * np.log10(rings)}
-
-
-def distances(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, float]:
-    """Wasserstein distances of slopes and roughness (metres), root mean square difference of the spectra (dB)."""
-    found = {name: wasserstein_distance(a[name][::7], b[name][::7]) for name in ("slope", "roughness")}
-    return found | {"spectrum": float(np.sqrt(np.mean((a["spectrum"] - b["spectrum"]) ** 2)))}
-
-
-def decibels(expected: Tensor, found: Tensor) -> float:
-    """Variance of the expected output over the mean squared error."""
-    return 10 * torch.log10(expected.var() / (found - expected).square().mean()).item()
 
 
 def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Callable[[], Plan]]]:
@@ -142,7 +64,7 @@ def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Call
 
     def allocated(mib: float) -> Plan:
         if not frontiers:
-            frontiers.update(solver.frontiers_of(model, known.fisher, "mixed", STUDY_FORMATS, curvature=known.curvature))
+            frontiers.update(solver.frontiers_of(model, known.fisher, "mixed", curvature=known.curvature))
         return solver.solve_budget(model, frontiers, mib, recipe=recipe)
 
     def sensitive() -> Plan:
@@ -194,6 +116,7 @@ def main() -> int:
         expected = outputs(model, JUDGED)
         look = character(expected)
         make_rows(model, known, expected, look)
+        by_passes(model, expected)
     except ModuleNotFoundError as error:
         print(f"stopped: {error.name} is not installed: `make terrain` installs it", file=sys.stderr)
         return 1
@@ -247,6 +170,22 @@ def make_rows(model: nn.Module, known: Sensitivity, expected: Tensor, look: dict
     for method, format, plan_of in plans(model, known):
         add(method, format, partial(ours, plan_of, f"{method} {format}"))
     draw(pd.DataFrame(rows), drawn)
+
+
+def by_passes(model: nn.Module, expected: Tensor) -> None:
+    """The table results/terrain/passes.csv: decibels of the allocator's plan at INT4's bytes by the passes behind it."""
+    table = results.load_optional(WORK, "passes")
+    rows = [] if table is None else table.to_dict("records")
+    for passes in FEWER:
+        if any(row["passes"] == passes for row in rows):
+            continue
+        known = sensitivity(model) if passes == PASSES else estimated(model, passes)
+        plan = allocate(model, known, nbytes(model, dict.fromkeys(known.fisher, "int4")) / MIB)
+        mse = 2 * plan.damage / SIZE**2
+        found = decibels(expected, outputs(dequantize(quantize(model, plan)), JUDGED))
+        rows.append({"passes": passes, "decibels": found, "predicted": 10 * np.log10(expected.var().item() / mse)})
+        results.save_table(WORK, "passes", pd.DataFrame(rows))
+        print(f"{passes} passes: {found:.1f} dB", flush=True)
 
 
 def other_noise(model: nn.Module, look: dict[str, np.ndarray]) -> dict[str, float]:

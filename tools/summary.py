@@ -72,7 +72,7 @@ def measured() -> dict[str, str]:
     """The benchmarks and the terrain model."""
     names = ("fisher", "running", "binder", "passes", "peers", "growth", "blocks", "groups")
     by = {name: pd.read_csv(paths.RESULTS / "benchmarks" / f"{name}.csv") for name in names}
-    terrain = results.load_table(Workspace("terrain"), "terrain")
+    terrain, passes = (results.load_table(Workspace("terrain"), name) for name in ("terrain", "passes"))
     return {
         "passes": f"{markdown(benchmarks.passes_table(by['passes']))}\n\n{benchmarks.passes_sentence(by['passes'])}",
         "fisher": markdown(benchmarks.fisher_cost(by["fisher"])),
@@ -83,6 +83,7 @@ def measured() -> dict[str, str]:
         "growth": f"{markdown(benchmarks.growth_table(by['growth']))}\n\n{benchmarks.growth_sentence(by['growth'])}",
         "blocks": markdown(benchmarks.blocks_table(by["blocks"])),
         "terrain": f"{markdown(benchmarks.terrain_table(terrain))}\n\n{benchmarks.terrain_sentence(terrain)}",
+        "terrain_passes": f"{markdown(benchmarks.terrain_passes_table(passes))}\n\n{benchmarks.terrain_passes_sentence(passes)}",
         "terrain_character": markdown(benchmarks.terrain_character(terrain)),
         "binder": markdown(by["binder"]),
     }

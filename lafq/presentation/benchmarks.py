@@ -15,6 +15,22 @@ def passes_table(table: pd.DataFrame) -> pd.DataFrame:
     return cells.unstack("network").loc[:, table["network"].unique()].rename_axis(columns=None).reset_index()
 
 
+def terrain_passes_table(table: pd.DataFrame) -> pd.DataFrame:
+    """results/terrain/passes.csv as it is shown: decibels of the plan, and those that it predicts of itself."""
+    shown = table[["decibels", "predicted"]].map("{:.1f}".format)
+    return shown.set_axis(["decibels", "predicted by the plan"], axis=1).assign(passes=table["passes"]).iloc[:, [2, 0, 1]]
+
+
+def terrain_passes_sentence(table: pd.DataFrame) -> str:
+    """What the last passes gained, and by how much a plan overrates itself."""
+    by, off = table.set_index("passes").sort_index()["decibels"], table["predicted"] - table["decibels"]
+    before, most = by.index[-2:]
+    return (
+        f"From {before} to {most} passes the plan gains {by[most] - by[before]:.1f} dB, so more passes may gain more. The plans "
+        f"predict {off.min():+.1f} to {off.max():+.1f} dB more than is measured."
+    )
+
+
 def terrain_table(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of `make terrain` beside the allocator at the same bytes: decibels, higher is closer to FP32."""
     ours, coded = (

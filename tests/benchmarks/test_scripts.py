@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lafq import estimate_sensitivity
 from lafq.diffusion.unet import UNet, quantizable
 from lafq.quantization.model import dequantize, nbytes, quantize
 from lafq.rng import generator
@@ -91,7 +92,7 @@ def test_terrain_plans_have_the_bytes_of_the_rows_beside_them(script, monkeypatc
         nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 1, 3, padding=1)
     ).eval()
     batches = [(torch.randn(2, 1, 8, 8, generator=generator(i)),) for i in range(16)]
-    known = terrain.estimate_sensitivity(model, batches)
+    known = estimate_sensitivity(model, batches)
     monkeypatch.setattr(terrain, "known_mib", lambda *_: 0.02)
     monkeypatch.setattr(terrain, "SENSITIVE", 1)
     monkeypatch.setattr(terrain, "TENTH", 0.3)

@@ -73,3 +73,11 @@ def test_coded_rows_show_file_and_memory():
     shown = tables.coded_shown(table)
     assert shown["method"].tolist() == ["uniform", "allocator, all weights", "allocator, entropy-coded"]
     assert {"file_mib", "mem_mib"} < set(shown) and "fid_mnist_delta" not in shown
+
+
+def test_terrain_passes_show_what_the_last_ones_gained():
+    table = pd.DataFrame({"passes": [1, 8, 32], "decibels": [10.0, 41.2, 42.0], "predicted": [20.0, 43.0, 41.5]})
+    assert benchmarks.terrain_passes_table(table).iloc[1].tolist() == [8, "41.2", "43.0"]
+    said = benchmarks.terrain_passes_sentence(table)
+    assert said.startswith("From 8 to 32 passes the plan gains 0.8 dB")
+    assert said.endswith("predict -0.5 to +10.0 dB more than is measured.")
