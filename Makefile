@@ -64,7 +64,7 @@ benchmark: $(READY)  ## what quantized models cost to run, groups of weights, Fi
 peers: $(READY)  ## the allocator beside five other libraries at equal bytes (installs each beside .venv; about an hour)
 	@$(BIN)/python benchmarks/peers.py
 
-growth: $(READY)  ## time and memory of every step by the size of the model, and smaller blocks of the curvature (about half an hour; Linux)
+growth: $(READY)  ## time and memory of every step by the size of the model, and of a cheaper curvature (about half an hour; Linux)
 	@$(BIN)/python benchmarks/growth.py
 
 terrain: $(READY)  ## lafq on a public diffusion model of others: results/terrain (installs it beside .venv; about half an hour)

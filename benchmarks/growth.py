@@ -4,7 +4,8 @@ growth.csv: each step of a user's work, in a process of its own, on U-Nets of fi
 what the step takes above the model, its inputs and the libraries (Linux: /proc/self). A tensor wider than `monte_carlo.LARGEST`
 has its curvature in blocks. The widest model has no sensitivity estimated and no plan allocated: that takes too long.
 
-blocks.csv: what smaller blocks of the curvature cost in damage and save in time, on the trained models of width 16 and 64.
+blocks.csv: what smaller blocks of the curvature, and fewer output channels per pass, cost in damage and save in time, on the
+trained models of width 16 and 64.
 
 Rows that are there already are left alone; delete a table to make it again.
 """
@@ -31,7 +32,7 @@ from lafq.diffusion.noising import noised_batches
 from lafq.diffusion.unet import UNet
 from lafq.diffusion.weights import load_model
 from lafq.evaluation import scoring
-from lafq.fisher.monte_carlo import LARGEST, Sensitivity
+from lafq.fisher.monte_carlo import CHANNELS, LARGEST, Sensitivity
 from lafq.fisher.shrinkage import Moments
 from lafq.paper import results
 from lafq.paper.budget_study.budget import FRESH, FRESH_SEED
@@ -45,7 +46,12 @@ WORK = Workspace("benchmarks")
 WIDTHS, WIDEST = (8, 16, 32, 64, 128), 128
 STEPS = ("estimate_sensitivity", "allocate", "quantize", "save_quantized", "load_quantized")
 PASSES, BATCH, BITS = 2, 8, 4.0
-BLOCKS = {16: (8192, 576, 288, 144), 64: (8192, 1152)}
+ALL = 4096  # more output channels than any tensor has
+# By width: columns of a block, and output channels per pass; the first row is what the others are held against.
+BLOCKS = {
+    16: ((LARGEST, ALL), (LARGEST, 32), (LARGEST, 16), (576, ALL), (288, ALL), (144, ALL)),
+    64: ((LARGEST, ALL), (LARGEST, CHANNELS), (LARGEST, 64), (1152, CHANNELS)),
+}
 SAMPLES, DIGITS = {16: 512, 64: 128}, {16: 500, 64: 100}
 PROFILES = {16: "mini", 64: "paper"}
 
@@ -57,7 +63,7 @@ def random_sensitivity(model: nn.Module) -> Sensitivity:
         if weight.ndim > 1:
             view = channel_view(model, name)
             fisher[name] = torch.rand(weight.shape)
-            empty = Moments(torch.empty(1, view.size[1]), LARGEST).curvature
+            empty = Moments(torch.empty(1, view.size[1]), LARGEST, CHANNELS).curvature
             some = torch.randn(*empty.shape[:-1], 16)
             curvature[name] = some @ some.mT / 16 + torch.eye(empty.shape[-1])
     return Sensitivity(fisher, curvature)
@@ -124,14 +130,14 @@ def grown() -> pd.DataFrame:
     return results.load_table(WORK, "growth")
 
 
-def pass_ratio(model: nn.Module, largest: int, batches: list[tuple[Tensor, ...]]) -> float:
+def pass_ratio(model: nn.Module, batches: list[tuple[Tensor, ...]], **sizes: int) -> float:
     """Time of a pass over that of one forward and backward pass of the same batch, the median over batches."""
     ratios = []
     for x, t in batches:
         start = time.perf_counter()
         model(x, t).square().sum().backward()
         middle = time.perf_counter()
-        estimate_sensitivity(model, [(x, t)] * 2, 0, shrink=False, largest=largest)
+        estimate_sensitivity(model, [(x, t)] * 2, 0, shrink=False, **sizes)
         ratios.append((time.perf_counter() - middle) / 2 / (middle - start))
         model.zero_grad()
     return statistics.median(ratios)
@@ -141,24 +147,28 @@ def blocked() -> pd.DataFrame:
     """The table of blocks: damage of the allocator's plan at BITS per weight, over that with the whole curvature."""
     table = results.load_optional(WORK, "blocks")
     rows = [] if table is None else table.to_dict("records")
-    there = {(row["width"], row["largest"]) for row in rows}
-    for width, sizes in BLOCKS.items():
-        if all((width, largest) in there for largest in sizes):
+    there = {(row["width"], row["largest"], row["channels"]) for row in rows}
+    for width, settings in BLOCKS.items():
+        if all((width, *setting) in there for setting in settings):
             continue
         model, noise = load_model(Workspace(PROFILES[width]), width), FRESH_SEED
         outputs = scoring.held_out_outputs(model, noise, DIGITS[width], FRESH)
-        digits, errors = mnist(train=True)[0], {}
-        for largest in sizes:
-            known = estimate_sensitivity(model, noised_batches(digits, SAMPLES[width], 0), 0, largest=largest)
+        digits, first = mnist(train=True)[0], None
+        for largest, channels in settings:
+            sizes = {"largest": largest, "channels": channels}
+            known = estimate_sensitivity(model, noised_batches(digits, SAMPLES[width], 0), 0, **sizes)
             plan = allocate(model, known, mib_at(model, BITS), progress=False)
-            errors[largest] = scoring.output_errors(dequantize(quantize(model, plan)), outputs, noise, FRESH)[0]
-            ratio = scoring.ratio_of_means(errors[largest], errors[sizes[0]], 0)
-            row = {"width": width, "largest": largest, "columns": max(h.shape[-1] for h in known.curvature.values())}
+            errors = scoring.output_errors(dequantize(quantize(model, plan)), outputs, noise, FRESH)[0]
+            first = errors if first is None else first
+            row = {"width": width, **sizes, "columns": max(h.shape[-1] for h in known.curvature.values())}
             row |= {"curvature_mib": sum(4 * h.numel() for h in known.curvature.values()) / MIB}
-            row |= {"pass_ratio": pass_ratio(model, largest, list(noised_batches(digits, 5 * BATCH, 1)))}
-            row["damage"] = errors[largest].mean().item()
-            rows.append(row | dict(zip(("over_whole", "over_whole_low", "over_whole_high"), ratio, strict=True)))
-            print(rows[-1], flush=True)
+            row |= {"pass_ratio": pass_ratio(model, list(noised_batches(digits, 5 * BATCH, 1)), **sizes)}
+            ratio = scoring.ratio_of_means(errors, first, 0)
+            row |= {"damage": errors.mean().item()} | dict(
+                zip(("over_whole", "over_whole_low", "over_whole_high"), ratio, strict=True)
+            )
+            rows.append(row)
+            print(row, flush=True)
         results.save_table(WORK, "blocks", pd.DataFrame(rows))
     return results.load_table(WORK, "blocks")
 

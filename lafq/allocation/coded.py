@@ -24,7 +24,7 @@ from lafq.modes import unwrapped
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_names, check_plan, check_values
 from lafq.quantization.entropy_coding import compress_parts
-from lafq.quantization.error_feedback import Factor, damage, factor, round_with_error_feedback
+from lafq.quantization.error_feedback import Factor, damage, factor, rounded
 from lafq.quantization.formats import FORMATS, FP16_MAX, MIB, absmax_scale, unshrunk_scale
 from lafq.quantization.model import nbytes, weights_sha256, with_quantized
 from lafq.quantization.plan import Plan, Recipe
@@ -44,7 +44,6 @@ class _Tensor(NamedTuple):
     values: Tensor
     fisher: Tensor
     view: ChannelView
-    curvature: Tensor | None
     factor: Factor | None
     unit: Tensor
 
@@ -116,10 +115,9 @@ def _prepared(model: nn.Module, sensitivity: Sensitivity) -> dict[str, _Tensor]:
         view = channel_view(model, name)
         values, fisher = (view.of(t.detach().cpu()) for t in (parameters[name], sensitivity.fisher[name]))
         curvature = sensitivity.curvature.get(name)
-        curvature = None if curvature is None else curvature.cpu()
-        own = None if curvature is None else factor(curvature)
+        own = None if curvature is None else factor(curvature.cpu())
         matters = fisher.mean(1).double() * (1.0 if own is None else own.pivots.mean().item())
-        found[name] = _Tensor(values, fisher, view, curvature, own, matters.clamp_min(1e-300).rsqrt())
+        found[name] = _Tensor(values, fisher, view, own, matters.clamp_min(1e-300).rsqrt())
     return found
 
 
@@ -137,14 +135,16 @@ def _tried(model: nn.Module, parts: dict[str, _Tensor], log_step: float, path: P
         steps = _steps(part, log_step)
         scale = steps.float()
         if part.factor is None:
-            rounded = (part.values / scale[:, None]).round_().mul_(scale[:, None])
+            rows = (part.values / scale[:, None]).round_().mul_(scale[:, None])
+            own = damage(rows - part.values, part.fisher)
         else:
-            rounded = round_with_error_feedback(part.values, scale, torch.full_like(scale, INTEGERS[-1].qmax), part.factor)
-        largest = (rounded / scale[:, None]).round_().abs().amax(1).tolist()
+            rows, quadratic = rounded(part.values, scale, torch.full_like(scale, INTEGERS[-1].qmax), part.factor)
+            own = 0.5 * part.fisher.mean(1).double() * quadratic
+        largest = (rows / scale[:, None]).round_().abs().amax(1).tolist()
         formats = tuple(next(f.name for f in INTEGERS if code <= f.qmax) for code in largest)
         plan[name] = WeightSpec(formats, steps=steps)
-        stored[name] = QuantizedWeight.of(part.view.back(rounded), plan[name], part.view, absmax_scale, None)
-        damages[name] = damage(rounded - part.values, part.fisher, part.curvature).sum().item()
+        stored[name] = QuantizedWeight.of(part.view.back(rows), plan[name], part.view, absmax_scale, None)
+        damages[name] = own.sum().item()
     save_quantized(path, with_quantized(model, stored), model, compress=True)
     return _Tried(log_step, plan, stored, damages, path.stat().st_size)
 

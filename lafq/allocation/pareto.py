@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lafq.quantization.error_feedback import Factor, damage, factor, round_with_error_feedback
+from lafq.quantization.error_feedback import Factor, damage, diagonal_of, factor, rounded
 from lafq.quantization.formats import DEFAULT_FORMATS, FORMATS, FP16_MAX, Format, fake_quantize, unshrunk_scale
 from lafq.quantization.weight_spec import ChannelView, WeightSpec, counted_bytes
 
@@ -91,9 +91,7 @@ def _option(
     kept: Tensor | None = None,
     view: ChannelView | None = None,
 ) -> _Option:
-    stored = _stored(values, fisher, known, shared, kept)
-    matrix = shared.matrix if shared else None
-    of_format = torch.stack([damage(s - values, fisher, matrix) for s in stored], 1)
+    of_format = torch.stack(_damages(values, fisher, known, shared, kept), 1)
     length = values.shape[1]
     bits = torch.tensor([f.bits for f in known]) * length + torch.tensor([16 if f.qmax else 0 for f in known])
     in_row = torch.zeros(len(values), dtype=torch.int64) if kept is None else kept.sum(1)
@@ -101,23 +99,35 @@ def _option(
     return _Option(mask, of_format, bits.double().expand(len(values), -1), in_row)
 
 
-def _stored(values: Tensor, fisher: Tensor, known: list[Format], shared: Curvature | None, kept: Tensor | None) -> list[Tensor]:
-    """What each format leaves of the rows; kept weights are FP16."""
+def _damages(values: Tensor, fisher: Tensor, known: list[Format], shared: Curvature | None, kept: Tensor | None) -> list[Tensor]:
+    """The damage of each row in each format; kept weights are FP16."""
     rest, of_rest = (values, fisher) if kept is None else (values.masked_fill(kept, 0), fisher.masked_fill(kept, 0))
     integers = [f for f in known if f.qmax and shared]
-    found = {f: fake_quantize(rest, f, unshrunk_scale, of_rest) for f in known if f not in integers}
-    exact = dict.fromkeys(known, values)
+    found, size = {}, 0.5 * fisher.mean(1).double()
+    for f in known:
+        if f not in integers:
+            stored = fake_quantize(rest, f, unshrunk_scale, of_rest)
+            stored = stored if kept is None else torch.where(kept, _fp16(values), stored)
+            found[f] = damage(stored - values, fisher) if shared is None else size * _independent(stored - values, shared)
     if integers:
         # All formats at once: the weights of a row are rounded one after another, and rows cost little more than one.
         scales = torch.cat([unshrunk_scale(rest, f.qmax, of_rest).float() for f in integers])
         qmax = torch.tensor([f.qmax for f in integers]).repeat_interleave(len(values))
         many = None if kept is None else kept.repeat(len(integers), 1)
-        parts = round_with_error_feedback(values.repeat(len(integers), 1), scales, qmax, shared.factor, many).split(len(values))
-        found |= dict(zip(integers, parts, strict=True))
-        exact |= found
-    if kept is None:
-        return [found[f] for f in known]
-    return [torch.where(kept, exact[f].clamp(-FP16_MAX, FP16_MAX).half().float(), found[f]) for f in known]
+        rows, quadratic = rounded(values.repeat(len(integers), 1), scales, qmax, shared.factor, many)
+        if kept is not None:
+            quadratic = quadratic + _independent(torch.where(many, _fp16(rows) - rows, 0), shared)
+        found |= {f: size * own for f, own in zip(integers, quadratic.split(len(values)), strict=True)}
+    return [found[f] for f in known]
+
+
+def _independent(off: Tensor, shared: Curvature) -> Tensor:
+    """dw^T H dw of each row for errors of FP16, which are independent of each other: by the diagonal alone."""
+    return (off.square() @ diagonal_of(shared.matrix)).double()
+
+
+def _fp16(values: Tensor) -> Tensor:
+    return values.clamp(-FP16_MAX, FP16_MAX).half().float()
 
 
 def _by_price(option: _Option) -> Iterable[Tensor]:

@@ -29,6 +29,7 @@ from lafq.rng import generator
 
 BATCH = 8
 LARGEST = 8192  # columns of one curvature matrix, which takes 256 MiB
+CHANNELS = 128  # output channels of a tensor that one pass adds to its curvature
 
 
 class Sensitivity(NamedTuple):
@@ -64,6 +65,7 @@ def estimate_sensitivity(
     names: list[str] | None = None,
     shrink: bool = True,
     largest: int = LARGEST,
+    channels: int = CHANNELS,
 ) -> Sensitivity:
     """Estimate the diagonal of the true Fisher information, and from the same passes the curvature that output channels share.
 
@@ -75,6 +77,7 @@ def estimate_sensitivity(
         names: the parameters; None: all with two dimensions or more.
         shrink: shrink noisy estimates (`fisher.shrinkage`), else take the means over passes as they are.
         largest: columns of a curvature matrix; that of a tensor with more weights per output channel is estimated in blocks.
+        channels: output channels that one pass adds to a curvature; those of a tensor with more take turns.
 
     >>> import torch
     >>> model = nn.Linear(3, 2)
@@ -82,7 +85,7 @@ def estimate_sensitivity(
     >>> found.fisher["weight"].shape, found.curvature["weight"].shape
     (torch.Size([2, 3]), torch.Size([3, 3]))
 
-    Needs 2 C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that does.
+    Needs C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that does.
     """
     model = unwrapped(model)
     names = [n for n, p in model.named_parameters() if p.ndim > 1] if names is None else names
@@ -93,7 +96,7 @@ def estimate_sensitivity(
         if name in views:
             rows = views[name].of(gradient)
             if name not in moments:
-                moments[name] = Moments(rows, largest)
+                moments[name] = Moments(rows, largest, channels)
             moments[name].add(rows)
 
     squares, samples, passes = _squares(model, names, batches, seed, add)

@@ -11,17 +11,20 @@ tells nothing of its spread: s is 1, and weights of a tensor then count alike.
 import torch
 from torch import Tensor
 
+from lafq.quantization.error_feedback import diagonal_of
+
 
 class Moments:
     """Sums over passes of what the gradients (R, C) of one tensor, R channels of C weights, tell of its Fisher information.
 
-    largest: with more columns, sums for the curvature are kept in equal blocks of at most so many, (B, S, S).
-    Holds B S^2 + 2 R + C numbers, and B S^2 more while a pass is added. Raises nothing: what is not finite stays so.
+    largest: with more columns, sums for the curvature are kept in equal blocks of at most so many, (B, S, S). channels: with more
+    rows, about so many of them count in the curvature of a pass, and the others in those of the next passes.
+    Holds B S^2 + 2 R + C numbers. Raises nothing: what is not finite stays so.
     """
 
-    def __init__(self, gradient: Tensor, largest: int) -> None:
+    def __init__(self, gradient: Tensor, largest: int, channels: int) -> None:
         rows, columns = gradient.shape
-        self.passes = 0
+        self.passes, self.turns = 0, -(-rows // channels)
         self.blocks = next(b for b in range(max(1, -(-columns // largest)), columns + 1) if columns % b == 0)
         size = columns // self.blocks
         self.curvature = gradient.new_zeros((self.blocks, size, size) if self.blocks > 1 else (size, size))
@@ -34,20 +37,23 @@ class Moments:
         """Add the gradient (R, C) of one pass; channels count alike in the curvature, whatever their gradient's size."""
         square = gradient.square()
         mean = square.mean(1, keepdim=True)
-        unit = torch.where(mean > 0, gradient / mean.sqrt(), 0)
+        turn = slice(self.passes % self.turns, None, self.turns)
+        unit = torch.where(mean[turn] > 0, gradient[turn] / mean[turn].sqrt(), 0)
         columns = unit if self.blocks == 1 else unit.unflatten(1, (self.blocks, -1)).movedim(1, 0)
-        shared = columns.mT @ columns
-        diagonal = _diagonal(shared).double().square()
+        diagonal = unit.square().sum(0).double().square()
         self.passes += 1
-        self.curvature += shared
-        self.off_diagonal_squares += torch.linalg.vector_norm(shared).double().square() - diagonal.sum()
+        add_product = self.curvature.addmm_ if self.blocks == 1 else self.curvature.baddbmm_
+        add_product(columns.mT, columns)
+        # G^T G has the norm of G G^T, which is the smaller of the two.
+        norm = torch.linalg.vector_norm(columns @ columns.mT).double()
+        self.off_diagonal_squares += norm.square() - diagonal.sum()
         self.diagonal_squares += diagonal
         self.fourth_powers += square.square().sum(1)
         self.mean_squares += mean[:, 0].double().square()
 
     def plain_curvature(self) -> Tensor:
         """H (C, C), or (B, S, S), of mean diagonal 1: the mean over passes as it is."""
-        return self.curvature / _diagonal(self.curvature).mean().clamp_min(1e-30)
+        return self.curvature / diagonal_of(self.curvature).mean().clamp_min(1e-30)
 
     def shrunk_curvature(self) -> tuple[Tensor, float]:
         """H (C, C), or (B, S, S), of mean diagonal 1, shrunk off the diagonal towards 0 and on it towards 1; and the first share.
@@ -55,7 +61,7 @@ class Moments:
         The off-diagonal shrinks at least as much as the diagonal, so H stays positive semidefinite.
         """
         mean = self.curvature / self.passes
-        diagonal = _diagonal(mean).double().clone()  # `mean` is changed in place below
+        diagonal = diagonal_of(mean).double().clone()  # `mean` is changed in place below
         level = diagonal.mean()
         off = (torch.linalg.vector_norm(mean).double().square() - diagonal.square().sum()).clamp_min(0)
         own = self._share(self.diagonal_squares.sum(), diagonal.square().sum(), (diagonal - level).square().sum())
@@ -84,8 +90,3 @@ class Moments:
             return torch.ones_like(distance)
         variance = (squares - self.passes * squared_mean) / (self.passes * (self.passes - 1))
         return torch.where(distance > 0, variance / distance.clamp_min(1e-300), 1).clamp(0, 1)
-
-
-def _diagonal(blocks: Tensor) -> Tensor:
-    """The diagonal (C,) of a matrix, or of a block diagonal one (B, S, S)."""
-    return blocks.diagonal(dim1=-2, dim2=-1).flatten()

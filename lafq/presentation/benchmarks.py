@@ -159,10 +159,12 @@ def growth_sentence(table: pd.DataFrame, weights: float = 860e6) -> str:
 def blocks_table(table: pd.DataFrame) -> pd.DataFrame:
     """results/benchmarks/blocks.csv as it is shown."""
     over = [table[f"over_whole{end}"].map("{:.2f}".format) for end in ("", "_low", "_high")]
+    channels = table["channels"].astype(str).mask(table["channels"] == table["channels"].max(), "all")
     return pd.DataFrame(
         {
             "width": table["width"],
             "columns of the largest block": table["columns"],
+            "channels per pass": channels,
             "curvature, MiB": table["curvature_mib"].map("{:,.0f}".format),
             "time of a pass": table["pass_ratio"].map("{:.1f}".format),
             "damage at 4 bits": table["damage"].map("{:.2e}".format),

@@ -23,12 +23,14 @@ BLOCK = 128
 class Factor(NamedTuple):
     """Of a curvature H: the order (C,) in which columns are rounded, and U (C, C) and D (C,) of H = U D U^T in that order.
 
-    Of blocks (B, S, S): order (B, S), upper (B, S, S) and pivots (B, S).
+    damping: what had been added to the diagonal of H, a number. Of blocks (B, S, S): order (B, S), upper (B, S, S), pivots (B, S)
+    and damping (B,).
     """
 
     order: Tensor
     upper: Tensor
     pivots: Tensor
+    damping: Tensor
 
 
 def factor(curvature: Tensor) -> Factor:
@@ -41,15 +43,17 @@ def factor(curvature: Tensor) -> Factor:
     if curvature.ndim == 3:
         return Factor(*map(torch.stack, zip(*map(factor, curvature), strict=True)))
     order = curvature.diagonal().argsort(descending=True, stable=True)
-    damped = curvature[order][:, order].double().flip(0, 1)
+    backwards = order.flip(0)
+    damped = curvature[backwards].index_select(1, backwards).double()
     mean = damped.diagonal().mean()
-    damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    damping = DAMPING * mean if mean > 0 else torch.ones_like(mean)
+    damped.diagonal().add_(damping)
     root, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         raise ValueError("a curvature is not positive semidefinite: give what estimate_sensitivity estimates")
-    root = root.flip(0, 1)
-    diagonal = root.diagonal()
-    return Factor(order, (root / diagonal).to(curvature.dtype), diagonal.square().to(curvature.dtype))
+    diagonal = root.diagonal().clone()
+    upper = root.div_(diagonal).to(curvature.dtype).flip(0, 1)
+    return Factor(order, upper, diagonal.flip(0).square().to(curvature.dtype), damping)
 
 
 def round_with_error_feedback(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: Tensor | None = None) -> Tensor:
@@ -58,30 +62,41 @@ def round_with_error_feedback(values: Tensor, scales: Tensor, qmax: Tensor, fact
     scales, qmax: (R,), qmax 0 for a row that is not rounded, a half-integer for one whose codes are halves. kept: boolean (R, C),
     weights that are not rounded; they take up errors of others as well.
     """
-    order, upper, _ = factor
+    return rounded(values, scales, qmax, factor, kept)[0]
+
+
+def rounded(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What `round_with_error_feedback` returns, and dw^T H dw of each row, float64 (R,), for its change dw.
+
+    The weights are rounded by the terms of that sum, so it comes without a product with H.
+    """
+    order, upper, pivots, damping = factor
     if upper.ndim == 3:
         columns = zip(*(t.split(upper.shape[1], 1) for t in (values, values if kept is None else kept)), strict=True)
         blocks = zip(columns, map(Factor, *factor), strict=True)
-        found = [round_with_error_feedback(v, scales, qmax, own, kept if kept is None else k) for (v, k), own in blocks]
-        return torch.cat(found, 1)
+        found = [rounded(v, scales, qmax, own, kept if kept is None else k) for (v, k), own in blocks]
+        return torch.cat([rows for rows, _ in found], 1), sum(quadratic for _, quadratic in found)
     free = (qmax == 0)[:, None].expand_as(values) if kept is None else kept | (qmax == 0)[:, None]
     # Columns as rows: what is worked on at a time then lies together in memory.
     exact, free, limit = values[:, order].T.contiguous(), free[:, order].T.contiguous(), qmax.to(values)
     wanted, half = exact.clone(), limit % 1
-    halves = bool(half.any())
+    halves, quadratic = bool(half.any()), torch.zeros(len(values), dtype=torch.float64, device=values.device)
     for start in range(0, len(wanted), BLOCK):
         stop = min(start + BLOCK, len(wanted))
-        errors = torch.empty(stop - start, len(values)).to(values)
+        errors, terms = values.new_empty(2, stop - start, len(values))
         for k in range(start, stop):
             column = wanted[k]
             grid = column / scales
             grid = grid.sub_(half).round_().add_(half) if halves else grid.round_()
             grid = grid.clamp_(-limit, limit).mul_(scales)
-            column.copy_(torch.where(free[k], column, grid))
+            grid = torch.where(free[k], column, grid)
+            torch.sub(grid, column, out=terms[k - start])
+            column.copy_(grid)
             torch.sub(exact[k], column, out=errors[k - start])
             wanted[k + 1 : stop].addr_(upper[k, k + 1 : stop], errors[k - start])
         wanted[stop:].addmm_(upper[start:stop, stop:].T, errors)
-    return wanted[order.argsort()].T
+        quadratic += pivots[start:stop].double() @ terms.double().square_() - damping * errors.double().square_().sum(0)
+    return wanted[order.argsort()].T, quadratic.clamp_min_(0)
 
 
 def damage(change: Tensor, fisher: Tensor, curvature: Tensor | None = None) -> Tensor:
@@ -95,3 +110,8 @@ def damage(change: Tensor, fisher: Tensor, curvature: Tensor | None = None) -> T
         parts = [((c @ h) * c).sum(1) for c, h in zip(change.split(curvature.shape[1], 1), curvature, strict=True)]
         return 0.5 * (fisher.mean(1) * torch.stack(parts).sum(0)).double().clamp_min(0)
     return 0.5 * (fisher.mean(1) * ((change @ curvature) * change).sum(1)).double().clamp_min(0)
+
+
+def diagonal_of(curvature: Tensor) -> Tensor:
+    """The diagonal (C,) of a matrix (C, C), or of a block diagonal one (B, S, S)."""
+    return curvature.diagonal(dim1=-2, dim2=-1).flatten()

@@ -23,8 +23,8 @@ def gradients(passes, rows=6, columns=10, seed=0):
     return size * drawn, true / true.diagonal().mean()
 
 
-def moments_of(drawn, largest=30):
-    found = Moments(drawn[0], largest)
+def moments_of(drawn, largest=30, channels=100):
+    found = Moments(drawn[0], largest, channels)
     for gradient in drawn:
         found.add(gradient)
     return found
@@ -44,6 +44,15 @@ def test_shares_are_those_of_schaefer_and_strimmer():
     assert share == pytest.approx(expected, rel=1e-9)
     assert found[off].numpy() == pytest.approx(((1 - expected) * mean)[off].numpy(), rel=1e-9)
     assert found.diagonal().numpy() == pytest.approx(((1 - own) * mean.diagonal() + own).numpy(), rel=1e-9)
+
+
+@pytest.mark.parametrize("largest", [30, 5])
+def test_channels_take_turns(largest):
+    """With at most two of six channels in each pass, three passes of one gradient give what all channels give."""
+    drawn, _ = gradients(1)
+    few, all_ = moments_of(drawn.repeat(3, 1, 1), largest, channels=2), moments_of(drawn, largest)
+    assert torch.allclose(few.plain_curvature(), all_.plain_curvature(), rtol=1e-12)
+    assert not torch.allclose(moments_of(drawn, largest, channels=2).plain_curvature(), all_.plain_curvature(), rtol=0.1)
 
 
 def test_fisher_values_shrink_towards_their_channel_and_tensor():

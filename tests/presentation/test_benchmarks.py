@@ -52,9 +52,17 @@ def test_growth_is_extrapolated_by_its_exponent():
 
 
 def test_blocks_and_running_are_shown_rounded():
-    row = {"width": 64, "largest": 1152, "columns": 1152, "curvature_mib": 1234.5, "pass_ratio": 2.345, "damage": 1.234e-6}
+    row = {
+        "width": 64,
+        "largest": 1152,
+        "channels": 4096,
+        "columns": 1152,
+        "curvature_mib": 1234.5,
+        "pass_ratio": 2.345,
+        "damage": 1.234e-6,
+    }
     shown = benchmarks.blocks_table(pd.DataFrame([row | {"over_whole": 1.0149, "over_whole_low": 0.99, "over_whole_high": 1.04}]))
-    assert shown.iloc[0].tolist() == [64, 1152, "1,234", "2.3", "1.23e-06", "1.01 [0.99, 1.04]"]
+    assert shown.iloc[0].tolist() == [64, 1152, "all", "1,234", "2.3", "1.23e-06", "1.01 [0.99, 1.04]"]
     row = {"width": 16, "model": "int8", "mem_mib": 2.178, "damage": 6.24e-6, "time_batch_1": 1.234, "time_batch_100": 1.0}
     assert benchmarks.running_table(pd.DataFrame([row])).iloc[0].tolist() == [16, "int8", "2.18", "6.2e-06", "1.23", "1.00"]
 

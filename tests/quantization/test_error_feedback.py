@@ -10,7 +10,7 @@ from lafq.diffusion.noising import noised_batches
 from lafq.diffusion.unet import quantizable
 from lafq.fisher.monte_carlo import Sensitivity, estimate_sensitivity, monte_carlo_fisher
 from lafq.quantization.checks import channel_view
-from lafq.quantization.error_feedback import damage, factor, round_with_error_feedback
+from lafq.quantization.error_feedback import damage, factor, round_with_error_feedback, rounded
 from lafq.quantization.formats import absmax_scale, unshrunk_scale
 from lafq.quantization.model import dequantize, nbytes, quantize, resident_bytes
 from lafq.quantization.plan import Recipe
@@ -60,6 +60,19 @@ def test_no_curvature_at_all_is_nearest_rounding():
         round_with_error_feedback(values, scales, qmax, factor(torch.zeros(12, 12, dtype=torch.float64))),
         nearest_code(values, scales, qmax),
     )
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_damage_comes_with_the_rounding(blocks):
+    """Against the product with the curvature, some weights kept, and a row that is not rounded at all."""
+    values, scales, qmax, curvature = problem(columns=12, rank=24)
+    curvature = curvature if blocks == 1 else torch.stack([matrix(4, 24, seed) for seed in range(blocks)])
+    qmax[1] = 0
+    kept = torch.rand(values.shape, generator=generator(4)) < 0.2
+    rows, quadratic = rounded(values, scales, qmax, factor(curvature), kept)
+    expected = damage(rows - values, torch.full_like(values, 2.0), curvature)
+    assert expected[1] == 0 and expected[0] > 0
+    assert torch.allclose(quadratic, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_first_error_is_made_good_as_well_as_it_can_be():
