@@ -125,6 +125,7 @@ def grown() -> pd.DataFrame:
             if done.returncode:
                 raise RuntimeError(f"{step} at width {width}: {done.stderr.strip().splitlines()[-1]}")
             rows.append({"width": width, "step": step, **json.loads(done.stdout.splitlines()[-1])})
+            rows.sort(key=lambda row: (row["width"], STEPS.index(row["step"])))
             results.save_table(WORK, "growth", pd.DataFrame(rows))
             print(rows[-1], flush=True)
     return results.load_table(WORK, "growth")
@@ -185,7 +186,7 @@ def draw(table: pd.DataFrame) -> None:
         ax.set(xscale="log", yscale="log", xlabel="weights of the model", ylabel=label)
     axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     most = table.loc[table.groupby("step")["weights"].idxmax()].set_index("step")
-    title = f"`{most['seconds'].idxmax()}` takes the most time, `{most['peak_mib'].idxmax()}` the most memory"
+    title = f"{most['seconds'].idxmax()} takes the most time, {most['peak_mib'].idxmax()} the most memory"
     figure.suptitle(title, fontsize=11)
     report.save_figure(WORK, "growth", figure, "estimate_sensitivity: seconds per pass; random weights; two cores")
     plt.close(figure)

@@ -43,7 +43,7 @@ def beyond(work: Workspace, paper: Workspace) -> dict[str, str]:
     budget, evidence_budget = results.load_table(work, "budget"), results.load_optional(work, "evidence_budget")
     int4, int4_claims = (results.load_table(paper, name) for name in ("evidence_int4", "evidence_int4_claims"))
     on_images = summaries.on_images(int4_claims, poster.WIDTH, int4["n_images"].iloc[0])
-    coded = results.load_table(work, "06_coded")
+    coded, fresh = (results.load_table(work, name) for name in ("06_coded", "evidence_fresh"))
     found = sentences.findings(poster.compare(results.load_table(paper, "08_published"), "paper"), budget, coded, on_images)
     coded_said = summaries.coded_summary(coded, results.load_optional(work, "evidence_coded"))
     return {
@@ -52,7 +52,7 @@ def beyond(work: Workspace, paper: Workspace) -> dict[str, str]:
         "rules_claims": markdown(rules_shown(rule_claims(work))),
         "int4": at_int4_bytes(int4, int4_claims),
         "fresh": markdown(summaries.both_draws(budget, results.load_table(work, "06_fresh"))),
-        "fresh_images": markdown(images_shown(results.load_table(work, "evidence_fresh"))),
+        "fresh_images": f"{markdown(images_shown(fresh))}\n\n{summaries.order_by_fid(fresh)}",
         "coded": f"{markdown(tables.coded_shown(coded))}\n\n{coded_said}",
         "budget": summaries.summary_sentences(budget, evidence_budget),
     }
@@ -108,8 +108,8 @@ def headline(table: pd.DataFrame) -> str:
     return (
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
         f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images}, {steps:,} steps, "
-        f"Inception features. Poster: formats not named, other noise in every row, baseline {base.fid:.2f}. Ours: the same "
-        f"noise, baseline {baseline:.2f}, thresholds on single weights, 95 % intervals."
+        f"Inception features. Poster: names no formats, new noise in every row, baseline {base.fid:.2f}. Ours: one noise "
+        f"for all rows, baseline {baseline:.2f}, thresholds on single weights, 95 % intervals."
     )
 
 
@@ -127,7 +127,8 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
         cells.append(row)
     quantities = (
         "C1: Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by 3-6. C3: "
-        "mean FID of ratios 0.35-0.40 minus the others'. C4: FID of the INT8 row nearest in size to uniform FP16, minus FP16's. "
+        "mean FID of ratios 0.35-0.40 minus the others'. C4: FID of the layer or group row nearest in size to uniform FP16, minus "
+        "FP16's. "
         "Below 0: better. Sampling steps: 100 (left), 50 (right)."
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "at the poster's size", "at a quarter of its width"])
@@ -168,7 +169,7 @@ def evidence(work: Workspace) -> str:
         fids = runs[runs["method"] == "baseline"]["fid_mnist"]
         shipped = results.load_table(work, "01_baseline")["fid_mnist"].item()
         lines.append(
-            f"The {len(fids)} training runs took {runs['steps'].iloc[0]:,} steps each. The FID of their unquantized models (MNIST "
+            f"The {len(fids)} runs trained for {runs['steps'].iloc[0]:,} steps each. The FID of their unquantized models (MNIST "
             f"features, N = {runs['n_images'].iloc[0]}) is {fids.min():,.0f} to {fids.max():,.0f}; that of the shipped model is "
             f"{shipped:.0f}. Their images are far worse, so they say little about C3 and C4."
         )

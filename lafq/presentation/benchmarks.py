@@ -18,7 +18,7 @@ def passes_table(table: pd.DataFrame) -> pd.DataFrame:
 def terrain_passes_table(table: pd.DataFrame) -> pd.DataFrame:
     """results/terrain/passes.csv as it is shown: decibels of the plan, and those that it predicts of itself."""
     shown = table[["decibels", "predicted"]].map("{:.1f}".format)
-    return shown.set_axis(["decibels", "predicted by the plan"], axis=1).assign(passes=table["passes"]).iloc[:, [2, 0, 1]]
+    return shown.set_axis(["decibels", "decibels predicted by the plan"], axis=1).assign(passes=table["passes"]).iloc[:, [2, 0, 1]]
 
 
 def terrain_passes_sentence(table: pd.DataFrame) -> str:
@@ -26,8 +26,8 @@ def terrain_passes_sentence(table: pd.DataFrame) -> str:
     by, off = table.set_index("passes").sort_index()["decibels"], table["predicted"] - table["decibels"]
     before, most = by.index[-2:]
     return (
-        f"From {before} to {most} passes the plan gains {by[most] - by[before]:.1f} dB, so more passes may gain more. The plans "
-        f"predict {off.min():+.1f} to {off.max():+.1f} dB more than is measured."
+        f"From {before} to {most} passes the plan gains {by[most] - by[before]:.1f} dB, so more passes may gain more. Predicted "
+        f"minus measured: {off.min():+.1f} to {off.max():+.1f} dB."
     )
 
 
@@ -43,7 +43,7 @@ def terrain_table(table: pd.DataFrame) -> pd.DataFrame:
         beside = ours.get(f"bytes of {name}", "not made yet")
         in_file = coded.get(f"bytes of {name}", "")
         found.append((name, f"{row.mem_mib:.2f} MiB ({row.mem_share:.1%})", f"{row.decibels:.1f}", beside, in_file))
-    columns = ["row", "stored (share of FP32)", "decibels", "allocator at these bytes", "entropy-coded file of these bytes"]
+    columns = ["row", "in memory (share of FP32)", "decibels", "allocator at these bytes", "entropy-coded file of these bytes"]
     return pd.DataFrame(found, columns=columns)
 
 
@@ -132,7 +132,8 @@ def exponent(rows: pd.DataFrame, column: str) -> float:
 
 def growth_table(table: pd.DataFrame) -> pd.DataFrame:
     """results/benchmarks/growth.csv by step: seconds and peak MiB at each width, and their exponents."""
-    cells = table["seconds"].map("{:.2g} s".format) + ", " + table["peak_mib"].map("{:,.0f} MiB".format)
+    seconds = table["seconds"].map(lambda s: f"{s:,.0f} s" if s >= 10 else f"{s:.2g} s")
+    cells = seconds + ", " + table["peak_mib"].map("{:,.0f} MiB".format)
     wide = table.assign(cell=cells, width="width " + table["width"].astype(str)).pivot(index="step", columns="width", values="cell")
     wide = wide.fillna("")[list(dict.fromkeys("width " + table["width"].astype(str)))]
     positive = table.assign(peak_mib=table["peak_mib"].clip(lower=0.1))
@@ -181,8 +182,8 @@ def passes_sentence(table: pd.DataFrame) -> str:
     mean = table[table["passes"] >= MANY_PASSES].groupby(["network", "passes", "estimates"])["over_uniform"].mean().unstack()
     many = mean["plain"] / mean["shrunk"]
     return (
-        "Damage of the allocator's plan over that of uniform INT4, at INT4's bytes, on inputs that no plan has seen; in "
-        "parentheses with plain means. Below 1: better than uniform. The worst of "
+        "Damage of the allocator's plan divided by uniform INT4's, at INT4's bytes, on fresh inputs; in parentheses with plain "
+        "means, which are not shrunk. Below 1: better than uniform. The worst of "
         f"{len(by['shrunk'])} plans does {worst['shrunk']:.2f} times uniform INT4's damage with shrunk estimates and "
         f"{worst['plain']:.1f} times with plain means. With shrunk estimates the measured damage is {low:.2f} to {high:.2f} times "
         f"the predicted one. From {MANY_PASSES} passes on, plain means give {many.min():.2f} to {many.max():.2f} times the damage "

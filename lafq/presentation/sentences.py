@@ -19,10 +19,10 @@ def published_ratio_sizes() -> str:
     for row in rows:
         share, needed = row.mem_mib / poster.BASELINE_MIB, (1 + float(row.threshold)) / 2
         below = " (less than uniform FP16 takes)" if row.mem_mib < least else ""
-        found.append(f"ratio {row.threshold}: {share:.1%}{below} instead of {needed:.1%}")
+        found.append(f"{share:.1%} instead of {needed:.1%} for ratio {row.threshold}{below}")
     return (
         "A share r of the weights in FP32 and the others in FP16 take at least (1 + r) / 2 of FP32's bytes. The poster's table "
-        "has fewer bytes: " + "; ".join(found) + "."
+        "has less: " + "; ".join(found) + "."
     )
 
 
@@ -51,8 +51,8 @@ def ratios_with_many_images(rows: pd.DataFrame) -> str:
     sweep = _int8_ratios(rows)
     best, (low, high) = sweep.loc[sweep["fid_mnist"].idxmin(), "threshold"], poster.BEST_RATIOS
     return (
-        f"At N = {sweep['n_images'].iloc[0]:,} the mean FID (MNIST features) of the ratios in 0.35-0.40 differs by "
-        f"{mean_inside_range(rows):+.2f} from that of the others. The best single ratio is {best}, "
+        f"At N = {sweep['n_images'].iloc[0]:,} the mean FID (MNIST features) of the ratios in 0.35-0.40 minus that of the others "
+        f"is {mean_inside_range(rows):+.2f}. The verdict on C3 is about this mean. The best single ratio is {best}, "
         f"{'inside' if low <= float(best) <= high else 'outside'} that range."
     )
 
@@ -95,10 +95,10 @@ def by_format(published: pd.DataFrame) -> str:
     """What uniform FP16 and INT8 do to FID, beside the poster's largest gain."""
     rows = published[published["method"] == "uniform"].set_index("format")
     said = {low: difference(rows.loc[low], "delta_fid_inception") for low in ("fp16", "int8")}
-    n, steps, gain = published["n_images"].iloc[0], published["steps"].iloc[0], -_published_differences(published).min()
+    n, steps, gain = published["n_images"].iloc[0], published["steps"].iloc[0], _published_differences(published).min()
     return (
         f"FP16 weights change FID by {said['fp16']}, INT8 weights by {said['int8']} (95 % intervals; N = {n}, {steps:,} "
-        f"sampling steps, width {poster.WIDTH}). The poster's largest gain is {gain:.2f}."
+        f"sampling steps, width {poster.WIDTH}). The poster's best row: {gain:+.2f}."
     )
 
 
@@ -107,8 +107,8 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"Different noise alone does as much: it changes the FID of the authors' FP32 model by {noise:.1f} (N = {n}, standard "
-        f"deviation). {(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller."
+        f"New noise alone does as much: it changes the FID of the authors' FP32 model by {noise:.1f} (N = {n}, standard "
+        f"deviation). {(theirs < noise).sum()} of the poster's {len(theirs)} differences are below that."
     )
 
 

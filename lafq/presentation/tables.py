@@ -92,6 +92,12 @@ def coded_shown(table: pd.DataFrame) -> pd.DataFrame:
     return format_table(shown, known, with_interval=("damage", "fid_mnist_delta"))
 
 
+def coded_bytes(work: Workspace, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `coded_shown` with their file, resident and peak MiB side by side."""
+    shown = coded_shown(table)[["method", "granularity", "budget_bits", "file_mib", "mem_mib"]]
+    return shown.merge(load_table(work, "06_coded_peak_memory"), on=["method", "granularity", "budget_bits"])
+
+
 def comparison(work: Workspace, *methods: str) -> pd.DataFrame:
     """Rows of paper_comparison.csv as they are shown: of some methods (all without any), of the ratios `listed` ones."""
     table = load_table(work, "paper_comparison")

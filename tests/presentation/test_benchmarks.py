@@ -45,7 +45,7 @@ def test_growth_is_extrapolated_by_its_exponent():
     assert benchmarks.exponent(table[table["step"] == "allocate"], "seconds") == pytest.approx(1.5)
     shown = benchmarks.growth_table(table)
     assert shown.columns.tolist() == ["step", "width 1", "width 4", "exponent of time", "of memory"]
-    assert shown.loc[0].tolist() == ["allocate", "63 s, 20 MiB", "5.1e+02 s, 80 MiB", "1.5", "1.0"]
+    assert shown.loc[0].tolist() == ["allocate", "63 s, 20 MiB", "506 s, 80 MiB", "1.5", "1.0"]
     said = benchmarks.growth_sentence(table, weights=4000.0)
     assert "allocate 8,433 min and 8 GiB; load 4,216 min and 4 GiB" in said
     assert "`allocate` needs the most memory" in said

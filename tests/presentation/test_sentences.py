@@ -61,17 +61,17 @@ def test_findings_follow_from_the_tables(noise):
     assert len(found) == 4
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
-    assert "largest gain is 3.09" in found[0]
+    assert "The poster's best row: -3.09." in found[0]
     assert "changes the FID of the authors' FP32 model by 4.4 (N = 100, standard" in found[1]
-    assert "2 of the poster's 2 differences are smaller." in found[1]
-    assert "We compared 6 rules for the choice of weights to keep, at 4 bits per weight" in found[2]
+    assert "2 of the poster's 2 differences are below that." in found[1]
+    assert "We compared 6 rules at 4 bits per weight" in found[2]
     assert "One threshold for the whole model does the least damage. Thresholds per group" in found[2]
     assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
-    assert found[3].startswith("Entropy coding stores frequent codes in fewer bits. At 3 bits per weight the file has 0.80 MiB")
-    assert "Its damage is 0.22 [0.11, 0.33] times that of uniform INT8 (nearest codes, 1.70 MiB)." in found[3]
+    assert found[3].startswith("Entropy coding stores frequent codes in fewer bits. At 3 bits per weight lafq's file has 0.80 MiB")
+    assert "Its damage is 0.22 [0.11, 0.33] times that of uniform INT8 (nearest codes; file: 1.70 MiB)." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
-    assert found[3].endswith("At 2.5 bits per weight both damages are equal.")
+    assert found[3].endswith("At 2.5 bits per weight its damage equals INT8's.")
 
 
 def test_the_smallest_file_with_hardly_a_rise_of_fid():
@@ -159,7 +159,8 @@ def test_ratios_with_many_images():
     rows += [("ratio", "0.30", "fp16", "weight", -9.0, 1000), ("uniform", "all", "int8", "tensor", -9.0, 1000)]
     table = pd.DataFrame(rows, columns=["method", "threshold", "format", "granularity", "fid_mnist", "n_images"])
     assert sentences.ratios_with_many_images(table) == (
-        "At N = 1,000 the mean FID (MNIST features) of the ratios in 0.35-0.40 differs by -1.00 from that of the others. "
+        "At N = 1,000 the mean FID (MNIST features) of the ratios in 0.35-0.40 minus that of the others is -1.00. "
+        "The verdict on C3 is about this mean. "
         "The best single ratio is 0.42, outside that range."
     )
 
@@ -204,3 +205,8 @@ def test_rows_at_the_bytes_of_int4_are_said_with_their_intervals():
         {"quantity": ["FID of one threshold per layer (ratio) minus"], "measured": [2.27], "low": [0.86], "high": [3.72]}
     )
     assert "costs 2.3 [0.9, 3.7] FID (MNIST features) more than one threshold" in summaries.on_images(claims, 64, 1000)
+
+
+def test_methods_are_ordered_by_fid():
+    rows = pd.DataFrame({"method": ["baseline", f"group, {FEEDBACK}", "allocator"], "fid_mnist": [1.0, 9.0, 3.0]})
+    assert summaries.order_by_fid(rows).startswith("By FID (MNIST features), best first: allocator; group.")

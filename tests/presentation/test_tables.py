@@ -1,7 +1,9 @@
 import pandas as pd
 
 from lafq.evaluation.candidates import KEY
+from lafq.paper import results
 from lafq.presentation import benchmarks, tables
+from lafq.workspace import Workspace
 
 
 def rows(steps, thresholds):
@@ -36,7 +38,7 @@ def test_terrain_rows_stand_beside_the_allocator_at_their_bytes():
         **dict.fromkeys(found.index, ""),
         "uniform int4": "9.0",
     }
-    assert found.loc["uniform int4", "stored (share of FP32)"] == "5.00 MiB (13.0%)"
+    assert found.loc["uniform int4", "in memory (share of FP32)"] == "5.00 MiB (13.0%)"
     assert benchmarks.terrain_character(table).set_index("maps").loc["uniform INT8", "slope, m per cell"] == "2"
     said = benchmarks.terrain_sentence(table)
     assert (
@@ -80,4 +82,13 @@ def test_terrain_passes_show_what_the_last_ones_gained():
     assert benchmarks.terrain_passes_table(table).iloc[1].tolist() == [8, "41.2", "43.0"]
     said = benchmarks.terrain_passes_sentence(table)
     assert said.startswith("From 8 to 32 passes the plan gains 0.8 dB")
-    assert said.endswith("predict -0.5 to +10.0 dB more than is measured.")
+    assert said.endswith("Predicted minus measured: -0.5 to +10.0 dB.")
+
+
+def test_file_resident_and_peak_bytes_stand_side_by_side(sandbox):
+    work = Workspace("smoke", keep=True)
+    row = {"method": "allocator, entropy-coded", "granularity": "channel", "budget_bits": 3.0, "file_mib": 0.8, "mem_mib": 1.2}
+    coded = pd.DataFrame([row | {"damage": 1.0, "damage_low": 0.5, "damage_high": 2.0, "over_int8": 1.0}])
+    peak = pd.DataFrame([{"method": row["method"], "granularity": "channel", "budget_bits": 3.0, "peak_mib": 9}])
+    results.save_table(work, "06_coded_peak_memory", peak)
+    assert tables.coded_bytes(work, coded).iloc[0, 3:].tolist() == ["0.80", "1.20", 9]

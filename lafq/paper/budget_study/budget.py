@@ -17,6 +17,7 @@ from lafq.allocation.prediction import predicted_damage
 from lafq.diffusion.unet import quantizable
 from lafq.evaluation import scoring
 from lafq.evaluation.candidates import Candidate, quantized
+from lafq.evaluation.peak_memory import PeakMeter
 from lafq.evaluation.samples import Sampling, cached_samples
 from lafq.fisher.monte_carlo import Sensitivity
 from lafq.paper.budget_study.methods import bits_of, mib_at, rule_beside
@@ -72,15 +73,19 @@ def measure_candidates(
     return pd.DataFrame(found)[COLUMNS]
 
 
-def file_sizes(model: nn.Module, rows: list[Candidate], seed: int) -> list[float]:
-    """MiB of the entropy-coded file of every row, header included."""
+def coded_files(work: Workspace, model: nn.Module, rows: list[Candidate], seed: int) -> pd.DataFrame:
+    """Of every row the MiB of its entropy-coded file, header included, and peak MiB of sampling a digit from it.
+
+    Columns method, granularity, budget_bits, file_mib, peak_mib; peaks repeat to a few tenths, so they are whole MiB.
+    """
     found = []
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, PeakMeter(work.device) as meter:
         path = Path(folder) / "row.safetensors"
         for row in tqdm(rows, desc="entropy-coded files", unit="row", leave=False):
             save_quantized(path, quantized(model, row, seed), model, compress=True)
-            found.append(path.stat().st_size / MIB)
-    return found
+            size = path.stat().st_size / MIB
+            found.append((row.method, row.granularity, round(row.bits, 3), size, round(meter.mib(path))))
+    return pd.DataFrame(found, columns=["method", "granularity", "budget_bits", "file_mib", "peak_mib"])
 
 
 def bits_by_tensor(model: nn.Module, fisher: dict[str, Tensor], rows: list[Candidate], granularity: str = "mixed") -> pd.DataFrame:

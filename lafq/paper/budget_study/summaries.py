@@ -45,7 +45,7 @@ def best_rule(table: pd.DataFrame) -> str:
     worse = (others["over_global_low"] > 1).sum()
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
-        f"We compared {len(rows)} rules for the choice of weights to keep, at {RATE:g} bits per weight and with equal rounding. "
+        f"We compared {len(rows)} rules at {RATE:g} bits per weight and with equal rounding. "
         f"One threshold for the whole model does {best}. Thresholds per group do {said['group']} times that damage, thresholds per "
         f"layer (ratio) {said['ratio']} times."
     )
@@ -71,12 +71,12 @@ def coded_sentence(table: pd.DataFrame) -> str:
     if len(at):
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
-            f"Entropy coding stores frequent codes in fewer bits. At {CODED_RATE:g} bits per weight the file has "
+            f"Entropy coding stores frequent codes in fewer bits. At {CODED_RATE:g} bits per weight lafq's file has "
             f"{row['file_mib']:.2f} MiB ({row['file_mib'] / full:.1%} of FP32; {row['mem_mib']:.2f} MiB in memory). Its damage is "
-            f"{_over_int8(row)} times that of uniform INT8 (nearest codes, {int8['file_mib']:.2f} MiB)."
+            f"{_over_int8(row)} times that of uniform INT8 (nearest codes; file: {int8['file_mib']:.2f} MiB)."
         )
     bits = bits_of_equal_damage(rows, int8["damage"])
-    return said + ("" if np.isnan(bits) else f" At {bits:.1f} bits per weight both damages are equal.")
+    return said + ("" if np.isnan(bits) else f" At {bits:.1f} bits per weight its damage equals INT8's.")
 
 
 def coded_beside(table: pd.DataFrame) -> str:
@@ -117,6 +117,12 @@ def coded_with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
         f"FID was measured for {count} files. The smallest that raises it by less than 3 % (upper end of the 95 % interval; N = "
         f"{row['n_images']:,.0f}) has {row['file_mib']:.2f} MiB ({share:.1%} of FP32)."
     )
+
+
+def order_by_fid(rows: pd.DataFrame) -> str:
+    """The methods of rows at equal bytes by FID on MNIST features, the lowest first."""
+    names = rows[rows["method"] != "baseline"].sort_values("fid_mnist")["method"].str.removesuffix(f", {FEEDBACK}")
+    return f"By FID (MNIST features), best first: {'; '.join(names)}. Damage can order them differently."
 
 
 def bits_of_equal_damage(rows: pd.DataFrame, damage: float) -> float:
