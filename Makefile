@@ -72,7 +72,7 @@ terrain: $(READY)  ## lafq on a public diffusion model of others: results/terrai
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
 	@PYTHONPATH=build/terrain-packages $(BIN)/python benchmarks/terrain.py
 
-packed: $(READY)  ## pack the paper profile's weights by the allocator, to be committed (about half an hour on two cores)
+packed: $(READY)  ## pack the paper profile's weights into an entropy-coded file, to be committed (about half an hour on two cores)
 	@$(BIN)/python -m tools.shipping $(if $(PROFILE),--profile $(PROFILE))
 
 classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)

@@ -112,7 +112,7 @@ def card(work: Workspace) -> str:
     count = sum(p.numel() for p in UNet(trained["width"]).parameters())
     model = f"diffusion model, width {trained['width']}, {count:,} parameters, EMA, FP32, {trained['steps']:,} training steps"
     judge = f"digit classifier, {classifier['parameters']:,} parameters, test accuracy {classifier['test_accuracy']:.2%}"
-    packed = f"diffusion model, width {poster.WIDTH}, quantized by the allocator"
+    packed = f"diffusion model, width {poster.WIDTH}, entropy-coded by `allocate_coded`"
     files = {f"{work.profile}/{WEIGHTS}": model, f"paper/{PACKED}": packed, "classifier/classifier.safetensors": judge}
     rows = [
         (f"`{name}`", what, f"{(paths.RESULTS / name).stat().st_size:,}", f"`{sha256(paths.RESULTS / name)}`")

@@ -1,4 +1,4 @@
-"""The weights of a profile packed by the allocator, small enough to be committed: `make packed PROFILE=paper`.
+"""The weights of a profile in an entropy-coded file, small enough to be committed: `make packed PROFILE=paper`.
 
 Writes results/<profile>/packed.safetensors and packed.csv, with the row of the packed model beside that of the FP32 weights.
 """
