@@ -16,7 +16,7 @@ from lafq.evaluation import scoring
 from lafq.evaluation.candidates import BASELINE, Candidate
 from lafq.evaluation.evaluate import evaluate
 from lafq.evaluation.samples import Sampling
-from lafq.fisher.monte_carlo import Sensitivity
+from lafq.fisher.monte_carlo import CHANNELS, Sensitivity
 from lafq.paper import results
 from lafq.paper.budget_study import methods
 from lafq.quantization.checkpoint import save_quantized
@@ -70,7 +70,7 @@ def main() -> int:
         work = open_workspace(p)
         model = load_model(work, p["WIDTH"])
         samples, seed = p["TRUE_FISHER_SAMPLES"], p["SEED"]
-        known = methods.measured_sensitivity(model, samples, seed)
+        known = methods.measured_sensitivity(model, samples, seed, CHANNELS)
         made = methods.made(samples, seed)
         sampling = Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
         results.save_table(work, "packed", ship(work, model, known, args.mib, made, sampling, p["INCEPTION_REFERENCE"]))

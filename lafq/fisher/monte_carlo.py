@@ -65,7 +65,7 @@ def estimate_sensitivity(
     names: list[str] | None = None,
     shrink: bool = True,
     largest: int = LARGEST,
-    channels: int = CHANNELS,
+    channels: int | None = CHANNELS,
 ) -> Sensitivity:
     """Estimate the diagonal of the true Fisher information, and from the same passes the curvature that output channels share.
 
@@ -77,7 +77,8 @@ def estimate_sensitivity(
         names: the parameters; None: all with two dimensions or more.
         shrink: shrink noisy estimates (`fisher.shrinkage`), else take the means over passes as they are.
         largest: columns of a curvature matrix; that of a tensor with more weights per output channel is estimated in blocks.
-        channels: output channels that one pass adds to a curvature; those of a tensor with more take turns.
+        channels: output channels that one pass adds to a curvature; those of a tensor with more take turns. None: all of them in
+            every pass.
 
     >>> import torch
     >>> model = nn.Linear(3, 2)

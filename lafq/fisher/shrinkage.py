@@ -18,13 +18,13 @@ class Moments:
     """Sums over passes of what the gradients (R, C) of one tensor, R channels of C weights, tell of its Fisher information.
 
     largest: with more columns, sums for the curvature are kept in equal blocks of at most so many, (B, S, S). channels: with more
-    rows, about so many of them count in the curvature of a pass, and the others in those of the next passes.
+    rows, about so many of them count in the curvature of a pass, and the others in those of the next passes; None: all in each.
     Holds B S^2 + 2 R + C numbers. Raises nothing: what is not finite stays so.
     """
 
-    def __init__(self, gradient: Tensor, largest: int, channels: int) -> None:
+    def __init__(self, gradient: Tensor, largest: int, channels: int | None) -> None:
         rows, columns = gradient.shape
-        self.passes, self.turns = 0, -(-rows // channels)
+        self.passes, self.turns = 0, -(-rows // (channels or rows))
         self.blocks = next(b for b in range(max(1, -(-columns // largest)), columns + 1) if columns % b == 0)
         size = columns // self.blocks
         self.curvature = gradient.new_zeros((self.blocks, size, size) if self.blocks > 1 else (size, size))

@@ -23,7 +23,7 @@ def gradients(passes, rows=6, columns=10, seed=0):
     return size * drawn, true / true.diagonal().mean()
 
 
-def moments_of(drawn, largest=30, channels=100):
+def moments_of(drawn, largest=30, channels=None):
     found = Moments(drawn[0], largest, channels)
     for gradient in drawn:
         found.add(gradient)

@@ -32,13 +32,14 @@ def budget_candidate(method: str, granularity: str, bits: float, plan: Plan) -> 
     return Candidate(method, f"{bits:.3f}", "bits", granularity, plan, bits=bits)
 
 
-def measured_sensitivity(model: nn.Module, samples: int, seed: int) -> Sensitivity:
+def measured_sensitivity(model: nn.Module, samples: int, seed: int, channels: int | None = None) -> Sensitivity:
     """Sensitivity of all weights, the input and output convolutions' too, from so many noised training digits.
 
-    Not shrunk: for so many passes that changes the damage little (results/benchmarks/passes.csv), and the tables of
-    `make evidence`, which take hours, were made without.
+    Not shrunk, and with all output channels in every pass: with so many passes that changes the damage little
+    (results/benchmarks/passes.csv), and the tables of `make evidence`, which take hours, were made so.
     """
-    return estimate_sensitivity(model, noised_batches(mnist(train=True)[0], samples, seed), seed, shrink=False)
+    batches = noised_batches(mnist(train=True)[0], samples, seed)
+    return estimate_sensitivity(model, batches, seed, shrink=False, channels=channels)
 
 
 def made(samples: int, seed: int) -> dict[str, Any]:
