@@ -56,9 +56,9 @@ def test_compare_puts_the_published_values_beside_ours(row, fid, memory):
 
 def test_published_ratio_sizes():
     sentence = sentences.published_ratio_sizes()
-    assert "ratio 0.35: published 50.7% of FP32, needed at least 67.5%" in sentence
-    assert "ratio 0.38: published 47.9% of FP32 (less than uniform FP16 takes), needed at least 69.0%" in sentence
-    assert "ratio 0.40: published 50.4% of FP32, needed at least 70.0%" in sentence
+    assert "has less: 50.7% instead of 67.5% for ratio 0.35;" in sentence
+    assert "47.9% instead of 69.0% for ratio 0.38 (less than uniform FP16 takes);" in sentence
+    assert "50.4% instead of 70.0% for ratio 0.40" in sentence
 
 
 def test_changes_by_format_and_reached_sizes():

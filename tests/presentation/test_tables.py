@@ -88,7 +88,9 @@ def test_terrain_passes_show_what_the_last_ones_gained():
 def test_file_resident_and_peak_bytes_stand_side_by_side(sandbox):
     work = Workspace("smoke", keep=True)
     row = {"method": "allocator, entropy-coded", "granularity": "channel", "budget_bits": 3.0, "file_mib": 0.8, "mem_mib": 1.2}
-    coded = pd.DataFrame([row | {"damage": 1.0, "damage_low": 0.5, "damage_high": 2.0, "over_int8": 1.0}])
+    coded = pd.DataFrame(
+        [row | {"damage": 1.0, "damage_low": 0.5, "damage_high": 2.0, "over_int8": 1.0, "fid_mnist_delta": float("nan")}]
+    )
     peak = pd.DataFrame([{"method": row["method"], "granularity": "channel", "budget_bits": 3.0, "peak_mib": 9}])
     results.save_table(work, "06_coded_peak_memory", peak)
     assert tables.coded_bytes(work, coded).iloc[0, 3:].tolist() == ["0.80", "1.20", 9]
