@@ -71,20 +71,17 @@ def estimate_sensitivity(
 
     Args:
         model: any network; called as `model(*batch)`.
-        batches: the model's arguments (or its one argument), first (B, ...); the output must be one tensor (B, ...). Many small
-            batches of equal size beat few large ones.
+        batches: the model's arguments, first (B, ...), for one tensor (B, ...). Many small ones of equal size beat few large ones.
         seed: of the noise that is sent back through the network.
         names: the parameters; None: all with two dimensions or more.
         shrink: shrink noisy estimates (`fisher.shrinkage`), else take the means over passes as they are.
         largest: columns of a curvature matrix; that of a tensor with more weights per output channel is estimated in blocks.
-        channels: output channels that one pass adds to a curvature; those of a tensor with more take turns. None: all of them in
-            every pass.
+        channels: output channels that one pass adds to a curvature; those of a tensor with more take turns (None: no turns).
 
     >>> import torch
     >>> model = nn.Linear(3, 2)
-    >>> found = estimate_sensitivity(model, [(torch.randn(8, 3),) for _ in range(100)])
-    >>> found.fisher["weight"].shape, found.curvature["weight"].shape
-    (torch.Size([2, 3]), torch.Size([3, 3]))
+    >>> estimate_sensitivity(model, [(torch.randn(8, 3),) for _ in range(100)]).curvature["weight"].shape
+    torch.Size([3, 3])
 
     Needs C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that does.
     """
