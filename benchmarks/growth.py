@@ -124,10 +124,11 @@ def grown() -> pd.DataFrame:
             done = subprocess.run([sys.executable, __file__, step, str(width)], capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{step} at width {width}: {done.stderr.strip().splitlines()[-1]}")
-            rows.append({"width": width, "step": step, **json.loads(done.stdout.splitlines()[-1])})
+            row = {"width": width, "step": step, **json.loads(done.stdout.splitlines()[-1])}
+            rows.append(row)
             rows.sort(key=lambda row: (row["width"], STEPS.index(row["step"])))
             results.save_table(WORK, "growth", pd.DataFrame(rows))
-            print(rows[-1], flush=True)
+            print(row, flush=True)
     return results.load_table(WORK, "growth")
 
 

@@ -128,8 +128,7 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
     quantities = (
         "C1: Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by 3-6. C3: "
         "mean FID of ratios 0.35-0.40 minus the others'. C4: FID of the layer or group row nearest in size to uniform FP16, minus "
-        "FP16's. "
-        "Below 0: better. Sampling steps: 100 (left), 50 (right)."
+        "FP16's. Below 0: better. Sampling steps: 100 (left), 50 (right)."
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "at the poster's size", "at a quarter of its width"])
     return f"{markdown(table)}\n\n{quantities}"
