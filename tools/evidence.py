@@ -6,10 +6,14 @@ and training that was done before an interruption are kept in build/<profile>.
 
 import argparse
 import sys
+from concurrent.futures import Executor, ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
 
+from lafq.device import cores
 from lafq.diffusion.mnist import HELD_OUT, mnist
 from lafq.diffusion.unet import quantizable
 from lafq.diffusion.weights import load_fisher, load_model
@@ -46,9 +50,15 @@ def rows(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     return {"rows": table, "rows_claims": pd.DataFrame(replicates.on_images(table, samples, p["SEED"]))}
 
 
-def runs(profile: str, seeds: tuple[int, ...] = replicates.SEEDS, **training: int) -> dict[str, pd.DataFrame]:
+def one_process_per_core() -> Executor:
+    """Processes for training runs, each of which computes with one thread."""
+    return ProcessPoolExecutor(cores(), mp_context=get_context("spawn"))
+
+
+def runs(profile: str, seeds: tuple[int, ...] = replicates.SEEDS) -> dict[str, pd.DataFrame]:
     """Rows and claims of models trained from other seeds, and each claim over them."""
-    found = [replicates.replicate(profile_parameters(profile), seed, **training) for seed in seeds]
+    with one_process_per_core() as pool:
+        found = list(pool.map(replicates.replicate, repeat(profile_parameters(profile)), seeds))
     table, claims = (pd.concat(parts, ignore_index=True) for parts in zip(*found, strict=True))
     return {"runs": table, "runs_claims": claims, "runs_over": replicates.over_runs(claims)}
 

@@ -1,7 +1,8 @@
 """Other training runs: the claims on models that differ from each other in the training seed alone.
 
-Every run trains anew, as the profile says but for fewer steps, takes its own Fisher information, thresholds and images, and
-gives each claim as one number; the spread of that number over the runs is what an interval over images cannot show.
+Every run trains anew with the settings of the profile, and takes its own Fisher information, thresholds and images.
+It gives each claim as one number. An interval over images cannot show how that number varies from run to run.
+A run computes with one thread, so that its numbers do not depend on how many runs share a machine.
 """
 
 import math
@@ -28,8 +29,7 @@ from lafq.paper.verdict import verdict
 from lafq.rng import generator
 from lafq.workspace import Workspace
 
-SEEDS = (1, 2, 3)
-STEPS, DECAY = 600, 200
+SEEDS = (1, 2, 3, 4, 5)
 RATIOS_OF_MEANS = ("C1", "C2")
 
 
@@ -50,10 +50,10 @@ def on_images(table: pd.DataFrame, images: dict[str, np.ndarray], seed: int) -> 
     return [*claims.best_ratio(table, by, ["int8"]), claims.layerwise_images(table, by)]
 
 
-def trained(work: Workspace, parameters: dict[str, Any], seed: int, steps: int, decay: int) -> UNet:
+def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
     """A model trained from another seed; it goes on from its checkpoint in build/<profile>, where there is one."""
     torch.manual_seed(int(torch.randint(2**62, (), generator=generator(seed))))
-    settings = {**parameters["TRAINING"], "steps": steps, "decay": decay, "seed": seed}
+    settings = {**parameters["TRAINING"], "seed": seed}
     model = UNet(parameters["WIDTH"], settings.pop("dropout")).to(work.device, memory_format=torch.channels_last)
     checkpoint = work.build / f"replicate_{seed}.safetensors"
     weights, _ = training.fit(model, mnist(train=True)[0], checkpoint, **settings)
@@ -62,20 +62,20 @@ def trained(work: Workspace, parameters: dict[str, Any], seed: int, steps: int, 
     return result.eval().to(work.device, memory_format=torch.channels_last)
 
 
-def replicate(parameters: dict[str, Any], seed: int, steps: int = STEPS, decay: int = DECAY) -> tuple[pd.DataFrame, pd.DataFrame]:
+def replicate(parameters: dict[str, Any], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """One run: its rows as `evaluate.evaluate` gives them, and its claims; both with columns seed and steps in front."""
-    p, work = parameters, Workspace.open(parameters["PROFILE"], parameters["THREADS"], parameters["DEVICE"])
-    model = trained(work, p, seed, steps, decay)
-    samples = max(p["TIMESTEP_BINS"], p["FISHER_SAMPLES"] // 4)
+    p, work = parameters, Workspace.open(parameters["PROFILE"], 1, parameters["DEVICE"])
+    model, digits = trained(work, p, seed), mnist(train=True)[0]
     fisher = fisher_by_timestep(
-        model, list(quantizable(model)), mnist(train=True)[0], samples=samples, bins=p["TIMESTEP_BINS"], seed=seed
+        model, list(quantizable(model)), digits, samples=p["FISHER_SAMPLES"], bins=p["TIMESTEP_BINS"], seed=seed
     )
     rows = claimed_rows(model, fisher.by_weight, p["THRESHOLDS"])
     table, images = evaluate(work, model, rows, Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed))
     weights = fisher.timesteps.drop_duplicates("parameter").set_index("parameter")["weights"]
     found = claims.fisher_claims(fisher.blocks, weights, "empirical, noised digits", seed)
     table_of_claims = pd.DataFrame([*found, *on_images(table, images, seed)])
-    return tuple(t.assign(seed=seed, steps=steps)[["seed", "steps", *t.columns]] for t in (table, table_of_claims))
+    run = {"seed": seed, "steps": p["TRAINING"]["steps"]}
+    return tuple(t.assign(**run)[[*run, *t.columns]] for t in (table, table_of_claims))
 
 
 def over_runs(found_by_run: pd.DataFrame) -> pd.DataFrame:

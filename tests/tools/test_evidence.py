@@ -1,7 +1,10 @@
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
 from lafq.diffusion import weights
@@ -14,6 +17,7 @@ from lafq.paper.budget_study import budget, methods, summaries
 from lafq.paper.fisher_analysis import fisher_by_timestep
 from lafq.workspace import Workspace
 from tools import evidence
+from tools.notebooks import profile_parameters
 
 SMOKE = Workspace("smoke")
 
@@ -76,16 +80,33 @@ def test_rows_have_blocks_and_claims(smoke):
     assert found["rows_claims"]["claim"].tolist() == ["C3", "C4 images"]
 
 
+@pytest.fixture
+def threads_restored():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_runs_have_processes_of_their_own():
+    with evidence.one_process_per_core() as pool:
+        assert pool.submit(os.getpid).result() != os.getpid()
+
+
 @pytest.mark.slow
-def test_training_runs_differ_and_are_not_done_twice(sandbox, monkeypatch):
-    once = evidence.runs("smoke", seeds=(1, 2), steps=6, decay=2)
+def test_training_runs_differ_and_are_not_done_twice(sandbox, monkeypatch, threads_restored):
+    parameters = profile_parameters("smoke")
+    parameters["TRAINING"] |= {"steps": 6, "decay": 2}
+    monkeypatch.setattr(evidence, "profile_parameters", lambda profile: parameters)
+    monkeypatch.setattr(evidence, "one_process_per_core", lambda: ThreadPoolExecutor(1))
+    once = evidence.runs("smoke", seeds=(1, 2))
+    assert torch.get_num_threads() == 1
     rows = once["runs"]
     assert rows.groupby("seed").size().to_dict() == {1: 5, 2: 5}
     assert not set(rows[rows["seed"] == 1]["sample"]) & set(rows[rows["seed"] == 2]["sample"])
     assert once["runs_claims"]["claim"].tolist() == ["C1", "C2", "C2 share", "C3", "C4 images"] * 2
     assert len(once["runs_over"]) == 5
     monkeypatch.setattr(samples, "sample", None)
-    again = evidence.runs("smoke", seeds=(1, 2), steps=6, decay=2)
+    again = evidence.runs("smoke", seeds=(1, 2))
     for name, table in once.items():
         pd.testing.assert_frame_equal(again[name], table)
 
