@@ -12,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
+from torch import nn
 
 from lafq.device import cores
 from lafq.diffusion.mnist import HELD_OUT, mnist
@@ -20,7 +21,9 @@ from lafq.diffusion.weights import load_fisher, load_model
 from lafq.evaluation import classifier, metrics
 from lafq.evaluation.candidates import BASELINE
 from lafq.evaluation.evaluate import evaluate, evaluate_large
-from lafq.evaluation.samples import Sampling, cached_samples
+from lafq.evaluation.samples import Sampling, cached_samples, weights_sha256
+from lafq.fisher.monte_carlo import CHANNELS, Sensitivity
+from lafq.io import load_tensors, save_tensors
 from lafq.paper import replicates, results, threshold_rows
 from lafq.paper.audit import published_images
 from lafq.paper.audit.noise_floor import noise_floor
@@ -33,7 +36,8 @@ from tools.notebooks import open_workspace, profile_parameters
 
 IMAGES, DESCRIBED, SHOWN = 1000, 200, 16
 ALLOCATED, RULE_BITS = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
-CODED_FILES = (2.0, 2.5)  # bits per weight
+# Bits per weight: of entropy-coded files, and of the allocator at the poster's size.
+CODED_FILES, AT_SIZE, FILES_BELOW = (2.0, 2.5), (2.5, 3.0, 4.0, 6.0), 9
 RULES = ("global", "group", "ratio", "magnitude", "random")
 FRESH = ("allocator", "allocator, tuned", *(f"{rule}, {methods.FEEDBACK}" for rule in ("global", "group", "ratio")))
 # A row of 1,000 images takes minutes: of these methods no other budgets.
@@ -122,6 +126,33 @@ def at_int4_bytes(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]
     return {"int4": table, "int4_claims": pd.DataFrame(claims)}
 
 
+def sensitivity(work: Workspace, model: nn.Module, samples: int, seed: int) -> Sensitivity:
+    """A sensitivity to make plans from; kept in build/<profile>, so that an interrupted run goes on from there."""
+    path, made = work.build / f"sensitivity_{seed}.safetensors", {"weights": weights_sha256(model), "samples": samples}
+    if path.is_file():
+        kept, _ = load_tensors(path, "make evidence", **made)
+    else:
+        found = methods.measured_sensitivity(model, samples, seed, CHANNELS)
+        kept = {f"{part}/{name}": t for part in ("fisher", "curvature") for name, t in getattr(found, part).items()}
+        save_tensors(path, kept, **made)
+    parts = [{n.removeprefix(part): t for n, t in kept.items() if n.startswith(part)} for part in ("fisher/", "curvature/")]
+    return Sensitivity(*parts)
+
+
+def damages(profile: str) -> dict[str, pd.DataFrame]:
+    """06_budget at the poster's size without images: bytes in memory and in a file, and damage on digits never used before."""
+    p = profile_parameters(profile)
+    work = open_workspace(p)
+    model, seed, samples = load_model(work, p["WIDTH"]), p["SEED"], p["TRUE_FISHER_SAMPLES"]
+    known, other = (sensitivity(work, model, samples, s) for s in (seed, seed + 1))
+    rows = [*methods.uniform(model, known), *methods.allocated(model, known, list(AT_SIZE), ("mixed",), ablations=False)]
+    in_files = rows + methods.coded(model, known, list(CODED_FILES))
+    ruled = methods.thresholds(model, known, [rules.RATE], seed)
+    table = budget.measure_candidates(model, in_files + ruled, other, seed, p["DAMAGE_DIGITS"], fresh=True)
+    files = budget.coded_files(work, model, [row for row in in_files if row.bits < FILES_BELOW], seed)
+    return {"damages": table.merge(files, how="left")}
+
+
 def described(profile: str, images: int = DESCRIBED) -> dict[str, pd.DataFrame]:
     """What the images are like of rows that FID and damage order differently: uniform INT3 to INT6, and two rules at 6 bits."""
     p = profile_parameters(profile)
@@ -145,12 +176,13 @@ STEPS = {
     "evidence_fresh": lambda profile: {f"evidence_{name}": table for name, table in fresh(profile).items()},
     "evidence_coded": lambda profile: {f"evidence_{name}": table for name, table in coded(profile).items()},
     "evidence_int4": lambda profile: {f"evidence_{name}": table for name, table in at_int4_bytes(profile).items()},
+    "evidence_damages": lambda profile: {f"evidence_{name}": table for name, table in damages(profile).items()},
     "evidence_rows": lambda profile: {f"evidence_{name}": table for name, table in rows(profile).items()},
     "evidence_images": lambda profile: {f"evidence_{name}": table for name, table in described(profile).items()},
     "evidence_runs": lambda profile: {f"evidence_{name}": table for name, table in runs(profile).items()},
 }
 # The other steps would take days at the poster's width.
-AT_POSTERS_SIZE = ("evidence_int4",)
+AT_POSTERS_SIZE = ("evidence_int4", "evidence_damages")
 
 
 def main() -> int:

@@ -183,14 +183,32 @@ def test_rows_at_the_bytes_of_int4_and_their_claim(smoke):
     assert found["int4_claims"]["quantity"].str.contains("width 4, the bytes of INT4").tolist() == [True]
 
 
-def test_only_one_step_is_made_at_the_posters_size(sandbox, monkeypatch):
+@pytest.mark.slow
+def test_damages_go_on_from_the_sensitivity_that_was_kept(smoke, monkeypatch):
+    monkeypatch.setattr(evidence, "AT_SIZE", (4.0,))
+    monkeypatch.setattr(evidence, "CODED_FILES", (3.0,))
+    table = evidence.damages("smoke")["damages"]
+    assert set(table["method"]) == {
+        *("uniform", f"uniform, {methods.FEEDBACK}", "allocator", methods.CODED),
+        *methods.RULES,
+        *(f"{rule}, {methods.FEEDBACK}" for rule in methods.RULES),
+    }
+    assert (table["damage_low"] <= table["damage"]).all()
+    with_files = table["method"].isin(["uniform", "allocator", methods.CODED]) & (table["budget_bits"] < evidence.FILES_BELOW)
+    assert table.loc[with_files, "file_mib"].notna().all()
+    assert table.loc[table["method"].isin(methods.RULES), "file_mib"].isna().all()
+    monkeypatch.setattr(methods, "measured_sensitivity", None)
+    pd.testing.assert_frame_equal(evidence.damages("smoke")["damages"].drop(columns="peak_mib"), table.drop(columns="peak_mib"))
+
+
+def test_two_steps_are_made_at_the_posters_size(sandbox, monkeypatch):
     made = []
-    names = ("noise_floor", "evidence_int4", "evidence_rows")
+    names = ("noise_floor", "evidence_int4", "evidence_damages", "evidence_rows")
     monkeypatch.setattr(evidence, "STEPS", {name: lambda profile, name=name: made.append((profile, name)) or {} for name in names})
     for profile in ("smoke", "paper"):
         monkeypatch.setattr("sys.argv", ["evidence", "--profile", profile])
         assert evidence.main() == 0
-    assert made == [("smoke", "noise_floor"), ("smoke", "evidence_rows"), ("paper", "evidence_int4")]
+    assert made == [("smoke", "noise_floor"), ("smoke", "evidence_rows"), ("paper", "evidence_int4"), ("paper", "evidence_damages")]
 
 
 def test_without_the_published_images_one_line_says_so(sandbox, monkeypatch, capsys):
