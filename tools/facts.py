@@ -47,7 +47,7 @@ def blocks(work: Workspace, paper: Workspace) -> dict[str, str]:
 
 
 def deviations() -> pd.DataFrame:
-    """What the profiles mini and paper do otherwise than the paper: setting, paper, and one column per profile."""
+    """What the profiles mini and paper do otherwise than the poster: setting, poster, and one column per profile."""
     published = poster.TRAINING
     settings = {
         "width of the model": f"{poster.WIDTH} ({poster.BASELINE_MIB:.2f} MiB)",
@@ -59,7 +59,7 @@ def deviations() -> pd.DataFrame:
         "compute in training": "FP32",
         "sampling steps": f"{poster.SAMPLING_STEPS:,}",
     }
-    table = pd.DataFrame({"setting": settings.keys(), "paper": settings.values()})
+    table = pd.DataFrame({"setting": settings.keys(), "poster": settings.values()})
     for name in ("mini", "paper"):
         p, training = profile_parameters(name), profile_parameters(name)["TRAINING"]
         rate = f"{training['peak']:g}, {training['warmup']} steps of warm-up, linear decay over the last {training['decay']:,}"
@@ -71,7 +71,7 @@ def deviations() -> pd.DataFrame:
             f"{training['dropout']}",
             f"{training['ema_decay']}, warmed up",
             ("bfloat16 autocast" if training["bf16"] else "FP32") + (", torch.compile" if training.get("compile") else ""),
-            f"{p['SAMPLING_STEPS']:,} (trailing stride)"
+            f"{p['SAMPLING_STEPS']:,} (evenly spaced)"
             + (f"; the published rows also {p['PUBLISHED']['steps']:,}" if name == "paper" else ""),
         ]
     return table
@@ -85,8 +85,8 @@ def counted() -> str:
     count, of_08 = sum(rows.values()) - rows["07_audit"], cost.PUBLISHED_ROWS + len(published["ratios"])
     return (
         f"Training, which `TRAIN=1` repeats, takes {cost.training_flop(p) / 1e15:.1f} PFLOP (bfloat16 autocast). 01 and 03 to 05 "
-        f"have {count} rows of {p['IMAGES']} images at {p['SAMPLING_STEPS']} steps; a row takes {strided:.2f} PFLOP. 08 has "
-        f"{of_08} rows at {published['steps']:,} steps; a row takes {full:.2f} PFLOP."
+        f"have {count} rows in all, each of {p['IMAGES']} images at {p['SAMPLING_STEPS']} steps: {strided:.2f} PFLOP per row. 08 "
+        f"has {of_08} rows at {published['steps']:,} steps: {full:.2f} PFLOP per row."
     )
 
 

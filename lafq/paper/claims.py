@@ -107,7 +107,7 @@ def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int
     quantities = {
         "C1": (halves, f"mean Fisher at t < {HALF} over that at t >= {HALF}"),
         "C2": (per_weight, "mean Fisher per weight of Layers 1-2 over that of Layers 3-6"),
-        "C2 share": (share, f"share of the trace in Layers 1-2, which have {of_front:.1%} of the weights"),
+        "C2 share": (share, f"share of all Fisher information in Layers 1-2, which have {of_front:.1%} of the weights"),
     }
     found = []
     for claim, (quantity, words) in quantities.items():
@@ -131,9 +131,9 @@ def best_ratio(table: pd.DataFrame, by: Judge, formats: Sequence[str] = ("fp16",
         values = torch.tensor([s.values[by.metric] for s in scored])
         draws = torch.stack([s.draws[by.metric] for s in scored], 1)
         best = inside[draws.argmin(1).numpy()].mean()
-        note = f"the best ratio is one of these in {best:.0%} of resamples; by chance it would be in {inside.mean():.0%}"
+        note = f"the best ratio lies in 0.35-0.40 in {best:.0%} of resamples (by chance: {inside.mean():.0%})"
         contrasts = [v[..., inside].mean(-1) - v[..., ~inside].mean(-1) for v in (values, draws)]
-        quantity = f"mean FID of the ratios in 0.35-0.40 minus that of the others ({low.upper()} by weight; {by.features})"
+        quantity = f"mean FID of ratios 0.35-0.40 minus the others' ({low.upper()} on single weights; {by.features})"
         found.append((_contrast("C3", quantity, contrasts[0].item(), contrasts[1], by.margin)._replace(note=note), contrasts[1]))
     corrected = holm([_p_value(claim.measured, draws) for claim, draws in found])
     return [

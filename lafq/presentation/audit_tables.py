@@ -82,7 +82,7 @@ def published_sets(table: pd.DataFrame) -> str:
 
 
 def conclusions(work: Workspace) -> pd.DataFrame:
-    """R1 to R7, each with what it moves in the tables of 07_audit: columns choice, released code, what it moves."""
+    """R1 to R7, each with its effect in the tables of 07_audit: columns choice, released code, its effect."""
     choices = results.load_table(work, "07_fisher_choices").set_index("choice")
     groups, limited = results.load_table(work, "07_groups"), results.load_table(work, "07_clamped_loss").iloc[0]
     protocol = results.load_table(work, "07_protocol")
@@ -91,7 +91,7 @@ def conclusions(work: Workspace) -> pd.DataFrame:
 
     def fisher(choice: str) -> str:
         row = choices.loc[choice]
-        common = f"kept weights in common: {row['kept_in_common']:.0%}"
+        common = f"share of our kept weights that it keeps too (ratio rule): {row['kept_in_common']:.0%}"
         return f"rank correlation with our Fisher values: {row['rank_correlation']:.2f}; {common}"
 
     def scored(choice: str) -> str:
@@ -99,23 +99,22 @@ def conclusions(work: Workspace) -> pd.DataFrame:
         if found.empty:
             return "not measured without Inception"
         row = found.iloc[0]
-        return (
-            f"{row['choice'].split(' (')[0]}: {row['released']:.2f} with this choice, {row['here']:.2f} by our protocol ({judge})"
-        )
+        what = row["choice"].split(" (")[0].split(",")[0]
+        return f"{what}: {row['released']:.2f} with this choice, {row['here']:.2f} by our protocol ({judge})"
 
     none = groups[groups["tensors_kept"] == 0]
     said = [
-        ("R1", "images come from the EMA weights, which the code does not quantize", scored("R1")),
+        ("R1", "images are drawn from the EMA weights; the code quantizes other weights", scored("R1")),
         ("R2", "Fisher values of an untrained network", fisher(UNTRAINED)),
         ("R3", "a loss between output and input, one image, t = 1", fisher(OWN_INPUT)),
         ("R4", "one Fisher value per weight tensor", fisher(BY_TENSOR)),
         (
             "R5",
-            "thresholds are compared with squared weights; in the mean/std rule weights are clamped to them",
-            f"groups in which no tensor is kept: {', '.join(none['group']) or 'none'}; denoising loss: "
+            "Fisher values are compared with mean squared weights; the mean/std rule clamps weights to Fisher values",
+            f"groups of which no tensor is kept: {', '.join(none['group']) or 'none'}; denoising loss: "
             f"{limited['limited']:.3f} with clamped weights, {limited['as trained']:.3f} as trained",
         ),
         ("R6", "real digits are 28x28", scored("R6")),
         ("R7", "no seed: every row has other noise", scored("R7")),
     ]
-    return pd.DataFrame(said, columns=["choice", "released code", "what it moves"])
+    return pd.DataFrame(said, columns=["choice", "released code", "its effect"])

@@ -43,7 +43,13 @@ def terrain_table(table: pd.DataFrame) -> pd.DataFrame:
         beside = ours.get(f"bytes of {name}", "not made yet")
         in_file = coded.get(f"bytes of {name}", "")
         found.append((name, f"{row.mem_mib:.2f} MiB ({row.mem_share:.1%})", f"{row.decibels:.1f}", beside, in_file))
-    columns = ["row", "in memory (share of FP32)", "decibels", "allocator at these bytes", "entropy-coded file of these bytes"]
+    columns = [
+        "row",
+        "in memory (share of FP32)",
+        "decibels",
+        "decibels, allocator at these bytes",
+        "decibels, coded file of these bytes",
+    ]
     return pd.DataFrame(found, columns=columns)
 
 
@@ -99,8 +105,8 @@ def peers_sentence(table: pd.DataFrame) -> str:
         said[kind] = f"{row[f'over_{kind}']:.2g} times ({row['library']}, {row['bits']} bits, width {row['width']})"
     failed = [f"{r.library}, {r.bits} bits, width {r.width}: {r.error}" for r in others[others["damage"].isna()].itertuples()]
     return (
-        f"In {len(known)} comparisons at equal bytes the allocator does at most {said['all']} the damage of the library. Where it "
-        f"may quantize only the weights that the library quantized, it does at most {said['shared']} the library's damage."
+        f"In {len(known)} comparisons at equal bytes the allocator does at most {said['all']} the damage of the library. Limited "
+        f"to the weights that the library quantized, it does at most {said['shared']} the damage too."
         + (f" What failed: {'; '.join(failed)}." if failed else "")
     )
 
@@ -150,10 +156,10 @@ def growth_sentence(table: pd.DataFrame, weights: float = 860e6) -> str:
         found[step] = [last[c] * (weights / last["weights"]) ** exponent(rows, c) for c in ("seconds", "peak_mib")]
     breaks = max(found, key=lambda step: found[step][1])
     each = {step: " per pass" if step == "estimate_sensitivity" else "" for step in found}
-    said = "; ".join(f"{step} {s / 60:,.0f} min{each[step]} and {mib / 1024:,.0f} GiB" for step, (s, mib) in found.items())
+    said = "; ".join(f"{step} {s / 60:,.1f} min{each[step]} and {mib / 1024:,.1f} GiB" for step, (s, mib) in found.items())
     return (
         f"By these exponents a U-Net of {weights / 1e6:.0f} million weights takes: {said}. "
-        f"`{breaks}` needs the most memory, so it breaks first."
+        f"`{breaks}` needs the most memory, so it is the first to run out of it."
     )
 
 
@@ -164,12 +170,12 @@ def blocks_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "width": table["width"],
-            "columns of the largest block": table["columns"],
+            "weights in the largest block": table["columns"],
             "channels per pass": channels,
             "curvature, MiB": table["curvature_mib"].map("{:,.0f}".format),
             "time of a pass": table["pass_ratio"].map("{:.1f}".format),
             "damage at 4 bits": table["damage"].map("{:.2e}".format),
-            "over the whole curvature's": over[0] + " [" + over[1] + ", " + over[2] + "]",
+            "damage divided by that with all channels in one block": over[0] + " [" + over[1] + ", " + over[2] + "]",
         }
     )
 
@@ -182,12 +188,12 @@ def passes_sentence(table: pd.DataFrame) -> str:
     mean = table[table["passes"] >= MANY_PASSES].groupby(["network", "passes", "estimates"])["over_uniform"].mean().unstack()
     many = mean["plain"] / mean["shrunk"]
     return (
-        "Damage of the allocator's plan divided by uniform INT4's, at INT4's bytes, on fresh inputs; in parentheses with plain "
-        "means, which are not shrunk. Below 1: better than uniform. The worst of "
-        f"{len(by['shrunk'])} plans does {worst['shrunk']:.2f} times uniform INT4's damage with shrunk estimates and "
-        f"{worst['plain']:.1f} times with plain means. With shrunk estimates the measured damage is {low:.2f} to {high:.2f} times "
-        f"the predicted one. From {MANY_PASSES} passes on, plain means give {many.min():.2f} to {many.max():.2f} times the damage "
-        "of shrunk estimates."
+        "Damage of the allocator's plan divided by uniform INT4's, at equal bytes, on fresh inputs; in parentheses: without "
+        "shrinking (plain means). Below 1: better than uniform. A cell is the mean over three plans, or one for the diffusion "
+        f"model. The worst of all {len(by['shrunk'])} plans does {worst['shrunk']:.2f} times uniform INT4's damage with shrunk "
+        f"estimates and {worst['plain']:.1f} times with plain means. With shrunk estimates the measured damage is {low:.2f} to "
+        f"{high:.2f} times the predicted one. From {MANY_PASSES} passes on, plain means give {many.min():.2f} to {many.max():.2f} "
+        "times the damage of shrunk estimates."
     )
 
 

@@ -58,7 +58,26 @@ def finding(table: pd.DataFrame) -> str:
     """The title of the main figure."""
     damage = _at_title_bits(table)
     parts = [f"1/{damage[f'{rule}, {FEEDBACK}', 'weight'] / damage[ALLOCATOR]:,.0f} of {rule}'s" for rule in ("global", "ratio")]
-    return f"At {TITLE_BITS:g} bits per weight the allocator does {' and '.join(parts)} damage"
+    said = f"At {TITLE_BITS:g} bits per weight the allocator does {' and '.join(parts)} damage"
+    return f"{said}\n(all with error feedback but uniform)"
+
+
+def finding_of_fid(table: pd.DataFrame) -> str:
+    """The title of the panel with FID."""
+    rows = table[np.isclose(table["budget_bits"], TITLE_BITS)].set_index(["method", "granularity"])["fid_mnist_delta"]
+    ours, rule = rows[ALLOCATOR], rows["global", "weight"]
+    return (
+        f"At {TITLE_BITS:g} bits per weight FID rises by {ours:.1f} (allocator) and {rule:.0f} (global)\n"
+        f"(MNIST features, N = {table['n_images'].max():,.0f}; axis linear from -1 to 1)"
+    )
+
+
+def mark_compared(ax: Axes, table: pd.DataFrame) -> None:
+    """Rings around the two rows that `finding_of_coded` compares."""
+    coded = table[(table["method"] == CODED) & np.isclose(table["budget_bits"], CODED_RATE)]
+    int8 = table[(table["method"] == "uniform") & table["over_int8"].eq(1)]
+    rows = pd.concat([coded, int8])
+    ax.plot(rows["file_mib"], rows["damage"], "o", ms=13, mfc="none", mec="black", ls="", label="compared in the title")
 
 
 def finding_of_variants(table: pd.DataFrame) -> str:
@@ -96,9 +115,11 @@ def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame)
             ends = [points[proxy].min(), points[proxy].max()]
             ax.plot(ends, ends, color="black", ls="--", lw=1, label="equal")
         lowest, highest = within.loc[proxy].min(), within.loc[proxy].max()
-        title = f"{proxy}\nrank correlation in a format:\n{lowest:.2f} to {highest:.2f}"
+        title = f"rank correlation in a format:\n{lowest:.2f} to {highest:.2f}"
         ax.set(xscale="log", yscale="log", xlabel=proxy, title=title)
         ax.xaxis.set_major_locator(LogLocator(numticks=5))
+    best = within.min(axis=1).idxmax()
+    axes[0].figure.suptitle(f'Within a format, "{best}" orders the tensors most like the measured damage')
     axes[0].set_ylabel("measured damage")
     axes[0].legend(fontsize=8)
 

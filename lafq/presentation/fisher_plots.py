@@ -23,6 +23,9 @@ def fisher_by_tensor(axes: Sequence[Axes], timesteps: pd.DataFrame) -> None:
         ax.set_xticks(range(len(names)), short, rotation=60, ha="right", fontsize=9)
         ax.set(title=layer, yscale="log", ylabel="mean Fisher")
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 999), "viridis")
+    by_bin = timesteps.pivot(index="parameter", columns="t_low", values="fisher")
+    first, end = (by_bin.idxmax(axis=1) == bins[0]).sum(), timesteps["t_high"].min()
+    axes[0].figure.suptitle(f"Mean Fisher value is highest at t <= {end} in {first} of {len(by_bin)} weight tensors")
     axes[0].figure.colorbar(scale, ax=list(axes), label="timestep t (0 = clean)")
 
 

@@ -43,13 +43,16 @@ def size_curve(
 ) -> None:
     """Stored share of the FP32 bytes over the threshold, one line per (format, granularity); the paper's share dashed."""
     sizes = sizes.assign(threshold=sizes["threshold"].astype(float))
+    single = sizes[(sizes["format"] == "int8") & (sizes["granularity"] == "weight")]
+    nearest = single.loc[(single["mem_share"] - share).abs().idxmin()]
     for (low, granularity), rows in sizes[np.isfinite(sizes["threshold"])].groupby(["format", "granularity"]):
         few = len(rows) <= MARKED
         style = {"marker": MARKERS[low] if few else "", "ms": 4, "lw": 1 if few else 2}
         ax.plot(rows["threshold"], 100 * rows["mem_share"], **style, label=f"{low} per {granularity}")
     ax.axhline(100 * share, color="black", ls="--", lw=1, label=f"the paper's size, {100 * share:.1f} %")
     ax.set(xlabel=label, ylabel="stored bytes (% of FP32)", ylim=(0, 108), xscale="log" if log else "linear")
-    ax.set_title("What every threshold stores", fontsize=10)
+    stored = f"{100 * nearest['mem_share']:.1f} % of FP32's bytes at {nearest['threshold']:.3g}"
+    ax.set_title(f"INT8 on single weights stores {stored} (paper: {100 * share:.1f} %)", fontsize=10)
     ax.set_xlim(limits)
     ax.legend(fontsize=9)
 
@@ -62,13 +65,17 @@ def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, title: str) ->
     ax.axhline(0, color="black", ls="--", lw=1, label="FP32")
     rows, delta = table[(table["method"] != "baseline") & table[metric].notna()], f"delta_{metric}"
     kinds = rows.groupby(["method", "format", "granularity"], sort=False)
-    for (kind, points), marker in zip(kinds, "osD^vP*X", strict=False):
-        style = {"fmt": marker, "mfc": "none", "ms": 7, "capsize": 3, "label": f"{kind[0]}, {kind[1].upper()} by {kind[2]}"}
+    for i, ((kind, points), marker) in enumerate(zip(kinds, "osD^vP*X", strict=False)):
+        # Smaller and smaller, as some rows have equal bytes and equal FID.
+        style = {"fmt": marker, "mfc": "none", "ms": 12 - 2 * min(i, 4), "capsize": 3}
+        style["label"] = f"{kind[0]}, {kind[1].upper()} by {kind[2]}"
         ax.errorbar(points["mem_mib"], points[delta], bars(points, delta), **style)
     features = FEATURES[metric]
     at_n = f"{features} features, N = {rows['n_images'].iloc[0]}"
     ax.set(xlabel="stored MiB", ylabel=f"FID difference from FP32 (positive: worse)\n{at_n}")
-    ax.set_title(f"From the same noise, no row moves FID by more than {rows[delta].abs().max():.2f}\n({title})", fontsize=10)
+    most = rows.loc[rows[delta].abs().idxmax()]
+    named = f"{most['method']} {most['format'].upper()}"
+    ax.set_title(f"From the same noise, FID moves by at most {abs(most[delta]):.2f} ({named})\n({title})", fontsize=10)
     ax.legend(fontsize=9)
 
 
@@ -86,9 +93,10 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[P
             ax.axhline(beyond, color=colour, ls="--", lw=1, label=f"{label}, N to infinity: {beyond:.1f}")
         if features == "Inception":
             sizes, fids = zip(*((row.images, row.fid) for row in published if row.images in (100, 5000)), strict=True)
-            ax.scatter(sizes, fids, marker="_", s=120, lw=0.8, color="black", zorder=3, label="published rows (poster, README)")
+            label = "published (N = 100: poster; 5,000: README)"
+            ax.scatter(sizes, fids, marker="_", s=120, lw=0.8, color="black", zorder=3, label=label)
         at_100 = panel[(panel["images"] == "generated") & (panel["n"] == 100)]["sd"]
-        spread = f": at N = 100 one model's FID varies by ±{at_100.item():.1f} (1 sd)" if len(at_100) else ""
+        spread = f": at N = 100 new noise moves FID by ±{at_100.item():.1f} (1 sd)" if len(at_100) else ""
         ax.set(xscale="log", yscale="log", xlabel="images N in a block", ylabel="FID", title=f"{features} features{spread}")
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter("{x:,.0f}")
@@ -112,12 +120,13 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     )
     published = rows["fid_paper"] - table[table["method"] == "baseline"]["fid_paper"].item()
     ax.plot(published, at, "D", mfc="none", color="0.35", label="poster, other noise in every row")
-    ax.set_yticks(at, [f"{r.method} {r.threshold}, {r.format.upper()}, {r.mem_share:.0%} of FP32" for r in rows.itertuples()])
+    named = [f"{r.method} {r.threshold}, {r.format.upper()} (ours: {r.mem_share:.0%} of FP32)" for r in rows.itertuples()]
+    ax.set_yticks(at, named)
     features = FEATURES[metric]
     at_n = f"N = {rows['n_images'].iloc[0]}, {rows['steps'].iloc[0]:,} sampling steps"
     ax.set(xlabel=f"FID difference from FP32 (positive: worse)\n{features} features; ours: {at_n}")
     ours, theirs = (values.abs().max() for values in (rows[f"delta_{metric}"], published))
-    ax.set_title(f"From the same noise, FID changes by {ours:.2f} at most; the poster's by {theirs:.2f}")
+    ax.set_title(f"Same noise: FID changes by at most {ours:.2f}; poster, new noise: by up to {theirs:.2f}")
     ax.legend(fontsize=9)
 
 
@@ -150,8 +159,10 @@ def paired_digits(
 def _spoken(row: Any) -> str:
     """A row's name in a figure."""
     named = {"none": "FP32", "all": f"uniform {row.format.upper()}"}
-    if row.method in ("baseline", "uniform", "allocator"):
-        return named.get(row.threshold, row.threshold)
+    if row.threshold in named:
+        return named[row.threshold]
+    if row.method == "allocator":
+        return f"allocator, {row.threshold}"
     return f"{row.method}{' ' + row.threshold if row.method == 'ratio' else ''}, {row.format.upper()}"
 
 

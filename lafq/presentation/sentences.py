@@ -18,11 +18,11 @@ def published_ratio_sizes() -> str:
     found = []
     for row in rows:
         share, needed = row.mem_mib / poster.BASELINE_MIB, (1 + float(row.threshold)) / 2
-        below = " (less than uniform FP16 takes)" if row.mem_mib < least else ""
-        found.append(f"{share:.1%} instead of {needed:.1%} for ratio {row.threshold}{below}")
+        below = ", and less than all weights in FP16 take" if row.mem_mib < least else ""
+        found.append(f"{share:.1%} at ratio {row.threshold} (at least {needed:.1%} needed{below})")
     return (
-        "A share r of the weights in FP32 and the others in FP16 take at least (1 + r) / 2 of FP32's bytes. The poster's table "
-        "has less: " + "; ".join(found) + "."
+        "With FP16, a share r of the weights in FP32 and the others in FP16 take at least (1 + r) / 2 of FP32's bytes. The "
+        "poster's sizes are smaller: " + "; ".join(found) + "."
     )
 
 
@@ -34,7 +34,8 @@ def drivers_of_fisher(timesteps: pd.DataFrame) -> str:
     first_bin, over_layer6 = trace[first].sum() / trace.sum(), by_layer / by_layer["Layer6"]
     return (
         f"{first_bin:.0%} of the trace lies at t <= {timesteps[first]['t_high'].iloc[0]}. Per weight, Layer1 has "
-        f"{over_layer6['Layer1']:.1f} times the Fisher information of Layer6, and Layer2 {over_layer6['Layer2']:.1f} times."
+        f"{over_layer6['Layer1']:.1f} times as much Fisher information as Layer6, and Layer2 has {over_layer6['Layer2']:.1f} times "
+        "as much as Layer6."
     )
 
 
@@ -98,7 +99,7 @@ def by_format(published: pd.DataFrame) -> str:
     n, steps, gain = published["n_images"].iloc[0], published["steps"].iloc[0], _published_differences(published).min()
     return (
         f"FP16 weights change FID by {said['fp16']}, INT8 weights by {said['int8']} (95 % intervals; N = {n}, {steps:,} "
-        f"sampling steps, width {poster.WIDTH}). The poster's best row: {gain:+.2f}."
+        f"sampling steps, width {poster.WIDTH}). The poster's lowest difference: {gain:+.2f}."
     )
 
 
@@ -107,8 +108,8 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"New noise alone does as much: it changes the FID of the authors' FP32 model by {noise:.1f} (N = {n}, standard "
-        f"deviation). {(theirs < noise).sum()} of the poster's {len(theirs)} differences are below that."
+        f"New noise alone changes the FID of the authors' FP32 model by {noise:.1f} (standard deviation; N = {n}). "
+        f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller."
     )
 
 
@@ -127,10 +128,10 @@ def reached_sizes(table: pd.DataFrame, method: str, share: float) -> str:
     rows = table[table["method"] == method]
     nearest = (rows["mem_share"] - share).abs().groupby([rows["format"], rows["granularity"]], sort=False).idxmin()
     found = [
-        f"{r.format} by {r.granularity}: {r.mem_share:.1%} ({r.kept_share:.1%} of the weights kept)"
+        f"{r.format} by {r.granularity} {r.mem_share:.1%} (keeps {r.kept_share:.1%} of the weights in FP32)"
         for r in rows.loc[nearest].itertuples()
     ]
-    return f"{method}: the paper's size is {share:.1%} of FP32; nearest of the thresholds counted: " + "; ".join(found) + "."
+    return f"{method}: the paper's size is {share:.1%} of FP32; our nearest sizes: " + "; ".join(found) + "."
 
 
 def changes_by_format(table: pd.DataFrame) -> str:
@@ -141,7 +142,8 @@ def changes_by_format(table: pd.DataFrame) -> str:
     for low, moves in (rows["fid_mnist"] - baseline).groupby(rows["format"]):
         least = f"{moves.min():+.3f}" + (f" to {moves.max():+.3f}" if len(moves) > 1 else "")
         found.append(f"{low} {least} ({len(moves)} row{'s' if len(moves) > 1 else ''})")
-    return f"FID differences from FP32 ({baseline:.2f}), MNIST features, the same noise: " + ", ".join(found) + "."
+    n = table["n_images"].iloc[0]
+    return f"FID minus FP32's {baseline:.2f} (MNIST features, N = {n}, the same noise): " + ", ".join(found) + "."
 
 
 def machines_compared(table: pd.DataFrame) -> str:
@@ -155,10 +157,10 @@ def machines_compared(table: pd.DataFrame) -> str:
     same = table["same_weights"]
     count, rows = table["n_images"].sum(), table["sample"].nunique()
     return (
-        f"The committed images were drawn on one {table['machine'].iloc[0].partition(',')[0]} GPU. {count:,} of them, of {rows} "
-        f"rows, had been drawn on CPUs before, and we compared both. For the {table[same]['sample'].nunique()} rows with the same "
-        f"weights, {found(table[same])}. For the {table[~same]['sample'].nunique()} rows whose masks differ a little, "
-        f"because their Fisher information had been computed on another CPU, {found(table[~same])}."
+        f"The committed images were drawn on one {table['machine'].iloc[0].partition(',')[0]} GPU. We had drawn {count:,} of these "
+        f"images, from {rows} rows, on CPUs before, and compared both. In the {table[same]['sample'].nunique()} rows with the same "
+        f"weights, {found(table[same])}. In the other {table[~same]['sample'].nunique()} rows the Fisher information came from "
+        f"another CPU, so that slightly different weights stayed in FP32. There {found(table[~same])}."
     )
 
 
@@ -183,6 +185,6 @@ def training_quality(quality: pd.DataFrame | None) -> str:
         f"{whole['n_images']} images: is_mnist {whole['is_mnist']:.2f}, FID (MNIST features) {whole['fid_mnist']:.2f}. "
         f"In {len(blocks)} blocks of {blocks['n_images'].iloc[0]}: is_mnist {blocks['is_mnist'].mean():.2f} +- "
         f"{blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- {blocks['fid_mnist'].std():.2f}. All tables use "
-        f"the noise of the first block. Its FID is {first:.2f}; {int((blocks['fid_mnist'] < first).sum())} of "
-        f"the {len(blocks)} blocks have a lower one."
+        f"the noise of the first block. Its FID is {first:.2f}. Rank of this FID among the {len(blocks)} blocks, lowest first: "
+        f"{int((blocks['fid_mnist'] < first).sum()) + 1}."
     )

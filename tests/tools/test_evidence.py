@@ -23,7 +23,7 @@ SMOKE = Workspace("smoke")
 
 
 def claims(name, values):
-    return pd.DataFrame([{"claim": name, "paper": "said", "measured": v} for v in values])
+    return pd.DataFrame([{"claim": name, "paper": "said", "quantity": "a number", "measured": v} for v in values])
 
 
 @pytest.mark.parametrize(

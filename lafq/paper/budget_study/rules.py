@@ -8,8 +8,12 @@ from lafq.paper.claims import Claim, judge
 from lafq.paper.verdict import verdict
 
 RATE = 4.0  # bits per weight at which the claims are tested
-LAYERWISE = {"ratio": "one threshold per layer (ratio)", "group": "one threshold per group", "mean_std": "mean and std by layer"}
-SAID = "thresholds by layer lose less than one threshold for the whole model"
+LAYERWISE = {
+    "ratio": "one threshold per layer (ratio)",
+    "group": "one threshold per group",
+    "mean_std": "mean and std of each layer (mean_std)",
+}
+SAID = "several thresholds lose less than one for the whole model"
 
 
 def rules_at_equal_bytes(table: pd.DataFrame, rounding: str) -> pd.DataFrame:

@@ -45,7 +45,7 @@ def best_rule(table: pd.DataFrame) -> str:
     worse = (others["over_global_low"] > 1).sum()
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
-        f"We compared {len(rows)} rules at {RATE:g} bits per weight and with equal rounding. "
+        f"We compared {len(rows)} rules at {RATE:g} bits per weight, all rounded alike. "
         f"One threshold for the whole model does {best}. Thresholds per group do {said['group']} times that damage, thresholds per "
         f"layer (ratio) {said['ratio']} times."
     )
@@ -72,11 +72,11 @@ def coded_sentence(table: pd.DataFrame) -> str:
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
             f"Entropy coding stores frequent codes in fewer bits. At {CODED_RATE:g} bits per weight lafq's file has "
-            f"{row['file_mib']:.2f} MiB ({row['file_mib'] / full:.1%} of FP32; {row['mem_mib']:.2f} MiB in memory). Its damage is "
-            f"{_over_int8(row)} times that of uniform INT8 (nearest codes; file: {int8['file_mib']:.2f} MiB)."
+            f"{row['file_mib']:.2f} MiB ({row['file_mib'] / full:.1%} of FP32; {row['mem_mib']:.2f} MiB in memory). It does "
+            f"{_over_int8(row)} times the damage of uniform INT8 (rounded to nearest; file: {int8['file_mib']:.2f} MiB)."
         )
     bits = bits_of_equal_damage(rows, int8["damage"])
-    return said + ("" if np.isnan(bits) else f" At {bits:.1f} bits per weight its damage equals INT8's.")
+    return said + ("" if np.isnan(bits) else f" At {bits:.1f} bits per weight both do equal damage.")
 
 
 def coded_beside(table: pd.DataFrame) -> str:
@@ -91,8 +91,8 @@ def coded_beside(table: pd.DataFrame) -> str:
     said = f"Error feedback multiplies the damage of uniform INT8 by {_over_int8(same.iloc[0])}."
     better = "better" if ours["damage"] < nearest["damage"] else "no better"
     return (
-        f"{said} For memory `allocate` is {better}: its plan does {ours['damage']:.1e} damage at {ours['mem_mib']:.2f} MiB, the "
-        f"entropy-coded plan {nearest['damage']:.1e} at {nearest['mem_mib']:.2f} MiB."
+        f"{said} In memory `allocate` is {better}: at {ours['mem_mib']:.2f} MiB of memory its plan does {ours['damage']:.1e} "
+        f"damage; at {nearest['mem_mib']:.2f} MiB of memory the entropy-coded plan does {nearest['damage']:.1e}."
     )
 
 
@@ -153,14 +153,15 @@ def at_int4_bytes(rows: pd.DataFrame, width: int) -> str:
 
     def change(name: str) -> str:
         value, low, high = (f"{by.loc[name, f'delta_fid_mnist{end}']:+.2f}" for end in ("", "_low", "_high"))
-        return f"{value} [{low}, {high}] ({by.loc[name, 'psnr']:.1f} dB)"
+        return f"{value} [{low}, {high}]"
 
+    nearest = by.loc[["allocator", "global", "ratio", "INT4"], "psnr"].idxmax()
     return (
         f"Width {width}, {by.loc['INT4', 'mem_mib']:.2f} MiB ({by.loc['INT4', 'mem_share']:.1%} of FP32), N = "
         f"{by.loc['INT4', 'n_images']:,}: FID (MNIST features) changes by {change('allocator')} with the allocator, "
         f"{change('global')} with one threshold, {change('ratio')} with a threshold per layer (ratio) and {change('INT4')} with "
-        f"uniform INT4. Uniform INT8 ({by.loc['INT8', 'mem_share']:.1%} of FP32) changes it by {change('INT8')}. In parentheses: "
-        "peak signal-to-noise ratio against the images of FP32; higher is closer."
+        f"uniform INT4. Uniform INT8 ({by.loc['INT8', 'mem_share']:.1%} of FP32) changes it by {change('INT8')}. By `psnr` the row "
+        f"nearest to FP32's images at INT4's bytes is: {nearest}."
     )
 
 
@@ -168,8 +169,8 @@ def on_images(claims: pd.DataFrame, width: int, images: int) -> str:
     """What one threshold per layer costs in FID over one for all, from the claims of `rules.image_claims`."""
     row = claims[claims["quantity"].str.contains("(ratio)", regex=False)].iloc[0]
     return (
-        f"In images (width {width}, N = {images:,}), a threshold per layer costs {row['measured']:.1f} "
-        f"[{row['low']:.1f}, {row['high']:.1f}] FID (MNIST features) more than one threshold."
+        f"With thresholds per layer, FID (MNIST features; width {width}, N = {images:,}) is {row['measured']:.1f} "
+        f"[{row['low']:.1f}, {row['high']:.1f}] higher than with one."
     )
 
 
