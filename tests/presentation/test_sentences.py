@@ -62,8 +62,8 @@ def test_findings_follow_from_the_tables(noise):
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
     assert "The poster's lowest difference: -3.09." in found[0]
-    assert "changes the FID of the authors' FP32 model by 4.4 (N = 100, standard" in found[1]
-    assert "2 of the poster's 2 differences are below that." in found[1]
+    assert "changes the FID of the authors' FP32 model by 4.4 (standard deviation; N = 100)" in found[1]
+    assert "2 of the poster's 2 differences are smaller." in found[1]
     assert "We compared 6 rules at 4 bits per weight" in found[2]
     assert "One threshold for the whole model does the least damage. Thresholds per group" in found[2]
     assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times." in found[2]
@@ -71,7 +71,7 @@ def test_findings_follow_from_the_tables(noise):
     assert found[3].startswith("Entropy coding stores frequent codes in fewer bits. At 3 bits per weight lafq's file has 0.80 MiB")
     assert "It does 0.22 [0.11, 0.33] times the damage of uniform INT8 (rounded to nearest; file: 1.70 MiB)." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
-    assert found[3].endswith("At 2.5 bits per weight its damage equals INT8's.")
+    assert found[3].endswith("At 2.5 bits per weight both do equal damage.")
 
 
 def test_the_smallest_file_with_hardly_a_rise_of_fid():
