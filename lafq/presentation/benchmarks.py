@@ -105,8 +105,8 @@ def peers_sentence(table: pd.DataFrame) -> str:
         said[kind] = f"{row[f'over_{kind}']:.2g} times ({row['library']}, {row['bits']} bits, width {row['width']})"
     failed = [f"{r.library}, {r.bits} bits, width {r.width}: {r.error}" for r in others[others["damage"].isna()].itertuples()]
     return (
-        f"In {len(known)} comparisons at equal bytes the allocator does at most {said['all']} the damage of the library. Limited "
-        f"to the weights that the library quantized, it does at most {said['shared']} the damage too."
+        f"In {len(known)} comparisons at equal bytes the allocator does at most {said['all']} the damage of the library; if it may "
+        f"quantize only the weights that the library quantized, at most {said['shared']}."
         + (f" What failed: {'; '.join(failed)}." if failed else "")
     )
 

@@ -56,12 +56,12 @@ def test_compare_puts_the_published_values_beside_ours(row, fid, memory):
 
 def test_published_ratio_sizes():
     sentence = sentences.published_ratio_sizes()
-    assert "has less: 50.7% instead of 67.5% for ratio 0.35;" in sentence
-    assert "47.9% instead of 69.0% for ratio 0.38 (less than uniform FP16 takes);" in sentence
-    assert "50.4% instead of 70.0% for ratio 0.40" in sentence
+    assert "sizes are smaller: 50.7% at ratio 0.35 (at least 67.5% needed);" in sentence
+    assert "47.9% at ratio 0.38 (at least 69.0% needed, and less than all weights in FP16 take);" in sentence
+    assert "50.4% at ratio 0.40 (at least 70.0% needed)." in sentence
 
 
 def test_changes_by_format_and_reached_sizes():
     table = pd.concat([ours("baseline", "none", "fp32"), ours("global", "tau=1").assign(fid_mnist=9.5)])
     assert "fp16 +0.500 (1 row)" in sentences.changes_by_format(table)
-    assert "fp16 by tensor: 50.0% (10.0% of the weights kept)" in sentences.reached_sizes(table, "global", 0.533)
+    assert "fp16 by tensor 50.0% (keeps 10.0% of the weights in FP32)" in sentences.reached_sizes(table, "global", 0.533)

@@ -32,9 +32,11 @@ def test_terrain_rows_stand_beside_the_allocator_at_their_bytes():
         table[column] = [float(i) for i in range(len(names))]
     found = benchmarks.terrain_table(table).set_index("row")
     assert found.index.tolist() == ["uniform int4", "uniform int8", "quanto qint4", "torchao 8"]
-    assert found.loc["quanto qint4", "decibels"] == "3.0" and found.loc["quanto qint4", "allocator at these bytes"] == "7.0"
-    assert found.loc["torchao 8", "allocator at these bytes"] == "not made yet"
-    assert found["entropy-coded file of these bytes"].to_dict() == {
+    assert (
+        found.loc["quanto qint4", "decibels"] == "3.0" and found.loc["quanto qint4", "decibels, allocator at these bytes"] == "7.0"
+    )
+    assert found.loc["torchao 8", "decibels, allocator at these bytes"] == "not made yet"
+    assert found["decibels, coded file of these bytes"].to_dict() == {
         **dict.fromkeys(found.index, ""),
         "uniform int4": "9.0",
     }
@@ -57,7 +59,7 @@ def test_passes_are_means_over_draws_with_plain_ones_in_brackets():
     assert shown["net"].tolist() == ["1 (4)", "0.25 (0.3)"]
     assert shown["other"].tolist() == ["0.7 (9)", "0.6 (0.6)"]
     said = benchmarks.passes_sentence(table)
-    assert "The worst of 5 plans does 1.50 times uniform INT4's damage with shrunk estimates and 9.0 times with plain" in said
+    assert "The worst of all 5 plans does 1.50 times uniform INT4's damage with shrunk estimates and 9.0 times with plain" in said
     assert "0.90 to 1.40 times the predicted one" in said
     assert said.endswith("From 64 passes on, plain means give 1.00 to 1.20 times the damage of shrunk estimates.")
 
