@@ -51,6 +51,7 @@ def beyond(work: Workspace, paper: Workspace) -> dict[str, str]:
         "rules": f"{markdown(rules.rules_at_equal_bytes(budget, methods.FEEDBACK))}\n\n{summaries.best_rule(budget)}",
         "rules_claims": markdown(rules_shown(rule_claims(work))),
         "int4": at_int4_bytes(int4, int4_claims),
+        "damages": damages_at_size(results.load_table(paper, "evidence_damages")),
         "fresh": markdown(summaries.both_draws(budget, results.load_table(work, "06_fresh"))),
         "fresh_images": f"{markdown(images_shown(fresh))}\n\n{summaries.order_by_fid(fresh)}",
         "coded": f"{markdown(tables.coded_shown(coded))}\n\n{coded_said}",
@@ -109,7 +110,7 @@ def headline(table: pd.DataFrame) -> str:
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
         f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images}, {steps:,} steps, "
         f"Inception features. Poster: formats not named, new noise per row, FP32 FID {base.fid:.2f}. Ours: one "
-        f"noise, FP32 FID {baseline:.2f}, single weights kept, 95 % intervals."
+        f"noise, FP32 FID {baseline:.2f}, single weights kept, 95 % intervals. Bytes of FP16, group: authors' README."
     )
 
 
@@ -148,6 +149,11 @@ def rules_shown(found: pd.DataFrame) -> pd.DataFrame:
 def at_int4_bytes(rows: pd.DataFrame, found: pd.DataFrame) -> str:
     """The rows and claims of `make evidence` at the bytes of uniform INT4, and what they say."""
     return f"{markdown(images_shown(rows))}\n\n{summaries.at_int4_bytes(rows, poster.WIDTH)}\n\n{markdown(rules_shown(found))}"
+
+
+def damages_at_size(table: pd.DataFrame) -> str:
+    """06_budget at the poster's size: bytes and damage, and what they say."""
+    return f"{markdown(tables.at_posters_size(table))}\n\n{summaries.against_int8(table)} {summaries.best_rule(table)}"
 
 
 def images_shown(rows: pd.DataFrame) -> pd.DataFrame:

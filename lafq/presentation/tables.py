@@ -7,6 +7,7 @@ import pandas as pd
 from lafq.diffusion.mnist import REFERENCE
 from lafq.diffusion.unet import LAYERS, UNet
 from lafq.evaluation.candidates import KEY
+from lafq.paper.budget_study.methods import CODED, FEEDBACK
 from lafq.paper.results import METHODS, load_optional, load_table
 from lafq.quantization.formats import MIB
 from lafq.workspace import Workspace
@@ -90,6 +91,16 @@ def coded_shown(table: pd.DataFrame) -> pd.DataFrame:
     known = [c for c in columns if not shown[c].isna().all()]
     shown = shown.assign(file_mib=shown["file_mib"].map("{:.2f}".format), over_int8=shown["over_int8"].map("{:.2g}".format))
     return format_table(shown, known, with_interval=("damage", "fid_mnist_delta"))
+
+
+def at_posters_size(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of evidence_damages as they are shown: of the uniform formats and the rules one rounding each."""
+    columns = ["method", "granularity", "budget_bits", "mem_mib", "file_mib", "damage", "over_int8"]
+    uniform, ruled = table["method"] == "uniform", table["method"].str.endswith(FEEDBACK) & table["over_global"].notna()
+    shown = table[(uniform & (table["budget_bits"] < 9)) | table["method"].isin(["allocator", CODED]) | ruled]
+    digits = {"file_mib": "{:.2f}", "over_int8": "{:.2g}"}
+    text = {c: [f.format(v) if pd.notna(v) else "" for v in shown[c]] for c, f in digits.items()}
+    return format_table(shown.assign(**text), columns, with_interval=("damage",))
 
 
 def coded_bytes(work: Workspace, table: pd.DataFrame) -> pd.DataFrame:
