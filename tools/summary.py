@@ -109,8 +109,8 @@ def headline(table: pd.DataFrame) -> str:
     return (
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
         f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images}, {steps:,} steps, "
-        f"Inception features. Poster: formats not named, new noise per row, FP32 FID {base.fid:.2f}. Ours: one "
-        f"noise, FP32 FID {baseline:.2f}, single weights kept, 95 % intervals. Bytes of FP16, group: authors' README."
+        f"Inception features. Poster: no format named, new noise per row, FP32 FID {base.fid:.2f}. Ours: one noise, FP32 FID "
+        f"{baseline:.2f}, rules keep single weights, 95 % intervals. Bytes, FP16 and group: authors' README."
     )
 
 
@@ -128,8 +128,8 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
         cells.append(row)
     quantities = (
         "C1: Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by 3-6. C3: "
-        "mean FID of the 3 ratios in 0.35-0.40 minus that of 5 others. C4: FID of the by-layer or by-group row closest in size to "
-        "uniform FP16, minus FP16's FID. Below 0: better. Sampling steps: 100 (left), 50 (right)."
+        "mean FID, 3 ratios in 0.35-0.40 minus 5 others. C4: FID of the layer or group row nearest to uniform FP16 "
+        "in bytes, minus FP16's FID. Below 0: better. Sampling steps: 100 (left), 50 (right)."
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "at the poster's size", "at a quarter of its width"])
     return f"{markdown(table)}\n\n{quantities}"

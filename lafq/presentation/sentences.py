@@ -109,7 +109,7 @@ def against_noise(published: pd.DataFrame) -> str:
     theirs = _published_differences(published).abs()
     return (
         f"New noise alone changes the FID of the authors' FP32 model by {noise:.1f} (standard deviation; N = {n}). "
-        f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller."
+        f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller than {noise:.1f}."
     )
 
 

@@ -63,15 +63,15 @@ def test_findings_follow_from_the_tables(noise):
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
     assert "The poster's lowest difference: -3.09." in found[0]
     assert "changes the FID of the authors' FP32 model by 4.4 (standard deviation; N = 100)" in found[1]
-    assert "2 of the poster's 2 differences are smaller." in found[1]
-    assert "We compared 6 rules at 4 bits per weight" in found[2]
-    assert "One threshold for the whole model does the least damage. Thresholds per group" in found[2]
-    assert "do 5.0 [2.5, 7.5] times that damage, thresholds per layer (ratio) 15 [7.5, 22] times." in found[2]
+    assert "2 of the poster's 2 differences are smaller than 4.4." in found[1]
+    assert "We compared 6 rules (the poster's, magnitude, random) at 4 bits per weight on average" in found[2]
+    assert "Global does the least damage. Group does" in found[2]
+    assert "Group does 5.0 [2.5, 7.5] times that damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
     assert found[3].startswith("Entropy coding stores frequent codes in fewer bits. At 3 bits per weight lafq's file has 0.80 MiB")
     assert "It does 0.22 [0.11, 0.33] times the damage of uniform INT8 (rounded to nearest; file: 1.70 MiB)." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
-    assert found[3].endswith("At 2.5 bits per weight both do equal damage.")
+    assert found[3].endswith("At 2.5 bits per weight it does INT8's damage.")
 
 
 def test_the_smallest_file_with_hardly_a_rise_of_fid():
@@ -202,7 +202,7 @@ def test_rows_at_the_bytes_of_int4_are_said_with_their_intervals():
     claims = pd.DataFrame(
         {"quantity": ["FID of one threshold per layer (ratio) minus"], "measured": [2.27], "low": [0.86], "high": [3.72]}
     )
-    assert "is 2.3 [0.9, 3.7] higher than with one" in summaries.on_images(claims, 64, 1000)
+    assert "is 2.3 [0.9, 3.7] higher than with global" in summaries.on_images(claims, 64, 1000)
 
 
 def test_methods_are_ordered_by_fid():

@@ -45,9 +45,8 @@ def best_rule(table: pd.DataFrame) -> str:
     worse = (others["over_global_low"] > 1).sum()
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
-        f"We compared {len(rows)} rules at {RATE:g} bits per weight, all rounded alike. "
-        f"One threshold for the whole model does {best}. Thresholds per group do {said['group']} times that damage, thresholds per "
-        f"layer (ratio) {said['ratio']} times."
+        f"We compared {len(rows)} rules (the poster's, magnitude, random) at {RATE:g} bits per weight on average, rounded alike. "
+        f"Global does {best}. Group does {said['group']} times that damage, ratio {said['ratio']} times."
     )
 
 
@@ -76,7 +75,7 @@ def coded_sentence(table: pd.DataFrame) -> str:
             f"{_over_int8(row)} times the damage of uniform INT8 (rounded to nearest; file: {int8['file_mib']:.2f} MiB)."
         )
     bits = bits_of_equal_damage(rows, int8["damage"])
-    return said + ("" if np.isnan(bits) else f" At {bits:.1f} bits per weight both do equal damage.")
+    return said + ("" if np.isnan(bits) else f" At {bits:.1f} bits per weight it does INT8's damage.")
 
 
 def coded_beside(table: pd.DataFrame) -> str:
@@ -169,8 +168,8 @@ def on_images(claims: pd.DataFrame, width: int, images: int) -> str:
     """What one threshold per layer costs in FID over one for all, from the claims of `rules.image_claims`."""
     row = claims[claims["quantity"].str.contains("(ratio)", regex=False)].iloc[0]
     return (
-        f"With thresholds per layer, FID (MNIST features; width {width}, N = {images:,}) is {row['measured']:.1f} "
-        f"[{row['low']:.1f}, {row['high']:.1f}] higher than with one."
+        f"With ratio, FID (MNIST features; width {width}, N = {images:,}) is {row['measured']:.1f} "
+        f"[{row['low']:.1f}, {row['high']:.1f}] higher than with global."
     )
 
 
