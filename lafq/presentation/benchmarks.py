@@ -105,8 +105,8 @@ def peers_sentence(table: pd.DataFrame) -> str:
         said[kind] = f"{row[f'over_{kind}']:.2g} times ({row['library']}, {row['bits']} bits, width {row['width']})"
     failed = [f"{r.library}, {r.bits} bits, width {r.width}: {r.error}" for r in others[others["damage"].isna()].itertuples()]
     return (
-        f"In {len(known)} comparisons at equal bytes the allocator does at most {said['all']} the damage of the library; if it may "
-        f"quantize only the weights that the library quantized, at most {said['shared']}."
+        f"In {len(known)} comparisons at equal bytes the allocator does at most {said['all']} the damage of the library. The "
+        f"maximum is {said['shared']} if it may quantize only the weights that the library quantized."
         + (f" What failed: {'; '.join(failed)}." if failed else "")
     )
 
@@ -175,7 +175,7 @@ def blocks_table(table: pd.DataFrame) -> pd.DataFrame:
             "curvature, MiB": table["curvature_mib"].map("{:,.0f}".format),
             "time of a pass": table["pass_ratio"].map("{:.1f}".format),
             "damage at 4 bits": table["damage"].map("{:.2e}".format),
-            "damage divided by that with all channels in one block": over[0] + " [" + over[1] + ", " + over[2] + "]",
+            "damage divided by that of the width's first row": over[0] + " [" + over[1] + ", " + over[2] + "]",
         }
     )
 
@@ -190,8 +190,8 @@ def passes_sentence(table: pd.DataFrame) -> str:
     return (
         "Damage of the allocator's plan divided by uniform INT4's, at equal bytes, on fresh inputs; in parentheses: without "
         "shrinking (plain means). Below 1: better than uniform. A cell is the mean over three plans, or one for the diffusion "
-        f"model. The worst of all {len(by['shrunk'])} plans does {worst['shrunk']:.2f} times uniform INT4's damage with shrunk "
-        f"estimates and {worst['plain']:.1f} times with plain means. With shrunk estimates the measured damage is {low:.2f} to "
+        f"model. The worst of {len(by['shrunk'])} plans does {worst['shrunk']:.2f} times uniform INT4's damage with shrunk "
+        f"estimates; with plain means, {worst['plain']:.1f} times. With shrunk estimates the measured damage is {low:.2f} to "
         f"{high:.2f} times the predicted one. From {MANY_PASSES} passes on, plain means give {many.min():.2f} to {many.max():.2f} "
         "times the damage of shrunk estimates."
     )

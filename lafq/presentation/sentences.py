@@ -18,10 +18,10 @@ def published_ratio_sizes() -> str:
     found = []
     for row in rows:
         share, needed = row.mem_mib / poster.BASELINE_MIB, (1 + float(row.threshold)) / 2
-        below = ", and less than all weights in FP16 take" if row.mem_mib < least else ""
+        below = "; all weights in FP16 take more than that" if row.mem_mib < least else ""
         found.append(f"{share:.1%} at ratio {row.threshold} (at least {needed:.1%} needed{below})")
     return (
-        "With FP16, a share r of the weights in FP32 and the others in FP16 take at least (1 + r) / 2 of FP32's bytes. The "
+        "If a share r of the weights is FP32 and the rest FP16, the size is at least (1 + r) / 2 of FP32's bytes. The "
         "poster's sizes are smaller: " + "; ".join(found) + "."
     )
 
@@ -33,7 +33,7 @@ def drivers_of_fisher(timesteps: pd.DataFrame) -> str:
     by_layer = trace.groupby(timesteps["layer"]).sum() / timesteps["weights"].groupby(timesteps["layer"]).sum()
     first_bin, over_layer6 = trace[first].sum() / trace.sum(), by_layer / by_layer["Layer6"]
     return (
-        f"{first_bin:.0%} of the trace lies at t <= {timesteps[first]['t_high'].iloc[0]}. Per weight, Layer1 has "
+        f"{first_bin:.0%} of all Fisher information lies at t <= {timesteps[first]['t_high'].iloc[0]}. Per weight, Layer1 has "
         f"{over_layer6['Layer1']:.1f} times as much Fisher information as Layer6, and Layer2 has {over_layer6['Layer2']:.1f} times "
         "as much as Layer6."
     )
@@ -42,8 +42,8 @@ def drivers_of_fisher(timesteps: pd.DataFrame) -> str:
 def layerwise_size() -> str:
     """Why C4 on size needs no test."""
     return (
-        "C4, size: some weights in FP32 and the others in FP16 take more bytes than all in FP16, whatever the thresholds. "
-        "That is arithmetic; there is nothing to test."
+        "C4, size: we do not test whether thresholds by layer save more bytes than uniform FP16. Some weights in FP32 and the "
+        "others in FP16 take more bytes than all in FP16, with any threshold."
     )
 
 
@@ -109,7 +109,7 @@ def against_noise(published: pd.DataFrame) -> str:
     theirs = _published_differences(published).abs()
     return (
         f"New noise alone changes the FID of the authors' FP32 model by {noise:.1f} (standard deviation; N = {n}). "
-        f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are smaller than {noise:.1f}."
+        f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are within ±{noise:.1f}."
     )
 
 

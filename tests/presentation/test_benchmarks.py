@@ -29,7 +29,7 @@ def test_peers_are_shown_by_library_and_bits(peers):
 def test_the_worst_comparison_and_failures_are_named(peers):
     said = benchmarks.peers_sentence(peers)
     assert said.startswith("In 3 comparisons at equal bytes the allocator does at most 0.75 times (y, 4 bits, width 16) the damage")
-    assert "quantized, at most 1.5 times (y, 4 bits, width 16)." in said
+    assert "The maximum is 1.5 times (y, 4 bits, width 16) if it may quantize only" in said
     assert said.endswith("What failed: y, 2 bits, width 16: ValueError: no.")
     assert "What failed" not in benchmarks.peers_sentence(peers[peers["error"] == ""])
 

@@ -59,7 +59,7 @@ def test_passes_are_means_over_draws_with_plain_ones_in_brackets():
     assert shown["net"].tolist() == ["1 (4)", "0.25 (0.3)"]
     assert shown["other"].tolist() == ["0.7 (9)", "0.6 (0.6)"]
     said = benchmarks.passes_sentence(table)
-    assert "The worst of all 5 plans does 1.50 times uniform INT4's damage with shrunk estimates and 9.0 times with plain" in said
+    assert "The worst of 5 plans does 1.50 times uniform INT4's damage with shrunk estimates; with plain means, 9.0 times." in said
     assert "0.90 to 1.40 times the predicted one" in said
     assert said.endswith("From 64 passes on, plain means give 1.00 to 1.20 times the damage of shrunk estimates.")
 

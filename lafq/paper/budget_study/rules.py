@@ -11,9 +11,9 @@ RATE = 4.0  # bits per weight at which the claims are tested
 LAYERWISE = {
     "ratio": "one threshold per layer (ratio)",
     "group": "one threshold per group",
-    "mean_std": "mean and std of each layer (mean_std)",
+    "mean_std": "thresholds at mean and std of each layer (mean_std)",
 }
-SAID = "several thresholds lose less than one for the whole model"
+SAID = "several thresholds do less damage than one for all"
 
 
 def rules_at_equal_bytes(table: pd.DataFrame, rounding: str) -> pd.DataFrame:

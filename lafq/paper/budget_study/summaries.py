@@ -90,8 +90,8 @@ def coded_beside(table: pd.DataFrame) -> str:
     said = f"Error feedback multiplies the damage of uniform INT8 by {_over_int8(same.iloc[0])}."
     better = "better" if ours["damage"] < nearest["damage"] else "no better"
     return (
-        f"{said} In memory `allocate` is {better}: at {ours['mem_mib']:.2f} MiB of memory its plan does {ours['damage']:.1e} "
-        f"damage; at {nearest['mem_mib']:.2f} MiB of memory the entropy-coded plan does {nearest['damage']:.1e}."
+        f'{said} In memory "allocator, all weights" is {better}: {ours["damage"]:.1e} damage at {ours["mem_mib"]:.2f} MiB; '
+        f'"allocator, entropy-coded" does {nearest["damage"]:.1e} at {nearest["mem_mib"]:.2f} MiB.'
     )
 
 
@@ -134,7 +134,7 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
     """`against_int8`, from where on the allocator does half of INT8's damage, and how small FID lets it be."""
     half = _mixed(table)["damage"] <= 0.5 * _int8(table)["damage"]
     from_there = f"From {half.index[half][0]:g} bits per weight on" if half.any() else "At no size"
-    said = f"{against_int8(table)} {from_there}, its damage is at most half of INT8's."
+    said = f"{against_int8(table)} {from_there}, it does at most half of INT8's damage."
     baseline = None if evidence is None else evidence[evidence["method"] == "baseline"]["fid_mnist"].item()
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:
@@ -159,8 +159,8 @@ def at_int4_bytes(rows: pd.DataFrame, width: int) -> str:
         f"Width {width}, {by.loc['INT4', 'mem_mib']:.2f} MiB ({by.loc['INT4', 'mem_share']:.1%} of FP32), N = "
         f"{by.loc['INT4', 'n_images']:,}: FID (MNIST features) changes by {change('allocator')} with the allocator, "
         f"{change('global')} with one threshold, {change('ratio')} with a threshold per layer (ratio) and {change('INT4')} with "
-        f"uniform INT4. Uniform INT8 ({by.loc['INT8', 'mem_share']:.1%} of FP32) changes it by {change('INT8')}. By `psnr` the row "
-        f"nearest to FP32's images at INT4's bytes is: {nearest}."
+        f"uniform INT4. Uniform INT8 ({by.loc['INT8', 'mem_share']:.1%} of FP32) changes it by {change('INT8')}. Of the "
+        f"rows at INT4's bytes, this one has the highest `psnr`: {nearest}."
     )
 
 
