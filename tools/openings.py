@@ -12,6 +12,7 @@ from lafq.paper.audit import published_images
 from lafq.paper.budget_study import summaries
 from lafq.presentation import audit_tables, sentences
 from lafq.workspace import Workspace
+from tools.notebooks import profile_parameters
 
 MARKS = re.compile(r"(<!-- result -->\n).*?(<!-- /result -->)", flags=re.DOTALL)
 
@@ -28,7 +29,7 @@ def fill(path: Path, work: Workspace) -> None:
 
 def filled(source: str, name: str, work: Workspace) -> str:
     """The first cell of the notebook `name` with the result of a profile between its marks."""
-    return MARKS.sub(lambda marks: f"{marks[1]}{result(name, work)} (profile {work.profile})\n{marks[2]}", source)
+    return MARKS.sub(lambda marks: f"{marks[1]}{result(name, work)} ({_made_by(work)})\n{marks[2]}", source)
 
 
 def result(name: str, work: Workspace) -> str:
@@ -51,12 +52,16 @@ def result(name: str, work: Workspace) -> str:
     return f"{summaries.best_rule(budget)} {summaries.coded_sentence(results.load_table(work, '06_coded'))}"
 
 
+def _made_by(work: Workspace) -> str:
+    return f"width {profile_parameters(work.profile)['WIDTH']}, profile {work.profile}"
+
+
 def baseline(work: Workspace) -> str:
     """The unquantized model's scores beside the poster's."""
     [row] = results.load_table(work, "01_baseline").itertuples()
     return (
-        f"FID {row.fid_inception:.1f} on Inception features (poster: {poster.POSTER[0].fid:.1f}) and {row.fid_mnist:.1f} on the "
-        f"classifier's, {row.mem_mib:.2f} MiB; N = {row.n_images}, {row.steps:,} sampling steps."
+        f"FID: {row.fid_inception:.1f} (Inception features; poster: {poster.POSTER[0].fid:.1f}) and {row.fid_mnist:.1f} (MNIST "
+        f"features); {row.mem_mib:.2f} MiB; N = {row.n_images}, {row.steps:,} sampling steps."
     )
 
 
@@ -74,7 +79,7 @@ def threshold_row(work: Workspace, name: str, method: str) -> str:
     row = rows.iloc[0]
     theirs = next(p.fid for p in poster.POSTER if p.method == method) - poster.POSTER[0].fid
     return (
-        f"At {row['mem_share']:.1%} of FP32's bytes, INT8 on single weights changes FID by "
+        f"At {row['mem_share']:.1%} of FP32's bytes, INT8 (single weights kept in FP32) changes FID by "
         f"{sentences.difference(row, 'delta_fid_inception')} (Inception features, N = {row['n_images']}, the same noise as "
         f"{BASELINE.format.upper()}). The poster's row, with other noise, differs by {theirs:+.2f}."
     )

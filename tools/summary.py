@@ -110,7 +110,7 @@ def headline(table: pd.DataFrame) -> str:
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
         f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images}, {steps:,} steps, "
         f"Inception features. Poster: no format named, new noise per row, FP32 FID {base.fid:.2f}. Ours: one noise, FP32 FID "
-        f"{baseline:.2f}, rules keep single weights, 95 % intervals. Bytes, FP16 and group: authors' README."
+        f"{baseline:.2f}, rules keep single weights, 95 % intervals. FP16 and group bytes: authors' README."
     )
 
 
@@ -128,8 +128,8 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
         cells.append(row)
     quantities = (
         "C1: Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by 3-6. C3: "
-        "mean FID, 3 ratios in 0.35-0.40 minus 5 others. C4: FID of the layer or group row nearest to uniform FP16 "
-        "in bytes, minus FP16's FID. Below 0: better. Sampling steps: 100 (left), 50 (right)."
+        "mean FID, 3 ratios in 0.35-0.40 minus 5 others. C4: FID of the layer or group rule closest to FP16 in "
+        "bytes, minus FP16's FID. Below 0: better. Sampling steps: 100 (left), 50 (right)."
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "at the poster's size", "at a quarter of its width"])
     return f"{markdown(table)}\n\n{quantities}"
@@ -143,7 +143,8 @@ def rule_claims(work: Workspace) -> pd.DataFrame:
 
 def rules_shown(found: pd.DataFrame) -> pd.DataFrame:
     """Claims about threshold rules as text; the poster makes none, and each is tested once."""
-    return tables.claims_text(found).drop(columns=["claim", "p", "note"]).rename(columns={"paper": "hypothesis (not the poster's)"})
+    shown = tables.claims_text(found).drop(columns=["claim", "p", "note"])
+    return shown.rename(columns={"statement": "hypothesis (not the poster's)"})
 
 
 def at_int4_bytes(rows: pd.DataFrame, found: pd.DataFrame) -> str:

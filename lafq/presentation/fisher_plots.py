@@ -39,7 +39,7 @@ def fisher_by_group(ax: Axes, timesteps: pd.DataFrame) -> None:
     total = named.groupby("group")[["trace", "weights"]].sum()
     front, others = total["trace"] / total["weights"]
     ax.set(yscale="log", xlabel="timestep t (0 = clean; lower edge of the bin)", ylabel="mean Fisher per weight")
-    ax.set_title(f"Per weight, Layers 1-2 have {front / others:.0f} times the others' Fisher information")
+    ax.set_title(f"Averaged over t, Layers 1-2 have {front / others:.0f} times the others' Fisher information per weight")
     ax.legend()
 
 

@@ -51,7 +51,7 @@ def size_curve(
         ax.plot(rows["threshold"], 100 * rows["mem_share"], **style, label=f"{low} per {granularity}")
     ax.axhline(100 * share, color="black", ls="--", lw=1, label=f"the paper's size, {100 * share:.1f} %")
     ax.set(xlabel=label, ylabel="stored bytes (% of FP32)", ylim=(0, 108), xscale="log" if log else "linear")
-    stored = f"{100 * nearest['mem_share']:.1f} % of FP32's bytes at {nearest['threshold']:.3g}"
+    stored = f"{100 * nearest['mem_share']:.1f} % of FP32's bytes at {label.partition(' (')[0]} = {nearest['threshold']:.3g}"
     ax.set_title(f"INT8 on single weights stores {stored} (paper: {100 * share:.1f} %)", fontsize=10)
     ax.set_xlim(limits)
     ax.legend(fontsize=9)
@@ -161,11 +161,9 @@ def paired_digits(
 
 def _spoken(row: Any) -> str:
     """A row's name in a figure."""
-    named = {"none": "FP32", "all": f"uniform {row.format.upper()}"}
-    if row.threshold in named:
-        return named[row.threshold]
-    if row.method == "allocator":
-        return f"allocator, {row.threshold}"
+    named = {"baseline": "FP32", "uniform": f"uniform {row.format.upper()}", "allocator": f"allocator, {row.threshold}"}
+    if row.method in named:
+        return named[row.method]
     return f"{row.method}{' ' + row.threshold if row.method == 'ratio' else ''}, {row.format.upper()}"
 
 

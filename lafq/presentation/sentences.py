@@ -96,10 +96,10 @@ def by_format(published: pd.DataFrame) -> str:
     """What uniform FP16 and INT8 do to FID, beside the poster's largest gain."""
     rows = published[published["method"] == "uniform"].set_index("format")
     said = {low: difference(rows.loc[low], "delta_fid_inception") for low in ("fp16", "int8")}
-    n, steps, gain = published["n_images"].iloc[0], published["steps"].iloc[0], _published_differences(published).min()
+    n, steps, theirs = published["n_images"].iloc[0], published["steps"].iloc[0], _published_differences(published)
     return (
         f"FP16 weights change FID by {said['fp16']}, INT8 weights by {said['int8']} (95 % intervals; N = {n}, {steps:,} "
-        f"sampling steps, width {poster.WIDTH}). The poster's lowest difference: {gain:+.2f}."
+        f"sampling steps, width {poster.WIDTH}). The poster's lowest: {theirs.min():+.2f} ({published['method'][theirs.idxmin()]})."
     )
 
 
@@ -181,10 +181,11 @@ def training_quality(quality: pd.DataFrame | None) -> str:
     if quality is None:
         return "The spread of FID over disjoint blocks of images has not been measured for these weights."
     whole, blocks, first = quality.iloc[0], quality.iloc[1:], quality["fid_mnist"].iloc[1]
+    lower = int((blocks["fid_mnist"] < first).sum())
+    rank = f"the lowest of the {len(blocks)} blocks" if lower == 0 else f"and {lower} of the {len(blocks)} blocks have a lower one"
     return (
         f"{whole['n_images']} images: is_mnist {whole['is_mnist']:.2f}, FID (MNIST features) {whole['fid_mnist']:.2f}. "
-        f"In {len(blocks)} blocks of {blocks['n_images'].iloc[0]}: is_mnist {blocks['is_mnist'].mean():.2f} +- "
-        f"{blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- {blocks['fid_mnist'].std():.2f}. All tables use "
-        f"the noise of the first block. Its FID is {first:.2f}. Rank of this FID among the {len(blocks)} blocks, lowest first: "
-        f"{int((blocks['fid_mnist'] < first).sum()) + 1}."
+        f"In {len(blocks)} blocks of {blocks['n_images'].iloc[0]} (mean +- standard deviation): is_mnist "
+        f"{blocks['is_mnist'].mean():.2f} +- {blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- "
+        f"{blocks['fid_mnist'].std():.2f}. All tables use the noise of the first block. Its FID is {first:.2f}, {rank}."
     )

@@ -34,13 +34,14 @@ def note(table: pd.DataFrame) -> str:
     images, steps = table["n_images"].iloc[0], table["steps"].iloc[0]
     seen = re.search(r"Inception: (\d+)", " ".join(table["reference"])) if "reference" in table else None
     count = REFERENCE.stop - REFERENCE.start
-    first = "the same" if seen and int(seen[1]) == count else f"the first {int(seen[1]):,} of them" if seen else ""
+    first = "also" if seen and int(seen[1]) == count else f"the first {int(seen[1]):,} of them" if seen else ""
     inception = f"{first} for Inception" if seen else "no Inception columns"
     return (
         f"N = {images} images per row, {steps:,} sampling steps, the same noise in every row. Reference: test digits "
-        f"{REFERENCE.start:,}-{REFERENCE.stop - 1:,} ({count:,} images) for MNIST features, {inception}; both "
-        "sides 32x32 (28x28 zero-padded). IS over one split. MiB = 2**20 bytes. delta_: difference from the FP32 baseline. "
-        "In brackets: 95 % intervals of the expected value at this N, bootstrap over the images (1,000 resamples, paired)."
+        f"{REFERENCE.start:,}-{REFERENCE.stop - 1:,} ({count:,} images) for MNIST features, {inception}. Real "
+        "and generated images are 32x32 (digits zero-padded). IS over one split. MiB = 2**20 bytes. delta_: difference from FP32. "
+        "class_changed: share of images whose predicted digit is another. In brackets: 95 % intervals at this N, paired bootstrap "
+        "over the images (1,000 resamples)."
     )
 
 
@@ -158,13 +159,13 @@ def claims_text(table: pd.DataFrame) -> pd.DataFrame:
     if "p" in table:
         table["p"] = [f"{p:.2g}" if pd.notna(p) else "" for p in table["p"]]
         table["note"] = ["" if pd.isna(note) else note for note in table["note"]]
-    return table.drop(columns=["low", "high"])
+    return table.drop(columns=["low", "high"]).rename(columns={"paper": "statement"})
 
 
 def evidence_claims(work: Workspace) -> pd.DataFrame | None:
     """The claims with more images and over other training runs, as they are shown; None where `make evidence` made neither."""
     names = [n for n in ("evidence_rows_claims", "evidence_runs_over") if load_optional(work, n) is not None]
-    return pd.concat([claims_shown(work, n) for n in names], ignore_index=True).drop(columns="paper") if names else None
+    return pd.concat([claims_shown(work, n) for n in names], ignore_index=True).drop(columns="statement") if names else None
 
 
 def peaks(work: Workspace, table: pd.DataFrame) -> pd.DataFrame:
@@ -179,7 +180,7 @@ def fisher_by_layer(timesteps: pd.DataFrame) -> pd.DataFrame:
     by_layer = total.groupby("layer")[["weights", "trace"]].sum()
     table = pd.DataFrame({"weights": by_layer["weights"] // timesteps["t_low"].nunique()})
     table["mean_fisher"] = (by_layer["trace"] / by_layer["weights"]).map("{:.3g}".format)
-    table["trace_share"] = (by_layer["trace"] / by_layer["trace"].sum()).map("{:.1%}".format)
+    table["share_of_all"] = (by_layer["trace"] / by_layer["trace"].sum()).map("{:.1%}".format)
     return table.reset_index()
 
 

@@ -61,10 +61,10 @@ def test_findings_follow_from_the_tables(noise):
     assert len(found) == 4
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
-    assert "The poster's lowest difference: -3.09." in found[0]
+    assert "The poster's lowest: -3.09 (ratio)." in found[0]
     assert "changes the FID of the authors' FP32 model by 4.4 (standard deviation; N = 100)" in found[1]
     assert "2 of the poster's 2 differences are within ±4.4." in found[1]
-    assert "We compared 6 rules (the poster's, magnitude, random) at 4 bits per weight on average" in found[2]
+    assert "We gave 6 rules (the poster's 4, magnitude, random) equal bytes (4 bits per weight) and rounding." in found[2]
     assert "Global does the least damage. Group does" in found[2]
     assert "Group does 5.0 [2.5, 7.5] times that damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
