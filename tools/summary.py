@@ -127,7 +127,7 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
             row.append(known[0] if known else "not tested yet")
         cells.append(row)
     quantities = (
-        "C1: Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by 3-6. C3: "
+        "C1: empirical Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by 3-6. C3: "
         "mean FID, 3 ratios in 0.35-0.40 minus 5 others. C4: FID of the layer or group rule closest to FP16 in "
         "bytes, minus FP16's FID. Below 0: better. Sampling steps: 100 (left), 50 (right)."
     )

@@ -133,7 +133,7 @@ def best_ratio(table: pd.DataFrame, by: Judge, formats: Sequence[str] = ("fp16",
         best = inside[draws.argmin(1).numpy()].mean()
         note = f"the best ratio lies in 0.35-0.40 in {best:.0%} of resamples (by chance: {inside.mean():.0%})"
         contrasts = [v[..., inside].mean(-1) - v[..., ~inside].mean(-1) for v in (values, draws)]
-        quantity = f"mean FID of ratios 0.35-0.40 minus the others' ({low.upper()} on single weights; {by.features})"
+        quantity = f"mean FID of ratios 0.35-0.40 minus the others' ({low.upper()}, single weights kept; {by.features})"
         found.append((_contrast("C3", quantity, contrasts[0].item(), contrasts[1], by.margin)._replace(note=note), contrasts[1]))
     corrected = holm([_p_value(claim.measured, draws) for claim, draws in found])
     return [

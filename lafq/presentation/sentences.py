@@ -42,7 +42,7 @@ def drivers_of_fisher(timesteps: pd.DataFrame) -> str:
 def layerwise_size() -> str:
     """Why C4 on size needs no test."""
     return (
-        "C4, size: we do not test whether thresholds by layer save more bytes than uniform FP16. Some weights in FP32 and the "
+        "We do not test whether thresholds by layer save more bytes than uniform FP16. Some weights in FP32 and the "
         "others in FP16 take more bytes than all in FP16, with any threshold."
     )
 
@@ -108,7 +108,7 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"New noise alone changes the FID of the authors' FP32 model by {noise:.1f} (standard deviation; N = {n}). "
+        f"Two draws of noise alone make the FID of the authors' FP32 model differ by {noise:.1f} (standard deviation; N = {n}). "
         f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are within ±{noise:.1f}."
     )
 
