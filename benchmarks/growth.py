@@ -187,7 +187,8 @@ def draw(table: pd.DataFrame) -> None:
         ax.set(xscale="log", yscale="log", xlabel="weights of the model", ylabel=label)
     axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     most = table.loc[table.groupby("step")["weights"].idxmax()].set_index("step")
-    title = f"{most['seconds'].idxmax()} takes the most time, {most['peak_mib'].idxmax()} the most memory"
+    slowest, largest = most["seconds"].idxmax(), most["peak_mib"].idxmax()
+    title = f"{slowest} takes the most time (estimate_sensitivity: one pass), {largest} the most memory"
     figure.suptitle(title, fontsize=11)
     report.save_figure(WORK, "growth", figure, "estimate_sensitivity: seconds per pass; random weights; two cores")
     plt.close(figure)
