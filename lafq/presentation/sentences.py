@@ -18,7 +18,7 @@ def published_ratio_sizes() -> str:
     found = []
     for row in rows:
         share, needed = row.mem_mib / poster.BASELINE_MIB, (1 + float(row.threshold)) / 2
-        below = "; all weights in FP16 take more than that" if row.mem_mib < least else ""
+        below = "; less than all weights in FP16 take" if row.mem_mib < least else ""
         found.append(f"{share:.1%} at ratio {row.threshold} (at least {needed:.1%} needed{below})")
     return (
         "If a share r of the weights is FP32 and the rest FP16, the size is at least (1 + r) / 2 of FP32's bytes. The "
@@ -34,8 +34,8 @@ def drivers_of_fisher(timesteps: pd.DataFrame) -> str:
     first_bin, over_layer6 = trace[first].sum() / trace.sum(), by_layer / by_layer["Layer6"]
     return (
         f"{first_bin:.0%} of all Fisher information lies at t <= {timesteps[first]['t_high'].iloc[0]}. Per weight, Layer1 has "
-        f"{over_layer6['Layer1']:.1f} times as much Fisher information as Layer6, and Layer2 has {over_layer6['Layer2']:.1f} times "
-        "as much as Layer6."
+        f"{over_layer6['Layer1']:.1f} times Layer6's Fisher information, and Layer2 {over_layer6['Layer2']:.1f} times (C2 compares "
+        "with Layers 3-6)."
     )
 
 
@@ -143,7 +143,8 @@ def changes_by_format(table: pd.DataFrame) -> str:
         least = f"{moves.min():+.3f}" + (f" to {moves.max():+.3f}" if len(moves) > 1 else "")
         found.append(f"{low} {least} ({len(moves)} row{'s' if len(moves) > 1 else ''})")
     n = table["n_images"].iloc[0]
-    return f"FID minus FP32's {baseline:.2f} (MNIST features, N = {n}, the same noise): " + ", ".join(found) + "."
+    said = f"FID of all rows minus FP32's {baseline:.2f} (MNIST features, N = {n}, the same noise)"
+    return f"{said}: " + ", ".join(found) + "."
 
 
 def machines_compared(table: pd.DataFrame) -> str:

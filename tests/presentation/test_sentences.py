@@ -64,7 +64,7 @@ def test_findings_follow_from_the_tables(noise):
     assert "The poster's lowest: -3.09 (ratio)." in found[0]
     assert "make the FID of the authors' FP32 model differ by 4.4 (standard deviation; N = 100)" in found[1]
     assert "2 of the poster's 2 differences are within ±4.4." in found[1]
-    assert "We gave 6 rules (the poster's 4, magnitude, random) equal bytes (4 bits per weight) and rounding." in found[2]
+    assert "We compared 6 rules (the poster's 4, magnitude, random) at 4 bits per weight and with one rounding." in found[2]
     assert "Global does the least damage. Group does" in found[2]
     assert "Group does 5.0 [2.5, 7.5] times that damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
@@ -129,8 +129,8 @@ def test_what_drives_the_fisher_claims():
         for t in (0, 50)
     ]
     assert sentences.drivers_of_fisher(pd.DataFrame(rows)) == (
-        "80% of all Fisher information lies at t <= 49. Per weight, Layer1 has 8.0 times as much Fisher information as Layer6, "
-        "and Layer2 has 3.0 times as much as Layer6."
+        "80% of all Fisher information lies at t <= 49. Per weight, Layer1 has 8.0 times Layer6's Fisher "
+        "information, and Layer2 3.0 times (C2 compares with Layers 3-6)."
     )
 
 

@@ -163,7 +163,7 @@ def test_fresh_rows_and_their_claims(smoke, tiny):
         *(f"{rule}, {methods.FEEDBACK}" for rule in ("global", "group", "ratio")),
     ]
     assert (found["fresh"]["n_images"] == 20).all()
-    assert found["fresh_claims"]["quantity"].str.contains("minus that of one for all").tolist() == [True, True]
+    assert found["fresh_claims"]["quantity"].str.contains("minus that of global").tolist() == [True, True]
 
 
 @pytest.mark.slow

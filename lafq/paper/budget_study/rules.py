@@ -9,9 +9,9 @@ from lafq.paper.verdict import verdict
 
 RATE = 4.0  # bits per weight at which the claims are tested
 LAYERWISE = {
-    "ratio": "one threshold per layer (ratio)",
-    "group": "one threshold per group",
-    "mean_std": "thresholds at mean and std of each layer (mean_std)",
+    "ratio": "ratio (one threshold per layer)",
+    "group": "group (one threshold per group)",
+    "mean_std": "mean_std (one threshold per layer)",
 }
 SAID = "several thresholds do less damage than one for all"
 
@@ -44,7 +44,7 @@ def damage_claims(table: pd.DataFrame, rounding: str) -> list[Claim]:
     for rule, words in LAYERWISE.items():
         row = at_rate.loc[f"{rule}, {rounding}"]
         ends = row["over_global_low"], row["over_global_high"]
-        quantity = f"damage of {words} over that of one for all ({RATE:g} bits per weight, equal bytes and rounding)"
+        quantity = f"damage of {words} divided by that of global ({RATE:g} bits per weight, equal bytes and rounding)"
         said = verdict(*ends, above=False, null=1.0)
         found.append(Claim("rules", SAID, quantity, row["over_global"], *ends, said))
     return found
@@ -63,6 +63,6 @@ def image_claims(
         own = by.scored(samples[rule])
         value = own.values[by.metric] - whole.values[by.metric]
         ends = bootstrap.interval(value, own.draws[by.metric] - whole.draws[by.metric])
-        quantity = f"FID of {LAYERWISE[rule]} minus that of one for all ({size}; {by.features})"
+        quantity = f"FID of {LAYERWISE[rule]} minus that of global ({size}; {by.features})"
         found.append(Claim("rules", SAID, quantity, value, *ends, verdict(*ends, above=False)))
     return found

@@ -45,7 +45,7 @@ def best_rule(table: pd.DataFrame) -> str:
     worse = (others["over_global_low"] > 1).sum()
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
-        f"We gave {len(rows)} rules (the poster's 4, magnitude, random) equal bytes ({RATE:g} bits per weight) and rounding. "
+        f"We compared {len(rows)} rules (the poster's 4, magnitude, random) at {RATE:g} bits per weight and with one rounding. "
         f"Global does {best}. Group does {said['group']} times that damage, ratio {said['ratio']} times."
     )
 
@@ -159,14 +159,14 @@ def at_int4_bytes(rows: pd.DataFrame, width: int) -> str:
         f"Width {width}, {by.loc['INT4', 'mem_mib']:.2f} MiB ({by.loc['INT4', 'mem_share']:.1%} of FP32), N = "
         f"{by.loc['INT4', 'n_images']:,}: FID (MNIST features) changes by {change('allocator')} with the allocator, "
         f"{change('global')} with one threshold, {change('ratio')} with a threshold per layer (ratio) and {change('INT4')} with "
-        f"uniform INT4. Uniform INT8 ({by.loc['INT8', 'mem_share']:.1%} of FP32) changes it by {change('INT8')}. Of the "
-        f"rows at INT4's bytes, this one has the highest `psnr`: {nearest}."
+        f"uniform INT4. Uniform INT8 ({by.loc['INT8', 'mem_share']:.1%} of FP32) changes it by {change('INT8')}. The "
+        f"highest `psnr` at INT4's bytes: {nearest}."
     )
 
 
 def on_images(claims: pd.DataFrame, width: int, images: int) -> str:
     """What one threshold per layer costs in FID over one for all, from the claims of `rules.image_claims`."""
-    row = claims[claims["quantity"].str.contains("(ratio)", regex=False)].iloc[0]
+    row = claims[claims["quantity"].str.startswith("FID of ratio")].iloc[0]
     return (
         f"With ratio, FID (MNIST features; width {width}, N = {images:,}) is {row['measured']:.1f} "
         f"[{row['low']:.1f}, {row['high']:.1f}] higher than with global."
