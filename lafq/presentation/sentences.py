@@ -108,7 +108,7 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"Two draws of noise alone make the FID of the authors' FP32 model differ by {noise:.1f} (standard deviation; N = {n}). "
+        f"Between two noises, the FID of the authors' FP32 model differs by {noise:.1f} (standard deviation; N = {n}). "
         f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are within ±{noise:.1f}."
     )
 

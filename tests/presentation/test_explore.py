@@ -152,7 +152,7 @@ def test_only_the_weights_are_needed(tiny, sandbox, capsys):
         explore.subject(SMOKE, 4, Sampling(2, 2, 0), samples=8)
     save_tensors(SMOKE.results / "ema.safetensors", tiny.state_dict(), width=4)
     found = explore.subject(SMOKE, 4, Sampling(2, 2, 0), samples=8)
-    assert "estimated here from 8 digits" in capsys.readouterr().out
+    assert "from 8 digits; damage" in capsys.readouterr().out
     assert set(quantizable(tiny)) < set(found.calibration.fisher)
     assert any((f != found.validation.fisher[n]).any() for n, f in found.calibration.fisher.items())
     assert found.digits.shape == (2, 32, 32)

@@ -62,9 +62,9 @@ def test_findings_follow_from_the_tables(noise):
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
     assert "The poster's lowest: -3.09 (ratio)." in found[0]
-    assert "make the FID of the authors' FP32 model differ by 4.4 (standard deviation; N = 100)" in found[1]
+    assert "the FID of the authors' FP32 model differs by 4.4 (standard deviation; N = 100)" in found[1]
     assert "2 of the poster's 2 differences are within ±4.4." in found[1]
-    assert "We compared 6 rules (the poster's 4, magnitude, random) at 4 bits per weight and with one rounding." in found[2]
+    assert "We compared 6 rules (the poster's 4, magnitude, random) at 4 bits per weight, rounded alike." in found[2]
     assert "Global does the least damage. Group does" in found[2]
     assert "Group does 5.0 [2.5, 7.5] times that damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
@@ -200,7 +200,7 @@ def test_rows_at_the_bytes_of_int4_are_said_with_their_intervals():
     assert "17.90 MiB (13.0% of FP32), N = 1,000" in said
     assert "+2.00 [+1.00, +4.00] with the allocator, +3.00" in said and "+1.00 [+0.00, +3.00] with uniform INT4" in said
     claims = pd.DataFrame(
-        {"quantity": ["FID of one threshold per layer (ratio) minus"], "measured": [2.27], "low": [0.86], "high": [3.72]}
+        {"quantity": ["FID of ratio (one threshold per layer) minus"], "measured": [2.27], "low": [0.86], "high": [3.72]}
     )
     assert "is 2.3 [0.9, 3.7] higher than with global" in summaries.on_images(claims, 64, 1000)
 

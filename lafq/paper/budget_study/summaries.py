@@ -45,7 +45,7 @@ def best_rule(table: pd.DataFrame) -> str:
     worse = (others["over_global_low"] > 1).sum()
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
-        f"We compared {len(rows)} rules (the poster's 4, magnitude, random) at {RATE:g} bits per weight and with one rounding. "
+        f"We compared {len(rows)} rules (the poster's 4, magnitude, random) at {RATE:g} bits per weight, rounded alike. "
         f"Global does {best}. Group does {said['group']} times that damage, ratio {said['ratio']} times."
     )
 
