@@ -87,7 +87,7 @@ def test_c3_on_images(inside, outside, expected):
     [claim] = claims.best_ratio(table, claims.judge(images, 0, None))
     assert claim.verdict == expected
     assert claim.low < claim.measured < claim.high
-    assert "FP16 by weight; MNIST features, N = 60" in claim.quantity
+    assert "FP16, single weights kept; MNIST features, N = 60" in claim.quantity
     if expected == "supported":
         assert claim.note == "the best ratio lies in 0.35-0.40 in 100% of resamples (by chance: 38%)"
 
