@@ -165,7 +165,10 @@ def claims_text(table: pd.DataFrame) -> pd.DataFrame:
 def evidence_claims(work: Workspace) -> pd.DataFrame | None:
     """The claims with more images and over other training runs, as they are shown; None where `make evidence` made neither."""
     names = [n for n in ("evidence_rows_claims", "evidence_runs_over") if load_optional(work, n) is not None]
-    return pd.concat([claims_shown(work, n) for n in names], ignore_index=True).drop(columns="statement") if names else None
+    if not names:
+        return None
+    shown = pd.concat([claims_shown(work, name) for name in names], ignore_index=True)
+    return shown[["claim", "quantity", "measured", "verdict"]]
 
 
 def peaks(work: Workspace, table: pd.DataFrame) -> pd.DataFrame:
