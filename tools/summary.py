@@ -175,6 +175,7 @@ def evidence(work: Workspace) -> str:
         fids = runs[runs["method"] == "baseline"]["fid_mnist"]
         lines.append(
             f"The {len(fids)} runs trained for {runs['steps'].iloc[0]:,} steps each. The FID of their unquantized models (MNIST "
-            f"features, N = {runs['n_images'].iloc[0]}) is {fids.min():,.0f} to {fids.max():,.0f}."
+            f"features, N = {runs['n_images'].iloc[0]}) is {fids.min():,.0f} to {fids.max():,.0f}. Their best single "
+            f"ratios, by seed: {sentences.best_ratios(runs)}."
         )
     return "\n".join(([markdown(table), ""] if table is not None else []) + lines)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lafq.paper.poster import BEST_RATIOS, Published
 from lafq.presentation.plots import MARKERS, bars
-from lafq.presentation.sentences import FEATURES, mean_inside_range
+from lafq.presentation.sentences import FEATURES, best_ratios, mean_inside_range
 
 SWEPT = (0.28, 0.5)  # the ratios that the paper swept
 KIND = (("format", "{}"), ("granularity", "per {}"))
@@ -101,8 +101,6 @@ def evidence_figure(many: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     label = "FID difference from FP32\n(MNIST features, N = {})".format
     ratio_sweep(axes[0], many, "delta_fid_mnist", label(many["n_images"][0]), many_images_title(many), KIND)
     block_statistics(axes[0], many)
-    ratios = runs[runs["method"] == "ratio"].reset_index(drop=True)
-    best = ratios.loc[ratios.groupby("seed")["fid_mnist"].idxmin(), "threshold"]
-    title = f"{len(best)} training runs of {runs['steps'][0]:,} steps:\ntheir best ratios are {', '.join(sorted(best))}"
+    title = f"{runs['seed'].nunique()} training runs of {runs['steps'][0]:,} steps:\ntheir best ratios are {best_ratios(runs)}"
     ratio_sweep(axes[1], runs, "delta_fid_mnist", label(runs["n_images"][0]), title, RUN)
     return figure

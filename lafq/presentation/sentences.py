@@ -65,6 +65,12 @@ def mean_inside_range(rows: pd.DataFrame) -> float:
     return means[True] - means[False]
 
 
+def best_ratios(runs: pd.DataFrame) -> str:
+    """The ratio of lowest FID (MNIST features) in each training run, by seed."""
+    ratios = runs[runs["method"] == "ratio"].reset_index(drop=True)
+    return ", ".join(ratios.loc[ratios.groupby("seed")["fid_mnist"].idxmin(), "threshold"])
+
+
 def _int8_ratios(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows["method"] == "ratio") & (rows["format"] == "int8") & (rows["granularity"] == "weight")]
 
