@@ -70,14 +70,14 @@ def published_sets(table: pd.DataFrame) -> str:
     sets = table.iloc[1:].assign(least=table[["kid_p_holm", "classes_p_holm"]].min(axis=1))
     told, alike = sets[sets["least"] < LEVEL], sets[sets["least"] >= LEVEL]
     said = (
-        f"We compared {len(sets)} published sets with the published {UNQUANTIZED} set by two tests, of KID and of the digits. "
+        f"We compared {len(sets)} published image sets with the {UNQUANTIZED} set by two tests: of KID, and of the digits' shares. "
         f"They found no difference for {len(alike)} sets ({', '.join(alike['set'])}; smallest corrected p: "
         f"{alike['least'].min():.2f})."
     )
     for row in told.itertuples():
         said += (
             f" The {row.set} set differs (p = {row.kid_p_holm:.2g} for KID, {row.classes_p_holm:.1g} for the digits): "
-            f"{row.share:.1%} of its images show the digit {row.digit}, {row.share_fp32:.1%} of the {UNQUANTIZED} images do."
+            f"the digit {row.digit} is on {row.share:.1%} of its images, but on {row.share_fp32:.1%} of {UNQUANTIZED}'s."
         )
     return said
 

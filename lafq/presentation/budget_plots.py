@@ -85,8 +85,8 @@ def finding_of_variants(table: pd.DataFrame) -> str:
     damage = _at_title_bits(table)
     nearest, by_tensor = damage["allocator, nearest code", "mixed"], damage["allocator", "tensor"]
     return (
-        f"At {TITLE_BITS:g} bits per weight, damage over the mixed allocator's: nearest code {nearest / damage[ALLOCATOR]:.1f}, "
-        f"one format per tensor {by_tensor / damage[ALLOCATOR]:.1f}"
+        f"At {TITLE_BITS:g} bits per weight, damage divided by the mixed allocator's: nearest code "
+        f"{nearest / damage[ALLOCATOR]:.1f}, one format per tensor {by_tensor / damage[ALLOCATOR]:.1f}"
     )
 
 
