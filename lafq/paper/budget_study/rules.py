@@ -13,7 +13,7 @@ LAYERWISE = {
     "group": "group (one threshold per group)",
     "mean_std": "mean_std (one threshold per layer)",
 }
-SAID = "several thresholds do less damage than one for all"
+SAID = "several thresholds are better than one for all"
 
 
 def rules_at_equal_bytes(table: pd.DataFrame, rounding: str) -> pd.DataFrame:
