@@ -126,10 +126,11 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
             known = [f"**{r.verdict}** ({r.measured:.3g} [{r.low:.3g}, {r.high:.3g}])" for r in found.itertuples()]
             row.append(known[0] if known else "not tested yet")
         cells.append(row)
+    inside = sum(poster.BEST_RATIOS[0] <= ratio <= poster.BEST_RATIOS[1] for ratio in poster.RATIOS)
     quantities = (
         "C1: empirical Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by 3-6. C3: "
-        "mean FID, 3 ratios in 0.35-0.40 minus 5 others. C4: FID of the layer or group rule closest to FP16 in "
-        "bytes, minus FP16's FID. Below 0: better. Sampling steps: 100 (left), 50 (right)."
+        f"mean FID, {inside} ratios in 0.35-0.40 minus {len(poster.RATIOS) - inside} others. C4: FID of the layer or group rule "
+        "closest to FP16 in bytes, minus FP16's FID. Below 0: better. Sampling steps: 100 (left), 50 (right)."
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "at the poster's size", "at a quarter of its width"])
     return f"{markdown(table)}\n\n{quantities}"

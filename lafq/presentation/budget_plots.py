@@ -119,8 +119,9 @@ def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame)
         ax.set(xscale="log", yscale="log", xlabel=proxy, title=title)
         ax.xaxis.set_major_locator(LogLocator(numticks=5))
     best = " and ".join(f'"{name}"' for name in within.index[within.min(axis=1) > 0.95])
-    said = f"Within a format, {best} order the tensors like the measured damage"
-    axes[0].figure.suptitle(f"{said} (rank correlation above 0.95)")
+    if best:
+        said = f"Within a format, {best} order the tensors like the measured damage"
+        axes[0].figure.suptitle(f"{said} (rank correlation above 0.95)")
     axes[0].set_ylabel("measured damage")
     axes[0].legend(fontsize=8)
 

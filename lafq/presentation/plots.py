@@ -120,11 +120,7 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     )
     published = rows["fid_paper"] - table[table["method"] == "baseline"]["fid_paper"].item()
     ax.plot(published, at, "D", mfc="none", color="0.35", label="poster, other noise in every row")
-    ratios = rows["threshold"].where(rows["method"] == "ratio", "")
-    named = [f"{m} {r}".strip() for m, r in zip(rows["method"], ratios, strict=True)]
-    shares = zip(named, rows["format"].str.upper(), rows["mem_share"], strict=True)
-    named = [f"{name}, {low} (ours: {share:.0%} of FP32)" for name, low, share in shares]
-    ax.set_yticks(at, named)
+    ax.set_yticks(at, [f"{_spoken(r)} (ours: {r.mem_share:.0%} of FP32)" for r in rows.itertuples()])
     features = FEATURES[metric]
     at_n = f"N = {rows['n_images'].iloc[0]}, {rows['steps'].iloc[0]:,} sampling steps"
     ax.set(xlabel=f"FID difference from FP32 (positive: worse)\n{features} features; ours: {at_n}")

@@ -56,6 +56,13 @@ def test_which_published_differences_lie_inside(low, high, said):
     assert sentences.published_inside(published(0.05, low, high)).startswith(said)
 
 
+def test_each_training_run_has_its_best_ratio():
+    rows = [(0, "baseline", "none", 0.5), (0, "ratio", "0.30", 3.0), (0, "ratio", "0.48", 2.0)]
+    rows += [(2, "ratio", "0.30", 1.0), (2, "ratio", "0.48", 5.0)]
+    runs = pd.DataFrame(rows, columns=["seed", "method", "threshold", "fid_mnist"])
+    assert sentences.best_ratios(runs) == "0.48, 0.30"
+
+
 def test_findings_follow_from_the_tables(noise):
     found = sentences.findings(published(0.05, -0.1, 0.2), budget(), coded(), "In images, more.")
     assert len(found) == 4
