@@ -1,6 +1,7 @@
 """How many passes a sensitivity needs: damage of the allocator's plan over uniform INT4's, at INT4's bytes, after 1 to 256 passes.
 
-Three small networks with random weights, and the diffusion model of width 16; shrunk estimates beside plain means. A pass is
+Three small networks with random weights, and the diffusion model of width 16; shrunk estimates from one draw of noise per pass
+and from four, beside plain means. A pass is
 one input for the small networks and eight noised digits for the diffusion model. No plan has seen the inputs that measure damage.
 Writes results/benchmarks/passes.csv and figures/benchmarks/passes.png.
 """
@@ -32,6 +33,7 @@ from lafq.workspace import Workspace
 
 WORK = Workspace("benchmarks")
 PASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ESTIMATES = {"shrunk": {}, "plain": {"shrink": False}, "shrunk, 4 draws": {"draws": 4}}
 FRESH, FRESH_SEED = 256, 1000
 SMALLEST = 0.15  # the lower end of the axis that the small networks share
 Measure = Callable[[nn.Module], float]
@@ -103,12 +105,12 @@ def measured(name: str, subject: Subject, passes: Iterable[int] = PASSES) -> pd.
     model = subject.model
     uniform = dict.fromkeys([n for n, p in model.named_parameters() if p.ndim > 1], "int4")
     mib, of_uniform, rows = nbytes(model, uniform) / MIB, subject.damage(dequantize(quantize(model, uniform))), []
-    todo = [(count, draw, shrink) for count in passes for draw in range(subject.draws) for shrink in (True, False)]
-    for count, draw, shrink in tqdm(todo, desc=name, leave=False):
-        found = estimate_sensitivity(model, subject.batches(count, draw), draw, shrink=shrink)
+    todo = [(count, draw, kind) for count in passes for draw in range(subject.draws) for kind in ESTIMATES]
+    for count, draw, kind in tqdm(todo, desc=name, leave=False):
+        found = estimate_sensitivity(model, subject.batches(count, draw), draw, **ESTIMATES[kind])
         plan = allocate(model, found, mib, formats=STUDY_FORMATS, progress=False)
         damage = subject.damage(dequantize(quantize(model, plan)))
-        row = {"network": name, "passes": count, "draw": draw, "estimates": "shrunk" if shrink else "plain"}
+        row = {"network": name, "passes": count, "draw": draw, "estimates": kind}
         rows.append(row | {"over_uniform": damage / of_uniform, "over_predicted": damage / plan.damage})
     return pd.DataFrame(rows)
 
@@ -118,7 +120,7 @@ def draw(table: pd.DataFrame) -> None:
     report.set_style()
     figure, axes = plt.subplots(1, 4, figsize=(11, 3.1), sharex=True)
     for ax, (name, rows) in zip(axes, table.groupby("network", sort=False), strict=True):
-        for (kind, own), style in zip(rows.groupby("estimates", sort=False), ("o-", "s--"), strict=True):
+        for (kind, own), style in zip(rows.groupby("estimates", sort=False), ("o-", "s--", "^:"), strict=True):
             ax.plot("passes", "over_uniform", style, data=own.groupby("passes")["over_uniform"].mean().reset_index(), label=kind)
         ax.axhline(1, color="0.4", lw=1)
         ax.set(xscale="log", yscale="log", title=name, xlabel="passes")

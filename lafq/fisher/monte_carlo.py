@@ -37,13 +37,15 @@ class Sensitivity(NamedTuple):
     its blocks (B, S, S).
 
     passes: batches that both were estimated from. noise: by parameter name, the share of the curvature's off-diagonal that is noise
-    and was shrunk away, 0 to 1. None where it was not estimated.
+    and was shrunk away, 0 to 1. None where it was not estimated. effective_passes: how many passes of equal Fisher trace x tell as
+    much of its mean, (sum of x)^2 / sum of x^2 (Kish 1965); far below `passes` if few inputs make up the trace.
     """
 
     fisher: dict[str, Tensor]
     curvature: dict[str, Tensor]
     passes: int = 0
     noise: dict[str, float] | None = None
+    effective_passes: float = 0.0
 
 
 def monte_carlo_fisher(model: nn.Module, names: list[str], batches: Iterable[tuple[Tensor, ...]], seed: int) -> dict[str, Tensor]:
@@ -54,7 +56,7 @@ def monte_carlo_fisher(model: nn.Module, names: list[str], batches: Iterable[tup
     Needs the memory of training and one gradient more.
     Raises ValueError for an unknown name, no batch, or a result that is not finite or zero everywhere.
     """
-    squares, samples, _ = _squares(unwrapped(model), names, batches, seed)
+    squares, samples, _ = _squares(unwrapped(model), names, batches, seed, 1)
     return {n: f / samples for n, f in squares.items()}
 
 
@@ -66,6 +68,7 @@ def estimate_sensitivity(
     shrink: bool = True,
     largest: int = LARGEST,
     channels: int | None = CHANNELS,
+    draws: int = 1,
 ) -> Sensitivity:
     """Estimate the diagonal of the true Fisher information, and from the same passes the curvature that output channels share.
 
@@ -77,32 +80,38 @@ def estimate_sensitivity(
         shrink: shrink noisy estimates (`fisher.shrinkage`), else take the means over passes as they are.
         largest: columns of a curvature matrix; that of a tensor with more weights per output channel is estimated in blocks.
         channels: output channels that one pass adds to a curvature; those of a tensor with more take turns (None: no turns).
+        draws: of noise per pass. If batches are few, 4 tell more of each; a draw takes a backward pass and memory for a gradient.
 
     >>> import torch
     >>> model = nn.Linear(3, 2)
     >>> estimate_sensitivity(model, [(torch.randn(8, 3),) for _ in range(100)]).curvature["weight"].shape
     torch.Size([3, 3])
 
-    Needs C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that does.
+    Needs C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that does, and for
+    fewer than one draw.
     """
+    if draws < 1:
+        raise ValueError(f"draws is {draws}: a pass needs one draw of noise or more")
     model = unwrapped(model)
     names = [n for n, p in model.named_parameters() if p.ndim > 1] if names is None else names
     views = {n: channel_view(model, n) for n in names if model.get_parameter(n).ndim > 1}
     moments: dict[str, Moments] = {}
 
-    def add(name: str, gradient: Tensor) -> None:
+    def add(name: str, gradients: list[Tensor]) -> None:
         if name in views:
-            rows = views[name].of(gradient)
+            rows = [views[name].of(g) for g in gradients]
             if name not in moments:
-                moments[name] = Moments(rows, largest, channels)
-            moments[name].add(rows)
+                moments[name] = Moments(rows[0], largest, channels)
+            moments[name].add(*rows)
 
-    squares, samples, passes = _squares(model, names, batches, seed, add)
+    squares, samples, traces = _squares(model, names, batches, seed, draws, add)
+    effective = sum(traces) ** 2 / sum(x * x for x in traces)
     if not shrink:
         plain = {n: m.plain_curvature() for n, m in moments.items()}
-        return Sensitivity({n: f / samples for n, f in squares.items()}, plain, passes)
+        return Sensitivity({n: f / samples for n, f in squares.items()}, plain, len(traces), None, effective)
     squares |= {n: views[n].back(m.shrunk_squares(views[n].of(squares[n]))).contiguous() for n, m in moments.items()}
-    return Sensitivity({n: f / samples for n, f in squares.items()}, *_shrunk_curvatures(moments, passes))
+    fisher = {n: f / samples for n, f in squares.items()}
+    return Sensitivity(fisher, *_shrunk_curvatures(moments, len(traces)), effective)
 
 
 def _shrunk_curvatures(moments: dict[str, Moments], passes: int) -> tuple[dict[str, Tensor], int, dict[str, float]]:
@@ -120,11 +129,13 @@ def _squares(
     names: list[str],
     batches: Iterable[tuple[Tensor, ...] | Tensor],
     seed: int,
-    also: Callable[[str, Tensor], None] | None = None,
-) -> tuple[dict[str, Tensor], int, int]:
-    """Squared gradients of the output times N(0, I), summed over passes; the numbers of samples and of passes.
+    draws: int,
+    also: Callable[[str, list[Tensor]], None] | None = None,
+) -> tuple[dict[str, Tensor], int, list[float]]:
+    """Squared gradients of the output times N(0, I), their mean over the draws of a pass summed over passes; the number of samples,
+    and the sum over weights of the squares of each pass.
 
-    `also` sees each gradient.
+    `also` sees the gradients of each pass, one per draw.
     """
     available = dict(model.named_parameters())
     if not names:
@@ -132,7 +143,7 @@ def _squares(
     if unknown := [n for n in names if n not in available]:
         raise ValueError(f"the model has no parameter {unknown[0]!r}: names are those of model.named_parameters()")
     chosen = [available[n] for n in names]
-    samples, passes, g = 0, 0, generator(seed, 1)
+    samples, traces, g = 0, [], generator(seed, 1)
     with evaluating(model, gradients=True):
         total = [torch.zeros_like(p) for p in chosen]
         for n, p in available.items():
@@ -140,17 +151,27 @@ def _squares(
         for batch in batches:
             arguments = arguments_of(batch, chosen[0].device)
             output = checked_output(model(*arguments), len(arguments[0]))
-            noise = torch.randn(output.shape, generator=g, dtype=torch.float32).to(output)
-            gradients = torch.autograd.grad(output, chosen, noise, allow_unused=True, materialize_grads=True)
-            for name, sum_, gradient in zip(names, total, gradients, strict=True):
-                sum_.addcmul_(gradient, gradient)
+            trace = 0.0
+            for name, sum_, gradients in zip(names, total, _gradients(output, chosen, draws, g), strict=True):
+                for gradient in gradients:
+                    sum_.addcmul_(gradient, gradient, value=1 / draws)
+                    trace += torch.linalg.vector_norm(gradient).item() ** 2 / draws
                 if also:
-                    also(name, gradient)
-            samples, passes = samples + len(output), passes + 1
+                    also(name, gradients)
+            samples, traces = samples + len(output), [*traces, trace]
     if not samples:
         raise ValueError("no batch was given: Fisher information needs at least one sample")
     if bad := [n for n, f in zip(names, total, strict=True) if not torch.isfinite(f).all()]:
         raise ValueError(f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged")
     if not any(f.any() for f in total):
         raise ValueError("the Fisher information is zero everywhere: these batches give the output no gradient, give others")
-    return {n: sum_.detach() for n, sum_ in zip(names, total, strict=True)}, samples, passes
+    return {n: sum_.detach() for n, sum_ in zip(names, total, strict=True)}, samples, traces
+
+
+def _gradients(output: Tensor, chosen: list[nn.Parameter], draws: int, noise: torch.Generator) -> list[list[Tensor]]:
+    """By parameter: the gradients of the output times N(0, I), one per draw."""
+    found = []
+    for left in reversed(range(draws)):
+        n = torch.randn(output.shape, generator=noise, dtype=torch.float32).to(output)
+        found.append(torch.autograd.grad(output, chosen, n, retain_graph=left > 0, allow_unused=True, materialize_grads=True))
+    return [list(gradients) for gradients in zip(*found, strict=True)]

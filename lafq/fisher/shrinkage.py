@@ -33,12 +33,16 @@ class Moments:
         self.fourth_powers = gradient.new_zeros(rows, dtype=torch.float64)
         self.mean_squares = gradient.new_zeros(rows, dtype=torch.float64)
 
-    def add(self, gradient: Tensor) -> None:
-        """Add the gradient (R, C) of one pass; channels count alike in the curvature, whatever their gradient's size."""
-        square = gradient.square()
+    def add(self, *draws: Tensor) -> None:
+        """Add the gradients (R, C) of one pass, one per draw of noise; channels count alike in the curvature, whatever their size.
+
+        The spread is that of passes: draws of a pass share its inputs, so only their mean counts.
+        """
+        square = sum(g.square() for g in draws) / len(draws)
         mean = square.mean(1, keepdim=True)
         turn = slice(self.passes % self.turns, None, self.turns)
-        unit = torch.where(mean[turn] > 0, gradient[turn] / mean[turn].sqrt(), 0)
+        scale = (len(draws) * mean[turn]).sqrt()
+        unit = torch.cat([torch.where(scale > 0, g[turn] / scale, 0) for g in draws])
         columns = unit if self.blocks == 1 else unit.unflatten(1, (self.blocks, -1)).movedim(1, 0)
         diagonal = unit.square().sum(0).double().square()
         self.passes += 1

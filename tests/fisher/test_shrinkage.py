@@ -211,3 +211,44 @@ def test_few_passes_give_a_plan_no_worse_than_uniform(make, passes):
     shrunk, plain = map(error, plans)
     assert shrunk < error(uniform) < plain
     assert 1 / 3 < shrunk / plans[0].damage < 3 < plain / plans[1].damage
+
+
+def test_draws_of_a_pass_count_as_one_observation():
+    """Two draws per pass: the share is that of the spread over passes of the mean over draws."""
+    drawn, _ = gradients(40)
+    pairs = drawn.unflatten(0, (20, 2))
+    found = Moments(drawn[0], 30, None)
+    for pair in pairs:
+        found.add(*pair)
+    curvature, share = found.shrunk_curvature()
+    unit = pairs / pairs.square().mean((1, 3), keepdim=True).sqrt()
+    each = torch.einsum("pdrc,pdre->pce", unit, unit)
+    each /= each.mean(0).diagonal().mean()
+    off = ~torch.eye(10, dtype=torch.bool)
+    expected = ((each.var(0) / 20)[off].sum() / each.mean(0)[off].square().sum()).item()
+    assert share == pytest.approx(expected, rel=1e-9) and 0 < share < 1
+    assert curvature[off].numpy() == pytest.approx(((1 - expected) * each.mean(0))[off].numpy(), rel=1e-9)
+    assert found.passes == 20
+
+
+def test_draws_tell_more_of_few_batches():
+    """Distance to what 2,000 passes tell, over three sets of eight inputs; a model takes no draw fewer than one."""
+    model, shape = conv()
+    true = estimate_sensitivity(model, torch.randn(2000, 1, *shape, generator=generator(5)))
+    error = {}
+    for draws in (1, 4):
+        found = [estimate_sensitivity(model, torch.randn(8, 1, *shape, generator=generator(s)), s, draws=draws) for s in (6, 7, 8)]
+        for name in true.fisher:
+            error[draws, name] = sum((f.curvature[name] - true.curvature[name]).square().sum() for f in found)
+    assert all(error[4, n] < 0.8 * error[1, n] for n in true.fisher)
+    with pytest.raises(ValueError, match="draws is 0: a pass needs one draw of noise or more"):
+        estimate_sensitivity(model, torch.randn(1, 1, *shape), draws=0)
+
+
+def test_effective_passes_see_that_few_inputs_make_up_the_trace():
+    model, shape = linear()
+    alike = torch.randn(16, 1, *shape, generator=generator(6))
+    assert 14 < estimate_sensitivity(model, alike).effective_passes <= 16
+    alike[3] *= 100
+    found = estimate_sensitivity(model, alike)
+    assert found.passes == 16 and 1 <= found.effective_passes < 1.5

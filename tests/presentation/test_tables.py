@@ -53,15 +53,17 @@ def test_passes_are_means_over_draws_with_plain_ones_in_brackets():
     rows = [("net", 1, draw, kind, value, 1.0) for draw in (0, 1) for kind, value in (("shrunk", 0.5 + draw), ("plain", 4.0))]
     rows += [("net", 64, 0, "shrunk", 0.25, 0.9), ("net", 64, 0, "plain", 0.3, 1.2), ("other", 1, 0, "shrunk", 0.7, 1.4)]
     rows += [("other", 1, 0, "plain", 9.0, 50.0), ("other", 64, 0, "shrunk", 0.6, 1.1), ("other", 64, 0, "plain", 0.6, 1.1)]
+    rows += [("net", 8, 0, kind, value, 1.0) for kind, value in (("shrunk", 0.4), ("plain", 0.8), (benchmarks.FOUR, 0.2))]
+    rows += [("other", 8, 0, kind, value, 1.0) for kind, value in (("shrunk", 0.4), ("plain", 0.8), (benchmarks.FOUR, 0.5))]
     table = pd.DataFrame(rows, columns=["network", "passes", "draw", "estimates", "over_uniform", "over_predicted"])
-    shown = benchmarks.passes_table(table)
-    assert shown["passes"].tolist() == [1, 64]
+    shown = benchmarks.passes_table(table).set_index("passes").loc[[1, 64]]
     assert shown["net"].tolist() == ["1 (4)", "0.25 (0.3)"]
     assert shown["other"].tolist() == ["0.7 (9)", "0.6 (0.6)"]
     said = benchmarks.passes_sentence(table)
-    assert "The worst of 5 plans does 1.50 times uniform INT4's damage with shrunk estimates; with plain means, 9.0 times." in said
+    assert "The worst of 7 plans does 1.50 times uniform INT4's damage with shrunk estimates; with plain means, 9.0 times." in said
     assert "0.90 to 1.40 times the predicted one" in said
-    assert said.endswith("From 64 passes on, plain means give 1.00 to 1.20 times the damage of shrunk estimates.")
+    assert "From 64 passes on, plain means give 1.00 to 1.20 times the damage of shrunk estimates." in said
+    assert said.endswith("multiply the damage at 2 to 32 passes by 0.50 to 1.25 (mean 0.88).")
 
 
 def test_coded_rows_show_file_and_memory():
