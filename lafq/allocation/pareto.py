@@ -6,7 +6,7 @@ of `monte_carlo.estimate_sensitivity`, `error_feedback.damage`. It is taken with
 output channel), with `formats.unshrunk_scale` scales and, with the curvature, error feedback.
 
 Granularities: "tensor", one format for all rows; "channel", one format per row; "mixed", also a share of the single weights in
-FP16, those of the largest F * w^2.
+FP16, those of the largest F * w^2. Groups of consecutive weights of a channel may have scales of their own.
 """
 
 from collections.abc import Iterable
@@ -16,8 +16,17 @@ import torch
 from torch import Tensor
 
 from lafq.quantization.error_feedback import Factor, damage, diagonal_of, factor, rounded
-from lafq.quantization.formats import DEFAULT_FORMATS, FORMATS, FP16_MAX, Format, fake_quantize, unshrunk_scale
-from lafq.quantization.weight_spec import ChannelView, WeightSpec, counted_bytes
+from lafq.quantization.formats import (
+    DEFAULT_FORMATS,
+    FORMATS,
+    FP16_MAX,
+    Format,
+    fake_quantize,
+    grouped_scale,
+    spread_scale,
+    unshrunk_scale,
+)
+from lafq.quantization.weight_spec import ChannelView, WeightSpec, counted_bytes, scales_per_channel
 
 ALLOCATED = ("tensor", "channel", "mixed")
 SPARSE_SHARES = (0.01,)
@@ -49,6 +58,7 @@ class _Option(NamedTuple):
     damage: Tensor
     bits: Tensor
     in_row: Tensor
+    group: int = 0
 
 
 def pareto_front(
@@ -58,16 +68,20 @@ def pareto_front(
     granularity: str,
     formats: tuple[str, ...] = DEFAULT_FORMATS,
     curvature: Tensor | None = None,
+    groups: tuple[int, ...] = (),
 ) -> list[StorageOption]:
     """The choices of one parameter that no other choice beats in both bytes and damage, smallest first.
 
     weight and fisher have the parameter's shape; view as `channel_view` gives it; curvature (C, C) or (B, S, S) for its columns.
+    groups: so many weights may share a scale, where they divide a channel; groups have no single weights in FP16.
     """
     known = [f for f in (FORMATS[name] for name in formats) if not f.qmax or len(view.shape) > 1]
     values, fisher = view.of(weight), view.of(fisher)
     shared = None if curvature is None else Curvature(curvature, factor(curvature))
-    options = [_option(values, fisher, known, shared)]
-    chosen = [(options[0], torch.full((len(values),), i)) for i in range(len(known))]
+    length = values.shape[1]
+    smaller = [group for group in groups if group < length and not length % group]
+    options = [_option(values, fisher, known, shared, group=group) for group in (0, *smaller)]
+    chosen = [(option, torch.full((len(values),), i)) for option in options for i in range(len(known))]
     if granularity == "mixed" and len(view.shape) > 1:
         saliency = (fisher * values.square()).flatten().argsort(descending=True, stable=True)
         for count in sorted({max(1, round(share * len(saliency))) for share in SPARSE_SHARES}):
@@ -90,28 +104,33 @@ def _option(
     shared: Curvature | None,
     kept: Tensor | None = None,
     view: ChannelView | None = None,
+    group: int = 0,
 ) -> _Option:
-    of_format = torch.stack(_damages(values, fisher, known, shared, kept), 1)
+    of_format = torch.stack(_damages(values, fisher, known, shared, kept, group), 1)
     length = values.shape[1]
-    bits = torch.tensor([f.bits for f in known]) * length + torch.tensor([16 if f.qmax else 0 for f in known])
+    of_scales = 16 * scales_per_channel(length, group)
+    bits = torch.tensor([f.bits for f in known]) * length + torch.tensor([of_scales if f.qmax else 0 for f in known])
     in_row = torch.zeros(len(values), dtype=torch.int64) if kept is None else kept.sum(1)
     mask = None if kept is None else view.back(kept)
-    return _Option(mask, of_format, bits.double().expand(len(values), -1), in_row)
+    return _Option(mask, of_format, bits.double().expand(len(values), -1), in_row, group)
 
 
-def _damages(values: Tensor, fisher: Tensor, known: list[Format], shared: Curvature | None, kept: Tensor | None) -> list[Tensor]:
+def _damages(
+    values: Tensor, fisher: Tensor, known: list[Format], shared: Curvature | None, kept: Tensor | None, group: int
+) -> list[Tensor]:
     """The damage of each row in each format; kept weights are FP16."""
     rest, of_rest = (values, fisher) if kept is None else (values.masked_fill(kept, 0), fisher.masked_fill(kept, 0))
     integers = [f for f in known if f.qmax and shared]
     found, size = {}, 0.5 * fisher.mean(1).double()
     for f in known:
         if f not in integers:
-            stored = fake_quantize(rest, f, unshrunk_scale, of_rest)
+            stored = fake_quantize(rest, f, unshrunk_scale, of_rest, group)
             stored = stored if kept is None else torch.where(kept, _fp16(values), stored)
             found[f] = damage(stored - values, fisher) if shared is None else size * _independent(stored - values, shared)
     if integers:
         # All formats at once: the weights of a row are rounded one after another, and rows cost little more than one.
-        scales = torch.cat([unshrunk_scale(rest, f.qmax, of_rest).float() for f in integers])
+        own = (grouped_scale(unshrunk_scale, rest, f.qmax, of_rest, group) for f in integers)
+        scales = torch.cat([spread_scale(scale, len(values), group) for scale in own])
         qmax = torch.tensor([f.qmax for f in integers]).repeat_interleave(len(values))
         many = None if kept is None else kept.repeat(len(integers), 1)
         rows, quadratic = rounded(values.repeat(len(integers), 1), scales, qmax, shared.factor, many)
@@ -145,14 +164,14 @@ def _cost(view: ChannelView, option: _Option, known: list[Format], chosen: Tenso
     """Bytes and damage with the formats of these numbers, int64 (rows,)."""
     by_format = {known[i]: (chosen == i).nonzero()[:, 0] for i in chosen.unique().tolist()}
     damage = option.damage.gather(1, chosen[:, None]).sum().item()
-    return counted_bytes(view, by_format, option.in_row, "fp16"), damage
+    return counted_bytes(view, by_format, option.in_row, "fp16", option.group), damage
 
 
 def _entry(option: _Option, chosen: Tensor, known: list[Format]) -> str | WeightSpec:
     names = [known[i].name for i in chosen.tolist()]
     format = names[0] if len(set(names)) == 1 else tuple(names)
     if option.kept is None:
-        return format if isinstance(format, str) else WeightSpec(format)
+        return format if isinstance(format, str) and not option.group else WeightSpec(format, group=option.group)
     return WeightSpec(format, option.kept, "fp16")
 
 

@@ -56,6 +56,7 @@ def allocate(
     granularity: str = "mixed",
     formats: tuple[str, ...] = DEFAULT_FORMATS,
     progress: bool = True,
+    groups: tuple[int, ...] = (),
 ) -> Allocation:
     """Choose the formats of least predicted damage that store the whole model in `budget_mib` MiB (2**20 bytes) or less.
 
@@ -65,6 +66,8 @@ def allocate(
             curvature, weights are planned for rounding to the nearest code; with it, for error feedback.
         budget_mib: of all that must be stored, biases, norms, scales and masks included.
         granularity: "tensor", "channel" or "mixed" (channels, and single weights in FP16 where that pays).
+        groups: numbers of consecutive weights that may share a scale, as (128, 64, 32); none: a scale per channel. Each takes
+            as long again.
 
     Returns the plan, with its rounding recipe: `quantize(model, plan)`.
     Raises ValueError as `check_plan`; for an unknown granularity or format, Fisher values that do not fit, and a budget below
@@ -80,7 +83,7 @@ def allocate(
     (True, ['0.weight', '2.weight'])
     """
     model = unwrapped(model)
-    fronts = frontiers_of(model, sensitivity.fisher, granularity, formats, progress, sensitivity.curvature)
+    fronts = frontiers_of(model, sensitivity.fisher, granularity, formats, progress, sensitivity.curvature, groups)
     return solve_budget(model, fronts, budget_mib, recipe=Recipe(unshrunk_scale, sensitivity.fisher, sensitivity.curvature))
 
 
@@ -91,6 +94,7 @@ def frontiers_of(
     formats: tuple[str, ...] = DEFAULT_FORMATS,
     progress: bool = True,
     curvature: dict[str, Tensor] | None = None,
+    groups: tuple[int, ...] = (),
 ) -> dict[str, list[StorageOption]]:
     """The frontier of every parameter that `fisher` names: made once, it serves any number of budgets."""
     model = unwrapped(model)
@@ -98,6 +102,8 @@ def frontiers_of(
         raise ValueError(f"unknown granularity {granularity!r}: choose one of {', '.join(ALLOCATED)}")
     for name in formats:
         get_format(name)
+    if any(group < 1 for group in groups):
+        raise ValueError(f"groups are {groups}: give numbers of weights of at least 1, or none")
     if not fisher or not {"fp32", "fp16"} & set(formats):
         raise ValueError("give the Fisher values of one parameter at least, and fp32 or fp16 among the formats")
     check_plan(model, dict.fromkeys(fisher, "fp16"))
@@ -110,7 +116,7 @@ def frontiers_of(
     for name, values in bar:
         common = (curvature or {}).get(name)
         sides = (parameters[name].detach().cpu(), values.detach().cpu(), channel_view(model, name))
-        found[name] = pareto_front(*sides, granularity, formats, None if common is None else common.cpu())
+        found[name] = pareto_front(*sides, granularity, formats, None if common is None else common.cpu(), groups)
     return found
 
 
@@ -203,9 +209,10 @@ def _best_partner(more: np.ndarray, change: np.ndarray, owner: np.ndarray, left:
 
 
 def _report(name: str, weights: int, choice: StorageOption) -> dict:
-    low, kept, *_ = weight_spec(choice.entry)
+    low, kept, _, _, group = weight_spec(choice.entry)
     rows = [low] if isinstance(low, str) else low
     counts = {f: rows.count(f) for f in FORMATS if f in rows}
     formats = next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} rows {f}" for f, n in counts.items())
+    formats += f", groups of {group}" if group else ""
     row = {"parameter": name, "weights": weights, "bits_per_weight": 8 * choice.nbytes / weights, "formats": formats}
     return row | {"kept": 0 if kept is None else int(kept.sum()), "damage": choice.damage}

@@ -11,7 +11,8 @@ from lafq.quantization.model import tied, weights_sha256, with_quantized
 from lafq.quantization.quantized_weight import QuantizedWeight
 from lafq.quantization.weight_spec import ChannelView
 
-FORMAT_VERSION = 2  # version 1 has no coded streams, int7, int5 and midrise2; files without these still bear it
+# Version 1 has no coded streams, int7, int5 and midrise2, version 2 no groups; files without these still bear it.
+FORMAT_VERSION = 3
 
 
 def save_quantized(path: Path | str, packed: nn.Module, source: nn.Module, compress: bool = False) -> None:
@@ -50,7 +51,8 @@ def save_quantized(path: Path | str, packed: nn.Module, source: nn.Module, compr
     shared = tied(tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in shared}
     new = any("coded" in words or {"int7", "int5", "midrise2"} & set(words["formats"]) for words in plan.values())
-    about = {"format_version": FORMAT_VERSION if new else 1, "width": _width(packed), "source": weights_sha256(source)}
+    version = FORMAT_VERSION if any("group" in words for words in plan.values()) else 2 if new else 1
+    about = {"format_version": version, "width": _width(packed), "source": weights_sha256(source)}
     save_tensors(path, tensors, sealed=True, **about, plan=plan, **({"tied": shared} if shared else {}))
 
 

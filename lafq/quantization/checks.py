@@ -33,7 +33,7 @@ def check_values(model: nn.Module, plan: Entries) -> None:
             raise ValueError(f"{name} holds NaN or infinite weights: it cannot be quantized")
         if name not in plan:
             continue
-        largest, (used, _, _, steps) = p.abs().max().item(), weight_spec(plan[name])
+        largest, (used, _, _, steps, _) = p.abs().max().item(), weight_spec(plan[name])
         formats = [get_format(f) for f in ([used] if isinstance(used, str) else used)]
         # Steps that are given are stored as they are.
         if 0 < largest < max((least_absmax(f) for f in formats if steps is None or not f.qmax), default=0.0):

@@ -59,8 +59,8 @@ def factor(curvature: Tensor) -> Factor:
 def round_with_error_feedback(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: Tensor | None = None) -> Tensor:
     """Rows (R, C) whose integer weights lie on the grid of their row, scales[r] * (-qmax[r]..qmax[r]).
 
-    scales, qmax: (R,), qmax 0 for a row that is not rounded, a half-integer for one whose codes are halves. kept: boolean (R, C),
-    weights that are not rounded; they take up errors of others as well.
+    scales: (R,), or (R, C) where the weights of a row have several. qmax: (R,), 0 for a row that is not rounded, a half-integer
+    for one whose codes are halves. kept: boolean (R, C), weights that are not rounded; they take up errors of others as well.
     """
     return rounded(values, scales, qmax, factor, kept)[0]
 
@@ -72,23 +72,26 @@ def rounded(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: 
     """
     order, upper, pivots, damping = factor
     if upper.ndim == 3:
-        columns = zip(*(t.split(upper.shape[1], 1) for t in (values, values if kept is None else kept)), strict=True)
+        size = upper.shape[1]
+        steps = scales[:, None].expand_as(values) if scales.ndim == 1 else scales
+        columns = zip(*(t.split(size, 1) for t in (values, steps, values if kept is None else kept)), strict=True)
         blocks = zip(columns, map(Factor, *factor), strict=True)
-        found = [rounded(v, scales, qmax, own, kept if kept is None else k) for (v, k), own in blocks]
+        found = [rounded(v, s, qmax, own, kept if kept is None else k) for (v, s, k), own in blocks]
         return torch.cat([rows for rows, _ in found], 1), sum(quadratic for _, quadratic in found)
     free = (qmax == 0)[:, None].expand_as(values) if kept is None else kept | (qmax == 0)[:, None]
     # Columns as rows: what is worked on at a time then lies together in memory.
     exact, free, limit = values[:, order].T.contiguous(), free[:, order].T.contiguous(), qmax.to(values)
     wanted, half = exact.clone(), limit % 1
+    scales = scales.expand(len(exact), -1) if scales.ndim == 1 else scales[:, order].T.contiguous()
     halves, quadratic = bool(half.any()), torch.zeros(len(values), dtype=torch.float64, device=values.device)
     for start in range(0, len(wanted), BLOCK):
         stop = min(start + BLOCK, len(wanted))
         errors, terms = values.new_empty(2, stop - start, len(values))
         for k in range(start, stop):
             column = wanted[k]
-            grid = column / scales
+            grid = column / scales[k]
             grid = grid.sub_(half).round_().add_(half) if halves else grid.round_()
-            grid = grid.clamp_(-limit, limit).mul_(scales)
+            grid = grid.clamp_(-limit, limit).mul_(scales[k])
             grid = torch.where(free[k], column, grid)
             torch.sub(grid, column, out=terms[k - start])
             column.copy_(grid)

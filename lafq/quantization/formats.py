@@ -99,16 +99,29 @@ def unshrunk_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> T
     return _usable(scales[:, 0], qmax)
 
 
+def grouped_scale(rule: ScaleRule, rows: Tensor, qmax: float, fisher: Tensor | None, group: int) -> Tensor:
+    """FP16 scales of a rule, one per row (R,), or one per group of so many consecutive weights, (R * C / group,)."""
+    if group:
+        rows, fisher = rows.reshape(-1, group), None if fisher is None else fisher.reshape(-1, group)
+    return rule(rows, qmax, fisher)
+
+
+def spread_scale(scales: Tensor, channels: int, group: int) -> Tensor:
+    """Scales in FP32 as rounding takes them: one per row (R,), or of groups, one per weight (R, C)."""
+    return scales.float().view(channels, -1).repeat_interleave(group, 1) if group else scales.float()
+
+
 def encode(values: Tensor, scale: Tensor, qmax: float) -> Tensor:
     """Codes nearest to values / scale, shifted by qmax (0 is -qmax), uint8 or, beyond 255, int32."""
     return nearest_code(values / scale, qmax).add_(qmax).to(torch.uint8 if qmax < 128 else torch.int32)
 
 
-def fake_quantize(rows: Tensor, f: Format, scale: ScaleRule, fisher: Tensor | None = None) -> Tensor:
+def fake_quantize(rows: Tensor, f: Format, scale: ScaleRule, fisher: Tensor | None = None, group: int = 0) -> Tensor:
     """The rows (R, C) as they are read after being stored in a format: what rounding leaves of them."""
     if not f.qmax:
         return rows.half().float() if f.bits == 16 else rows
-    scales = scale(rows, f.qmax, fisher).float()[:, None]
+    scales = spread_scale(grouped_scale(scale, rows, f.qmax, fisher, group), len(rows), group)
+    scales = scales if group else scales[:, None]
     return nearest_code(rows / scales, f.qmax).mul_(scales)
 
 

@@ -7,7 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from lafq.quantization.error_feedback import factor, round_with_error_feedback
-from lafq.quantization.formats import FORMATS, FP16_MAX, Format, ScaleRule, encode, get_format, pack_bits, unpack_bits
+from lafq.quantization.formats import (
+    FORMATS,
+    FP16_MAX,
+    Format,
+    ScaleRule,
+    encode,
+    get_format,
+    grouped_scale,
+    pack_bits,
+    spread_scale,
+    unpack_bits,
+)
 from lafq.quantization.weight_spec import (
     CHANNEL_CODE_BITS,
     ORDER,
@@ -24,7 +35,8 @@ class QuantizedWeight(nn.Module):
     """The stored tensors of one parameter, as buffers; calling it computes the FP32 weight.
 
     int8, int6, ..., fp16, fp32: values of the channels in that format, channel after channel, integers bit-packed;
-    int8_scale, ...: FP16, one for each of these channels; formats: where channels differ, 4 bits for each channel.
+    int8_scale, ...: FP16, one for each of these channels, or for each group of consecutive weights of them.
+    formats: where channels differ, 4 bits for each channel.
     kept: values of the kept weights. Their places, whichever is smaller: mask, one bit per weight (the values above then leave them
     out), or counts, one per channel, and columns (the values above then hold a 0 there).
     """
@@ -49,12 +61,12 @@ class QuantizedWeight(nn.Module):
 
         curvature: as for `error_feedback.factor`; without it every weight goes to its nearest code.
         """
-        format, keep_mask, keep_format, steps = weight_spec(entry)
+        format, keep_mask, keep_format, steps, group = weight_spec(entry)
         values = view.of(weight)
         fisher = None if fisher is None else view.of(fisher.to(weight.device))
         by_format = channels_by_format(format, view.size[0], weight.device)
         mask = view.of(keep_mask.to(weight.device)) if keep_mask is not None and keep_mask.any() else None
-        parts, scales, qmax = _scales(values, by_format, mask, scale, fisher, steps)
+        parts, scales, qmax = _scales(values, by_format, mask, scale, fisher, steps, group)
         if curvature is not None and qmax.any():
             values = round_with_error_feedback(values, scales, qmax, factor(curvature.to(weight.device)), mask)
         if mask is not None:
@@ -62,7 +74,7 @@ class QuantizedWeight(nn.Module):
         free = ~mask if "mask" in parts else None
         rest = values if mask is None else values.masked_fill(mask, 0)
         for f, r in by_format.items():
-            chosen = encode(rest[r], scales[r][:, None], f.qmax) if f.qmax else rest[r]
+            chosen = encode(rest[r], scales[r] if group else scales[r][:, None], f.qmax) if f.qmax else rest[r]
             chosen = chosen.flatten() if free is None else chosen[free[r]]
             parts[f.name] = pack_bits(chosen, f.bits) if f.qmax else chosen.to(_dtype(f))
         if len(by_format) > 1:
@@ -122,6 +134,12 @@ class QuantizedWeight(nn.Module):
         codes = unpack_bits(parts["formats"], CHANNEL_CODE_BITS, channels)
         return {ORDER[i]: (codes == i).nonzero()[:, 0] for i in codes.unique().tolist()}
 
+    def _group(self) -> int:
+        """Weights that share a scale, where those of a channel have several; else 0."""
+        parts, length = dict(self.named_buffers()), self.view.size[1]
+        found = {length * len(rows) // len(parts[f"{f}_scale"]) for f, rows in self._rows_of_format().items() if FORMATS[f].qmax}
+        return next((group for group in found if 0 < group < length), 0)
+
     def describe(self) -> dict[str, Any]:
         """The entry of the plan in words, for the metadata of a file."""
         parts = dict(self.named_buffers())
@@ -130,6 +148,8 @@ class QuantizedWeight(nn.Module):
             "groups": self.view.groups,
             "formats": [f for f in ORDER if f in parts],
         }
+        if group := self._group():
+            words["group"] = group
         if "kept" in parts:
             words |= {"kept": parts["kept"].numel(), "high": "fp16" if parts["kept"].dtype == torch.float16 else "fp32"}
         return words
@@ -142,18 +162,20 @@ def _scales(
     scale: ScaleRule,
     fisher: Tensor | None,
     steps: Tensor | None,
+    group: int,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The stored scales by part name; scale and qmax of every row, both (R,): 1 and 0 for a row that is not integer."""
+    """The stored scales by part name; scale, (R,) or of groups (R, C), and qmax (R,): 1 and 0 for a row that is not integer."""
     rest = values
     if mask is not None:
         rest = values.masked_fill(mask, 0)
         fisher = None if fisher is None else fisher.masked_fill(mask, 0)
-    scales, qmax, parts = torch.ones_like(values[:, 0]), torch.zeros_like(values[:, 0]), {}
+    scales, qmax, parts = torch.ones_like(values if group else values[:, 0]), torch.zeros_like(values[:, 0]), {}
     for f, r in by_format.items():
         if f.qmax:
-            chosen = scale(rest[r], f.qmax, None if fisher is None else fisher[r]) if steps is None else steps.to(r.device)[r]
+            of_rows = None if fisher is None else fisher[r]
+            chosen = grouped_scale(scale, rest[r], f.qmax, of_rows, group) if steps is None else steps.to(r.device)[r]
             parts[f"{f.name}_scale"] = chosen
-            scales[r], qmax[r] = chosen.float(), float(f.qmax)
+            scales[r], qmax[r] = spread_scale(chosen, len(r), group), float(f.qmax)
     return parts, scales, qmax
 
 
@@ -177,8 +199,10 @@ def _decode(parts: dict[str, Tensor], name: str, free: Tensor | None, channels: 
         values = parts[name].to(torch.float32, copy=True)
     if free is not None:
         values = torch.zeros(channels, length, device=values.device).masked_scatter_(free, values)
-    values = values.view(channels, length)
-    return values.mul_(parts[f"{name}_scale"].float()[:, None]) if f.qmax else values
+    if f.qmax:
+        scale = parts[f"{name}_scale"].float()
+        values = values.view(len(scale), -1).mul_(scale[:, None])
+    return values.view(channels, length)
 
 
 def _dtype(f: Format) -> torch.dtype:

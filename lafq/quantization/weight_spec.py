@@ -18,12 +18,14 @@ class WeightSpec(NamedTuple):
     format: for all of it, or a tuple with one for each output channel.
     keep_mask: boolean, of the weight's shape: these single weights are stored as `keep_format` ("fp32" or "fp16") instead.
     steps: FP16 scales (output channels,) of integer formats; None: the recipe's rule chooses them.
+    group: so many consecutive weights of a channel share a scale (`ChannelView` order); 0: all of them.
     """
 
     format: str | tuple[str, ...]
     keep_mask: Tensor | None = None
     keep_format: str = "fp32"
     steps: Tensor | None = None
+    group: int = 0
 
 
 class ChannelView(NamedTuple):
@@ -60,7 +62,11 @@ class ChannelView(NamedTuple):
         """Raise ValueError for an unknown format, or formats and masks that do not fit."""
         if not isinstance(entry, str | WeightSpec):
             raise ValueError(f"the plan gives {name} the entry {entry!r}: give the name of a format, or a WeightSpec")
-        format, keep_mask, keep_format, steps = weight_spec(entry)
+        format, keep_mask, keep_format, steps, group = weight_spec(entry)
+        if group and (steps is not None or group < 1 or self.size[1] % group):
+            raise ValueError(
+                f"{name} has {self.size[1]} weights per channel, so a group of {group} does not fit: give a divisor, and no steps"
+            )
         if steps is not None and (steps.shape != self.size[:1] or steps.dtype != torch.float16 or not (steps > 0).all()):
             raise ValueError(f"the steps of {name} must be {self.size[0]} FP16 numbers above 0, one per output channel")
         if isinstance(format, tuple) and len(format) != self.size[0]:
@@ -88,24 +94,31 @@ def weight_spec(entry: str | WeightSpec) -> WeightSpec:
 
 def stored_bytes(view: ChannelView, entry: str | WeightSpec) -> int:
     """Bytes of one parameter in its stored form: values, scales, channel formats, and what tells the kept weights."""
-    format, keep_mask, keep_format, _ = weight_spec(entry)
+    format, keep_mask, keep_format, _, group = weight_spec(entry)
     in_row = torch.zeros(view.size[0], dtype=torch.int64) if keep_mask is None else view.of(keep_mask).sum(1).cpu()
-    return counted_bytes(view, channels_by_format(format, view.size[0]), in_row, keep_format)
+    return counted_bytes(view, channels_by_format(format, view.size[0]), in_row, keep_format, group)
 
 
-def counted_bytes(view: ChannelView, by_format: dict[Format, Tensor], in_row: Tensor, keep_format: str = "fp32") -> int:
+def counted_bytes(
+    view: ChannelView, by_format: dict[Format, Tensor], in_row: Tensor, keep_format: str = "fp32", group: int = 0
+) -> int:
     """`stored_bytes` where only the number of kept weights in each channel is known: in_row, int64 (channels,).
 
     by_format: the channels of each format (`channels_by_format`).
     """
     total = bit_bytes(CHANNEL_CODE_BITS, view.size[0]) if len(by_format) > 1 else 0
-    total += sum(2 * len(r) for f, r in by_format.items() if f.qmax)
+    total += sum(2 * len(r) * scales_per_channel(view.size[1], group) for f, r in by_format.items() if f.qmax)
     return total + packed_bytes(get_format(keep_format), int(in_row.sum())) + mask_encoding(by_format, in_row, view.size[1])[1]
+
+
+def scales_per_channel(length: int, group: int) -> int:
+    """Scales of a channel of so many weights in an integer format."""
+    return length // group if group else 1
 
 
 def in_fp32(view: ChannelView, entry: str | WeightSpec) -> int:
     """How many weights of a parameter its plan entry leaves in FP32."""
-    format, keep_mask, keep_format, _ = weight_spec(entry)
+    format, keep_mask, keep_format, *_ = weight_spec(entry)
     whole = torch.tensor([f == "fp32" for f in ([format] * view.size[0] if isinstance(format, str) else format)])[:, None]
     mask = torch.zeros(view.size, dtype=torch.bool) if keep_mask is None else view.of(keep_mask).cpu()
     return int((whole | mask if keep_format == "fp32" else whole & ~mask).expand(view.size).sum())

@@ -332,3 +332,20 @@ def test_a_tuned_row_counts_for_the_rise_of_fid():
     rows = pd.concat([rows, row.assign(method="allocator, tuned", fid_mnist_delta_high=2.9)])
     assert summaries.smallest_with_fid(rows, 100.0)["method"] == "allocator, tuned"
     assert summaries.smallest_with_fid(rows, 90.0)["budget_bits"] == 8
+
+
+def test_groups_are_chosen_where_they_do_less_damage():
+    """Channels whose weights differ in size from group to group; the plan keeps its budget and does the damage that it says."""
+    spread = torch.logspace(0, -2, 4).repeat_interleave(16)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 32)
+    layer.weight.data *= spread
+    known = Sensitivity({"weight": torch.ones(32, 64)}, {"weight": torch.eye(64)})
+    mib = nbytes(layer, {"weight": weight_spec("int4")._replace(group=16)}) / MIB
+    plan = solver.allocate(layer, known, mib, progress=False)
+    grouped = solver.allocate(layer, known, mib, progress=False, groups=(16, 48))
+    assert grouped["weight"].group == 16 and "groups of 16" in grouped.report["formats"].iloc[0]
+    assert grouped.damage < 0.5 * plan.damage and max(plan.nbytes, grouped.nbytes) <= mib * MIB + 0.5
+    assert damage(layer, grouped, known.fisher) == pytest.approx(grouped.damage, rel=1e-3)
+    with pytest.raises(ValueError, match=r"groups are .*: give numbers of weights of at least 1"):
+        solver.allocate(layer, known, mib, groups=(0,))

@@ -83,6 +83,19 @@ def test_metadata(tiny, path):
     assert about == {"format_version": 1, "width": 4, "source": weights_sha256(tiny), "plan": {"Layer1.resample.weight": words}}
 
 
+@pytest.mark.parametrize("compress", [False, True])
+def test_groups_come_back_and_older_versions_do_not_misread_them(path, monkeypatch, compress):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    packed = quantize(model, {"0.weight": WeightSpec("int4", group=16), "2.weight": "int4"})
+    save_quantized(path, packed, source=model, compress=compress)
+    x = torch.randn(2, 64)
+    assert torch.equal(load_quantized(path, model)(x), packed(x))
+    assert packed.get_submodule("0.parametrizations.weight.0").describe()["group"] == 16
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    with pytest.raises(ValueError, match="format version 3, this lafq reads up to 2: update lafq"):
+        load_quantized(path, model)
+
+
 def test_any_network_comes_back(path):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
     model(torch.randn(5, 1, 4, 4))

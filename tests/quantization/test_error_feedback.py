@@ -63,6 +63,18 @@ def test_no_curvature_at_all_is_nearest_rounding():
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
+def test_weights_of_a_row_may_have_several_scales(blocks):
+    """Each weight on the grid of its own scale; and rows whose scales are equal are rounded as with one scale."""
+    values, scales, qmax, curvature = problem()
+    known = factor(curvature if blocks == 1 else torch.stack([matrix(4, 24, seed) for seed in range(blocks)]))
+    many = (scales[:, None] * torch.tensor([1.0, 1.0, 0.5, 2.0], dtype=torch.float64)).repeat_interleave(3, 1)
+    codes = round_with_error_feedback(values, many, qmax, known) / many
+    assert torch.allclose(codes, codes.round(), atol=1e-9) and codes.abs().max() <= 3 + 1e-9
+    same = round_with_error_feedback(values, scales[:, None].expand_as(values), qmax, known)
+    assert torch.equal(same, round_with_error_feedback(values, scales, qmax, known))
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
 def test_damage_comes_with_the_rounding(blocks):
     """Against the product with the curvature, some weights kept, and a row that is not rounded at all."""
     values, scales, qmax, curvature = problem(columns=12, rank=24)
@@ -159,7 +171,7 @@ def test_curvature_of_a_kronecker_product_is_its_factor():
 
 def test_fisher_is_that_of_true_fisher(tiny, digits):
     names = list(quantizable(tiny))
-    fisher, curvature, passes, _ = estimate_sensitivity(tiny, noised_batches(digits, 16, 0), 0, names, shrink=False)
+    fisher, curvature, passes, *_ = estimate_sensitivity(tiny, noised_batches(digits, 16, 0), 0, names, shrink=False)
     assert passes == 2
     alone = monte_carlo_fisher(tiny, names, noised_batches(digits, 16, 0), 0)
     for n in names:

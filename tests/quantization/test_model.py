@@ -9,6 +9,7 @@ from torch import nn
 from lafq.allocation.thresholds import by_granularity, keep_ratio
 from lafq.diffusion.unet import UNet, quantizable
 from lafq.quantization import formats
+from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import FORMATS
 from lafq.quantization.model import dequantize, nbytes, quantize, resident_bytes
 from lafq.quantization.plan import Recipe, make_plan
@@ -32,6 +33,7 @@ def plans(model):
     cycle = ["int2", "int3", "int4", "int6", "int8", "fp16", "fp32"]
     mixed = {n: tuple((cycle * channels(model, n))[: channels(model, n)]) for n in names}
     scores = by_granularity({n: w.square() for n, w in weights.items()}, "channel", dict.fromkeys(TRANSPOSED, 1))
+    groups = {n: next(d for d in range(2, w.numel()) if channel_view(model, n).size[1] % d == 0) for n, w in weights.items()}
     return {
         "nothing": {},
         **{f: dict.fromkeys(names, f) for f in FORMATS if f != "int16"},
@@ -42,6 +44,8 @@ def plans(model):
         "weights int8": make_plan(random_masks(model, 0.3), "int8"),
         "few weights": {n: WeightSpec("int3", m, "fp16") for n, m in random_masks(model, 0.02).items()},
         "all of it": {n: WeightSpec(mixed[n], m, "fp16") for n, m in random_masks(model, 0.2).items()},
+        "groups": {n: WeightSpec(mixed[n], group=size) for n, size in groups.items()},
+        "groups and weights": {n: WeightSpec("int4", m, "fp16", group=groups[n]) for n, m in random_masks(model, 0.02).items()},
         "bias and norm": dict.fromkeys([n for n, p in model.named_parameters() if p.ndim == 1], "fp16"),
     }
 
@@ -100,6 +104,19 @@ def test_fp16_rounds_and_channels_go_their_own_way(tiny):
     whole = dequantize(quantize(tiny, {"Layer4.resample.weight": "int8"})).Layer4.resample.weight
     assert torch.equal(copied[:, 1::2], w[:, 1::2].half().float())
     assert torch.equal(copied[:, ::2], whole[:, ::2])
+
+
+def test_a_group_is_rounded_like_a_channel_of_its_own():
+    """36 weights per channel in groups of 12, which are rows of a wider layer; groups that do not divide it are refused."""
+    torch.manual_seed(0)
+    layer, wide = torch.nn.Conv2d(4, 6, 3), torch.nn.Linear(12, 18)
+    wide.weight.data = layer.weight.data.movedim(1, -1).reshape(18, 12)
+    found = dequantize(quantize(layer, {"weight": WeightSpec("int4", group=12)}, Recipe(formats.unshrunk_scale)))
+    expected = dequantize(quantize(wide, {"weight": "int4"}, Recipe(formats.unshrunk_scale)))
+    assert torch.equal(found.weight.movedim(1, -1).reshape(18, 12), expected.weight)
+    assert nbytes(layer, {"weight": WeightSpec("int4", group=12)}) == nbytes(layer, {"weight": "int4"}) + 2 * (18 - 6)
+    with pytest.raises(ValueError, match="weight has 36 weights per channel, so a group of 8 does not fit: give a divisor"):
+        nbytes(layer, {"weight": WeightSpec("int4", group=8)})
 
 
 @pytest.mark.parametrize("share", [1, 40])

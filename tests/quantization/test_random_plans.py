@@ -30,14 +30,15 @@ def layers(draw):
 
 
 @st.composite
-def entries(draw, shape, channels):
+def entries(draw, shape, channels, length):
     formats = st.sampled_from([f for f in FORMATS if f != "int16"] if len(shape) > 1 else ["fp16", "fp32"])
     format = draw(st.one_of(formats, st.tuples(*[formats] * channels)))
+    group = draw(st.sampled_from([0, *(size for size in range(1, length + 1) if length % size == 0)]))
     if draw(st.booleans()):
-        return format if isinstance(format, str) else WeightSpec(format)
+        return format if isinstance(format, str) and not group else WeightSpec(format, group=group)
     g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     mask = torch.rand(shape, generator=g) < draw(st.sampled_from([0.0, 0.1, 0.6, 1.0]))
-    return WeightSpec(format, mask, draw(st.sampled_from(["fp16", "fp32"])))
+    return WeightSpec(format, mask, draw(st.sampled_from(["fp16", "fp32"])), group=group)
 
 
 @st.composite
@@ -45,7 +46,7 @@ def models_with_plans(draw):
     torch.manual_seed(draw(st.integers(0, 99)))
     model = nn.ModuleList(draw(st.lists(layers(), min_size=1, max_size=3)))
     names = draw(st.sets(st.sampled_from([n for n, _ in model.named_parameters()])))
-    plan = {n: draw(entries(tuple(model.get_parameter(n).shape), channel_view(model, n).size[0])) for n in sorted(names)}
+    plan = {n: draw(entries(tuple(model.get_parameter(n).shape), *channel_view(model, n).size)) for n in sorted(names)}
     return model, plan
 
 
