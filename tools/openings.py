@@ -29,7 +29,8 @@ def fill(path: Path, work: Workspace) -> None:
 
 def filled(source: str, name: str, work: Workspace) -> str:
     """The first cell of the notebook `name` with the result of a profile between its marks."""
-    return MARKS.sub(lambda marks: f"{marks[1]}{result(name, work)} ({_made_by(work)})\n{marks[2]}", source)
+    said = f"{result(name, work)} (width {profile_parameters(work.profile)['WIDTH']})"
+    return MARKS.sub(lambda marks: f"{marks[1]}{said}\n{marks[2]}", source)
 
 
 def result(name: str, work: Workspace) -> str:
@@ -47,13 +48,10 @@ def result(name: str, work: Workspace) -> str:
     if name == "08_published":
         return f"{sentences.by_format(published)} {sentences.published_inside(published)}"
     if name == "07_audit":
-        return f"{audit_tables.published_sets(published_images.load('compared'))} {sentences.against_noise(published)}"
+        sets = audit_tables.published_sets(published_images.load("compared"))
+        return f"{sets} {sentences.against_noise(published)} {audit_tables.images_of_r1(results.load_table(work, '07_protocol'))}"
     budget = results.load_table(work, "budget")
     return f"{summaries.best_rule(budget)} {summaries.coded_sentence(results.load_table(work, '06_coded'))}"
-
-
-def _made_by(work: Workspace) -> str:
-    return f"width {profile_parameters(work.profile)['WIDTH']}, profile {work.profile}"
 
 
 def baseline(work: Workspace) -> str:

@@ -74,7 +74,7 @@ def paired_change(losses: Tensor, baseline: Tensor, generated: Tensor, unquantiz
     """What FID cannot see, of images (N, 1, 32, 32) and held-out losses against the unquantized model's from the same noise.
 
     `rmse`, the mean over images of the root mean squared difference (0..1); `psnr`, the peak signal-to-noise ratio of all of them
-    in dB; `class_changed`, the share of images whose predicted digit is another; `delta_loss`, the rise of the denoising loss on
+    in dB; `class_changed`, the share of images whose predicted digit changes; `delta_loss`, the rise of the denoising loss on
     held-out digits, with its 95 % interval.
     """
     off = (unit_interval(generated) - unit_interval(unquantized)).square().flatten(1).mean(1)

@@ -105,8 +105,8 @@ def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int
         return (share(found) / of_front).log() - ((1 - share(found)) / (1 - of_front)).log()
 
     quantities = {
-        "C1": (halves, f"mean Fisher at t < {HALF} over that at t >= {HALF}"),
-        "C2": (per_weight, "mean Fisher per weight of Layers 1-2 over that of Layers 3-6"),
+        "C1": (halves, f"mean Fisher at t < {HALF} divided by that at t >= {HALF}"),
+        "C2": (per_weight, "mean Fisher per weight, Layers 1-2 divided by Layers 3-6"),
         "C2 share": (share, f"share of all Fisher information in Layers 1-2, which have {of_front:.1%} of the weights"),
     }
     found = []
@@ -131,7 +131,7 @@ def best_ratio(table: pd.DataFrame, by: Judge, formats: Sequence[str] = ("fp16",
         values = torch.tensor([s.values[by.metric] for s in scored])
         draws = torch.stack([s.draws[by.metric] for s in scored], 1)
         best = inside[draws.argmin(1).numpy()].mean()
-        note = f"the best ratio lies in 0.35-0.40 in {best:.0%} of resamples (by chance: {inside.mean():.0%})"
+        note = f"the best ratio is one of 0.35-0.40 in {best:.0%} of resamples ({inside.mean():.0%} of the ratios are)"
         contrasts = [v[..., inside].mean(-1) - v[..., ~inside].mean(-1) for v in (values, draws)]
         quantity = f"mean FID of ratios 0.35-0.40 minus the others' ({low.upper()}, single weights kept; {by.features})"
         found.append((_contrast("C3", quantity, contrasts[0].item(), contrasts[1], by.margin)._replace(note=note), contrasts[1]))
@@ -148,7 +148,7 @@ def layerwise_images(table: pd.DataFrame, by: Judge) -> Claim:
     rows = table[table["method"].isin(LAYERWISE) & (table["format"] == "int8")]
     row = rows.loc[(rows["mem_mib"] - uniform["mem_mib"]).abs().idxmin()]
     named = f"{row['method']} {row['threshold']}, INT8 by {row['granularity']} ({row['mem_mib']:.2f} MiB)"
-    quantity = f"FID of {named} minus that of uniform FP16 ({uniform['mem_mib']:.2f} MiB; {by.features})"
+    quantity = f"FID of {named} minus FID of uniform FP16 ({uniform['mem_mib']:.2f} MiB; {by.features})"
     first, second = by.scored(row["sample"]), by.scored(uniform["sample"])
     draws = first.draws[by.metric] - second.draws[by.metric]
     return _contrast("C4 images", quantity, first.values[by.metric] - second.values[by.metric], draws, by.margin)

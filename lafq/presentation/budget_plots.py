@@ -45,8 +45,8 @@ VARIANTS = (
     ALLOCATOR,
     ("allocator, tuned", "mixed"),
 )
-SIZES = {"mem_mib": "stored MiB", "file_mib": "MiB of the entropy-coded file"}
-TITLE_BITS = 4.0
+SIZES = {"mem_mib": "MiB in memory", "file_mib": "MiB of the file"}
+TITLE_BITS, EXTREMES = 4.0, 10
 
 
 def chosen(table: pd.DataFrame, kinds: Sequence[tuple[str, str]]) -> pd.DataFrame:
@@ -85,8 +85,8 @@ def finding_of_variants(table: pd.DataFrame) -> str:
     damage = _at_title_bits(table)
     nearest, by_tensor = damage["allocator, nearest code", "mixed"], damage["allocator", "tensor"]
     return (
-        f"At {TITLE_BITS:g} bits per weight, damage divided by the mixed allocator's: nearest code "
-        f"{nearest / damage[ALLOCATOR]:.1f}, one format per tensor {by_tensor / damage[ALLOCATOR]:.1f}"
+        f"At {TITLE_BITS:g} bits per weight, nearest code does {nearest / damage[ALLOCATOR]:.1f} times and one format per tensor "
+        f"{by_tensor / damage[ALLOCATOR]:.1f} times the allocator's damage"
     )
 
 
@@ -166,8 +166,13 @@ def bits_map(axes: Sequence[Axes], report: pd.DataFrame) -> None:
     fisher = report.drop_duplicates("parameter").set_index("parameter").loc[names, "fisher"]
     axes[0].bar(np.arange(len(names)) + 0.5, fisher, color="0.4")
     axes[0].set(yscale="log", ylabel="mean true Fisher", xlim=(0, len(names)), xticks=[])
-    axes[0].set_title("Fisher information of each weight tensor, and the bits per weight that the allocator (mixed) gave it")
     grid = report.pivot(index="budget_bits", columns="parameter", values="bits_per_weight")[names]
+    ordered, at = fisher.sort_values().index, grid.index[np.abs(grid.index - TITLE_BITS).argmin()]
+    least, most = (grid.loc[at, list(some)].mean() for some in (ordered[:EXTREMES], ordered[-EXTREMES:]))
+    axes[0].set_title(
+        f"At {at:g} bits per weight the allocator (mixed) gives {most:.1f} bits to the {EXTREMES} weight tensors of most Fisher "
+        f"information, {least:.1f} to the {EXTREMES} of least"
+    )
     norm, bar = LogNorm(2, 32), {"label": "bits per weight", "ticks": [2, 3, 4, 6, 8, 16, 32], "format": "{x:.0f}", "pad": 0.01}
     sns.heatmap(grid, ax=axes[1], norm=norm, cmap="viridis", annot=True, fmt=".1f", annot_kws={"size": 6}, cbar_kws=bar)
     axes[1].collections[0].colorbar.minorticks_off()

@@ -52,7 +52,7 @@ def size_curve(
     ax.axhline(100 * share, color="black", ls="--", lw=1, label=f"the paper's size, {100 * share:.1f} %")
     ax.set(xlabel=label, ylabel="stored bytes (% of FP32)", ylim=(0, 108), xscale="log" if log else "linear")
     stored = f"{100 * nearest['mem_share']:.1f} % of FP32's bytes at {label.partition(' (')[0]} = {nearest['threshold']:.3g}"
-    ax.set_title(f"INT8 on single weights stores {stored} (paper: {100 * share:.1f} %)", fontsize=10)
+    ax.set_title(f"INT8 by weight stores {stored} (paper: {100 * share:.1f} %)", fontsize=10)
     ax.set_xlim(limits)
     ax.legend(fontsize=9)
 
@@ -93,10 +93,10 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[P
             ax.axhline(beyond, color=colour, ls="--", lw=1, label=f"{label}, N to infinity: {beyond:.1f}")
         if features == "Inception":
             sizes, fids = zip(*((row.images, row.fid) for row in published if row.images in (100, 5000)), strict=True)
-            label = "published (N = 100: poster; 5,000: README)"
+            label = "the authors' rows (N = 100: poster; 5,000: their README)"
             ax.scatter(sizes, fids, marker="_", s=120, lw=0.8, color="black", zorder=3, label=label)
         at_100 = panel[(panel["images"] == "generated") & (panel["n"] == 100)]["sd"]
-        spread = f": at N = 100 new noise moves FID by ±{at_100.item():.1f} (1 sd)" if len(at_100) else ""
+        spread = f": standard deviation {at_100.item():.1f} at N = 100" if len(at_100) else ""
         ax.set(xscale="log", yscale="log", xlabel="images N in a block", ylabel="FID", title=f"{features} features{spread}")
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter("{x:,.0f}")
@@ -134,8 +134,11 @@ def sets_of_digits(axes: Sequence[Axes], table: pd.DataFrame, images: dict[str, 
     for ax, row in zip(axes, table.itertuples(), strict=True):
         digits(ax, images[row.images], len(images[row.images]), "")
         ax.set_ylabel(f"{row.images}\nFID {row.fid_mnist:.0f}", rotation=0, ha="right", va="center", fontsize=9)
+    grey = table.set_index("images")["background"]
     axes[0].set_title(
-        f"The same noise in every row but the last; FID on MNIST features, N = {table['n_images'].iloc[0]}", fontsize=10
+        f"With INT4 the background is grey ({grey['uniform INT4']:.3f}; with INT3 {grey['uniform INT3']:.3f}), so FID is highest\n"
+        f"(the same noise in every row but the last; FID on MNIST features, N = {table['n_images'].iloc[0]})",
+        fontsize=10,
     )
 
 

@@ -18,7 +18,7 @@ def published_ratio_sizes() -> str:
     found = []
     for row in rows:
         share, needed = row.mem_mib / poster.BASELINE_MIB, (1 + float(row.threshold)) / 2
-        below = "; less than all weights in FP16 take" if row.mem_mib < least else ""
+        below = "; below uniform FP16" if row.mem_mib < least else ""
         found.append(f"{share:.1%} at ratio {row.threshold} (at least {needed:.1%} needed{below})")
     return (
         "If a share r of the weights is FP32 and the rest FP16, the size is at least (1 + r) / 2 of FP32's bytes. The "
@@ -34,16 +34,16 @@ def drivers_of_fisher(timesteps: pd.DataFrame) -> str:
     first_bin, over_layer6 = trace[first].sum() / trace.sum(), by_layer / by_layer["Layer6"]
     return (
         f"{first_bin:.0%} of all Fisher information lies at t <= {timesteps[first]['t_high'].iloc[0]}. Per weight, Layer1 has "
-        f"{over_layer6['Layer1']:.1f} times Layer6's Fisher information, and Layer2 {over_layer6['Layer2']:.1f} times (C2 compares "
-        "with Layers 3-6)."
+        f"{over_layer6['Layer1']:.1f} times and Layer2 {over_layer6['Layer2']:.1f} times the Fisher information of Layer6 alone "
+        "(C2 compares with Layers 3-6)."
     )
 
 
 def layerwise_size() -> str:
     """Why C4 on size needs no test."""
     return (
-        "We do not test whether thresholds by layer save more bytes than uniform FP16. Some weights in FP32 and the "
-        "others in FP16 take more bytes than all in FP16, with any threshold."
+        "We do not test whether thresholds by layer save more bytes than uniform FP16. A mix of FP32 and FP16 "
+        "weights always takes more bytes than FP16 alone."
     )
 
 
@@ -53,8 +53,8 @@ def ratios_with_many_images(rows: pd.DataFrame) -> str:
     best, (low, high) = sweep.loc[sweep["fid_mnist"].idxmin(), "threshold"], poster.BEST_RATIOS
     return (
         f"At N = {sweep['n_images'].iloc[0]:,} the mean FID (MNIST features) of the ratios in 0.35-0.40 minus that of the others "
-        f"is {mean_inside_range(rows):+.2f}. The verdict on C3 is about this mean. The best single ratio is {best}, "
-        f"{'inside' if low <= float(best) <= high else 'outside'} that range."
+        f"is {mean_inside_range(rows):+.2f}. The verdict on C3 tests only this mean. The best single ratio ({best}) "
+        f"is {'' if low <= float(best) <= high else 'not '}in 0.35-0.40."
     )
 
 
@@ -105,7 +105,8 @@ def by_format(published: pd.DataFrame) -> str:
     n, steps, theirs = published["n_images"].iloc[0], published["steps"].iloc[0], _published_differences(published)
     return (
         f"FP16 weights change FID by {said['fp16']}, INT8 weights by {said['int8']} (95 % intervals; N = {n}, {steps:,} "
-        f"sampling steps, width {poster.WIDTH}). The poster's lowest: {theirs.min():+.2f} ({published['method'][theirs.idxmin()]})."
+        f"sampling steps, width {poster.WIDTH}). The poster's best row: {theirs.min():+.2f} "
+        f"({published['method'][theirs.idxmin()]})."
     )
 
 
@@ -114,7 +115,7 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"Between two noises, the FID of the authors' FP32 model differs by {noise:.1f} (standard deviation; N = {n}). "
+        f"Other noise changes the FID of the authors' FP32 model by {noise:.1f} (standard deviation of the difference; N = {n}). "
         f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are within ±{noise:.1f}."
     )
 
@@ -149,8 +150,7 @@ def changes_by_format(table: pd.DataFrame) -> str:
         least = f"{moves.min():+.3f}" + (f" to {moves.max():+.3f}" if len(moves) > 1 else "")
         found.append(f"{low} {least} ({len(moves)} row{'s' if len(moves) > 1 else ''})")
     n = table["n_images"].iloc[0]
-    said = f"FID of all rows minus FP32's {baseline:.2f} (MNIST features, N = {n}, the same noise)"
-    return f"{said}: " + ", ".join(found) + "."
+    return f"On MNIST features (N = {n}, the same noise) FP32 has FID {baseline:.2f}. The change: " + ", ".join(found) + "."
 
 
 def machines_compared(table: pd.DataFrame) -> str:
@@ -167,7 +167,7 @@ def machines_compared(table: pd.DataFrame) -> str:
         f"The committed images were drawn on one {table['machine'].iloc[0].partition(',')[0]} GPU. We had drawn {count:,} of these "
         f"images, from {rows} rows, on CPUs before, and compared both. In the {table[same]['sample'].nunique()} rows with the same "
         f"weights, {found(table[same])}. In the other {table[~same]['sample'].nunique()} rows the Fisher information came from "
-        f"another CPU, so that slightly different weights stayed in FP32. There {found(table[~same])}."
+        f"another CPU, so a few other weights stayed in FP32. There {found(table[~same])}."
     )
 
 
@@ -192,7 +192,7 @@ def training_quality(quality: pd.DataFrame | None) -> str:
     rank = f"the lowest of the {len(blocks)} blocks" if lower == 0 else f"and {lower} of the {len(blocks)} blocks have a lower one"
     return (
         f"{whole['n_images']} images: is_mnist {whole['is_mnist']:.2f}, FID (MNIST features) {whole['fid_mnist']:.2f}. "
-        f"In {len(blocks)} blocks of {blocks['n_images'].iloc[0]} (mean +- standard deviation): is_mnist "
+        f"In {len(blocks)} blocks of {blocks['n_images'].iloc[0]} (fewer images: higher FID; mean +- standard deviation): is_mnist "
         f"{blocks['is_mnist'].mean():.2f} +- {blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- "
         f"{blocks['fid_mnist'].std():.2f}. All tables use the noise of the first block. Its FID is {first:.2f}, {rank}."
     )

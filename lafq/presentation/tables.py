@@ -40,7 +40,7 @@ def note(table: pd.DataFrame) -> str:
         f"N = {images} images per row, {steps:,} sampling steps, the same noise in every row. Reference: test digits "
         f"{REFERENCE.start:,}-{REFERENCE.stop - 1:,} ({count:,} images) for MNIST features, {inception}. Real "
         "and generated images are 32x32 (digits zero-padded). IS over one split. MiB = 2**20 bytes. delta_: difference from FP32. "
-        "class_changed: share of images whose predicted digit is another. In brackets: 95 % intervals at this N, paired bootstrap "
+        "class_changed: share of images whose predicted digit changes. In brackets: 95 % intervals at this N, paired bootstrap "
         "over the images (1,000 resamples)."
     )
 

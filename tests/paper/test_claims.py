@@ -89,7 +89,7 @@ def test_c3_on_images(inside, outside, expected):
     assert claim.low < claim.measured < claim.high
     assert "FP16, single weights kept; MNIST features, N = 60" in claim.quantity
     if expected == "supported":
-        assert claim.note == "the best ratio lies in 0.35-0.40 in 100% of resamples (by chance: 38%)"
+        assert claim.note == "the best ratio is one of 0.35-0.40 in 100% of resamples (38% of the ratios are)"
 
 
 def made_up(values, spread, margin=0.0, seed=0):
@@ -152,4 +152,4 @@ def test_c4_compares_rows_of_equal_bytes(change, spread, expected):
     by = made_up({"u": 60.0, "g": 60.0 + change, "x": 0.0}, spread, margin=1.0)
     claim = claims.layerwise_images(pd.DataFrame(rows, columns=columns), by)
     assert claim.verdict == expected
-    assert "group a, INT8 by weight (4.10 MiB) minus that of uniform FP16 (4.00 MiB; made up)" in claim.quantity
+    assert "group a, INT8 by weight (4.10 MiB) minus FID of uniform FP16 (4.00 MiB; made up)" in claim.quantity

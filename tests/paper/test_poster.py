@@ -57,7 +57,7 @@ def test_compare_puts_the_published_values_beside_ours(row, fid, memory):
 def test_published_ratio_sizes():
     sentence = sentences.published_ratio_sizes()
     assert "sizes are smaller: 50.7% at ratio 0.35 (at least 67.5% needed);" in sentence
-    assert "47.9% at ratio 0.38 (at least 69.0% needed; less than all weights in FP16 take);" in sentence
+    assert "47.9% at ratio 0.38 (at least 69.0% needed; below uniform FP16);" in sentence
     assert "50.4% at ratio 0.40 (at least 70.0% needed)." in sentence
 
 

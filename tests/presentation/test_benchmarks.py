@@ -71,7 +71,12 @@ def test_where_groups_pay_is_counted():
     rows = [("midrise2", "channel", 0.6, None, None), ("int2", "channel", 1.0, None, None)]
     rows += [("int2", "64", 0.5, 3.0, 12.0), ("int2", "32", 0.9, 0.5, 0.9)]
     table = pd.DataFrame(rows, columns=["format", "group", "damage", "decibels", "decibels_per_bit"]).assign(bits_per_weight=2.0)
+    allocated = {"format": "allocator, bytes of int4", "group": "any", "damage": 0.2, "decibels": 1.0, "bits_per_weight": 4.0}
+    allocated |= {"over": 0.8, "over_low": 0.7, "over_high": 0.9}
+    table = pd.concat([table, pd.DataFrame([allocated])], ignore_index=True)
     said = benchmarks.groups_sentence(table)
     assert said.startswith("At 2 bits, four levels do 0.60 times the damage of three.")
     assert "more than 6 dB per extra bit in 1 of 2 rows (int2 in groups of 64)" in said
-    assert benchmarks.groups_table(table)["decibels"].tolist() == ["", "", "+3.0", "+0.5"]
+    assert benchmarks.groups_table(table)["decibels"].tolist() == ["", "", "+3.0", "+0.5", "+1.0"]
+    assert said.endswith("divided by its damage without groups: 0.80 [0.70, 0.90] at the bytes of int4.")
+    assert list(benchmarks.groups_table(table))[-1] == "bits_per_weight"

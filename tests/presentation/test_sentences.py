@@ -68,17 +68,17 @@ def test_findings_follow_from_the_tables(noise):
     assert len(found) == 4
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
-    assert "The poster's lowest: -3.09 (ratio)." in found[0]
-    assert "the FID of the authors' FP32 model differs by 4.4 (standard deviation; N = 100)" in found[1]
+    assert "The poster's best row: -3.09 (ratio)." in found[0]
+    assert "the FID of the authors' FP32 model by 4.4 (standard deviation of the difference; N = 100)" in found[1]
     assert "2 of the poster's 2 differences are within ±4.4." in found[1]
-    assert "We compared 6 rules (the poster's 4, magnitude, random) at 4 bits per weight, rounded alike." in found[2]
+    assert "At 4 bits per weight and with equal rounding we compared 6 rules (the poster's 4, magnitude, random)." in found[2]
     assert "Global does the least damage. Group does" in found[2]
     assert "Group does 5.0 [2.5, 7.5] times that damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
-    assert found[3].startswith("Entropy coding stores frequent codes in fewer bits. At 3 bits per weight lafq's file has 0.80 MiB")
-    assert "It does 0.22 [0.11, 0.33] times the damage of uniform INT8 (rounded to nearest; file: 1.70 MiB)." in found[3]
+    assert found[3].startswith("Entropy coding stores frequent codes in fewer bits. A file of 3 bits per weight has 0.80 MiB")
+    assert "It does 0.22 [0.11, 0.33] times the damage of uniform INT8 (nearest code; file: 1.70 MiB)." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
-    assert found[3].endswith("At 2.5 bits per weight it does INT8's damage.")
+    assert found[3].endswith("At about 2.5 bits per weight a file does INT8's damage.")
 
 
 def test_the_smallest_file_with_hardly_a_rise_of_fid():
@@ -120,7 +120,7 @@ def test_a_rule_that_may_be_as_good_is_counted(noise):
 
 @pytest.mark.parametrize(
     ("least", "said"),
-    [(0.2, "They found no difference for 2 sets (global, ratio 0.25;"), (0.01, "The ratio 0.25 set differs")],
+    [(0.2, "The tests found no difference for 2 sets (global, ratio 0.25;"), (0.01, "The ratio 0.25 set differs")],
 )
 def test_which_published_sets_can_be_told_apart(least, said):
     rows = [("FP32, one half against the other", math.nan, math.nan), ("global", 0.5, 0.6), ("ratio 0.25", least, 0.9)]
@@ -136,8 +136,8 @@ def test_what_drives_the_fisher_claims():
         for t in (0, 50)
     ]
     assert sentences.drivers_of_fisher(pd.DataFrame(rows)) == (
-        "80% of all Fisher information lies at t <= 49. Per weight, Layer1 has 8.0 times Layer6's Fisher "
-        "information, and Layer2 3.0 times (C2 compares with Layers 3-6)."
+        "80% of all Fisher information lies at t <= 49. Per weight, Layer1 has 8.0 times and Layer2 3.0 times the "
+        "Fisher information of Layer6 alone (C2 compares with Layers 3-6)."
     )
 
 
@@ -168,8 +168,8 @@ def test_ratios_with_many_images():
     table = pd.DataFrame(rows, columns=["method", "threshold", "format", "granularity", "fid_mnist", "n_images"])
     assert sentences.ratios_with_many_images(table) == (
         "At N = 1,000 the mean FID (MNIST features) of the ratios in 0.35-0.40 minus that of the others is -1.00. "
-        "The verdict on C3 is about this mean. "
-        "The best single ratio is 0.42, outside that range."
+        "The verdict on C3 tests only this mean. "
+        "The best single ratio (0.42) is not in 0.35-0.40."
     )
 
 
@@ -209,7 +209,7 @@ def test_rows_at_the_bytes_of_int4_are_said_with_their_intervals():
     claims = pd.DataFrame(
         {"quantity": ["FID of ratio (one threshold per layer) minus"], "measured": [2.27], "low": [0.86], "high": [3.72]}
     )
-    assert "is 2.3 [0.9, 3.7] higher than with global" in summaries.on_images(claims, 64, 1000)
+    assert "is 2.3 [0.9, 3.7] above global's" in summaries.on_images(claims, 64, 1000)
 
 
 def test_methods_are_ordered_by_fid():

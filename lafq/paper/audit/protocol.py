@@ -78,7 +78,7 @@ def protocol_choices(
         if eye.sizes:
             ours, theirs = (bootstrap.fid_bootstrap(reference, indices)(seen_plain) for reference in eye.sizes)
             rows.append((name, f"FID, real digits 28x28 (R6; {len(eye.sizes[0].features)} of them)", ours, theirs))
-        rows.append((name, "FID of INT8 minus FP32, the EMA weights sampled untouched (R1)", low - plain, torch.zeros_like(low)))
+        rows.append((name, "FID of INT8 minus FP32 (R1: images from the EMA weights)", low - plain, torch.zeros_like(low)))
         other = fid(eye.features(other_noise))[:1] - plain[:1]
         rows.append((name, "FID of INT8 minus FP32, other noise in each row (R7)", (low - plain)[:1], other))
     found = [(name, choice, *_change(here, released)) for name, choice, here, released in rows]

@@ -45,9 +45,8 @@ def best_rule(table: pd.DataFrame) -> str:
     worse = (others["over_global_low"] > 1).sum()
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
-        f"We compared {len(rows)} rules (the poster's {len(rows) - len(own)}, {', '.join(own)}) at {RATE:g} bits per weight, "
-        "rounded alike. "
-        f"Global does {best}. Group does {said['group']} times that damage, ratio {said['ratio']} times."
+        f"At {RATE:g} bits per weight and with equal rounding we compared {len(rows)} rules (the poster's {len(rows) - len(own)}, "
+        f"{', '.join(own)}). Global does {best}. Group does {said['group']} times that damage, ratio {said['ratio']} times."
     )
 
 
@@ -71,12 +70,12 @@ def coded_sentence(table: pd.DataFrame) -> str:
     if len(at):
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
-            f"Entropy coding stores frequent codes in fewer bits. At {CODED_RATE:g} bits per weight lafq's file has "
-            f"{row['file_mib']:.2f} MiB ({row['file_mib'] / full:.1%} of FP32; {row['mem_mib']:.2f} MiB in memory). It does "
-            f"{_over_int8(row)} times the damage of uniform INT8 (rounded to nearest; file: {int8['file_mib']:.2f} MiB)."
+            f"Entropy coding stores frequent codes in fewer bits. A file of {CODED_RATE:g} bits per weight has "
+            f"{row['file_mib']:.2f} MiB ({row['file_mib'] / full:.1%} of FP32, with biases; {row['mem_mib']:.2f} MiB in memory). "
+            f"It does {_over_int8(row)} times the damage of uniform INT8 (nearest code; file: {int8['file_mib']:.2f} MiB)."
         )
     bits = bits_of_equal_damage(rows, int8["damage"])
-    return said + ("" if np.isnan(bits) else f" At {bits:.1f} bits per weight it does INT8's damage.")
+    return said + ("" if np.isnan(bits) else f" At about {bits:.1f} bits per weight a file does INT8's damage.")
 
 
 def coded_beside(table: pd.DataFrame) -> str:
@@ -132,16 +131,14 @@ def bits_of_equal_damage(rows: pd.DataFrame, damage: float) -> float:
 
 
 def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
-    """`against_int8`, from where on the allocator does half of INT8's damage, and how small FID lets it be."""
-    half = _mixed(table)["damage"] <= 0.5 * _int8(table)["damage"]
-    from_there = f"From {half.index[half][0]:g} bits per weight on" if half.any() else "At no size"
-    said = f"{against_int8(table)} {from_there}, it does at most half of INT8's damage."
+    """`against_int8`, and how small FID lets the allocator's plan be."""
+    said = against_int8(table)
     baseline = None if evidence is None else evidence[evidence["method"] == "baseline"]["fid_mnist"].item()
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:
         said += (
-            f" {found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; {found['method']}) is the smallest size in memory at "
-            f"which FID rises by less than 3 % (upper end of the 95 % interval; N = {found['n_images']:,.0f})."
+            f" {found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; {found['method']}) is the smallest size in memory "
+            f"with FID less than 3 % above FP32's (upper end of the 95 % interval; N = {found['n_images']:,.0f})."
         )
     return said
 
@@ -169,8 +166,8 @@ def on_images(claims: pd.DataFrame, width: int, images: int) -> str:
     """What one threshold per layer costs in FID over one for all, from the claims of `rules.image_claims`."""
     row = claims[claims["quantity"].str.startswith("FID of ratio")].iloc[0]
     return (
-        f"With ratio, FID (MNIST features; width {width}, N = {images:,}) is {row['measured']:.1f} "
-        f"[{row['low']:.1f}, {row['high']:.1f}] higher than with global."
+        f"At width {width}, ratio's FID (MNIST features, N = {images:,}) is {row['measured']:.1f} [{row['low']:.1f}, "
+        f"{row['high']:.1f}] above global's."
     )
 
 
