@@ -132,8 +132,8 @@ def draw(table: pd.DataFrame) -> None:
     axes[0].set(ylabel="damage / uniform INT4's", xticks=[1, 4, 16, 64, 256], xticklabels=["1", "4", "16", "64", "256"])
     axes[-1].legend(title="estimates", fontsize=8, title_fontsize=8)
     worst = table.groupby("estimates")["over_uniform"].max()
-    title = f"The worst plan does {worst['shrunk']:.2f} times uniform INT4's damage with shrunk estimates"
-    figure.suptitle(f"{title}, {worst['plain']:.0f} times with plain means", fontsize=11)
+    title = f"The worst single plan does {worst['shrunk']:.2f} times uniform INT4's damage with shrunk estimates"
+    figure.suptitle(f"{title}, {worst['plain']:.1f} times with plain means", fontsize=11)
     report.save_figure(WORK, "passes", figure, "equal bytes; lower is better; small networks: mean of three draws")
     plt.close(figure)
 
