@@ -31,7 +31,7 @@ from lafq.quantization.weight_spec import WeightSpec
 from lafq.workspace import Workspace
 
 LOW, SIZES = ("midrise2", "int2", "int3", "int4"), (0, 128, 64, 32)  # 0: one scale per channel
-ALLOCATED, ALLOCATOR = ("int2", "int3", "int4"), "allocator"
+ALLOCATED, ALLOCATOR = ("int3", "int4", "int6"), "allocator"
 SAMPLES, DIGITS = 512, 300
 
 

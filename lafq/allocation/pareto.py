@@ -83,10 +83,10 @@ def pareto_front(
     options = [_option(values, fisher, known, shared, group=group) for group in (0, *smaller)]
     chosen = [(option, torch.full((len(values),), i)) for option in options for i in range(len(known))]
     if granularity == "mixed" and len(view.shape) > 1:
-        saliency = (fisher * values.square()).flatten().argsort(descending=True, stable=True)
+        saliency = (fisher * values.square()).flatten()
         for count in sorted({max(1, round(share * len(saliency))) for share in SPARSE_SHARES}):
             kept = torch.zeros(len(saliency), dtype=torch.bool)
-            kept[saliency[:count]] = True
+            kept[saliency.topk(count, sorted=False).indices] = True
             options.append(_option(values, fisher, known, shared, kept.view_as(values), view))
     if granularity != "tensor":
         for option in options:

@@ -81,7 +81,7 @@ def replicate(parameters: dict[str, Any], seed: int) -> tuple[pd.DataFrame, pd.D
     found = claims.fisher_claims(fisher.blocks, weights, "empirical, noised digits", seed)
     table_of_claims = pd.DataFrame([*found, *on_images(table, images, seed)])
     run = {"seed": seed, "steps": p["TRAINING"]["steps"]}
-    return tuple(t.assign(**run)[[*run, *t.columns]] for t in (table, table_of_claims))
+    return tuple(t.assign(**run)[[*run, *(c for c in t if c not in run)]] for t in (table, table_of_claims))
 
 
 def over_runs(found_by_run: pd.DataFrame) -> pd.DataFrame:
