@@ -191,9 +191,7 @@ def draw(table: pd.DataFrame) -> None:
     slowest, largest = most["seconds"].idxmax(), most["peak_mib"].idxmax()
     title = f"{slowest} takes the most time (estimate_sensitivity counted per pass), {largest} the most memory"
     figure.suptitle(title, fontsize=11)
-    report.save_figure(
-        WORK, "growth", figure, "random weights; two cores; the first two steps: up to 35 million weights"
-    )
+    report.save_figure(WORK, "growth", figure, "random weights; two cores; the first two steps: up to 35 million weights")
     plt.close(figure)
 
 

@@ -133,8 +133,9 @@ def aimet(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
         simulated.set_and_freeze_param_encodings(str(Path(folder) / "found.encodings"))
     found = {}
     for name, module in layers(simulated.model).items():
-        quantizer = getattr(module, "param_quantizers", {}).get("weight")
-        if quantizer is not None:
+        quantizers = getattr(module, "param_quantizers", None) or {}
+        if "weight" in quantizers and quantizers["weight"] is not None:
+            quantizer = quantizers["weight"]
             found[name] = Stored(quantizer(module.weight).detach(), bits, quantizer.get_scale().numel())
     return found
 

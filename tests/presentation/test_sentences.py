@@ -71,14 +71,14 @@ def test_findings_follow_from_the_tables(noise):
     assert "The poster's best row: -3.09 (ratio)." in found[0]
     assert "the FID of the authors' FP32 model by 4.4 (standard deviation of the difference; N = 100)" in found[1]
     assert "2 of the poster's 2 differences are within ±4.4." in found[1]
-    assert "At 4 bits per weight and with equal rounding we compared 6 rules (the poster's 4, magnitude, random)." in found[2]
+    assert "At 4 bits per weight, with equal rounding, we compared 6 rules (the poster's 4, magnitude, random)." in found[2]
     assert "Global does the least damage. Group does" in found[2]
     assert "Group does 5.0 [2.5, 7.5] times that damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
     assert found[3].startswith("Entropy coding stores frequent codes in fewer bits. A file of 3 bits per weight has 0.80 MiB")
     assert "It does 0.22 [0.11, 0.33] times the damage of uniform INT8 (nearest code; file: 1.70 MiB)." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
-    assert found[3].endswith("At about 2.5 bits per weight a file does INT8's damage.")
+    assert found[3].endswith("At 2.5 bits per weight a file does INT8's damage.")
 
 
 def test_the_smallest_file_with_hardly_a_rise_of_fid():

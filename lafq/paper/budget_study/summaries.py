@@ -45,7 +45,7 @@ def best_rule(table: pd.DataFrame) -> str:
     worse = (others["over_global_low"] > 1).sum()
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
-        f"At {RATE:g} bits per weight and with equal rounding we compared {len(rows)} rules (the poster's {len(rows) - len(own)}, "
+        f"At {RATE:g} bits per weight, with equal rounding, we compared {len(rows)} rules (the poster's {len(rows) - len(own)}, "
         f"{', '.join(own)}). Global does {best}. Group does {said['group']} times that damage, ratio {said['ratio']} times."
     )
 
@@ -71,11 +71,11 @@ def coded_sentence(table: pd.DataFrame) -> str:
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
             f"Entropy coding stores frequent codes in fewer bits. A file of {CODED_RATE:g} bits per weight has "
-            f"{row['file_mib']:.2f} MiB ({row['file_mib'] / full:.1%} of FP32, with biases; {row['mem_mib']:.2f} MiB in memory). "
+            f"{row['file_mib']:.2f} MiB ({row['file_mib'] / full:.1%} of FP32; {row['mem_mib']:.2f} MiB in memory). "
             f"It does {_over_int8(row)} times the damage of uniform INT8 (nearest code; file: {int8['file_mib']:.2f} MiB)."
         )
     bits = bits_of_equal_damage(rows, int8["damage"])
-    return said + ("" if np.isnan(bits) else f" At about {bits:.1f} bits per weight a file does INT8's damage.")
+    return said + ("" if np.isnan(bits) else f" At {bits:.1f} bits per weight a file does INT8's damage.")
 
 
 def coded_beside(table: pd.DataFrame) -> str:
