@@ -109,8 +109,8 @@ def headline(table: pd.DataFrame) -> str:
     return (
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
         f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images}, {steps:,} steps, "
-        f"Inception features. Poster: format unknown, new noise per row, FP32 FID {base.fid:.2f}. Ours: one noise, FP32 FID "
-        f"{baseline:.2f}, rules choose weight by weight, 95 % intervals. Poster's FP16, group bytes: authors' README."
+        f"Inception features. Poster: INT8 not stated, new noise per row, FP32 FID {base.fid:.2f}. Ours: one noise, FP32 FID "
+        f"{baseline:.2f}, rules choose weight by weight, 95 % intervals. Poster's FP16 and group bytes: authors' README."
     )
 
 
@@ -128,9 +128,9 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
         cells.append(row)
     inside = sum(poster.BEST_RATIOS[0] <= ratio <= poster.BEST_RATIOS[1] for ratio in poster.RATIOS)
     quantities = (
-        "C1: empirical Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by 3-6. C3: "
-        f"mean FID of {inside} ratios in 0.35-0.40 minus {len(poster.RATIOS) - inside} others'. C4: FID of the layer or "
-        "group rule closest to FP16 in bytes, minus FP16's. Below 0: better. C3, C4: N = 100, 100 steps (left), 50 (right)."
+        "C1: empirical Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by "
+        f"3-6. C3: mean FID of {inside} ratios in 0.35-0.40 minus {len(poster.RATIOS) - inside} others'. C4: FID of the layer or "
+        "group rule closest to FP16 in bytes, minus FP16's. Below 0: better. C3, C4: N = 100; 100 steps (width 16: 50)."
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "width 64 (the poster's)", "width 16"])
     return f"{markdown(table)}\n\n{quantities}"

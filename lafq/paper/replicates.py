@@ -34,7 +34,7 @@ from lafq.workspace import Workspace
 SEEDS = (0, 1, 2, 3, 4)
 RATIOS_OF_MEANS = ("C1", "C2")
 # The row that C4 compares is another one in each run.
-VARYING = {"C4 images": "FID of the layer or group row closest to uniform FP16 in bytes minus FID of uniform FP16"}
+VARYING = {"C4 images": "FID of the layer or group row nearest to uniform FP16 in bytes, minus FID of uniform FP16"}
 
 
 def claimed_rows(model: nn.Module, fisher: dict[str, torch.Tensor], count: int) -> list[Candidate]:

@@ -86,8 +86,8 @@ def images_of_r1(protocol: pd.DataFrame) -> str:
     """What the released sampling does to a quantized row: a sentence on a table of `protocol.protocol_choices`."""
     row = protocol[protocol["choice"].str.contains("R1")].iloc[-1]
     return (
-        f"As released, the code samples the unquantized weights (R1). INT8 then changes FID by {row['released']:.2f}; by our "
-        f"protocol it changes FID by {row['here']:+.2f} ({row['features']} features)."
+        f"As released, the code draws images with the unquantized weights (R1). INT8 then changes FID by "
+        f"{row['released']:.2f}; by our protocol it changes FID by {row['here']:+.2f} ({row['features']} features)."
     )
 
 
@@ -109,7 +109,7 @@ def conclusions(work: Workspace) -> pd.DataFrame:
         if found.empty:
             return "not measured without Inception"
         row = found.iloc[0]
-        what = row["choice"].split(" (")[0].split(",")[0]
+        what = row["choice"].split(" (")[0].split(",")[0] + (" (500 real digits)" if choice == "R6" else "")
         return f"{what}: {row['released']:.2f} with this choice, {row['here']:.2f} by our protocol ({judge})"
 
     none = groups[groups["tensors_kept"] == 0]
@@ -121,7 +121,7 @@ def conclusions(work: Workspace) -> pd.DataFrame:
         (
             "R5",
             "Fisher values are compared with mean squared weights; the mean/std rule clamps weights to Fisher values",
-            f"no tensor is kept in: {', '.join(none['group']) or 'no group'}; denoising loss: "
+            f"groups without a kept tensor: {', '.join(none['group']) or 'none'}; denoising loss: "
             f"{limited['limited']:.3f} with clamped weights, {limited['as trained']:.3f} as trained",
         ),
         ("R6", "real digits are 28x28", scored("R6")),

@@ -42,7 +42,7 @@ def drivers_of_fisher(timesteps: pd.DataFrame) -> str:
 def layerwise_size() -> str:
     """Why C4 on size needs no test."""
     return (
-        "We do not test whether thresholds by layer save more bytes than uniform FP16. A mix of FP32 and FP16 "
+        "We do not test whether thresholds by layer take fewer bytes than uniform FP16. A mix of FP32 and FP16 "
         "weights always takes more bytes than FP16 alone."
     )
 
@@ -115,8 +115,8 @@ def against_noise(published: pd.DataFrame) -> str:
     noise, n = math.sqrt(2) * published_images.fid_noise(), published["n_images"].iloc[0]
     theirs = _published_differences(published).abs()
     return (
-        f"Other noise changes the FID of the authors' FP32 model by {noise:.1f} (standard deviation of the difference; N = {n}). "
-        f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are within ±{noise:.1f}."
+        f"New noise alone changes FID of the authors' FP32 model by {noise:.1f} (standard deviation of the change; N = {n}). "
+        f"{(theirs < noise).sum()} of the poster's {len(theirs)} differences are within that range."
     )
 
 

@@ -89,7 +89,7 @@ def test_c3_on_images(inside, outside, expected):
     assert claim.low < claim.measured < claim.high
     assert "FP16, single weights kept; MNIST features, N = 60" in claim.quantity
     if expected == "supported":
-        assert claim.note == "the best ratio is one of 0.35-0.40 in 100% of resamples (38% of the ratios are)"
+        assert claim.note == "the best ratio is one of 0.35-0.40 in 100% of resamples (by chance: 38%)"
 
 
 def made_up(values, spread, margin=0.0, seed=0):

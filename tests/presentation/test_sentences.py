@@ -69,16 +69,16 @@ def test_findings_follow_from_the_tables(noise):
     assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
     assert "N = 100, 1,000 sampling steps, width 64" in found[0]
     assert "The poster's best row: -3.09 (ratio)." in found[0]
-    assert "the FID of the authors' FP32 model by 4.4 (standard deviation of the difference; N = 100)" in found[1]
-    assert "2 of the poster's 2 differences are within ±4.4." in found[1]
-    assert "At 4 bits per weight, with equal rounding, we compared 6 rules (the poster's 4, magnitude, random)." in found[2]
+    assert "FID of the authors' FP32 model by 4.4 (standard deviation of the change; N = 100)" in found[1]
+    assert "2 of the poster's 2 differences are within that range." in found[1]
+    assert "At 4 bits per weight, with equal rounding, we compared 6 rules (the poster's 4; magnitude, random)." in found[2]
     assert "Global does the least damage. Group does" in found[2]
     assert "Group does 5.0 [2.5, 7.5] times that damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
     assert found[3].startswith("Entropy coding stores frequent codes in fewer bits. A file of 3 bits per weight has 0.80 MiB")
     assert "It does 0.22 [0.11, 0.33] times the damage of uniform INT8 (nearest code; file: 1.70 MiB)." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
-    assert found[3].endswith("At 2.5 bits per weight a file does INT8's damage.")
+    assert found[3].endswith("2.5 bits per weight do as much damage as INT8.")
 
 
 def test_the_smallest_file_with_hardly_a_rise_of_fid():
@@ -87,7 +87,7 @@ def test_the_smallest_file_with_hardly_a_rise_of_fid():
     table = coded().assign(n_images=1000.0, file_mib=[0.6, 0.7, 0.8, 1.7], **ends)
     evidence = pd.DataFrame({"method": ["baseline"], "fid_mnist": [80.0]})
     said = summaries.coded_with_fid(table, evidence)
-    assert said.startswith("FID was measured for 3 files. The smallest that raises it by less than 3 % (upper end")
+    assert said.startswith("FID was measured for 3 files. The smallest with FID less than 3 % above FP32's (upper end")
     assert said.endswith("N = 1,000) has 0.70 MiB (8.8% of FP32).")
     assert summaries.coded_with_fid(table, None) == summaries.coded_with_fid(table, evidence.assign(fid_mnist=20.0)) == ""
 
@@ -104,7 +104,7 @@ def test_entropy_coded_plans_are_compared_in_memory_too(damage, said):
     assert found.startswith("Error feedback multiplies the damage of uniform INT8 by 0.30 [0.20, 0.40].")
     assert said in found
     assert "does 2.2e-06 at 0.88 MiB." in found
-    assert f"{damage:.1e} damage at 0.90 MiB;" in found
+    assert f"damage {damage:.1e} at 0.90 MiB;" in found
     assert summaries.coded_beside(coded()) == ""
 
 

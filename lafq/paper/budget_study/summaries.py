@@ -45,7 +45,7 @@ def best_rule(table: pd.DataFrame) -> str:
     worse = (others["over_global_low"] > 1).sum()
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
-        f"At {RATE:g} bits per weight, with equal rounding, we compared {len(rows)} rules (the poster's {len(rows) - len(own)}, "
+        f"At {RATE:g} bits per weight, with equal rounding, we compared {len(rows)} rules (the poster's {len(rows) - len(own)}; "
         f"{', '.join(own)}). Global does {best}. Group does {said['group']} times that damage, ratio {said['ratio']} times."
     )
 
@@ -75,7 +75,7 @@ def coded_sentence(table: pd.DataFrame) -> str:
             f"It does {_over_int8(row)} times the damage of uniform INT8 (nearest code; file: {int8['file_mib']:.2f} MiB)."
         )
     bits = bits_of_equal_damage(rows, int8["damage"])
-    return said + ("" if np.isnan(bits) else f" At {bits:.1f} bits per weight a file does INT8's damage.")
+    return said + ("" if np.isnan(bits) else f" {bits:.1f} bits per weight do as much damage as INT8.")
 
 
 def coded_beside(table: pd.DataFrame) -> str:
@@ -90,7 +90,7 @@ def coded_beside(table: pd.DataFrame) -> str:
     said = f"Error feedback multiplies the damage of uniform INT8 by {_over_int8(same.iloc[0])}."
     better = "better" if ours["damage"] < nearest["damage"] else "no better"
     return (
-        f'{said} In memory "allocator, all weights" is {better}: {ours["damage"]:.1e} damage at {ours["mem_mib"]:.2f} MiB; '
+        f'{said} At equal memory "allocator, all weights" is {better}: damage {ours["damage"]:.1e} at {ours["mem_mib"]:.2f} MiB; '
         f'"allocator, entropy-coded" does {nearest["damage"]:.1e} at {nearest["mem_mib"]:.2f} MiB.'
     )
 
@@ -113,8 +113,8 @@ def coded_with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
     share = row["file_mib"] / (row["mem_mib"] / row["mem_share"])
     count = ((table["method"] == CODED) & table["fid_mnist_delta"].notna()).sum()
     return (
-        f"FID was measured for {count} files. The smallest that raises it by less than 3 % (upper end of the 95 % interval; N = "
-        f"{row['n_images']:,.0f}) has {row['file_mib']:.2f} MiB ({share:.1%} of FP32)."
+        f"FID was measured for {count} files. The smallest with FID less than 3 % above FP32's (upper end of the 95 % interval; "
+        f"N = {row['n_images']:,.0f}) has {row['file_mib']:.2f} MiB ({share:.1%} of FP32)."
     )
 
 
@@ -137,8 +137,8 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:
         said += (
-            f" {found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; {found['method']}) is the smallest size in memory "
-            f"with FID less than 3 % above FP32's (upper end of the 95 % interval; N = {found['n_images']:,.0f})."
+            f" The smallest size in memory with FID less than 3 % above FP32's (upper end of the 95 % interval; N = "
+            f"{found['n_images']:,.0f}) is {found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; {found['method']})."
         )
     return said
 
