@@ -134,9 +134,10 @@ def draw(table: pd.DataFrame) -> None:
     report.set_style()
     rows = table[table["damage"].notna()]
     figure, axes = plt.subplots(1, rows["width"].nunique(), figsize=(9.5, 4), squeeze=False)
+    styles = {library: f"C{i}{marker}:" for i, (library, marker) in enumerate(zip((OURS, *LIBRARIES), "sv^XP*", strict=True))}
     for ax, (width, own) in zip(axes[0], rows.groupby("width"), strict=True):
-        for (library, line), marker in zip(own.groupby("library", sort=False), "sv^PX*", strict=False):
-            ax.plot("mem_mib", "damage", f"{marker}:", data=line.sort_values("mem_mib"), label=library, ms=5, lw=1)
+        for library, line in own.groupby("library", sort=False):
+            ax.plot("mem_mib", "damage", styles[library], data=line.sort_values("mem_mib"), label=library, ms=5, lw=1)
         ours = own.sort_values("mem_mib")
         ax.plot("mem_mib", "damage_all", "D-", data=ours, label="lafq, allocator", color="black", ms=4, lw=1.2)
         ax.set(xscale="log", yscale="log", xlabel="stored MiB", title=f"width {width}")
@@ -144,7 +145,7 @@ def draw(table: pd.DataFrame) -> None:
         ax.xaxis.set_minor_formatter("{x:.2g}")
         ax.tick_params(axis="x", which="both", labelsize=8)
     axes[0, 0].set_ylabel("damage (mean squared change of the output)")
-    axes[0, -1].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=7, loc="lower left")  # of the width at which most libraries were run
     worst = rows[rows["library"] != OURS]["over_all"].max()
     figure.suptitle(f"At equal bytes the allocator does at most {worst:.2g} times the damage of another library", fontsize=11)
     report.save_figure(WORK, "peers", figure, "held-out digits and noise that no plan has seen; lower is better")
