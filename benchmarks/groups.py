@@ -31,7 +31,7 @@ from lafq.quantization.weight_spec import WeightSpec
 from lafq.workspace import Workspace
 
 LOW, SIZES = ("midrise2", "int2", "int3", "int4"), (0, 128, 64, 32)  # 0: one scale per channel
-ALLOCATED, ALLOCATOR = ("int3", "int4", "int6"), "allocator"
+ALLOCATED = ("int3", "int4", "int6")
 SAMPLES, DIGITS = 512, 300
 
 
@@ -48,7 +48,8 @@ def grouped(model: nn.Module, low: str, size: int) -> Plan:
 @torch.no_grad()
 def rows() -> list[dict]:
     """One row per format and size of group, then the allocator's."""
-    model, names = load_model(Workspace("mini"), 16), list(quantizable(load_model(Workspace("mini"), 16)))
+    model = load_model(Workspace("mini"), 16)
+    names = list(quantizable(model))
     known = estimate_sensitivity(model, noised_batches(mnist(train=True)[0], SAMPLES, 0), 0)
     recipe = Recipe(unshrunk_scale, known.fisher, known.curvature)
     outputs = scoring.held_out_outputs(model, FRESH_SEED, DIGITS, FRESH)
@@ -66,7 +67,7 @@ def rows() -> list[dict]:
         for low in ALLOCATED:
             mib = nbytes(model, dict.fromkeys(known.fisher, low)) / MIB
             for groups, front in fronts.items():
-                yield f"{ALLOCATOR}, bytes of {low}", "any" if groups else "channel", solve_budget(model, front, mib, recipe)
+                yield f"allocator, bytes of {low}", "any" if groups else "channel", solve_budget(model, front, mib, recipe)
 
     table, first, before = [], {}, torch.empty(0)
     for format, group, plan in plans():

@@ -1,8 +1,8 @@
 """How many passes a sensitivity needs: damage of the allocator's plan over uniform INT4's, at INT4's bytes, after 1 to 256 passes.
 
 Three small networks with random weights, and the diffusion model of width 16; shrunk estimates from one draw of noise per pass
-and from four, beside plain means. A pass is
-one input for the small networks and eight noised digits for the diffusion model. No plan has seen the inputs that measure damage.
+and from four, beside plain means. A pass is one input for the small networks and eight noised digits for the diffusion model. No
+plan has seen the inputs that measure damage.
 Writes results/benchmarks/passes.csv and figures/benchmarks/passes.png.
 """
 

@@ -6,7 +6,7 @@ from lafq import paths
 from lafq.paper import claims, poster, results
 from lafq.paper.audit import published_images
 from lafq.paper.budget_study import methods, rules, summaries
-from lafq.presentation import audit_tables, benchmarks, sentences, tables
+from lafq.presentation import audit_tables, benchmarks, sentences, tables, terrain
 from lafq.workspace import Workspace
 from tools import facts
 from tools.facts import markdown
@@ -73,7 +73,7 @@ def measured() -> dict[str, str]:
     """The benchmarks and the terrain model."""
     names = ("fisher", "running", "binder", "passes", "peers", "growth", "blocks", "groups")
     by = {name: pd.read_csv(paths.RESULTS / "benchmarks" / f"{name}.csv") for name in names}
-    terrain, passes = (results.load_table(Workspace("terrain"), name) for name in ("terrain", "passes"))
+    maps, passes = (results.load_table(Workspace("terrain"), name) for name in ("terrain", "passes"))
     return {
         "passes": f"{markdown(benchmarks.passes_table(by['passes']))}\n\n{benchmarks.passes_sentence(by['passes'])}",
         "fisher": markdown(benchmarks.fisher_cost(by["fisher"])),
@@ -83,9 +83,9 @@ def measured() -> dict[str, str]:
         "peers_shared": markdown(benchmarks.peers_table(by["peers"], "shared")),
         "growth": f"{markdown(benchmarks.growth_table(by['growth']))}\n\n{benchmarks.growth_sentence(by['growth'])}",
         "blocks": markdown(benchmarks.blocks_table(by["blocks"])),
-        "terrain": f"{markdown(benchmarks.terrain_table(terrain))}\n\n{benchmarks.terrain_sentence(terrain)}",
-        "terrain_passes": f"{markdown(benchmarks.terrain_passes_table(passes))}\n\n{benchmarks.terrain_passes_sentence(passes)}",
-        "terrain_character": markdown(benchmarks.terrain_character(terrain)),
+        "terrain": f"{markdown(terrain.rows_table(maps))}\n\n{terrain.rows_sentence(maps)}",
+        "terrain_passes": f"{markdown(terrain.passes_table(passes))}\n\n{terrain.passes_sentence(passes)}",
+        "terrain_character": markdown(terrain.character_table(maps)),
         "binder": markdown(by["binder"]),
     }
 

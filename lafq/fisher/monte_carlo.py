@@ -87,8 +87,7 @@ def estimate_sensitivity(
     >>> estimate_sensitivity(model, [(torch.randn(8, 3),) for _ in range(100)]).curvature["weight"].shape
     torch.Size([3, 3])
 
-    Needs C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that does, and for
-    fewer than one draw.
+    Needs C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that does, and for draws below 1.
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}: a pass needs one draw of noise or more")
@@ -106,12 +105,12 @@ def estimate_sensitivity(
 
     squares, samples, traces = _squares(model, names, batches, seed, draws, add)
     effective = sum(traces) ** 2 / sum(x * x for x in traces)
-    if not shrink:
-        plain = {n: m.plain_curvature() for n, m in moments.items()}
-        return Sensitivity({n: f / samples for n, f in squares.items()}, plain, len(traces), None, effective)
-    squares |= {n: views[n].back(m.shrunk_squares(views[n].of(squares[n]))).contiguous() for n, m in moments.items()}
-    fisher = {n: f / samples for n, f in squares.items()}
-    return Sensitivity(fisher, *_shrunk_curvatures(moments, len(traces)), effective)
+    if shrink:
+        squares |= {n: views[n].back(m.shrunk_squares(views[n].of(squares[n]))).contiguous() for n, m in moments.items()}
+        curvatures = _shrunk_curvatures(moments, len(traces))
+    else:
+        curvatures = {n: m.plain_curvature() for n, m in moments.items()}, len(traces), None
+    return Sensitivity({n: f / samples for n, f in squares.items()}, *curvatures, effective)
 
 
 def _shrunk_curvatures(moments: dict[str, Moments], passes: int) -> tuple[dict[str, Tensor], int, dict[str, float]]:

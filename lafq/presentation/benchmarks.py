@@ -1,4 +1,4 @@
-"""What the benchmarks and the terrain model show, as tables and sentences."""
+"""What the benchmarks show, as tables and sentences."""
 
 import numpy as np
 import pandas as pd
@@ -14,59 +14,6 @@ def passes_table(table: pd.DataFrame) -> pd.DataFrame:
     mean = table.groupby(["network", "passes", "estimates"], sort=False)["over_uniform"].mean().unstack("estimates")
     cells = mean["shrunk"].map("{:.2g}".format) + " (" + mean["plain"].map("{:.2g}".format) + ")"
     return cells.unstack("network").loc[:, table["network"].unique()].rename_axis(columns=None).reset_index()
-
-
-def terrain_passes_table(table: pd.DataFrame) -> pd.DataFrame:
-    """results/terrain/passes.csv as it is shown: decibels of the plan, and those that it predicts of itself."""
-    shown = table[["decibels", "predicted"]].map("{:.1f}".format)
-    return shown.set_axis(["decibels", "decibels predicted by the plan"], axis=1).assign(passes=table["passes"]).iloc[:, [2, 0, 1]]
-
-
-def terrain_passes_sentence(table: pd.DataFrame) -> str:
-    """What the last passes gained, and by how much a plan overrates itself."""
-    by, off = table.set_index("passes").sort_index()["decibels"].round(1), table["predicted"] - table["decibels"]
-    before, most = by.index[-2:]
-    return (
-        f"From {before} to {most} passes the plan gains {by[most] - by[before]:.1f} dB, so more passes may gain more. Predicted "
-        f"minus measured: {off.min():+.1f} to {off.max():+.1f} dB."
-    )
-
-
-def terrain_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `make terrain` beside the allocator at the same bytes: decibels, higher is closer to FP32."""
-    ours, coded = (
-        table[table["method"] == method].set_index("format")["decibels"].map("{:.1f}".format)
-        for method in ("allocator", "entropy-coded")
-    )
-    others, found = table[~table["method"].isin(["allocator", "entropy-coded", "fp32"])], []
-    for row in others.sort_values("mem_mib", ascending=False, kind="stable").itertuples():
-        name = row.method if row.method.startswith("INT4") else f"{row.method} {row.format}"
-        beside = ours.get(f"bytes of {name}", "not made yet")
-        in_file = coded.get(f"bytes of {name}", "")
-        found.append((name, f"{row.mem_mib:.2f} MiB ({row.mem_share:.1%})", f"{row.decibels:.1f}", beside, in_file))
-    columns = [
-        "row",
-        "in memory (share of FP32)",
-        "decibels",
-        "decibels, allocator at these bytes",
-        "decibels, coded file of these bytes",
-    ]
-    return pd.DataFrame(found, columns=columns)
-
-
-def terrain_character(table: pd.DataFrame) -> pd.DataFrame:
-    """How far slopes, roughness and spectrum of some rows are from FP32's maps, beside what other noise does."""
-    chosen = {
-        "allocator at INT4's bytes": ("allocator", "bytes of uniform int4"),
-        "allocator at 10% of FP32": ("allocator", "10% of FP32"),
-        "entropy-coded file of 10% of FP32": ("entropy-coded", "10% of FP32"),
-        "uniform INT4": ("uniform", "int4"),
-        "uniform INT8": ("uniform", "int8"),
-        "FP32, other noise": ("fp32", "other noise"),
-    }
-    by = table.set_index(["method", "format"])[["slope", "roughness", "spectrum"]]
-    found = pd.DataFrame({name: by.loc[key] for name, key in chosen.items()}).T.map("{:.2g}".format)
-    return found.set_axis(["slope, m per cell", "roughness, m", "spectrum, dB"], axis=1).rename_axis("maps").reset_index()
 
 
 def fisher_cost(table: pd.DataFrame) -> pd.DataFrame:
@@ -192,11 +139,9 @@ def passes_sentence(table: pd.DataFrame) -> str:
     by = {kind: rows for kind, rows in table.groupby("estimates")}
     worst = {kind: rows["over_uniform"].max() for kind, rows in by.items()}
     low, high = by["shrunk"]["over_predicted"].min(), by["shrunk"]["over_predicted"].max()
-    mean = table[table["passes"] >= MANY_PASSES].groupby(["network", "passes", "estimates"])["over_uniform"].mean().unstack()
-    many = mean["plain"] / mean["shrunk"]
-    by_passes = table.groupby(["estimates", "network", "passes"])["over_uniform"].mean()
-    four = by_passes[FOUR] / by_passes["shrunk"]
-    few = four[four.index.get_level_values("passes").isin(FEW_PASSES)]
+    mean = table.groupby(["passes", "network", "estimates"])["over_uniform"].mean().unstack()
+    many = (mean["plain"] / mean["shrunk"]).loc[MANY_PASSES:]
+    few = (mean[FOUR] / mean["shrunk"])[mean.index.isin(FEW_PASSES, level="passes")]
     return (
         "Damage of the allocator's plan divided by uniform INT4's, at equal bytes, on fresh inputs; in parentheses: without "
         "shrinking (plain means). Below 1: better than uniform. A cell is the mean over three plans, or one for the diffusion "
@@ -205,24 +150,4 @@ def passes_sentence(table: pd.DataFrame) -> str:
         f"{high:.2f} times the predicted one. From {MANY_PASSES} passes on, plain means give {many.min():.2f} to {many.max():.2f} "
         f"times the damage of shrunk estimates. Four draws of noise per pass (`draws=4`) multiply the damage at {FEW_PASSES[0]} to "
         f"{FEW_PASSES[-1]} passes by {few.min():.2f} to {few.max():.2f} (mean {few.mean():.2f})."
-    )
-
-
-def terrain_sentence(table: pd.DataFrame) -> str:
-    """The allocator at the bytes of uniform INT4, and at a tenth of FP32's, in decibels."""
-    by = table.set_index(["method", "format"])
-    ours, tenth, int4, int8, coded = (
-        by.loc[key]
-        for key in (
-            ("allocator", "bytes of uniform int4"),
-            ("allocator", "10% of FP32"),
-            ("uniform", "int4"),
-            ("uniform", "int8"),
-            ("entropy-coded", "10% of FP32"),
-        )
-    )
-    return (
-        f"At {ours['mem_share']:.1%} of FP32's bytes the allocator has {ours['decibels']:.1f} dB and uniform INT4 "
-        f"{int4['decibels']:.1f} dB; uniform INT8 has {int8['decibels']:.1f} dB at {int8['mem_share']:.1%}. At a tenth of FP32's "
-        f"bytes the allocator has {tenth['decibels']:.1f} dB, and an entropy-coded file {coded['decibels']:.1f} dB."
     )

@@ -215,3 +215,9 @@ def test_rows_at_the_bytes_of_int4_are_said_with_their_intervals():
 def test_methods_are_ordered_by_fid():
     rows = pd.DataFrame({"method": ["baseline", f"group, {FEEDBACK}", "allocator"], "fid_mnist": [1.0, 9.0, 3.0]})
     assert summaries.order_by_fid(rows).startswith("By FID (MNIST features), best first: allocator; group.")
+
+
+def test_what_the_released_sampling_does_is_read_from_the_last_features():
+    rows = [("MNIST", "x (R1)", -0.1, 0.0), ("Inception", "x (R6)", 60.0, 70.0), ("Inception", "x (R1)", 0.44, 0.0)]
+    said = audit_tables.images_of_r1(pd.DataFrame(rows, columns=["features", "choice", "here", "released"]))
+    assert said.endswith("INT8 then changes FID by 0.00; by our protocol it changes FID by +0.44 (Inception features).")

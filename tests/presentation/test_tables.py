@@ -2,7 +2,7 @@ import pandas as pd
 
 from lafq.evaluation.candidates import KEY
 from lafq.paper import results
-from lafq.presentation import benchmarks, tables
+from lafq.presentation import benchmarks, tables, terrain
 from lafq.workspace import Workspace
 
 
@@ -30,7 +30,7 @@ def test_terrain_rows_stand_beside_the_allocator_at_their_bytes():
     table = pd.DataFrame(names, columns=["method", "format"]).assign(mem_mib=5.0, mem_share=0.13)
     for column in ("decibels", "slope", "roughness", "spectrum"):
         table[column] = [float(i) for i in range(len(names))]
-    found = benchmarks.terrain_table(table).set_index("row")
+    found = terrain.rows_table(table).set_index("row")
     assert found.index.tolist() == ["uniform int4", "uniform int8", "quanto qint4", "torchao 8"]
     assert (
         found.loc["quanto qint4", "decibels"] == "3.0" and found.loc["quanto qint4", "decibels, allocator at these bytes"] == "7.0"
@@ -41,8 +41,8 @@ def test_terrain_rows_stand_beside_the_allocator_at_their_bytes():
         "uniform int4": "9.0",
     }
     assert found.loc["uniform int4", "in memory (share of FP32)"] == "5.00 MiB (13.0%)"
-    assert benchmarks.terrain_character(table).set_index("maps").loc["uniform INT8", "slope, m per cell"] == "2"
-    said = benchmarks.terrain_sentence(table)
+    assert terrain.character_table(table).set_index("maps").loc["uniform INT8", "slope, m per cell"] == "2"
+    said = terrain.rows_sentence(table)
     assert (
         "the allocator has 5.0 dB and uniform INT4 1.0 dB" in said
         and "the allocator has 8.0 dB, and an entropy-coded file 10.0 dB" in said
@@ -83,8 +83,8 @@ def test_coded_rows_show_file_and_memory():
 
 def test_terrain_passes_show_what_the_last_ones_gained():
     table = pd.DataFrame({"passes": [1, 8, 32], "decibels": [10.0, 41.2, 42.0], "predicted": [20.0, 43.0, 41.5]})
-    assert benchmarks.terrain_passes_table(table).iloc[1].tolist() == [8, "41.2", "43.0"]
-    said = benchmarks.terrain_passes_sentence(table)
+    assert terrain.passes_table(table).iloc[1].tolist() == [8, "41.2", "43.0"]
+    said = terrain.passes_sentence(table)
     assert said.startswith("From 8 to 32 passes the plan gains 0.8 dB")
     assert said.endswith("Predicted minus measured: -0.5 to +10.0 dB.")
 
