@@ -7,6 +7,7 @@ and once for the weights that the library quantized. All libraries and the sensi
 Rows that are there already are left alone; delete the table to make them again.
 """
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -47,11 +48,13 @@ FEWER = {("aimet-torch", 16): (4, 2), ("aimet-torch", 64): (), ("brevitas", 64):
 
 def installed(library: str) -> Path:
     """The folder with a library and what it needs beside .venv, pinned in requirements-peers/."""
-    folder = WORK.build / "peers" / library
+    pinned = HERE / "requirements-peers" / f"{library}.txt"
+    folder = WORK.build / "peers" / f"{library}-{hashlib.sha256(pinned.read_bytes()).hexdigest()[:8]}"
     if not folder.is_dir():
-        pinned = HERE / "requirements-peers" / f"{library}.txt"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), "-r", str(pinned)]
-        subprocess.run(command, check=True)
+        partial = folder.with_suffix(".part")  # an interrupted installation is not taken for a whole one
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(partial)]
+        subprocess.run([*command, "-r", str(pinned)], check=True)
+        partial.rename(folder)
     return folder
 
 

@@ -49,7 +49,9 @@ def result(name: str, work: Workspace) -> str:
         return f"{sentences.by_format(published)} {sentences.published_inside(published)}"
     if name == "07_audit":
         sets = audit_tables.published_sets(published_images.load("compared"))
-        return f"{sets} {sentences.against_noise(published)} {audit_tables.images_of_r1(results.load_table(work, '07_protocol'))}"
+        images = results.load_table(work, "07_audit")["n_images"].iloc[0]
+        released = audit_tables.images_of_r1(results.load_table(work, "07_protocol"), images)
+        return f"{sentences.against_noise(published)} {sets} {released}"
     budget = results.load_table(work, "budget")
     return f"{summaries.best_rule(budget)} {summaries.coded_sentence(results.load_table(work, '06_coded'))}"
 

@@ -108,9 +108,9 @@ def headline(table: pd.DataFrame) -> str:
     baseline = table[table["method"] == "baseline"]["fid_inception"].item()
     return (
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
-        f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images}, {steps:,} steps, "
-        f"Inception features. Poster: INT8 not stated, new noise per row, FP32 FID {base.fid:.2f}. Ours: one noise, FP32 FID "
-        f"{baseline:.2f}, rules choose weight by weight, 95 % intervals. Poster's FP16 and group bytes: authors' README."
+        f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images} images, {steps:,} "
+        f"steps, Inception features. Poster: new noise per row; FP32 FID {base.fid:.2f}; formats not stated (INT8 assumed); FP16 "
+        f"and group bytes from the authors' README. Ours: same noise for all rows; FP32 FID {baseline:.2f}; single weights kept."
     )
 
 
@@ -123,14 +123,19 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
             found = results.load_table(work, "claims")
             found = found[found["claim"] == claim]
             found = found[found["quantity"].str.contains("INT8")] if claim == "C3" else found
-            known = [f"**{r.verdict}** ({r.measured:.3g} [{r.low:.3g}, {r.high:.3g}])" for r in found.itertuples()]
+            write, unit = ("{:+.2f}", " FID") if claim[:2] in ("C3", "C4") else ("{:.3g}", " times")
+            known = [
+                f"**{r.verdict}**: {write.format(r.measured)}{unit} [{write.format(r.low)}, {write.format(r.high)}]"
+                for r in found.itertuples()
+            ]
             row.append(known[0] if known else "not tested yet")
         cells.append(row)
     inside = sum(poster.BEST_RATIOS[0] <= ratio <= poster.BEST_RATIOS[1] for ratio in poster.RATIOS)
     quantities = (
-        "C1: empirical Fisher information at t < 500 divided by that at t >= 500; C2: per weight, Layers 1-2 divided by "
-        f"3-6. C3: mean FID of {inside} ratios in 0.35-0.40 minus {len(poster.RATIOS) - inside} others'. C4: FID of the layer or "
-        "group rule closest to FP16 in bytes, minus FP16's. Below 0: better. C3, C4: N = 100; 100 steps (width 16: 50)."
+        "C1: empirical Fisher information at t < 500, divided by that at t >= 500. C2: mean Fisher information per weight of "
+        f"Layers 1-2, divided by that of Layers 3-6. C3: mean FID of {inside} ratios in 0.35-0.40, minus that of "
+        f"{len(poster.RATIOS) - inside} others. C4: FID of a layer or group rule of nearly FP16's bytes, minus FID of uniform "
+        "FP16. C3 and C4: below 0 is better; N = 100; 100 steps (width 16: 50)."
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "width 64 (the poster's)", "width 16"])
     return f"{markdown(table)}\n\n{quantities}"

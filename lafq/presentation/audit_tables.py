@@ -1,5 +1,7 @@
 """The tables of 07_audit as a reader sees them, and what follows from them."""
 
+import math
+
 import pandas as pd
 
 from lafq.paper import results
@@ -27,8 +29,8 @@ def choices_said(rows: pd.DataFrame, choices: pd.DataFrame) -> str:
     around = (rows["delta_loss_low"] <= 0) & (rows["delta_loss_high"] >= 0)
     least = choices.loc[choices["delta_loss_int4"].idxmin()]
     return (
-        f"Rise of the denoising loss: in INT8 the intervals of {around.sum()} of {len(rows)} choices contain 0. In INT4 it is "
-        f"smallest with the Fisher values of {least['choice']} ({least['delta_loss_int4']:+.2e}; no interval was taken)."
+        f"In INT8 the interval of the rise of the denoising loss contains 0 in {around.sum()} of {len(rows)} rows. In INT4 the "
+        f"rise is smallest with the Fisher values of {least['choice']} ({least['delta_loss_int4']:+.2e}; no interval was taken)."
     )
 
 
@@ -36,12 +38,15 @@ def protocol_shown(table: pd.DataFrame, *choices: str) -> pd.DataFrame:
     """The rows of a table of `protocol.protocol_choices` that speak of these choices, as they are shown."""
     rows = table[table["choice"].str.contains("|".join(choices))].reset_index(drop=True)
     shown = rows.round(2).astype(object).where(rows.notna(), "")
+    ends = [f" [{low:+.2f}, {high:+.2f}]" if low == low else "" for low, high in rows[["change_low", "change_high"]].to_numpy()]
+    shown["change"] = [f"{change:+.2f}{interval}" for change, interval in zip(rows["change"], ends, strict=True)]
+    shown = shown.drop(columns=["change_low", "change_high"])
     return shown.rename(columns={"here": "our protocol", "released": "with the released choice"})
 
 
 def noise_shown(table: pd.DataFrame) -> pd.DataFrame:
     """A table of `noise_floor.noise_floor` as it is shown: the generated images, and what the real ones have at the paper's N."""
-    table = table[(table["images"] == "generated") | table["n"].isin([100, 5000])]
+    table = table[(table["images"] == "generated") | table["n"].isin([100, 5000, math.inf])]
     numbers = {c: table[c].map("{:.4g}".format).where(table[c].notna(), "") for c in ("mean", "sd")}
     return table.assign(n=table["n"].map("{:,.0f}".format), **numbers)
 
@@ -54,7 +59,7 @@ def published_scores(table: pd.DataFrame) -> pd.DataFrame:
         return "" if pd.isna(row[name]) else f"{row[name]:.4g}{spread}"
 
     cells = table.assign(**{name: [cell(row, name) for _, row in table.iterrows()] for name in ("fid", "kid", "is")})
-    return cells[["features", "set", "n", "blocks", "fid", "kid", "is"]]
+    return cells[["features", "set", "n", "blocks", "fid", "kid", "is"]].rename(columns={"fid": "FID", "kid": "KID", "is": "IS"})
 
 
 def compared_shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -70,7 +75,7 @@ def published_sets(table: pd.DataFrame) -> str:
     sets = table.iloc[1:].assign(least=table[["kid_p_holm", "classes_p_holm"]].min(axis=1))
     told, alike = sets[sets["least"] < LEVEL], sets[sets["least"] >= LEVEL]
     said = (
-        f"We tested {len(sets)} published image sets against the {UNQUANTIZED} set: their KID, and how often each digit occurs. "
+        f"We tested {len(sets)} published image sets against the {UNQUANTIZED} set, by KID and by how often each digit occurs. "
         f"The tests found no difference for {len(alike)} sets ({', '.join(alike['set'])}; smallest corrected p: "
         f"{alike['least'].min():.2f})."
     )
@@ -82,12 +87,12 @@ def published_sets(table: pd.DataFrame) -> str:
     return said
 
 
-def images_of_r1(protocol: pd.DataFrame) -> str:
-    """What the released sampling does to a quantized row: a sentence on a table of `protocol.protocol_choices`."""
+def images_of_r1(protocol: pd.DataFrame, images: int) -> str:
+    """What the released sampling does to a quantized row: a sentence on `protocol.protocol_choices` of so many images."""
     row = protocol[protocol["choice"].str.contains("R1")].iloc[-1]
     return (
         f"As released, the code draws images with the unquantized weights (R1). INT8 then changes FID by "
-        f"{row['released']:.2f}; by our protocol it changes FID by {row['here']:+.2f} ({row['features']} features)."
+        f"{row['released']:.2f}; by our protocol it changes FID by {row['here']:+.2f} ({row['features']} features, N = {images})."
     )
 
 
@@ -96,12 +101,13 @@ def conclusions(work: Workspace) -> pd.DataFrame:
     choices = results.load_table(work, "07_fisher_choices").set_index("choice")
     groups, limited = results.load_table(work, "07_groups"), results.load_table(work, "07_clamped_loss").iloc[0]
     protocol = results.load_table(work, "07_protocol")
+    ratio = results.load_table(work, "07_audit")["threshold"].iloc[0].partition(",")[0]
     judge = protocol["features"].iloc[-1]  # Inception, where it is to be had
     rows = protocol[protocol["features"] == judge]
 
     def fisher(choice: str) -> str:
         row = choices.loc[choice]
-        common = f"overlap with the weights that we keep (ratio 0.35): {row['kept_in_common']:.0%} (by chance: 35%)"
+        common = f"overlap with the weights that we keep (ratio {ratio}): {row['kept_in_common']:.0%}, by chance {float(ratio):.0%}"
         return f"mean rank correlation with our Fisher values: {row['rank_correlation']:.2f}; {common}"
 
     def scored(choice: str) -> str:

@@ -13,6 +13,7 @@ from lafq.paper.budget_study.methods import CODED, FEEDBACK
 from lafq.paper.budget_study.predictions import PROXIES
 from lafq.paper.budget_study.summaries import CODED_RATE
 from lafq.presentation.plots import bars
+from lafq.presentation.tables import with_rounding
 
 NAMED = {
     "allocator": "D",
@@ -67,7 +68,7 @@ def finding_of_fid(table: pd.DataFrame) -> str:
     rows = table[np.isclose(table["budget_bits"], TITLE_BITS)].set_index(["method", "granularity"])["fid_mnist_delta"]
     ours, rule = rows[ALLOCATOR], rows["global", "weight"]
     return (
-        f"At {TITLE_BITS:g} bits per weight FID rises by {ours:.1f} (allocator), {rule:.0f} (global, nearest code)\n"
+        f"FID rises at {TITLE_BITS:g} bits per weight: {ours:.1f} (allocator), {rule:.0f} (global, nearest code)\n"
         f"(MNIST features, N = {table['n_images'].max():,.0f}; axis linear from -1 to 1)"
     )
 
@@ -85,8 +86,8 @@ def finding_of_variants(table: pd.DataFrame) -> str:
     damage = _at_title_bits(table)
     nearest, by_tensor = damage["allocator, nearest code", "mixed"], damage["allocator", "tensor"]
     return (
-        f"At {TITLE_BITS:g} bits per weight, nearest code does {nearest / damage[ALLOCATOR]:.1f} times and one format per tensor "
-        f"{by_tensor / damage[ALLOCATOR]:.1f} times the allocator's damage"
+        f"Damage at {TITLE_BITS:g} bits per weight: {nearest / damage[ALLOCATOR]:.1f} times the allocator's with nearest code, "
+        f"{by_tensor / damage[ALLOCATOR]:.1f} times with one format per tensor"
     )
 
 
@@ -147,7 +148,7 @@ def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, size: str 
             "lw": 1.2,
             "capsize": 2,
         }
-        rounded = method if "," in method or method == "allocator" else f"{method}, nearest code"
+        rounded = with_rounding(method)
         style["mfc"] = "white" if rounded.endswith("nearest code") else colour
         label_of_line = f"{rounded}, {SPOKEN[granularity]}" if counts[method] > 1 else rounded
         ax.errorbar(line[size], line[metric], bars(line, metric), **style, elinewidth=0.8, label=label_of_line)
@@ -170,8 +171,8 @@ def bits_map(axes: Sequence[Axes], report: pd.DataFrame) -> None:
     ordered, at = fisher.sort_values().index, grid.index[np.abs(grid.index - TITLE_BITS).argmin()]
     least, most = (grid.loc[at, list(some)].mean() for some in (ordered[:EXTREMES], ordered[-EXTREMES:]))
     axes[0].set_title(
-        f"At {at:g} bits per weight the allocator (mixed) gives {most:.1f} bits to the {EXTREMES} weight tensors of most Fisher "
-        f"information, {least:.1f} to the {EXTREMES} of least"
+        f"Budget of {at:g} bits per weight (allocator, mixed): the {EXTREMES} tensors of most Fisher information get {most:.1f} "
+        f"bits on average, the {EXTREMES} of least {least:.1f}"
     )
     norm, bar = LogNorm(2, 32), {"label": "bits per weight", "ticks": [2, 3, 4, 6, 8, 16, 32], "format": "{x:.0f}", "pad": 0.01}
     sns.heatmap(grid, ax=axes[1], norm=norm, cmap="viridis", annot=True, fmt=".1f", annot_kws={"size": 6}, cbar_kws=bar)

@@ -15,6 +15,7 @@ from lafq.paper.poster import Published
 from lafq.presentation.sentences import FEATURES
 
 AMPLIFIED = 64  # differences of images are drawn this many times as bright
+BRIGHTENED = 8  # so that a grey background is seen
 MARKED = 50  # a line of more points than this is drawn without markers
 MARKERS = {"fp16": "o", "int8": "s"}
 PAIRED = "bars: 95 % intervals of the difference, paired bootstrap over the images"
@@ -93,11 +94,14 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[P
             ax.axhline(beyond, color=colour, ls="--", lw=1, label=f"{label}, N to infinity: {beyond:.1f}")
         if features == "Inception":
             sizes, fids = zip(*((row.images, row.fid) for row in published if row.images in (100, 5000)), strict=True)
-            label = "the authors' rows (N = 100: poster; 5,000: their README)"
+            label = "published rows, one dash each (N = 100: poster; 5,000: README)"
             ax.scatter(sizes, fids, marker="_", s=120, lw=0.8, color="black", zorder=3, label=label)
+        ax.set(xscale="log", yscale="log", xlabel="N, images in a block", ylabel="FID")
         at_100 = panel[(panel["images"] == "generated") & (panel["n"] == 100)]["sd"]
-        spread = f": standard deviation {at_100.item():.1f} at N = 100" if len(at_100) else ""
-        ax.set(xscale="log", yscale="log", xlabel="images N in a block", ylabel="FID", title=f"{features} features{spread}")
+        spread = f"\nN = 100: standard deviation {at_100.item():.1f} by new noise" if len(at_100) else ""
+        theirs = [row.fid for row in published if row.images == 100] if features == "Inception" else []
+        spread += f"; the poster's rows span {max(theirs) - min(theirs):.1f}" if theirs else ""
+        ax.set_title(f"{features} features{spread}", fontsize=11)
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter("{x:,.0f}")
             axis.set_minor_formatter("{x:,.0f}" if axis is ax.yaxis else "")
@@ -130,15 +134,17 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
 
 
 def sets_of_digits(axes: Sequence[Axes], table: pd.DataFrame, images: dict[str, np.ndarray]) -> None:
-    """The first images of every set of `image_statistics`, one row per set, with its FID."""
+    """Left the first images of every set of `image_statistics`, one row per set, with its FID; right the same ones, brighter."""
     for ax, row in zip(axes, table.itertuples(), strict=True):
-        digits(ax, images[row.images], len(images[row.images]), "")
+        shown = images[row.images][: len(images[row.images]) // 2]
+        brighter = (BRIGHTENED * shown.astype(int)).clip(0, 255).astype(np.uint8)
+        digits(ax, np.concatenate([shown, brighter]), 2 * len(shown), "")
         ax.set_ylabel(f"{row.images}\nFID {row.fid_mnist:.0f}", rotation=0, ha="right", va="center", fontsize=9)
     three, four = (table.set_index("images").loc[f"uniform {low}"] for low in ("INT3", "INT4"))
     axes[0].set_title(
-        f"Background of INT4's images: grey value {four['background']:.3f} (INT3's: {three['background']:.3f}). "
-        f"FID: {four['fid_mnist']:.0f} (INT3: {three['fid_mnist']:.0f})\n"
-        f"(the same noise in every row but the last; FID on MNIST features, N = {table['n_images'].iloc[0]})",
+        f"FID: {four['fid_mnist']:.0f} with INT4, {three['fid_mnist']:.0f} with INT3; grey value of the background: "
+        f"{four['background']:.3f} and {three['background']:.3f}\n"
+        f"images   |   the same images, {BRIGHTENED} times as bright (FID on MNIST features, N = {table['n_images'].iloc[0]})",
         fontsize=10,
     )
 
@@ -156,7 +162,13 @@ def paired_digits(
         off = (amplified * np.abs(images.astype(int) - first)).clip(0, 255).astype(np.uint8)
         digits(ax, np.concatenate([images, off]), 2 * count, "")
         ax.set_ylabel(f"{_spoken(row)}\n{row.mem_mib:.2f} MiB", rotation=0, ha="right", va="center", fontsize=9)
-    axes[0].set_title(f"images from the same noise   |   their difference from FP32, {amplified} times as bright", fontsize=10)
+    last = table.iloc[-1]
+    off = np.abs(samples[last["sample"]].astype(int) - samples[table["sample"].iloc[0]].astype(int)).mean()
+    axes[0].set_title(
+        f"The last row's images differ from FP32's by {off:.2g} of 255 grey levels on average\n"
+        f"images from the same noise   |   their difference from FP32, {amplified} times as bright",
+        fontsize=10,
+    )
 
 
 def _spoken(row: Any) -> str:

@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from lafq.io import atomic_write
 from lafq.workspace import Workspace
 
+MODELS = {"smoke": "profile smoke", "mini": "width 16", "paper": "width 64"}
+
 
 def set_style() -> None:
     """From here on tables show sentences whole, and figures have the style of all notebooks."""
@@ -29,9 +31,10 @@ def open_workspace(profile: str, compute: bool, threads: int, device: str, **set
 def save_figure(work: Workspace, name: str, figure: Figure, note: str = "", pixels: bool = False) -> None:
     """Write figures/<profile>/<name>.png and .svg, without dates so that equal figures are equal bytes.
 
-    pixels: the figure is made of images, so only the .png is written. Below stands the profile, and the note: what the bars are.
+    pixels: the figure is made of images, so only the .png is written. Below: the model's width, and the note (what the bars are).
     """
-    figure.text(1, -0.01, f"profile {work.profile}" + (f"; {note}" if note else ""), ha="right", va="top", fontsize=8, color="0.35")
+    below = "; ".join(part for part in (MODELS.get(work.profile, ""), note) if part)
+    figure.text(1, -0.01, below, ha="right", va="top", fontsize=8, color="0.35")
     with matplotlib.rc_context({"svg.hashsalt": name}):
         kinds = (("png", {"Software": None}), ("svg", {"Date": None}))
         for suffix, metadata in kinds[:1] if pixels else kinds:

@@ -66,7 +66,7 @@ def tidy(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def damages_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `budget.measure_candidates` as it is shown, intervals in brackets."""
+    """A table of `budget.measure_candidates` as it is shown, intervals in brackets; the rounding stands in every name."""
     columns = [
         "method",
         "granularity",
@@ -78,9 +78,18 @@ def damages_shown(table: pd.DataFrame) -> pd.DataFrame:
         "delta_loss",
         "fid_mnist_delta",
     ]
-    return format_table(
-        table, [c for c in columns if c in table and not table[c].isna().all()], with_interval=("damage", "fid_mnist_delta")
-    )
+    known = [c for c in columns if c in table and not table[c].isna().all()]
+    return format_table(named_by_rounding(table), known, with_interval=("damage", "fid_mnist_delta"))
+
+
+def with_rounding(method: str) -> str:
+    """A method of 06_budget with its rounding: uniform formats and rules go to the nearest code unless it says more."""
+    return method if "," in method or method.startswith(("allocator", "by ")) else f"{method}, nearest code"
+
+
+def named_by_rounding(table: pd.DataFrame) -> pd.DataFrame:
+    """A table with the rounding in every method's name."""
+    return table.assign(method=table["method"].map(with_rounding))
 
 
 def coded_shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -91,7 +100,7 @@ def coded_shown(table: pd.DataFrame) -> pd.DataFrame:
     shown = table[~plain & ~(fixed & ~table["budget_bits"].isin([3.0, 4.0, 6.0])) & ~(coded & (table["budget_bits"] > 4))]
     known = [c for c in columns if not shown[c].isna().all()]
     shown = shown.assign(file_mib=shown["file_mib"].map("{:.2f}".format), over_int8=shown["over_int8"].map("{:.2g}".format))
-    return format_table(shown, known, with_interval=("damage", "fid_mnist_delta"))
+    return format_table(named_by_rounding(shown), known, with_interval=("damage", "fid_mnist_delta"))
 
 
 def at_posters_size(table: pd.DataFrame) -> pd.DataFrame:
@@ -101,13 +110,13 @@ def at_posters_size(table: pd.DataFrame) -> pd.DataFrame:
     shown = table[(uniform & (table["budget_bits"] < 9)) | table["method"].isin(["allocator", CODED]) | ruled]
     digits = {"file_mib": "{:.2f}", "over_int8": "{:.2g}"}
     text = {c: [f.format(v) if pd.notna(v) else "" for v in shown[c]] for c, f in digits.items()}
-    return format_table(shown.assign(**text), columns, with_interval=("damage",))
+    return format_table(named_by_rounding(shown.assign(**text)), columns, with_interval=("damage",))
 
 
 def coded_bytes(work: Workspace, table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `coded_shown` with their file, resident and peak MiB side by side."""
     shown = coded_shown(table)[["method", "granularity", "budget_bits", "file_mib", "mem_mib"]]
-    return shown.merge(load_table(work, "06_coded_peak_memory"), on=["method", "granularity", "budget_bits"])
+    return shown.merge(named_by_rounding(load_table(work, "06_coded_peak_memory")), on=["method", "granularity", "budget_bits"])
 
 
 def comparison(work: Workspace, *methods: str) -> pd.DataFrame:

@@ -102,8 +102,8 @@ def made_up(values, spread, margin=0.0, seed=0):
 @pytest.mark.parametrize(
     ("gain", "spread", "margin", "expected"),
     [
-        (0.0, 0.1, 1.0, "no effect of that size"),
-        (0.5, 0.1, 1.0, "no effect of that size"),
+        (0.0, 0.1, 1.0, "effect under 1 FID"),
+        (0.5, 0.1, 1.0, "effect under 1 FID"),
         (3.0, 0.1, 1.0, "supported"),
         (-3.0, 0.1, 1.0, "contradicted"),
         (0.0, 5.0, 1.0, "inconclusive"),
@@ -140,7 +140,7 @@ def test_c3_needs_ratios_on_both_sides():
 
 @pytest.mark.parametrize(
     ("change", "spread", "expected"),
-    [(-3, 0.2, "supported"), (3, 0.2, "contradicted"), (0, 0.2, "no effect of that size"), (0, 3, "inconclusive")],
+    [(-3, 0.2, "supported"), (3, 0.2, "contradicted"), (0, 0.2, "effect under 1 FID"), (0, 3, "inconclusive")],
 )
 def test_c4_compares_rows_of_equal_bytes(change, spread, expected):
     columns = ["method", "threshold", "format", "granularity", "mem_mib", "sample"]

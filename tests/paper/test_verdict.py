@@ -14,13 +14,13 @@ from lafq.paper.verdict import FID_MARGIN, holm, verdict
         (-0.5, -0.2, {"above": False}, "supported"),
         (1.2, 3.0, {"above": True, "null": 1.0}, "supported"),
         (0.9, 3.0, {"above": True, "null": 1.0}, "inconclusive"),
-        (-0.9, 0.9, {"above": False, "margin": 1.0}, "no effect of that size"),
-        (0.2, 0.9, {"above": False, "margin": 1.0}, "no effect of that size"),
+        (-0.9, 0.9, {"above": False, "margin": 1.0}, "effect under 1 FID"),
+        (0.2, 0.9, {"above": False, "margin": 1.0}, "effect under 1 FID"),
         (-1.0, 0.9, {"above": False, "margin": 1.0}, "inconclusive"),
         (-3.0, -0.5, {"above": False, "margin": 1.0}, "supported"),
         (0.5, 3.0, {"above": False, "margin": 1.0}, "contradicted"),
         (0.2, 0.5, {"above": True, "p": 0.06}, "inconclusive"),
-        (-0.9, 0.9, {"above": False, "margin": 1.0, "p": 0.9}, "no effect of that size"),
+        (-0.9, 0.9, {"above": False, "margin": 1.0, "p": 0.9}, "effect under 1 FID"),
     ],
 )
 def test_verdict(low, high, settings, expected):

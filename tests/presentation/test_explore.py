@@ -14,8 +14,8 @@ from lafq.diffusion.unet import UNet, quantizable
 from lafq.evaluation.samples import Sampling
 from lafq.fisher.monte_carlo import estimate_sensitivity
 from lafq.io import save_tensors
-from lafq.presentation import explore, panel
-from lafq.presentation.explore import Setting
+from lafq.presentation.explorer import explore, panel
+from lafq.presentation.explorer.explore import Setting
 from lafq.quantization.checks import channel_view
 from lafq.quantization.model import nbytes, quantize, resident_bytes
 from lafq.workspace import Workspace

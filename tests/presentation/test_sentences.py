@@ -66,19 +66,19 @@ def test_each_training_run_has_its_best_ratio():
 def test_findings_follow_from_the_tables(noise):
     found = sentences.findings(published(0.05, -0.1, 0.2), budget(), coded(), "In images, more.")
     assert len(found) == 4
-    assert "INT8 weights by +0.05 [-0.10, +0.20]" in found[0]
-    assert "N = 100, 1,000 sampling steps, width 64" in found[0]
-    assert "The poster's best row: -3.09 (ratio)." in found[0]
-    assert "FID of the authors' FP32 model by 4.4 (standard deviation of the change; N = 100)" in found[1]
-    assert "2 of the poster's 2 differences are within that range." in found[1]
-    assert "At 4 bits per weight, with equal rounding, we compared 6 rules (the poster's 4; magnitude, random)." in found[2]
-    assert "Global does the least damage. Group does" in found[2]
-    assert "Group does 5.0 [2.5, 7.5] times that damage, ratio 15 [7.5, 22] times." in found[2]
+    assert found[0].startswith("**Uniform FP16 and INT8 change FID by less than 0.2.** FP16: +0.05 [-0.10, +0.20];")
+    assert "N = 100 images, 1,000 sampling steps, width 64" in found[0]
+    assert "The largest change in the poster is -3.09 (ratio)." in found[0]
+    assert "FIDs that differ by 4.4 (standard deviation of the difference; N = 100)" in found[1]
+    assert found[1].startswith("**2 of the poster's 2 FID differences are smaller than the effect of new noise.**")
+    assert found[2].startswith("**Of 6 threshold rules, global does the least damage.** All (the poster's 4; magnitude, random)")
+    assert "Group does 5.0 [2.5, 7.5] times global's damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
-    assert found[3].startswith("Entropy coding stores frequent codes in fewer bits. A file of 3 bits per weight has 0.80 MiB")
-    assert "It does 0.22 [0.11, 0.33] times the damage of uniform INT8 (nearest code; file: 1.70 MiB)." in found[3]
+    assert found[3].startswith("**A file of 10.0% of FP32's bytes does 0.22 [0.11, 0.33] times the damage of uniform INT8.**")
+    assert "It has 0.80 MiB (3 bits per weight; in memory 1.20 MiB)" in found[3]
+    assert "INT8's file 1.70 MiB." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
-    assert found[3].endswith("2.5 bits per weight do as much damage as INT8.")
+    assert summaries.coded_equal(coded()).startswith("At 2.5 bits per weight")
 
 
 def test_the_smallest_file_with_hardly_a_rise_of_fid():
@@ -87,8 +87,8 @@ def test_the_smallest_file_with_hardly_a_rise_of_fid():
     table = coded().assign(n_images=1000.0, file_mib=[0.6, 0.7, 0.8, 1.7], **ends)
     evidence = pd.DataFrame({"method": ["baseline"], "fid_mnist": [80.0]})
     said = summaries.coded_with_fid(table, evidence)
-    assert said.startswith("FID was measured for 3 files. The smallest with FID less than 3 % above FP32's (upper end")
-    assert said.endswith("N = 1,000) has 0.70 MiB (8.8% of FP32).")
+    assert said.startswith("FID was measured for 3 files. The smallest whose FID rises by under 3 % (upper end")
+    assert said.endswith("N = 1,000) has 0.70 MiB (8.8% of FP32's bytes).")
     assert summaries.coded_with_fid(table, None) == summaries.coded_with_fid(table, evidence.assign(fid_mnist=20.0)) == ""
 
 
@@ -109,13 +109,13 @@ def test_entropy_coded_plans_are_compared_in_memory_too(damage, said):
 
 
 def test_equal_damage_outside_the_rows_is_not_said():
-    assert "equal" not in summaries.coded_sentence(coded(damages=(4e-6, 2e-6, 1e-6)))
-    assert "equal" not in summaries.coded_sentence(coded(damages=(4e-3, 2e-4, 1e-4)))
+    assert summaries.coded_equal(coded(damages=(4e-6, 2e-6, 1e-6))) == ""
+    assert summaries.coded_equal(coded(damages=(4e-3, 2e-4, 1e-4))) == ""
 
 
 def test_a_rule_that_may_be_as_good_is_counted(noise):
     said = sentences.findings(published(0.05, -0.1, 0.2), budget(group=1.5), coded(), "")[2]
-    assert "does less damage than 4 of the 5 others" in said
+    assert "does less damage than 4 of the 5 others.**" in said
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_what_the_choice_of_fisher_values_does_to_the_loss():
     rows = pd.DataFrame({"delta_loss_low": [-1.0, 0.5], "delta_loss_high": [1.0, 2.0]})
     choices = pd.DataFrame({"choice": ["this project", "R2"], "delta_loss_int4": [2e-4, 1e-4]})
     said = audit_tables.choices_said(rows, choices)
-    assert "the intervals of 1 of 2 choices contain 0" in said
+    assert "the denoising loss contains 0 in 1 of 2 rows" in said
     assert "smallest with the Fisher values of R2 (+1.00e-04" in said
 
 
@@ -209,7 +209,7 @@ def test_rows_at_the_bytes_of_int4_are_said_with_their_intervals():
     claims = pd.DataFrame(
         {"quantity": ["FID of ratio (one threshold per layer) minus"], "measured": [2.27], "low": [0.86], "high": [3.72]}
     )
-    assert "is 2.3 [0.9, 3.7] above global's" in summaries.on_images(claims, 64, 1000)
+    assert "is 2.3 [0.9, 3.7] higher than global's (MNIST features, N = 1,000)." in summaries.on_images(claims, 64, 1000)
 
 
 def test_methods_are_ordered_by_fid():
@@ -219,5 +219,5 @@ def test_methods_are_ordered_by_fid():
 
 def test_what_the_released_sampling_does_is_read_from_the_last_features():
     rows = [("MNIST", "x (R1)", -0.1, 0.0), ("Inception", "x (R6)", 60.0, 70.0), ("Inception", "x (R1)", 0.44, 0.0)]
-    said = audit_tables.images_of_r1(pd.DataFrame(rows, columns=["features", "choice", "here", "released"]))
-    assert said.endswith("INT8 then changes FID by 0.00; by our protocol it changes FID by +0.44 (Inception features).")
+    said = audit_tables.images_of_r1(pd.DataFrame(rows, columns=["features", "choice", "here", "released"]), 100)
+    assert said.endswith("INT8 then changes FID by 0.00; by our protocol it changes FID by +0.44 (Inception features, N = 100).")

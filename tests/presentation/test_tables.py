@@ -1,8 +1,9 @@
 import pandas as pd
+import pytest
 
 from lafq.evaluation.candidates import KEY
 from lafq.paper import results
-from lafq.presentation import benchmarks, tables, terrain
+from lafq.presentation import audit_tables, benchmarks, tables, terrain
 from lafq.workspace import Workspace
 
 
@@ -77,7 +78,7 @@ def test_coded_rows_show_file_and_memory():
     for name, value in (("damage", 1e-6), ("over_int8", 0.25), ("fid_mnist_delta", float("nan"))):
         table = table.assign(**{name: value, f"{name}_low": value, f"{name}_high": value})
     shown = tables.coded_shown(table)
-    assert shown["method"].tolist() == ["uniform", "allocator, all weights", "allocator, entropy-coded"]
+    assert shown["method"].tolist() == ["uniform, nearest code", "allocator, all weights", "allocator, entropy-coded"]
     assert {"file_mib", "mem_mib"} < set(shown) and "fid_mnist_delta" not in shown
 
 
@@ -98,3 +99,24 @@ def test_file_resident_and_peak_bytes_stand_side_by_side(sandbox):
     peak = pd.DataFrame([{"method": row["method"], "granularity": "channel", "budget_bits": 3.0, "peak_mib": 9}])
     results.save_table(work, "06_coded_peak_memory", peak)
     assert tables.coded_bytes(work, coded).iloc[0, 3:].tolist() == ["0.80", "1.20", 9]
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("uniform", "uniform, nearest code"),
+        ("ratio", "ratio, nearest code"),
+        ("ratio, error feedback", "ratio, error feedback"),
+        ("allocator", "allocator"),
+        ("by Fisher", "by Fisher"),
+    ],
+)
+def test_every_row_of_06_names_its_rounding(method, said):
+    assert tables.with_rounding(method) == said
+
+
+def test_a_change_of_protocol_has_its_interval_where_it_is_paired():
+    columns = ["features", "choice", "here", "released", "change", "change_low", "change_high"]
+    rows = [("MNIST", "a (R1)", 0.44, 0.0, -0.44, -0.92, 0.04), ("MNIST", "b (R7)", 0.44, 4.22, 3.78, float("nan"), float("nan"))]
+    shown = audit_tables.protocol_shown(pd.DataFrame(rows, columns=columns), "R1", "R7")
+    assert shown["change"].tolist() == ["-0.44 [-0.92, +0.04]", "+3.78"]

@@ -45,8 +45,9 @@ def best_rule(table: pd.DataFrame) -> str:
     worse = (others["over_global_low"] > 1).sum()
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
-        f"At {RATE:g} bits per weight, with equal rounding, we compared {len(rows)} rules (the poster's {len(rows) - len(own)}; "
-        f"{', '.join(own)}). Global does {best}. Group does {said['group']} times that damage, ratio {said['ratio']} times."
+        f"**Of {len(rows)} threshold rules, global does {best}.** All (the poster's {len(rows) - len(own)}; {', '.join(own)}) have "
+        f"{RATE:g} bits per weight on average and the same rounding. Group does {said['group']} times global's "
+        f"damage, ratio {said['ratio']} times."
     )
 
 
@@ -63,19 +64,18 @@ def both_draws(table: pd.DataFrame, fresh: pd.DataFrame) -> pd.DataFrame:
 
 
 def coded_sentence(table: pd.DataFrame) -> str:
-    """What entropy-coded weights do at three bits per weight, and at how many bits they do uniform INT8's damage."""
+    """What entropy-coded weights do at three bits per weight, beside uniform INT8."""
     rows, int8 = table[table["method"] == CODED].sort_values("budget_bits"), _int8(table)
     at = rows[np.isclose(rows["budget_bits"], CODED_RATE)]
     said = ""
     if len(at):
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
-            f"Entropy coding stores frequent codes in fewer bits. A file of {CODED_RATE:g} bits per weight has "
-            f"{row['file_mib']:.2f} MiB ({row['file_mib'] / full:.1%} of FP32; {row['mem_mib']:.2f} MiB in memory). "
-            f"It does {_over_int8(row)} times the damage of uniform INT8 (nearest code; file: {int8['file_mib']:.2f} MiB)."
+            f"**A file of {row['file_mib'] / full:.1%} of FP32's bytes does {_over_int8(row)} times the damage of uniform INT8.** "
+            f"It is entropy-coded: frequent codes take fewer bits. It has {row['file_mib']:.2f} MiB ({CODED_RATE:g} bits per "
+            f"weight; in memory {row['mem_mib']:.2f} MiB), INT8's file {int8['file_mib']:.2f} MiB."
         )
-    bits = bits_of_equal_damage(rows, int8["damage"])
-    return said + ("" if np.isnan(bits) else f" {bits:.1f} bits per weight do as much damage as INT8.")
+    return said
 
 
 def coded_beside(table: pd.DataFrame) -> str:
@@ -95,9 +95,16 @@ def coded_beside(table: pd.DataFrame) -> str:
     )
 
 
+def coded_equal(table: pd.DataFrame) -> str:
+    """At how many bits per weight an entropy-coded file does uniform INT8's damage; "" outside the rows."""
+    rows = table[table["method"] == CODED].sort_values("budget_bits")
+    bits = bits_of_equal_damage(rows, _int8(table)["damage"])
+    return "" if np.isnan(bits) else f"At {bits:.1f} bits per weight (interpolated) its damage would equal INT8's."
+
+
 def coded_summary(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
-    """`coded_sentence`, `coded_beside` and `coded_with_fid`."""
-    said = (coded_sentence(table), coded_beside(table), coded_with_fid(table, evidence))
+    """`coded_sentence`, `coded_equal`, `coded_beside` and `coded_with_fid`."""
+    said = (coded_sentence(table), coded_equal(table), coded_beside(table), coded_with_fid(table, evidence))
     return " ".join(sentence for sentence in said if sentence)
 
 
@@ -113,8 +120,8 @@ def coded_with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
     share = row["file_mib"] / (row["mem_mib"] / row["mem_share"])
     count = ((table["method"] == CODED) & table["fid_mnist_delta"].notna()).sum()
     return (
-        f"FID was measured for {count} files. The smallest with FID less than 3 % above FP32's (upper end of the 95 % interval; "
-        f"N = {row['n_images']:,.0f}) has {row['file_mib']:.2f} MiB ({share:.1%} of FP32)."
+        f"FID was measured for {count} files. The smallest whose FID rises by under 3 % (upper end of the 95 % interval; "
+        f"N = {row['n_images']:,.0f}) has {row['file_mib']:.2f} MiB ({share:.1%} of FP32's bytes)."
     )
 
 
@@ -137,8 +144,9 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:
         said += (
-            f" The smallest size in memory with FID less than 3 % above FP32's (upper end of the 95 % interval; N = "
-            f"{found['n_images']:,.0f}) is {found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; {found['method']})."
+            f" Of the models measured by FID, the smallest in memory whose FID rises by under 3 % (upper end of the 95 % "
+            f"interval; N = {found['n_images']:,.0f}) has {found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; "
+            f"{found['method']})."
         )
     return said
 
@@ -166,8 +174,8 @@ def on_images(claims: pd.DataFrame, width: int, images: int) -> str:
     """What one threshold per layer costs in FID over one for all, from the claims of `rules.image_claims`."""
     row = claims[claims["quantity"].str.startswith("FID of ratio")].iloc[0]
     return (
-        f"At width {width}, ratio's FID (MNIST features, N = {images:,}) is {row['measured']:.1f} [{row['low']:.1f}, "
-        f"{row['high']:.1f}] above global's."
+        f"At width {width}, ratio's FID is {row['measured']:.1f} [{row['low']:.1f}, {row['high']:.1f}] higher than global's (MNIST "
+        f"features, N = {images:,})."
     )
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lafq.allocation.thresholds import GRANULARITIES
 from lafq.presentation import plots
-from lafq.presentation.explore import LOW, RULES, Outcome, Setting, Subject, outcome
+from lafq.presentation.explorer.explore import LOW, RULES, Outcome, Setting, Subject, outcome
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import nbytes
 
