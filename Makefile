@@ -8,11 +8,10 @@ TRAIN ?= 0
 SCHEDULER ?=
 WEIGHTS ?=
 PUBLISHED ?=
-# Idle worker threads sleep instead of spinning: other work on the same cores costs less then.
-export OMP_WAIT_POLICY ?= PASSIVE
 RUN = $(BIN)/python -m tools.run
-# A file on one of two processes: some fixtures, and the cells of a notebook, belong together.
-PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# A file on one of two processes: some fixtures, and the cells of a notebook, belong together. Idle worker threads sleep, as spinning
+# ones would slow the other process; alone, a process is faster with the default.
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile
 $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 to retrain, or 0))
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
 	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(WEIGHTS),--weights $(WEIGHTS))
@@ -37,7 +36,7 @@ test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of
 	$(RUN) reproduce --profile smoke; \
 	rm -rf build/smoke/samples build/smoke/checkpoint.safetensors; : "or nbval would compare a computation with its cache"; \
 	$$nbval build/smoke; : "one after another, as they write the same tables"; \
-	$$nbval -n 2 --dist loadfile notebooks
+	OMP_WAIT_POLICY=PASSIVE $$nbval -n 2 --dist loadfile notebooks
 	@echo "all passed: ruff, unit tests, the notebooks with smoke (twice, equal numbers), the committed notebooks"
 	@echo "not run: the sliders of 00_explore in a browser (make test-browser)"
 

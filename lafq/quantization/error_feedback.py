@@ -78,9 +78,12 @@ def rounded(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: 
         blocks = zip(columns, map(Factor, *factor), strict=True)
         found = [rounded(v, s, qmax, own, kept if kept is None else k) for (v, s, k), own in blocks]
         return torch.cat([rows for rows, _ in found], 1), sum(quadratic for _, quadratic in found)
-    free = (qmax == 0)[:, None].expand_as(values) if kept is None else kept | (qmax == 0)[:, None]
+    free = None
+    if kept is not None or bool((qmax == 0).any()):
+        free = (qmax == 0)[:, None].expand_as(values) if kept is None else kept | (qmax == 0)[:, None]
+        free = free[:, order].T.contiguous()
     # Columns as rows: what is worked on at a time then lies together in memory.
-    exact, free, limit = values[:, order].T.contiguous(), free[:, order].T.contiguous(), qmax.to(values)
+    exact, limit = values[:, order].T.contiguous(), qmax.to(values)
     wanted, half = exact.clone(), limit % 1
     scales = scales.expand(len(exact), -1) if scales.ndim == 1 else scales[:, order].T.contiguous()
     halves, quadratic = bool(half.any()), torch.zeros(len(values), dtype=torch.float64, device=values.device)
@@ -92,7 +95,7 @@ def rounded(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: 
             grid = column / scales[k]
             grid = grid.sub_(half).round_().add_(half) if halves else grid.round_()
             grid = grid.clamp_(-limit, limit).mul_(scales[k])
-            grid = torch.where(free[k], column, grid)
+            grid = grid if free is None else torch.where(free[k], column, grid)
             torch.sub(grid, column, out=terms[k - start])
             column.copy_(grid)
             torch.sub(exact[k], column, out=errors[k - start])
