@@ -29,7 +29,7 @@ def fill(path: Path, work: Workspace) -> None:
 
 def filled(source: str, name: str, work: Workspace) -> str:
     """The first cell of the notebook `name` with the result of a profile between its marks."""
-    said = f"{result(name, work)} (width {profile_parameters(work.profile)['WIDTH']})"
+    said = f"{result(name, work)} Our model has width {profile_parameters(work.profile)['WIDTH']}."
     return MARKS.sub(lambda marks: f"{marks[1]}{said}\n{marks[2]}", source)
 
 

@@ -29,8 +29,8 @@ def choices_said(rows: pd.DataFrame, choices: pd.DataFrame) -> str:
     around = (rows["delta_loss_low"] <= 0) & (rows["delta_loss_high"] >= 0)
     least = choices.loc[choices["delta_loss_int4"].idxmin()]
     return (
-        f"In INT8 the interval of the rise of the denoising loss contains 0 in {around.sum()} of {len(rows)} rows. In INT4 the "
-        f"rise is smallest with the Fisher values of {least['choice']} ({least['delta_loss_int4']:+.2e}; no interval was taken)."
+        f"In INT8 the interval of `delta_loss` contains 0 in {around.sum()} of {len(rows)} rows (next table). In INT4 `delta_loss` "
+        f"is smallest with the Fisher values of {least['choice']} ({least['delta_loss_int4']:+.2e}; no interval was taken)."
     )
 
 

@@ -29,7 +29,11 @@ COLOURED = (
     *("uniform", "allocator", "global", "ratio", "allocator, tuned", "allocator, nearest code"),
     *("allocator, all weights", CODED),
 )
-SPOKEN = {"tensor": "one format per tensor", "channel": "one format per channel", "mixed": "per channel, single weights in FP16"}
+SPOKEN = {
+    "tensor": "one format per tensor",
+    "channel": "one format per channel",
+    "mixed": "mixed (channels, single FP16 weights)",
+}
 SHADES = {"tensor": 0.4, "channel": 0.7}
 STYLES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
 
@@ -68,7 +72,7 @@ def finding_of_fid(table: pd.DataFrame) -> str:
     rows = table[np.isclose(table["budget_bits"], TITLE_BITS)].set_index(["method", "granularity"])["fid_mnist_delta"]
     ours, rule = rows[ALLOCATOR], rows["global", "weight"]
     return (
-        f"FID rises at {TITLE_BITS:g} bits per weight: {ours:.1f} (allocator), {rule:.0f} (global, nearest code)\n"
+        f"FID rise at {TITLE_BITS:g} bits per weight: {ours:.1f} (allocator), {rule:.0f} (global, nearest code)\n"
         f"(MNIST features, N = {table['n_images'].max():,.0f}; axis linear from -1 to 1)"
     )
 
@@ -86,8 +90,8 @@ def finding_of_variants(table: pd.DataFrame) -> str:
     damage = _at_title_bits(table)
     nearest, by_tensor = damage["allocator, nearest code", "mixed"], damage["allocator", "tensor"]
     return (
-        f"Damage at {TITLE_BITS:g} bits per weight: {nearest / damage[ALLOCATOR]:.1f} times the allocator's with nearest code, "
-        f"{by_tensor / damage[ALLOCATOR]:.1f} times with one format per tensor"
+        f"At {TITLE_BITS:g} bits per weight nearest code multiplies the allocator's damage by {nearest / damage[ALLOCATOR]:.1f}, "
+        f"one format per tensor by {by_tensor / damage[ALLOCATOR]:.1f}"
     )
 
 

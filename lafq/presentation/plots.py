@@ -98,10 +98,10 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[P
             ax.scatter(sizes, fids, marker="_", s=120, lw=0.8, color="black", zorder=3, label=label)
         ax.set(xscale="log", yscale="log", xlabel="N, images in a block", ylabel="FID")
         at_100 = panel[(panel["images"] == "generated") & (panel["n"] == 100)]["sd"]
-        spread = f"\nN = 100: standard deviation {at_100.item():.1f} by new noise" if len(at_100) else ""
-        theirs = [row.fid for row in published if row.images == 100] if features == "Inception" else []
-        spread += f"; the poster's rows span {max(theirs) - min(theirs):.1f}" if theirs else ""
-        ax.set_title(f"{features} features{spread}", fontsize=11)
+        spread = np.sqrt(2) * at_100.item() if len(at_100) else np.nan
+        said = f"\nN = 100: two draws differ by {spread:.1f} (standard deviation)" if len(at_100) else ""
+        ax.set_title(f"{features} features{said}", fontsize=11)
+        ax.set_ylim(top=2 * panel["mean"].max())  # room for the legend
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter("{x:,.0f}")
             axis.set_minor_formatter("{x:,.0f}" if axis is ax.yaxis else "")
@@ -129,7 +129,7 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     at_n = f"N = {rows['n_images'].iloc[0]}, {rows['steps'].iloc[0]:,} sampling steps"
     ax.set(xlabel=f"FID difference from FP32 (positive: worse)\n{features} features; ours: {at_n}")
     ours, theirs = (values.abs().max() for values in (rows[f"delta_{metric}"], published))
-    ax.set_title(f"Same noise: FID changes by at most {ours:.2f}; poster, new noise: by up to {theirs:.2f}")
+    ax.set_title(f"Ours (same noise): FID changes by at most {ours:.2f}; poster (new noise): by up to {theirs:.2f}")
     ax.legend(fontsize=9)
 
 

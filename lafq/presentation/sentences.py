@@ -108,8 +108,8 @@ def by_format(published: pd.DataFrame) -> str:
     largest = theirs.abs().idxmax()
     return (
         f"**Uniform FP16 and INT8 change FID by less than {bound:.1f}.** FP16: {said['fp16']}; INT8: {said['int8']} (95 % "
-        f"intervals; N = {n} images, {steps:,} sampling steps, width {poster.WIDTH}). The largest change in the poster is "
-        f"{theirs[largest]:+.2f} ({published['method'][largest]})."
+        f"intervals; N = {n} images, {steps:,} steps, width {poster.WIDTH}). The poster's largest change is "
+        f"{theirs[largest]:+.2f} (rule {published['method'][largest]})."
     )
 
 
@@ -119,8 +119,8 @@ def against_noise(published: pd.DataFrame) -> str:
     theirs = _published_differences(published).abs()
     return (
         f"**{(theirs < noise).sum()} of the poster's {len(theirs)} FID differences are smaller than the effect of new noise.** "
-        f"The poster draws new noise for every row. Two draws alone give the authors' FP32 model FIDs that differ by {noise:.1f} "
-        f"(standard deviation of the difference; N = {n})."
+        "The poster draws new noise for every row. Between two draws, the FID of the authors' FP32 model differs by "
+        f"{noise:.1f} (standard deviation; N = {n})."
     )
 
 

@@ -67,18 +67,18 @@ def test_findings_follow_from_the_tables(noise):
     found = sentences.findings(published(0.05, -0.1, 0.2), budget(), coded(), "In images, more.")
     assert len(found) == 4
     assert found[0].startswith("**Uniform FP16 and INT8 change FID by less than 0.2.** FP16: +0.05 [-0.10, +0.20];")
-    assert "N = 100 images, 1,000 sampling steps, width 64" in found[0]
-    assert "The largest change in the poster is -3.09 (ratio)." in found[0]
-    assert "FIDs that differ by 4.4 (standard deviation of the difference; N = 100)" in found[1]
+    assert "N = 100 images, 1,000 steps, width 64" in found[0]
+    assert "The poster's largest change is -3.09 (rule ratio)." in found[0]
+    assert "differs by 4.4 (standard deviation; N = 100)" in found[1]
     assert found[1].startswith("**2 of the poster's 2 FID differences are smaller than the effect of new noise.**")
-    assert found[2].startswith("**Of 6 threshold rules, global does the least damage.** All (the poster's 4; magnitude, random)")
+    assert found[2].startswith("**Of 6 threshold rules, global does the least damage.** We gave the poster's 4 and two with other")
+    assert "scores (magnitude, random) the same rounding and 4 bits per weight." in found[2]
     assert "Group does 5.0 [2.5, 7.5] times global's damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
-    assert found[3].startswith("**A file of 10.0% of FP32's bytes does 0.22 [0.11, 0.33] times the damage of uniform INT8.**")
-    assert "It has 0.80 MiB (3 bits per weight; in memory 1.20 MiB)" in found[3]
-    assert "INT8's file 1.70 MiB." in found[3]
+    assert found[3].startswith("**Our file of 10.0% of FP32's bytes does 0.22 [0.11, 0.33] times the damage of uniform INT8's.**")
+    assert "Ours has 0.80 MiB (in memory 1.20), INT8's 1.70 MiB." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
-    assert summaries.coded_equal(coded()).startswith("At 2.5 bits per weight")
+    assert summaries.coded_equal(coded()).startswith("At 2.5 instead of 3 bits per weight (interpolated)")
 
 
 def test_the_smallest_file_with_hardly_a_rise_of_fid():
@@ -87,7 +87,9 @@ def test_the_smallest_file_with_hardly_a_rise_of_fid():
     table = coded().assign(n_images=1000.0, file_mib=[0.6, 0.7, 0.8, 1.7], **ends)
     evidence = pd.DataFrame({"method": ["baseline"], "fid_mnist": [80.0]})
     said = summaries.coded_with_fid(table, evidence)
-    assert said.startswith("FID was measured for 3 files. The smallest whose FID rises by under 3 % (upper end")
+    assert said.startswith(
+        "We measured FID for 3 coded files. The smallest whose FID rises by less than 3 % of FP32's (2.40; upper end"
+    )
     assert said.endswith("N = 1,000) has 0.70 MiB (8.8% of FP32's bytes).")
     assert summaries.coded_with_fid(table, None) == summaries.coded_with_fid(table, evidence.assign(fid_mnist=20.0)) == ""
 
@@ -104,7 +106,7 @@ def test_entropy_coded_plans_are_compared_in_memory_too(damage, said):
     assert found.startswith("Error feedback multiplies the damage of uniform INT8 by 0.30 [0.20, 0.40].")
     assert said in found
     assert "does 2.2e-06 at 0.88 MiB." in found
-    assert f"damage {damage:.1e} at 0.90 MiB;" in found
+    assert f"{damage:.1e} at 0.90 MiB in memory;" in found
     assert summaries.coded_beside(coded()) == ""
 
 
@@ -177,7 +179,7 @@ def test_what_the_choice_of_fisher_values_does_to_the_loss():
     rows = pd.DataFrame({"delta_loss_low": [-1.0, 0.5], "delta_loss_high": [1.0, 2.0]})
     choices = pd.DataFrame({"choice": ["this project", "R2"], "delta_loss_int4": [2e-4, 1e-4]})
     said = audit_tables.choices_said(rows, choices)
-    assert "the denoising loss contains 0 in 1 of 2 rows" in said
+    assert "`delta_loss` contains 0 in 1 of 2 rows" in said
     assert "smallest with the Fisher values of R2 (+1.00e-04" in said
 
 

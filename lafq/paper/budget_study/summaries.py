@@ -45,8 +45,8 @@ def best_rule(table: pd.DataFrame) -> str:
     worse = (others["over_global_low"] > 1).sum()
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
-        f"**Of {len(rows)} threshold rules, global does {best}.** All (the poster's {len(rows) - len(own)}; {', '.join(own)}) have "
-        f"{RATE:g} bits per weight on average and the same rounding. Group does {said['group']} times global's "
+        f"**Of {len(rows)} threshold rules, global does {best}.** We gave the poster's {len(rows) - len(own)} and two with other "
+        f"scores ({', '.join(own)}) the same rounding and {RATE:g} bits per weight. Group does {said['group']} times global's "
         f"damage, ratio {said['ratio']} times."
     )
 
@@ -71,9 +71,9 @@ def coded_sentence(table: pd.DataFrame) -> str:
     if len(at):
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
-            f"**A file of {row['file_mib'] / full:.1%} of FP32's bytes does {_over_int8(row)} times the damage of uniform INT8.** "
-            f"It is entropy-coded: frequent codes take fewer bits. It has {row['file_mib']:.2f} MiB ({CODED_RATE:g} bits per "
-            f"weight; in memory {row['mem_mib']:.2f} MiB), INT8's file {int8['file_mib']:.2f} MiB."
+            f"**Our file of {row['file_mib'] / full:.1%} of FP32's bytes does {_over_int8(row)} times the damage of uniform "
+            f"INT8's.** Both are entropy-coded: frequent codes take fewer bits. Ours has {row['file_mib']:.2f} MiB (in memory "
+            f"{row['mem_mib']:.2f}), INT8's {int8['file_mib']:.2f} MiB."
         )
     return said
 
@@ -90,8 +90,8 @@ def coded_beside(table: pd.DataFrame) -> str:
     said = f"Error feedback multiplies the damage of uniform INT8 by {_over_int8(same.iloc[0])}."
     better = "better" if ours["damage"] < nearest["damage"] else "no better"
     return (
-        f'{said} At equal memory "allocator, all weights" is {better}: damage {ours["damage"]:.1e} at {ours["mem_mib"]:.2f} MiB; '
-        f'"allocator, entropy-coded" does {nearest["damage"]:.1e} at {nearest["mem_mib"]:.2f} MiB.'
+        f'{said} At equal memory "allocator, all weights" is {better}: {ours["damage"]:.1e} at {ours["mem_mib"]:.2f} MiB in '
+        f'memory; "allocator, entropy-coded" does {nearest["damage"]:.1e} at {nearest["mem_mib"]:.2f} MiB.'
     )
 
 
@@ -99,7 +99,8 @@ def coded_equal(table: pd.DataFrame) -> str:
     """At how many bits per weight an entropy-coded file does uniform INT8's damage; "" outside the rows."""
     rows = table[table["method"] == CODED].sort_values("budget_bits")
     bits = bits_of_equal_damage(rows, _int8(table)["damage"])
-    return "" if np.isnan(bits) else f"At {bits:.1f} bits per weight (interpolated) its damage would equal INT8's."
+    said = f"At {bits:.1f} instead of {CODED_RATE:g} bits per weight (interpolated) its damage would equal INT8's."
+    return "" if np.isnan(bits) else said
 
 
 def coded_summary(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
@@ -120,8 +121,8 @@ def coded_with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
     share = row["file_mib"] / (row["mem_mib"] / row["mem_share"])
     count = ((table["method"] == CODED) & table["fid_mnist_delta"].notna()).sum()
     return (
-        f"FID was measured for {count} files. The smallest whose FID rises by under 3 % (upper end of the 95 % interval; "
-        f"N = {row['n_images']:,.0f}) has {row['file_mib']:.2f} MiB ({share:.1%} of FP32's bytes)."
+        f"We measured FID for {count} coded files. The smallest whose FID rises by less than 3 % of FP32's ({limit:.2f}; upper "
+        f"end of the 95 % interval; N = {row['n_images']:,.0f}) has {row['file_mib']:.2f} MiB ({share:.1%} of FP32's bytes)."
     )
 
 
@@ -174,8 +175,8 @@ def on_images(claims: pd.DataFrame, width: int, images: int) -> str:
     """What one threshold per layer costs in FID over one for all, from the claims of `rules.image_claims`."""
     row = claims[claims["quantity"].str.startswith("FID of ratio")].iloc[0]
     return (
-        f"At width {width}, ratio's FID is {row['measured']:.1f} [{row['low']:.1f}, {row['high']:.1f}] higher than global's (MNIST "
-        f"features, N = {images:,})."
+        f"At width {width} and the bytes of uniform INT4, ratio's FID is {row['measured']:.1f} [{row['low']:.1f}, "
+        f"{row['high']:.1f}] higher than global's (MNIST features, N = {images:,})."
     )
 
 
