@@ -111,7 +111,7 @@ def headline(table: pd.DataFrame) -> str:
         f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images} images, {steps:,} "
         f"steps, Inception features. Poster: new noise per row; FP32 FID {base.fid:.2f}; formats not stated (INT8 assumed); "
         "bytes of FP16 and group from the authors' README. Ours: same noise for all rows; FP32 FID "
-        f"{baseline:.2f}; rules act on single weights."
+        f"{baseline:.2f}; rules pick single weights."
     )
 
 
@@ -135,8 +135,8 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
     quantities = (
         "C1: empirical Fisher information at t < 500, divided by that at t >= 500. C2: mean Fisher information per weight of "
         f"Layers 1-2, divided by that of Layers 3-6. C3: mean FID of {inside} ratios in 0.35-0.40, minus that of "
-        f"{len(poster.RATIOS) - inside} others. C4: FID of one layer or group rule (about FP16's bytes), minus FID of "
-        "uniform FP16. C3 and C4: below 0 is better; N = 100; 100 steps (width 16: 50)."
+        f"{len(poster.RATIOS) - inside} others. C4: FID of the layer or group rule nearest to FP16 in bytes, minus "
+        "FID of uniform FP16. C3, C4: below 0 is better; N = 100; 100 steps (width 16: 50)."
     )
     table = pd.DataFrame(cells, columns=["the poster's claim", "width 64", "width 16"])
     return f"{markdown(table)}\n\n{quantities}"

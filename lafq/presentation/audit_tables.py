@@ -29,8 +29,9 @@ def choices_said(rows: pd.DataFrame, choices: pd.DataFrame) -> str:
     around = (rows["delta_loss_low"] <= 0) & (rows["delta_loss_high"] >= 0)
     least = choices.loc[choices["delta_loss_int4"].idxmin()]
     return (
-        f"In INT8 the interval of `delta_loss` contains 0 in {around.sum()} of {len(rows)} rows (next table). In INT4 `delta_loss` "
-        f"is smallest with the Fisher values of {least['choice']} ({least['delta_loss_int4']:+.2e}; no interval was taken)."
+        f"INT8: the interval of `delta_loss` contains 0 in {around.sum()} of {len(rows)} rows (next table). INT4: "
+        f"`delta_loss_int4` (previous table) is smallest with the Fisher values of {least['choice']} "
+        f"({least['delta_loss_int4']:+.2e}; no interval was taken)."
     )
 
 
@@ -90,9 +91,11 @@ def published_sets(table: pd.DataFrame) -> str:
 def images_of_r1(protocol: pd.DataFrame, images: int) -> str:
     """What the released sampling does to a quantized row: a sentence on `protocol.protocol_choices` of so many images."""
     row = protocol[protocol["choice"].str.contains("R1")].iloc[-1]
+    ends = f"[{-row['change_high']:+.2f}, {-row['change_low']:+.2f}]"
     return (
-        f"As released, the code draws images with the unquantized weights (R1). INT8 then changes FID by "
-        f"{row['released']:.2f}; by our protocol it changes FID by {row['here']:+.2f} ({row['features']} features, N = {images})."
+        "As released, the code draws images with the unquantized weights (R1), so INT8 changes FID by "
+        f"{row['released']:.2f}. By our protocol INT8 changes FID by {row['here']:+.2f} {ends} ({row['features']} features, "
+        f"N = {images})."
     )
 
 

@@ -73,7 +73,7 @@ def finding_of_fid(table: pd.DataFrame) -> str:
     ours, rule = rows[ALLOCATOR], rows["global", "weight"]
     return (
         f"FID rise at {TITLE_BITS:g} bits per weight: {ours:.1f} (allocator), {rule:.0f} (global, nearest code)\n"
-        f"(MNIST features, N = {table['n_images'].max():,.0f}; axis linear from -1 to 1)"
+        f"(MNIST features, N = {table['n_images'].max():,.0f}; log axis outside ±1)"
     )
 
 
@@ -170,7 +170,7 @@ def bits_map(axes: Sequence[Axes], report: pd.DataFrame) -> None:
     names = list(dict.fromkeys(report["parameter"]))
     fisher = report.drop_duplicates("parameter").set_index("parameter").loc[names, "fisher"]
     axes[0].bar(np.arange(len(names)) + 0.5, fisher, color="0.4")
-    axes[0].set(yscale="log", ylabel="mean true Fisher", xlim=(0, len(names)), xticks=[])
+    axes[0].set(yscale="log", ylabel="mean F (Fisher)", xlim=(0, len(names)), xticks=[])
     grid = report.pivot(index="budget_bits", columns="parameter", values="bits_per_weight")[names]
     ordered, at = fisher.sort_values().index, grid.index[np.abs(grid.index - TITLE_BITS).argmin()]
     least, most = (grid.loc[at, list(some)].mean() for some in (ordered[:EXTREMES], ordered[-EXTREMES:]))

@@ -99,7 +99,7 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[P
         ax.set(xscale="log", yscale="log", xlabel="N, images in a block", ylabel="FID")
         at_100 = panel[(panel["images"] == "generated") & (panel["n"] == 100)]["sd"]
         spread = np.sqrt(2) * at_100.item() if len(at_100) else np.nan
-        said = f"\nN = 100: two draws differ by {spread:.1f} (standard deviation)" if len(at_100) else ""
+        said = f"\nN = 100: two draws of our model differ by {spread:.1f} (SD)" if len(at_100) else ""
         ax.set_title(f"{features} features{said}", fontsize=11)
         ax.set_ylim(top=2 * panel["mean"].max())  # room for the legend
         for axis in (ax.xaxis, ax.yaxis):

@@ -119,8 +119,8 @@ def against_noise(published: pd.DataFrame) -> str:
     theirs = _published_differences(published).abs()
     return (
         f"**{(theirs < noise).sum()} of the poster's {len(theirs)} FID differences are smaller than the effect of new noise.** "
-        "The poster draws new noise for every row. Between two draws, the FID of the authors' FP32 model differs by "
-        f"{noise:.1f} (standard deviation; N = {n})."
+        "The poster draws new noise for every row. Between two draws, the FID of the authors' FP32 model "
+        f"differs with a standard deviation of {noise:.1f} (N = {n})."
     )
 
 

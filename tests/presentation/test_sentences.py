@@ -69,13 +69,13 @@ def test_findings_follow_from_the_tables(noise):
     assert found[0].startswith("**Uniform FP16 and INT8 change FID by less than 0.2.** FP16: +0.05 [-0.10, +0.20];")
     assert "N = 100 images, 1,000 steps, width 64" in found[0]
     assert "The poster's largest change is -3.09 (rule ratio)." in found[0]
-    assert "differs by 4.4 (standard deviation; N = 100)" in found[1]
+    assert "differs with a standard deviation of 4.4 (N = 100)" in found[1]
     assert found[1].startswith("**2 of the poster's 2 FID differences are smaller than the effect of new noise.**")
-    assert found[2].startswith("**Of 6 threshold rules, global does the least damage.** We gave the poster's 4 and two with other")
-    assert "scores (magnitude, random) the same rounding and 4 bits per weight." in found[2]
+    assert found[2].startswith("**Of 6 threshold rules, global does the least damage.** All (the poster's 4; magnitude and random)")
+    assert "are rounded alike and keep as many weights as 4 bits per weight allow." in found[2]
     assert "Group does 5.0 [2.5, 7.5] times global's damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
-    assert found[3].startswith("**Our file of 10.0% of FP32's bytes does 0.22 [0.11, 0.33] times the damage of uniform INT8's.**")
+    assert found[3].startswith("**Our file (10.0% of FP32's bytes) does 0.22 [0.11, 0.33] times uniform INT8's damage.**")
     assert "Ours has 0.80 MiB (in memory 1.20), INT8's 1.70 MiB." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
     assert summaries.coded_equal(coded()).startswith("At 2.5 instead of 3 bits per weight (interpolated)")
@@ -87,10 +87,8 @@ def test_the_smallest_file_with_hardly_a_rise_of_fid():
     table = coded().assign(n_images=1000.0, file_mib=[0.6, 0.7, 0.8, 1.7], **ends)
     evidence = pd.DataFrame({"method": ["baseline"], "fid_mnist": [80.0]})
     said = summaries.coded_with_fid(table, evidence)
-    assert said.startswith(
-        "We measured FID for 3 coded files. The smallest whose FID rises by less than 3 % of FP32's (2.40; upper end"
-    )
-    assert said.endswith("N = 1,000) has 0.70 MiB (8.8% of FP32's bytes).")
+    assert "the 95 % interval of the rise must end below 2.40 (N = 1,000)." in said
+    assert said.endswith("The smallest such file has 0.70 MiB (8.8% of FP32's bytes).")
     assert summaries.coded_with_fid(table, None) == summaries.coded_with_fid(table, evidence.assign(fid_mnist=20.0)) == ""
 
 
@@ -211,7 +209,7 @@ def test_rows_at_the_bytes_of_int4_are_said_with_their_intervals():
     claims = pd.DataFrame(
         {"quantity": ["FID of ratio (one threshold per layer) minus"], "measured": [2.27], "low": [0.86], "high": [3.72]}
     )
-    assert "is 2.3 [0.9, 3.7] higher than global's (MNIST features, N = 1,000)." in summaries.on_images(claims, 64, 1000)
+    assert "exceeds global's by 2.3 [0.9, 3.7] (MNIST features, N = 1,000)." in summaries.on_images(claims, 64, 1000)
 
 
 def test_methods_are_ordered_by_fid():
@@ -221,5 +219,6 @@ def test_methods_are_ordered_by_fid():
 
 def test_what_the_released_sampling_does_is_read_from_the_last_features():
     rows = [("MNIST", "x (R1)", -0.1, 0.0), ("Inception", "x (R6)", 60.0, 70.0), ("Inception", "x (R1)", 0.44, 0.0)]
-    said = audit_tables.images_of_r1(pd.DataFrame(rows, columns=["features", "choice", "here", "released"]), 100)
-    assert said.endswith("INT8 then changes FID by 0.00; by our protocol it changes FID by +0.44 (Inception features, N = 100).")
+    table = pd.DataFrame(rows, columns=["features", "choice", "here", "released"]).assign(change_low=-0.92, change_high=0.04)
+    said = audit_tables.images_of_r1(table, 100)
+    assert said.endswith("by 0.00. By our protocol INT8 changes FID by +0.44 [-0.04, +0.92] (Inception features, N = 100).")

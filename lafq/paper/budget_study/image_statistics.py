@@ -47,6 +47,7 @@ def why_fid_and_damage_differ(table: pd.DataFrame) -> str:
         f"The background of uniform INT4's images has a grey value of {four['background']:.3f} (INT3: {three['background']:.3f}, "
         f"real digits: {real['background']:.3f}). An MNIST classifier reads {four['share']:.0%} of INT4's images as "
         f"{four['digit']:.0f}. FID is {four['fid_mnist']:.0f} with INT4 and {three['fid_mnist']:.0f} with INT3. Ink: "
-        f"real digits {real['ink']:.4f}, FP32 {fp32['ink']:.4f}, the rule magnitude at 6 bits {magnitude['ink']:.4f}. Its "
-        f"mean_term is {magnitude['mean_term']:.1f}, FP32's {fp32['mean_term']:.1f}. So FID can fall although the output changes."
+        f"real digits {real['ink']:.4f}, FP32 {fp32['ink']:.4f}, the rule magnitude at 6 bits {magnitude['ink']:.4f}; "
+        f"mean_term: magnitude {magnitude['mean_term']:.1f}, FP32 {fp32['mean_term']:.1f}. So FID can fall although the "
+        "output changes."
     )

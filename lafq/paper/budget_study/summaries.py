@@ -45,8 +45,8 @@ def best_rule(table: pd.DataFrame) -> str:
     worse = (others["over_global_low"] > 1).sum()
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
-        f"**Of {len(rows)} threshold rules, global does {best}.** We gave the poster's {len(rows) - len(own)} and two with other "
-        f"scores ({', '.join(own)}) the same rounding and {RATE:g} bits per weight. Group does {said['group']} times global's "
+        f"**Of {len(rows)} threshold rules, global does {best}.** All (the poster's {len(rows) - len(own)}; {' and '.join(own)}) "
+        f"are rounded alike and keep as many weights as {RATE:g} bits per weight allow. Group does {said['group']} times global's "
         f"damage, ratio {said['ratio']} times."
     )
 
@@ -71,8 +71,8 @@ def coded_sentence(table: pd.DataFrame) -> str:
     if len(at):
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
-            f"**Our file of {row['file_mib'] / full:.1%} of FP32's bytes does {_over_int8(row)} times the damage of uniform "
-            f"INT8's.** Both are entropy-coded: frequent codes take fewer bits. Ours has {row['file_mib']:.2f} MiB (in memory "
+            f"**Our file ({row['file_mib'] / full:.1%} of FP32's bytes) does {_over_int8(row)} times uniform INT8's damage.** "
+            f"Both files are entropy-coded: frequent codes take fewer bits. Ours has {row['file_mib']:.2f} MiB (in memory "
             f"{row['mem_mib']:.2f}), INT8's {int8['file_mib']:.2f} MiB."
         )
     return said
@@ -121,8 +121,9 @@ def coded_with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
     share = row["file_mib"] / (row["mem_mib"] / row["mem_share"])
     count = ((table["method"] == CODED) & table["fid_mnist_delta"].notna()).sum()
     return (
-        f"We measured FID for {count} coded files. The smallest whose FID rises by less than 3 % of FP32's ({limit:.2f}; upper "
-        f"end of the 95 % interval; N = {row['n_images']:,.0f}) has {row['file_mib']:.2f} MiB ({share:.1%} of FP32's bytes)."
+        f"We measured FID for {count} coded files. We allow a rise of 3 % of FP32's FID: the 95 % interval of the rise must end "
+        f"below {limit:.2f} (N = {row['n_images']:,.0f}). The smallest such file has {row['file_mib']:.2f} MiB ({share:.1%} of "
+        "FP32's bytes)."
     )
 
 
@@ -145,7 +146,7 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:
         said += (
-            f" Of the models measured by FID, the smallest in memory whose FID rises by under 3 % (upper end of the 95 % "
+            f" The smallest model in memory whose FID rises by under 3 % (upper end of the 95 % "
             f"interval; N = {found['n_images']:,.0f}) has {found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; "
             f"{found['method']})."
         )
@@ -175,8 +176,8 @@ def on_images(claims: pd.DataFrame, width: int, images: int) -> str:
     """What one threshold per layer costs in FID over one for all, from the claims of `rules.image_claims`."""
     row = claims[claims["quantity"].str.startswith("FID of ratio")].iloc[0]
     return (
-        f"At width {width} and the bytes of uniform INT4, ratio's FID is {row['measured']:.1f} [{row['low']:.1f}, "
-        f"{row['high']:.1f}] higher than global's (MNIST features, N = {images:,})."
+        f"At width {width} and the bytes of uniform INT4, ratio's FID exceeds global's by {row['measured']:.1f} "
+        f"[{row['low']:.1f}, {row['high']:.1f}] (MNIST features, N = {images:,})."
     )
 
 
