@@ -162,10 +162,10 @@ def paired_digits(
         off = (amplified * np.abs(images.astype(int) - first)).clip(0, 255).astype(np.uint8)
         digits(ax, np.concatenate([images, off]), 2 * count, "")
         ax.set_ylabel(f"{_spoken(row)}\n{row.mem_mib:.2f} MiB", rotation=0, ha="right", va="center", fontsize=9)
-    last = table.iloc[-1]
-    off = np.abs(samples[last["sample"]].astype(int) - samples[table["sample"].iloc[0]].astype(int)).mean()
+    last = list(table.itertuples())[-1]
+    off = np.abs(samples[last.sample].astype(int) - samples[table["sample"].iloc[0]].astype(int)).mean()
     axes[0].set_title(
-        f"The last row's images differ from FP32's by {off:.2g} of 255 grey levels on average\n"
+        f"{_spoken(last)}: images differ from FP32's by {off:.2g} of 255 grey levels on average\n"
         f"images from the same noise   |   their difference from FP32, {amplified} times as bright",
         fontsize=10,
     )

@@ -72,11 +72,11 @@ def test_findings_follow_from_the_tables(noise):
     assert "differs with a standard deviation of 4.4 (N = 100)" in found[1]
     assert found[1].startswith("**2 of the poster's 2 FID differences are smaller than the effect of new noise.**")
     assert found[2].startswith("**Of 6 threshold rules, global does the least damage.** All (the poster's 4; magnitude and random)")
-    assert "are rounded alike and keep as many weights as 4 bits per weight allow." in found[2]
+    assert "are rounded alike and have 4 bits per weight on average." in found[2]
     assert "Group does 5.0 [2.5, 7.5] times global's damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
-    assert found[3].startswith("**Our file (10.0% of FP32's bytes) does 0.22 [0.11, 0.33] times uniform INT8's damage.**")
-    assert "Ours has 0.80 MiB (in memory 1.20), INT8's 1.70 MiB." in found[3]
+    assert found[3].startswith("**lafq's file (10.0% of FP32's bytes) does 0.22 [0.11, 0.33] times uniform INT8's damage.**")
+    assert "lafq's has 0.80 MiB (in memory 1.20), INT8's 1.70 MiB." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
     assert summaries.coded_equal(coded()).startswith("At 2.5 instead of 3 bits per weight (interpolated)")
 

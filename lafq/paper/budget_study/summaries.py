@@ -46,7 +46,7 @@ def best_rule(table: pd.DataFrame) -> str:
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
         f"**Of {len(rows)} threshold rules, global does {best}.** All (the poster's {len(rows) - len(own)}; {' and '.join(own)}) "
-        f"are rounded alike and keep as many weights as {RATE:g} bits per weight allow. Group does {said['group']} times global's "
+        f"are rounded alike and have {RATE:g} bits per weight on average. Group does {said['group']} times global's "
         f"damage, ratio {said['ratio']} times."
     )
 
@@ -71,8 +71,8 @@ def coded_sentence(table: pd.DataFrame) -> str:
     if len(at):
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
-            f"**Our file ({row['file_mib'] / full:.1%} of FP32's bytes) does {_over_int8(row)} times uniform INT8's damage.** "
-            f"Both files are entropy-coded: frequent codes take fewer bits. Ours has {row['file_mib']:.2f} MiB (in memory "
+            f"**lafq's file ({row['file_mib'] / full:.1%} of FP32's bytes) does {_over_int8(row)} times uniform INT8's damage.** "
+            f"Both files are entropy-coded: frequent codes take fewer bits. lafq's has {row['file_mib']:.2f} MiB (in memory "
             f"{row['mem_mib']:.2f}), INT8's {int8['file_mib']:.2f} MiB."
         )
     return said
