@@ -107,14 +107,13 @@ def estimate_sensitivity(
     effective = sum(traces) ** 2 / sum(x * x for x in traces)
     if shrink:
         squares |= {n: views[n].back(m.shrunk_squares(views[n].of(squares[n]))).contiguous() for n, m in moments.items()}
-        curvatures = _shrunk_curvatures(moments, len(traces))
-    else:
-        curvatures = {n: m.plain_curvature() for n, m in moments.items()}, len(traces), None
-    return Sensitivity({n: f / samples for n, f in squares.items()}, *curvatures, effective)
+    return Sensitivity({n: f / samples for n, f in squares.items()}, *_curvatures(moments, len(traces), shrink), effective)
 
 
-def _shrunk_curvatures(moments: dict[str, Moments], passes: int) -> tuple[dict[str, Tensor], int, dict[str, float]]:
-    """By parameter name: the shrunk curvature, and the share of it that was noise; a warning where one pass is all there is."""
+def _curvatures(moments: dict[str, Moments], passes: int, shrink: bool) -> tuple[dict[str, Tensor], int, dict[str, float] | None]:
+    """Of a `Sensitivity`: curvature, passes and noise; a warning where a shrunk curvature comes from one pass."""
+    if not shrink:
+        return {n: m.plain_curvature() for n, m in moments.items()}, passes, None
     if moments and passes == 1:
         warnings.warn(
             "one pass says nothing about its noise, so all weights of a tensor count the same: give more batches", stacklevel=3
