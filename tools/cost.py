@@ -72,9 +72,10 @@ def work(parameters: dict[str, Any]) -> dict[str, float]:
     # Empirical, and Monte Carlo on as many noised digits and as many states of the reverse process.
     found["02_fisher"] = 3 * 3 * one * p["FISHER_SAMPLES"] + p["FISHER_SAMPLES"] // p["TIMESTEP_BINS"] * image
     coded = 10 + len(p["BUDGET_BITS"]) + len(p["CODED_BITS"])
-    measure_candidates = 11 + 10 * len(p["BUDGET_BITS"]) + len(p["TUNED"]["bits"]) + 34 * 6 / 2 + coded
-    found["06_budget"] = 6 * one * p["TRUE_FISHER_SAMPLES"] + measure_candidates * p["DAMAGE_DIGITS"] * one + 5 * 7 * image
-    found["06_budget"] += 4 * one * len(p["TUNED"]["bits"]) * p["TUNED"]["steps"] * tuning.BATCH
+    plans = {"06_budget": 11 + 10 * len(p["BUDGET_BITS"]) + len(p["TUNED"]["bits"]), "10_damage": 34 * 6 / 2, "11_files": coded}
+    for name, count in plans.items():
+        found[name] = 6 * one * p["TRUE_FISHER_SAMPLES"] + count * p["DAMAGE_DIGITS"] * one
+    found["06_budget"] += 5 * 7 * image + 4 * one * len(p["TUNED"]["bits"]) * p["TUNED"]["steps"] * tuning.BATCH
     found["00_explore"] = EXPLORED * one
     found["07_audit"] += 3 * one * 4 * p["AUDIT_SAMPLES"] + 500 * 2 * seen
     published = p["PUBLISHED"]

@@ -9,7 +9,7 @@ from lafq.evaluation.candidates import BASELINE
 from lafq.io import atomic_write
 from lafq.paper import poster, results
 from lafq.paper.audit import published_images
-from lafq.paper.budget_study import summaries
+from lafq.paper.budget_study import predictions, summaries
 from lafq.presentation import audit_tables, sentences
 from lafq.workspace import Workspace
 from tools.notebooks import profile_parameters
@@ -34,7 +34,7 @@ def filled(source: str, name: str, work: Workspace) -> str:
 
 
 def result(name: str, work: Workspace) -> str:
-    """What the notebook `name` found, in one to three sentences."""
+    """What the notebook `name` found, in a few sentences."""
     if name == "01_train":
         return baseline(work)
     if name == "02_fisher":
@@ -44,16 +44,35 @@ def result(name: str, work: Workspace) -> str:
         return threshold_row(work, name, name.partition("_")[2])
     if name == "05_ratio_sweep":
         return f"{claim(work, 'C3', 'INT8')} {claim(work, 'C4 images', 'INT8')}"
+    if name in ("07_audit", "08_published", "12_noise"):
+        return audit(name, work)
+    return beyond(name, work)
+
+
+def audit(name: str, work: Workspace) -> str:
+    """What the released code, the poster's rows and the published images show."""
     published = poster.compare(results.load_table(Workspace("paper"), "08_published"), "paper")
     if name == "08_published":
         return f"{sentences.by_format(published)} {sentences.published_inside(published)}"
-    if name == "07_audit":
-        sets = audit_tables.published_sets(published_images.load("compared"))
-        images = results.load_table(work, "07_audit")["n_images"].iloc[0]
-        released = audit_tables.images_of_r1(results.load_table(work, "07_protocol"), images)
-        return f"{sentences.against_noise(published)} {sets} {released}"
+    if name == "12_noise":
+        return f"{sentences.against_noise(published)} {audit_tables.published_sets(published_images.load('compared'))}"
+    rows, choices = results.load_table(work, "07_audit"), results.load_table(work, "07_fisher_choices")
+    drawn = audit_tables.images_of_r1(results.load_table(work, "07_protocol"), rows["n_images"].iloc[0])
+    return f"{drawn} {audit_tables.fisher_of_r2(choices, rows['threshold'].iloc[0].partition(',')[0])}"
+
+
+def beyond(name: str, work: Workspace) -> str:
+    """What the study of budgets found."""
+    if name == "10_damage":
+        return predictions.best_predictors(results.load_table(work, "10_ranks"), results.load_table(work, "10_by_proxy"))
+    if name == "11_files":
+        return summaries.coded_sentence(results.load_table(work, "11_files"))
     budget = results.load_table(work, "budget")
-    return f"{summaries.best_rule(budget)} {summaries.coded_sentence(results.load_table(work, '06_coded'))}"
+    if name == "09_rules":
+        paper = Workspace("paper")
+        int4, claims = (results.load_table(paper, table) for table in ("evidence_int4", "evidence_int4_claims"))
+        return f"{summaries.best_rule(budget)} {summaries.on_images(claims, poster.WIDTH, int4['n_images'].iloc[0])}"
+    return summaries.summary_sentences(budget, results.load_optional(work, "evidence_budget"))
 
 
 def baseline(work: Workspace) -> str:

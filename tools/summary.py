@@ -43,13 +43,13 @@ def beyond(work: Workspace, paper: Workspace) -> dict[str, str]:
     budget, evidence_budget = results.load_table(work, "budget"), results.load_optional(work, "evidence_budget")
     int4, int4_claims = (results.load_table(paper, name) for name in ("evidence_int4", "evidence_int4_claims"))
     on_images = summaries.on_images(int4_claims, poster.WIDTH, int4["n_images"].iloc[0])
-    coded, fresh = (results.load_table(work, name) for name in ("06_coded", "evidence_fresh"))
+    coded, fresh = (results.load_table(work, name) for name in ("11_files", "evidence_fresh"))
     found = sentences.findings(poster.compare(results.load_table(paper, "08_published"), "paper"), budget, coded, on_images)
     coded_said = summaries.coded_summary(coded, results.load_optional(work, "evidence_coded"))
     return {
         "findings": "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(found, start=1)),
         "rules": f"{markdown(rules.rules_at_equal_bytes(budget, methods.FEEDBACK))}\n\n{summaries.best_rule(budget)}",
-        "rules_claims": markdown(rules_shown(rule_claims(work))),
+        "rules_claims": markdown(tables.rules_shown(rule_claims(work))),
         "int4": at_int4_bytes(int4, int4_claims),
         "damages": damages_at_size(results.load_table(paper, "evidence_damages")),
         "fresh": markdown(summaries.both_draws(budget, results.load_table(work, "06_fresh"))),
@@ -144,19 +144,14 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
 
 def rule_claims(work: Workspace) -> pd.DataFrame:
     """The claims about threshold rules: on damage and, where `make evidence` has made them, on images."""
-    found = (results.load_optional(work, name) for name in ("06_claims", "evidence_fresh_claims"))
+    found = (results.load_optional(work, name) for name in ("09_claims", "evidence_fresh_claims"))
     return pd.concat([table for table in found if table is not None], ignore_index=True)
-
-
-def rules_shown(found: pd.DataFrame) -> pd.DataFrame:
-    """Claims about threshold rules as text; the poster makes none, and each is tested once."""
-    shown = tables.claims_text(found).drop(columns=["claim", "p", "note"])
-    return shown.rename(columns={"statement": "hypothesis (not the poster's)"})
 
 
 def at_int4_bytes(rows: pd.DataFrame, found: pd.DataFrame) -> str:
     """The rows and claims of `make evidence` at the bytes of uniform INT4, and what they say."""
-    return f"{markdown(images_shown(rows))}\n\n{summaries.at_int4_bytes(rows, poster.WIDTH)}\n\n{markdown(rules_shown(found))}"
+    parts = markdown(images_shown(rows)), summaries.at_int4_bytes(rows, poster.WIDTH), markdown(tables.rules_shown(found))
+    return "\n\n".join(parts)
 
 
 def damages_at_size(table: pd.DataFrame) -> str:

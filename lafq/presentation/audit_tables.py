@@ -1,4 +1,4 @@
-"""The tables of 07_audit as a reader sees them, and what follows from them."""
+"""The tables of 07_audit and 12_noise as a reader sees them, and what follows from them."""
 
 import math
 
@@ -6,6 +6,7 @@ import pandas as pd
 
 from lafq.paper import results
 from lafq.paper.audit.published_images import UNQUANTIZED
+from lafq.presentation.tables import format_table
 from lafq.workspace import Workspace
 
 LEVEL = 0.05
@@ -16,9 +17,16 @@ UNTRAINED, OWN_INPUT, BY_TENSOR = (
 )
 
 
-def choices_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `fisher_values.fisher_choices` as it is shown."""
-    return table.round(3).assign(**{c: table[c].map("{:+.2e}".format) for c in ("delta_loss_int8", "delta_loss_int4")})
+def choices_shown(choices: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """What each choice of Fisher values keeps, and what the ratio rule on them does to FID and loss.
+
+    choices: `fisher_values.fisher_choices`; rows: 07_audit, INT8 with intervals.
+    """
+    shown = choices[["choice", "rank_correlation", "kept_in_common"]].round(2)
+    columns = ["threshold", "delta_fid_mnist", "delta_loss"]
+    by_choice = format_table(rows, columns).assign(choice=rows["threshold"].str.partition(", ")[2])
+    shown = shown.merge(by_choice.drop(columns="threshold"), on="choice")
+    return shown.assign(delta_loss_int4=choices["delta_loss_int4"].map("{:+.2e}".format))
 
 
 def choices_said(rows: pd.DataFrame, choices: pd.DataFrame) -> str:
@@ -29,8 +37,8 @@ def choices_said(rows: pd.DataFrame, choices: pd.DataFrame) -> str:
     around = (rows["delta_loss_low"] <= 0) & (rows["delta_loss_high"] >= 0)
     least = choices.loc[choices["delta_loss_int4"].idxmin()]
     return (
-        f"INT8: the interval of `delta_loss` contains 0 in {around.sum()} of {len(rows)} rows (next table). INT4: "
-        f"`delta_loss_int4` (previous table) is smallest with the Fisher values of {least['choice']} "
+        f"INT8: the interval of `delta_loss` contains 0 in {around.sum()} of {len(rows)} rows. INT4: "
+        f"`delta_loss_int4` is smallest with the Fisher values of {least['choice']} "
         f"({least['delta_loss_int4']:+.2e}; no interval was taken)."
     )
 
@@ -46,10 +54,13 @@ def protocol_shown(table: pd.DataFrame, *choices: str) -> pd.DataFrame:
 
 
 def noise_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `noise_floor.noise_floor` as it is shown: the generated images, and what the real ones have at the paper's N."""
-    table = table[(table["images"] == "generated") | table["n"].isin([100, 5000, math.inf])]
-    numbers = {c: table[c].map("{:.4g}".format).where(table[c].notna(), "") for c in ("mean", "sd")}
-    return table.assign(n=table["n"].map("{:,.0f}".format), **numbers)
+    """The FIDs in a table of `noise_floor.noise_floor`: the generated images, and what the real ones have at the paper's N."""
+    fid = table[(table["metric"] == "fid") & ((table["images"] == "generated") | table["n"].isin([100, 5000, math.inf]))]
+    numbers = {c: fid[c].map("{:.1f}".format).where(fid[c].notna(), "") for c in ("mean", "sd")}
+    n = [f"{n:,.0f}" if math.isfinite(n) else "extrapolated to infinity" for n in fid["n"]]
+    images = fid["images"].map({"real": "real digits", "generated": "FP32 model"})
+    shown = fid.assign(images=images, n=n, **numbers)[["features", "images", "n", "blocks", "mean", "sd"]]
+    return shown.rename(columns={"n": "N", "mean": "mean FID", "sd": "standard deviation"}).reset_index(drop=True)
 
 
 def published_scores(table: pd.DataFrame) -> pd.DataFrame:
@@ -99,6 +110,16 @@ def images_of_r1(protocol: pd.DataFrame, images: int) -> str:
     )
 
 
+def fisher_of_r2(choices: pd.DataFrame, ratio: str) -> str:
+    """What the Fisher values of an untrained network have in common with ours: a sentence on `fisher_values.fisher_choices`."""
+    row = choices.set_index("choice").loc[UNTRAINED]
+    return (
+        "The released Fisher values are those of an untrained network (R2): their rank correlation with ours is "
+        f"{row['rank_correlation']:.2f} (mean over layers). With them the rule ratio {ratio} keeps {row['kept_in_common']:.0%} of "
+        f"the weights that it keeps with ours (by chance: {float(ratio):.0%})."
+    )
+
+
 def conclusions(work: Workspace) -> pd.DataFrame:
     """R1 to R7, each with its effect in the tables of 07_audit: columns choice, released code, its effect."""
     choices = results.load_table(work, "07_fisher_choices").set_index("choice")
@@ -129,7 +150,7 @@ def conclusions(work: Workspace) -> pd.DataFrame:
         ("R4", "one Fisher value per weight tensor", fisher(BY_TENSOR)),
         (
             "R5",
-            "Fisher values are compared with mean squared weights; the mean/std rule clamps weights to Fisher values",
+            "Fisher values are compared with mean squared weights; the rule mean_std clamps weights to Fisher values",
             f"groups without a kept tensor: {', '.join(none['group']) or 'none'}; denoising loss: "
             f"{limited['limited']:.3f} with clamped weights, {limited['as trained']:.3f} as trained",
         ),

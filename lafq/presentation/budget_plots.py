@@ -1,4 +1,4 @@
-"""The figures of 06_budget, drawn as in plots.py."""
+"""The figures of the study of budgets, drawn as in plots.py."""
 
 from collections.abc import Sequence
 
@@ -113,6 +113,7 @@ def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame)
     The title has the lowest and highest rank correlation within a format: over all formats the number of bits alone makes it high.
     """
     within = ranks.set_index("prediction").drop(columns="all formats")
+    axes = list(axes)
     for ax, proxy in zip(axes, PROXIES, strict=True):
         for colour, (low, rows) in zip(sns.color_palette(), points.groupby("format", sort=False), strict=False):
             ax.scatter(rows[proxy], rows["measured"], s=14, color=colour, label=low)
@@ -160,6 +161,36 @@ def over_size(ax: Axes, table: pd.DataFrame, metric: str, label: str, size: str 
     ax.xaxis.set_major_formatter("{x:.2g}")
     ax.xaxis.set_minor_formatter("{x:.2g}")
     ax.tick_params(axis="x", which="both", labelsize=8)
+
+
+def rules(ax: Axes, table: pd.DataFrame, wide: pd.DataFrame | None) -> None:
+    """Damage of every threshold rule over that of the global one, with its interval: one row per rule, one marker per budget.
+
+    table: `budget.measure_candidates`; wide: the same at the poster's size, at one budget.
+    """
+    drawn = {f"{bits:g} bits": rows for bits, rows in _over_global(table).groupby("budget_bits")}
+    colours = [*sns.color_palette("viridis", len(drawn)), "0.4"]
+    if wide is not None:
+        drawn |= {f"{bits:g} bits, width 64": rows for bits, rows in _over_global(wide).groupby("budget_bits")}
+    names = list(dict.fromkeys(_over_global(table)["rule"]))
+    for i, ((label, rows), marker) in enumerate(zip(drawn.items(), "osv^D", strict=False)):
+        at = [names.index(rule) + 0.13 * (i - (len(drawn) - 1) / 2) for rule in rows["rule"]]
+        style = {"fmt": marker, "color": colours[i], "ms": 5, "capsize": 2, "label": label}
+        ax.errorbar(rows["over_global"], at, xerr=bars(rows, "over_global"), **style)
+    ax.axvline(1, color="black", ls="--", lw=1)
+    least = min(rows["over_global_low"].min() for rows in drawn.values())
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xscale="log", xlabel="damage divided by that of global, at equal bytes (above 1: worse)", ylim=(len(names) - 0.5, -0.5))
+    ax.xaxis.set_major_formatter("{x:,g}")
+    said = f"Every other rule does more damage than global at each size (all intervals above {least:.1f})"
+    ax.set_title(said if least > 1 else "Damage of the rules at equal size")
+    ax.legend(title="bits per weight", loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _over_global(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of rules with error feedback but for the global one's."""
+    rows = table[table["method"].str.endswith(FEEDBACK) & table["over_global"].notna() & ~table["method"].str.startswith("global")]
+    return rows.assign(rule=rows["method"].str.removesuffix(f", {FEEDBACK}"))
 
 
 def bits_map(axes: Sequence[Axes], report: pd.DataFrame) -> None:

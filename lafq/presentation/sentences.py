@@ -86,7 +86,7 @@ def published_inside(table: pd.DataFrame) -> str:
 
 
 def findings(published: pd.DataFrame, budget: pd.DataFrame, coded: pd.DataFrame, on_images: str) -> list[str]:
-    """The four findings: `poster.compare` of the rows of 08, and two tables of 06, of rules at equal bytes and of coded files.
+    """The four findings: `poster.compare` of the rows of 08, and two tables: of rules at equal bytes, and of coded files.
 
     on_images: what `summaries.on_images` says.
     """

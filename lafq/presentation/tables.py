@@ -67,17 +67,7 @@ def tidy(table: pd.DataFrame) -> pd.DataFrame:
 
 def damages_shown(table: pd.DataFrame) -> pd.DataFrame:
     """A table of `budget.measure_candidates` as it is shown, intervals in brackets; the rounding stands in every name."""
-    columns = [
-        "method",
-        "granularity",
-        "budget_bits",
-        "mem_mib",
-        "mem_share",
-        "predicted",
-        "damage",
-        "delta_loss",
-        "fid_mnist_delta",
-    ]
+    columns = ["method", "budget_bits", "mem_mib", "mem_share", "damage", "fid_mnist_delta"]
     known = [c for c in columns if c in table and not table[c].isna().all()]
     return format_table(named_by_rounding(table), known, with_interval=("damage", "fid_mnist_delta"))
 
@@ -93,7 +83,7 @@ def named_by_rounding(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def coded_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of 06_coded as they are shown: file and resident MiB side by side, damage also over uniform INT8's."""
+    """Rows of 11_files as they are shown: file and resident MiB side by side, damage also over uniform INT8's."""
     columns = ["method", "granularity", "budget_bits", "file_mib", "mem_mib", "damage", "over_int8", "fid_mnist_delta"]
     fixed, coded = table["method"] == "allocator, all weights", table["method"] == "allocator, entropy-coded"
     plain = (table["method"] == "uniform") & (table["budget_bits"] < 8)
@@ -115,8 +105,9 @@ def at_posters_size(table: pd.DataFrame) -> pd.DataFrame:
 
 def coded_bytes(work: Workspace, table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `coded_shown` with their file, resident and peak MiB side by side."""
-    shown = coded_shown(table)[["method", "granularity", "budget_bits", "file_mib", "mem_mib"]]
-    return shown.merge(named_by_rounding(load_table(work, "06_coded_peak_memory")), on=["method", "granularity", "budget_bits"])
+    key, sizes = ["method", "granularity", "budget_bits"], ["file_mib", "mem_mib", "peak_mib"]
+    shown = coded_shown(table).merge(named_by_rounding(load_table(work, "11_peak_memory")), on=key)
+    return shown[["method", "budget_bits", *sizes, *(c for c in ("over_int8", "fid_mnist_delta") if c in shown)]]
 
 
 def comparison(work: Workspace, *methods: str) -> pd.DataFrame:
@@ -169,6 +160,12 @@ def claims_text(table: pd.DataFrame) -> pd.DataFrame:
         table["p"] = [f"{p:.2g}" if pd.notna(p) else "" for p in table["p"]]
         table["note"] = ["" if pd.isna(note) else note for note in table["note"]]
     return table.drop(columns=["low", "high"]).rename(columns={"paper": "statement"})
+
+
+def rules_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Claims about threshold rules as text; the poster makes none, and each is tested once."""
+    shown = claims_text(table).drop(columns=["claim", "p", "note"])
+    return shown.rename(columns={"statement": "hypothesis (not the poster's)"})
 
 
 def evidence_claims(work: Workspace) -> pd.DataFrame | None:

@@ -27,7 +27,7 @@ def test_a_file_and_a_clone_give_the_same_images(few, tmp_path):
         for number, image in zip((2, 10, 11), few[name], strict=True):  # in the order of the numbers, not of the letters
             Image.fromarray(image).convert("RGBA").save(tmp_path / "clone" / folder / "inner" / f"{number}.png")
     first, second = (published.read(tmp_path / name) for name in ("images.npz", "clone"))
-    assert list(first) == ["FP32", "uniform FP16", "global", "group", "ratio 0.25", "mean/std"]
+    assert list(first) == ["FP32", "uniform FP16", "global", "group", "ratio 0.25", "mean_std"]
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["FP32"].shape == (3, 1, 32, 32)
 

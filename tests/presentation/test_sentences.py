@@ -3,11 +3,13 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from lafq.paper.audit import published_images
-from lafq.paper.budget_study import summaries
+from lafq.paper.budget_study import predictions, summaries
 from lafq.paper.budget_study.methods import CODED, FEEDBACK
-from lafq.presentation import audit_tables, sentences
+from lafq.paper.budget_study.predictions import PROXIES
+from lafq.presentation import audit_tables, budget_plots, sentences
 
 
 def published(ours, low, high):
@@ -32,7 +34,7 @@ def budget(group=5.0):
 
 
 def coded(bits=(2.0, 3.0, 4.0), damages=(4e-5, 2.2e-6, 2e-7)):
-    """Rows of 06_coded: entropy-coded files, and uniform INT8."""
+    """Rows of 11_files: entropy-coded files, and uniform INT8."""
     rows = [{"method": CODED, "budget_bits": b, "damage": d, "over_int8": d / 1e-5} for b, d in zip(bits, damages, strict=True)]
     rows += [{"method": "uniform", "budget_bits": 8.0, "damage": 1e-5, "over_int8": 1.0, "file_mib": 1.7}]
     table = pd.DataFrame([{"mem_mib": 1.2, "mem_share": 0.15, "file_mib": 0.8} | row for row in rows])
@@ -103,14 +105,49 @@ def test_entropy_coded_plans_are_compared_in_memory_too(damage, said):
     found = summaries.coded_beside(table)
     assert found.startswith("Error feedback multiplies the damage of uniform INT8 by 0.30 [0.20, 0.40].")
     assert said in found
-    assert "does 2.2e-06 at 0.88 MiB." in found
-    assert f"{damage:.1e} at 0.90 MiB in memory;" in found
+    assert "has 2.2e-06 at 0.88 MiB." in found
+    assert f"its damage is {damage:.1e} at 0.90 MiB in memory;" in found
     assert summaries.coded_beside(coded()) == ""
 
 
 def test_equal_damage_outside_the_rows_is_not_said():
     assert summaries.coded_equal(coded(damages=(4e-6, 2e-6, 1e-6))) == ""
     assert summaries.coded_equal(coded(damages=(4e-3, 2e-4, 1e-4))) == ""
+
+
+@pytest.mark.parametrize(("least", "said"), [(0.97, "ranks weight tensors"), (0.5, "does not rank weight tensors")])
+def test_what_predicts_damage(least, said):
+    ranks = pd.DataFrame({"prediction": PROXIES, "all formats": 1.0, "int4": 0.99, "int8": [1.0, least, 0.1, 0.8, -0.5, 0.0]})
+    damages = {f"by {name}": d for name, d in zip((*PROXIES, "measured"), (1.0, 2.2, 9.0, 4.0, 60.0, 7.0, 2.0), strict=True)}
+    rows = pd.DataFrame({"method": damages.keys(), "damage": damages.values(), "budget_bits": 4.0})
+    found = predictions.best_predictors(ranks, rows)
+    assert found.startswith(f"**Fisher information times squared rounding error {said} by their damage.**")
+    assert f"is {least:.2f} to 0.99 within a format. Fisher information alone has 0.80 to 0.99, magnitude -0.50 to 0.99." in found
+    assert "Fisher information times error does 1.1 times its damage, magnitude 30 times." in found
+
+
+def test_how_far_fresh_digits_are_from_the_first():
+    """The uniform row is the reference; of the others one ratio halves and one rises by a tenth."""
+    before = pd.DataFrame({"method": ["uniform", "allocator", "allocator"], "granularity": "mixed", "budget_bits": [8.0, 3.0, 4.0]})
+    fresh = before.assign(over_int8=[1.0, 0.5, 0.22])
+    found = summaries.change_on_fresh_digits(before.assign(over_int8=[1.0, 1.0, 0.2]), fresh)
+    assert found == "The ratios on fresh digits are 0.50 to 1.10 times those on the first digits (2 plans)."
+
+
+def test_what_an_untrained_network_keeps():
+    choices = pd.DataFrame({"choice": [audit_tables.UNTRAINED], "rank_correlation": [0.231], "kept_in_common": [0.579]})
+    said = audit_tables.fisher_of_r2(choices, "0.35")
+    assert "their rank correlation with ours is 0.23 (mean over layers)." in said
+    assert "With them the rule ratio 0.35 keeps 58% of the weights that it keeps with ours (by chance: 35%)." in said
+
+
+@pytest.mark.parametrize(("group", "said"), [(5.0, "(all intervals above 2.5)"), (1.5, "Damage of the rules at equal size")])
+def test_the_figure_of_rules_names_the_least_interval(group, said):
+    ax = Figure().subplots()
+    budget_plots.rules(ax, budget(group), budget(7.0))
+    assert ax.get_title().endswith(said)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["group", "ratio", "mean_std", "magnitude", "random"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["4 bits", "4 bits, width 64"]
 
 
 def test_a_rule_that_may_be_as_good_is_counted(noise):

@@ -97,8 +97,8 @@ def test_file_resident_and_peak_bytes_stand_side_by_side(sandbox):
         [row | {"damage": 1.0, "damage_low": 0.5, "damage_high": 2.0, "over_int8": 1.0, "fid_mnist_delta": float("nan")}]
     )
     peak = pd.DataFrame([{"method": row["method"], "granularity": "channel", "budget_bits": 3.0, "peak_mib": 9}])
-    results.save_table(work, "06_coded_peak_memory", peak)
-    assert tables.coded_bytes(work, coded).iloc[0, 3:].tolist() == ["0.80", "1.20", 9]
+    results.save_table(work, "11_peak_memory", peak)
+    assert tables.coded_bytes(work, coded).iloc[0, 2:].tolist() == ["0.80", "1.20", 9, "1"]
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,35 @@ def test_file_resident_and_peak_bytes_stand_side_by_side(sandbox):
         ("by Fisher", "by Fisher"),
     ],
 )
-def test_every_row_of_06_names_its_rounding(method, said):
+def test_every_row_of_a_budget_names_its_rounding(method, said):
     assert tables.with_rounding(method) == said
+
+
+def test_choices_of_fisher_values_have_their_rows():
+    choices = pd.DataFrame({"choice": ["ours", "one (R2)"], "rank_correlation": [1.0, 0.234], "kept_in_common": [1.0, 0.579]})
+    choices["delta_loss_int4"] = [1e-4, 2e-4]
+    rows = pd.DataFrame({"threshold": ["0.35, one (R2)", "0.35, ours"]})
+    for column, values in {"delta_fid_mnist": (0.5, 0.25), "delta_loss": (2e-6, 1e-6)}.items():
+        rows[column], rows[f"{column}_low"], rows[f"{column}_high"] = values, (-1.0, -1.0), (1.0, 1.0)
+    shown = audit_tables.choices_shown(choices, rows)
+    assert shown["choice"].tolist() == ["ours", "one (R2)"]
+    assert shown["delta_fid_mnist"].tolist() == ["+0.250 [-1.000, +1.000]", "+0.500 [-1.000, +1.000]"]
+    assert shown["delta_loss_int4"].tolist() == ["+1.00e-04", "+2.00e-04"]
+
+
+def test_the_noise_table_has_fid_alone():
+    rows = [
+        ("Inception", images, metric, n, 50.0, 2.0, 10)
+        for images in ("real", "generated")
+        for metric in ("fid", "kid")
+        for n in (50, 100)
+    ]
+    rows += [("Inception", "generated", "fid", float("inf"), 38.45, float("nan"), 1)]
+    table = pd.DataFrame(rows, columns=["features", "images", "metric", "n", "mean", "sd", "blocks"])
+    shown = audit_tables.noise_shown(table)
+    assert shown["N"].tolist() == ["100", "50", "100", "extrapolated to infinity"]
+    assert shown["images"].tolist() == ["real digits", *["FP32 model"] * 3]
+    assert shown["standard deviation"].tolist() == ["2.0", "2.0", "2.0", ""]
 
 
 def test_a_change_of_protocol_has_its_interval_where_it_is_paired():

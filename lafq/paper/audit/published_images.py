@@ -32,7 +32,7 @@ SETS = {
     "threshold_1": ("global", "images/quant_threshold/1", 5000),
     "group": ("group", "images/layer_group", 5000),
     "ratio_0.25": ("ratio 0.25", "images/layer_ratio/0.25", 5000),
-    "math_k1_a0.5": ("mean/std", "images/layer_math/adaptive_k_1_alpha_0.5", 1500),
+    "math_k1_a0.5": ("mean_std", "images/layer_math/adaptive_k_1_alpha_0.5", 1500),
 }
 REAL = slice(100, 5000)
 SIZES = (100, 1000)

@@ -1,4 +1,4 @@
-"""What 06_budget found, in sentences."""
+"""What the study of budgets found, in sentences."""
 
 import numpy as np
 import pandas as pd
@@ -55,12 +55,21 @@ def both_draws(table: pd.DataFrame, fresh: pd.DataFrame) -> pd.DataFrame:
     """Damage over that of uniform INT8, paired: on the digits and noise that settings were chosen on, and on fresh ones."""
     key = ["method", "granularity", "budget_bits"]
     both = fresh[key].merge(table, on=key)
-    return fresh[[*key, "mem_mib"]].assign(
+    return fresh[["method", "budget_bits"]].assign(
         **{
             "over INT8, digits used for settings": both.apply(_over_int8, axis=1),
             "over INT8, fresh digits": fresh.apply(_over_int8, axis=1),
         }
     )
+
+
+def change_on_fresh_digits(table: pd.DataFrame, fresh: pd.DataFrame) -> str:
+    """How far the ratios of `both_draws` on fresh digits are from those on the digits that settings were chosen on."""
+    key, plans = ["method", "granularity", "budget_bits"], fresh[fresh["method"] != "uniform"]
+    both = plans.merge(table, on=key, suffixes=("", "_before"))
+    ratio = both["over_int8"] / both["over_int8_before"]
+    least, most = ratio.min(), ratio.max()
+    return f"The ratios on fresh digits are {least:.2f} to {most:.2f} times those on the first digits ({len(both)} plans)."
 
 
 def coded_sentence(table: pd.DataFrame) -> str:
@@ -90,8 +99,8 @@ def coded_beside(table: pd.DataFrame) -> str:
     said = f"Error feedback multiplies the damage of uniform INT8 by {_over_int8(same.iloc[0])}."
     better = "better" if ours["damage"] < nearest["damage"] else "no better"
     return (
-        f'{said} At equal memory "allocator, all weights" is {better}: {ours["damage"]:.1e} at {ours["mem_mib"]:.2f} MiB in '
-        f'memory; "allocator, entropy-coded" does {nearest["damage"]:.1e} at {nearest["mem_mib"]:.2f} MiB.'
+        f'{said} At equal memory "allocator, all weights" is {better}: its damage is {ours["damage"]:.1e} at {ours["mem_mib"]:.2f} '
+        f'MiB in memory; "allocator, entropy-coded" has {nearest["damage"]:.1e} at {nearest["mem_mib"]:.2f} MiB.'
     )
 
 
@@ -99,7 +108,7 @@ def coded_equal(table: pd.DataFrame) -> str:
     """At how many bits per weight an entropy-coded file does uniform INT8's damage; "" outside the rows."""
     rows = table[table["method"] == CODED].sort_values("budget_bits")
     bits = bits_of_equal_damage(rows, _int8(table)["damage"])
-    said = f"At {bits:.1f} instead of {CODED_RATE:g} bits per weight (interpolated) its damage would equal INT8's."
+    said = f"At {bits:.1f} instead of {CODED_RATE:g} bits per weight (interpolated) lafq's file would do INT8's damage."
     return "" if np.isnan(bits) else said
 
 
