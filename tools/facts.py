@@ -29,7 +29,7 @@ def blocks(work: Workspace, paper: Workspace) -> dict[str, str]:
     minutes, peak = sum(n["seconds"] for n in timed) / 60, max(n["peak_mib_so_far"] for n in timed) / 1024
     quality = sentences.training_quality(results.load_table(work, "training_quality"))
     return {
-        "cost": (f"`make reproduce` (width 16) took {minutes:.0f} minutes on two cores and {peak:.1f} GiB of memory."),
+        "cost": (f"`make reproduce` (width 16) took {minutes:.0f} minutes on two cores ({peak:.1f} GiB memory)."),
         "model": f"{trained['steps']:,} training steps of batch {trained['batch_size']}. {quality}",
         "classifier": (
             f"test accuracy {classifier['test_accuracy']:.2%}, {classifier['parameters']:,} parameters, sha256 "

@@ -29,7 +29,9 @@ def fill(path: Path, work: Workspace) -> None:
 
 def filled(source: str, name: str, work: Workspace) -> str:
     """The first cell of the notebook `name` with the result of a profile between its marks."""
-    said = f"{result(name, work)} Our model has width {profile_parameters(work.profile)['WIDTH']}."
+    said, width = result(name, work), f"has width {profile_parameters(work.profile)['WIDTH']}."
+    if width not in said:
+        said = f"{said} {'Our own model, below,' if name == '12_noise' else 'Our model'} {width}"
     return MARKS.sub(lambda marks: f"{marks[1]}{said}\n{marks[2]}", source)
 
 
@@ -39,7 +41,7 @@ def result(name: str, work: Workspace) -> str:
         return baseline(work)
     if name == "02_fisher":
         drivers = sentences.drivers_of_fisher(results.load_table(work, "02_fisher"))
-        return f"{claim(work, 'C1', 'empirical')} {claim(work, 'C2', 'empirical')} {drivers}"
+        return f"{fisher_claim(work, 'C1')} {fisher_claim(work, 'C2')} {drivers}"
     if name in ("03_global", "04_group"):
         return threshold_row(work, name, name.partition("_")[2])
     if name == "05_ratio_sweep":
@@ -71,7 +73,8 @@ def beyond(name: str, work: Workspace) -> str:
     if name == "09_rules":
         paper = Workspace("paper")
         int4, claims = (results.load_table(paper, table) for table in ("evidence_int4", "evidence_int4_claims"))
-        return f"{summaries.best_rule(budget)} {summaries.on_images(claims, poster.WIDTH, int4['n_images'].iloc[0])}"
+        own = f"Our model has width {profile_parameters(work.profile)['WIDTH']}."
+        return f"{summaries.best_rule(budget)} {own} {summaries.on_images(claims, poster.WIDTH, int4['n_images'].iloc[0])}"
     return summaries.summary_sentences(budget, results.load_optional(work, "evidence_budget"))
 
 
@@ -91,6 +94,18 @@ def claim(work: Workspace, name: str, kind: str) -> str:
     return f"{name.split()[0]}: {row.verdict}; {row.quantity}: {row.measured:.3g} [{row.low:.3g}, {row.high:.3g}]."
 
 
+def fisher_claim(work: Workspace, name: str) -> str:
+    """The verdict on C1 or C2, by the empirical and by the Monte Carlo estimate."""
+    table = results.load_table(work, "claims")
+    rows = table[(table["claim"] == name) & table["quantity"].str.contains("noised digits")]
+    empirical, monte_carlo = (next(rows[rows["quantity"].str.contains(kind)].itertuples(), None) for kind in ("empirical", "Monte"))
+    other = f"; Monte Carlo: {monte_carlo.measured:.3g}" if monte_carlo else ""
+    return (
+        f"{name}: {empirical.verdict}; {empirical.quantity.partition(' (')[0]}: {empirical.measured:.3g} "
+        f"[{empirical.low:.3g}, {empirical.high:.3g}] (empirical{other})."
+    )
+
+
 def threshold_row(work: Workspace, name: str, method: str) -> str:
     """What the INT8 row nearest to the poster's size does to FID, beside the poster's."""
     table = results.load_table(work, name)
@@ -98,7 +113,7 @@ def threshold_row(work: Workspace, name: str, method: str) -> str:
     row = rows.iloc[0]
     theirs = next(p.fid for p in poster.POSTER if p.method == method) - poster.POSTER[0].fid
     return (
-        f"At {row['mem_share']:.1%} of FP32's bytes, INT8 (single weights kept in FP32) changes FID by "
+        f"The rule {method} with INT8 (single weights stay FP32; {row['mem_share']:.1%} of FP32's bytes) changes FID by "
         f"{sentences.difference(row, 'delta_fid_inception')} (Inception features, N = {row['n_images']}, the same noise as "
         f"{BASELINE.format.upper()}). The poster's row, with other noise, differs by {theirs:+.2f}."
     )

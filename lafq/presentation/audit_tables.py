@@ -79,7 +79,7 @@ def compared_shown(table: pd.DataFrame) -> pd.DataFrame:
     p = {name: table[f"{name}_holm"].fillna(table[name]).map("{:.2g}".format) for name in ("kid_p", "classes_p")}
     digit = [f"{r.digit}: {r.share:.1%} against {r.share_fp32:.1%}" for r in table.itertuples()]
     shown = table[["set", "images", "images_fp32"]].assign(fid_to_fp32=table["fid_to_fp32"].round(1), **p)
-    return shown.assign(**{"digit whose share differs most": digit})
+    return shown.assign(**{"largest difference (digit: its share in the set against FP32's)": digit})
 
 
 def published_sets(table: pd.DataFrame) -> str:
@@ -114,9 +114,9 @@ def fisher_of_r2(choices: pd.DataFrame, ratio: str) -> str:
     """What the Fisher values of an untrained network have in common with ours: a sentence on `fisher_values.fisher_choices`."""
     row = choices.set_index("choice").loc[UNTRAINED]
     return (
-        "The released Fisher values are those of an untrained network (R2): their rank correlation with ours is "
-        f"{row['rank_correlation']:.2f} (mean over layers). With them the rule ratio {ratio} keeps {row['kept_in_common']:.0%} of "
-        f"the weights that it keeps with ours (by chance: {float(ratio):.0%})."
+        "It also computes the Fisher values of an untrained network (R2). Such values have a rank correlation of "
+        f"{row['rank_correlation']:.2f} with ours (mean over layers). With them, ratio {ratio} keeps {row['kept_in_common']:.0%} "
+        f"of the weights kept with our values (by chance: {float(ratio):.0%})."
     )
 
 
@@ -150,9 +150,9 @@ def conclusions(work: Workspace) -> pd.DataFrame:
         ("R4", "one Fisher value per weight tensor", fisher(BY_TENSOR)),
         (
             "R5",
-            "Fisher values are compared with mean squared weights; the rule mean_std clamps weights to Fisher values",
-            f"groups without a kept tensor: {', '.join(none['group']) or 'none'}; denoising loss: "
-            f"{limited['limited']:.3f} with clamped weights, {limited['as trained']:.3f} as trained",
+            "group compares Fisher values with mean squared weights; mean_std clamps weights to a range of Fisher values",
+            f"group keeps no tensor of: {', '.join(none['group']) or 'none'}; clamping raises the denoising loss from "
+            f"{limited['as trained']:.3f} to {limited['limited']:.3f}",
         ),
         ("R6", "real digits are 28x28", scored("R6")),
         ("R7", "no seed: every row has other noise", scored("R7")),

@@ -32,7 +32,7 @@ COLOURED = (
 SPOKEN = {
     "tensor": "one format per tensor",
     "channel": "one format per channel",
-    "mixed": "mixed (channels, single FP16 weights)",
+    "mixed": "per channel, single FP16 or FP32 weights",
 }
 SHADES = {"tensor": 0.4, "channel": 0.7}
 STYLES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
@@ -72,7 +72,7 @@ def finding_of_fid(table: pd.DataFrame) -> str:
     rows = table[np.isclose(table["budget_bits"], TITLE_BITS)].set_index(["method", "granularity"])["fid_mnist_delta"]
     ours, rule = rows[ALLOCATOR], rows["global", "weight"]
     return (
-        f"FID rise at {TITLE_BITS:g} bits per weight: {ours:.1f} (allocator), {rule:.0f} (global, nearest code)\n"
+        f"FID rise at {TITLE_BITS:g} bits per weight: {ours:.1f} (allocator, error feedback), {rule:.0f} (global, nearest code)\n"
         f"(MNIST features, N = {table['n_images'].max():,.0f}; log axis outside ±1)"
     )
 
@@ -100,7 +100,9 @@ def finding_of_coded(table: pd.DataFrame) -> str:
     row = table[(table["method"] == CODED) & np.isclose(table["budget_bits"], CODED_RATE)]
     if row.empty:
         return "Damage by size of the file"
-    return f"Entropy-coded at {CODED_RATE:g} bits per weight: {row['over_int8'].item():.2f} times the damage of uniform INT8"
+    int8 = table[(table["method"] == "uniform") & table["over_int8"].eq(1)]["file_mib"].item()
+    over, size = row["over_int8"].item(), row["file_mib"].item()
+    return f"Entropy-coded, {size:.2f} MiB: {over:.2f} times the damage of uniform INT8, {int8:.2f} MiB"
 
 
 def _at_title_bits(table: pd.DataFrame) -> pd.Series:
@@ -127,7 +129,8 @@ def predictions(axes: Sequence[Axes], points: pd.DataFrame, ranks: pd.DataFrame)
     best = " and ".join(f'"{name}"' for name in within.index[within.min(axis=1) > 0.95])
     if best:
         said = f"Within a format, {best} order the tensors like the measured damage"
-        axes[0].figure.suptitle(f"{said} (rank correlation above 0.95)")
+        least = within.loc[within.min(axis=1) > 0.95].min().min()
+        axes[0].figure.suptitle(f"{said} (rank correlation at least {least:.2f})")
     axes[0].set_ylabel("measured damage")
     axes[0].legend(fontsize=8)
 
@@ -182,7 +185,7 @@ def rules(ax: Axes, table: pd.DataFrame, wide: pd.DataFrame | None) -> None:
     ax.set_yticks(range(len(names)), names)
     ax.set(xscale="log", xlabel="damage divided by that of global, at equal bytes (above 1: worse)", ylim=(len(names) - 0.5, -0.5))
     ax.xaxis.set_major_formatter("{x:,g}")
-    said = f"Every other rule does more damage than global at each size (all intervals above {least:.1f})"
+    said = f"Every other rule does more damage than global at each size (all intervals above {np.floor(10 * least) / 10:.1f})"
     ax.set_title(said if least > 1 else "Damage of the rules at equal size")
     ax.legend(title="bits per weight", loc="center left", bbox_to_anchor=(1, 0.5))
 

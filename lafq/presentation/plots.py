@@ -50,10 +50,10 @@ def size_curve(
         few = len(rows) <= MARKED
         style = {"marker": MARKERS[low] if few else "", "ms": 4, "lw": 1 if few else 2}
         ax.plot(rows["threshold"], 100 * rows["mem_share"], **style, label=f"{low} per {granularity}")
-    ax.axhline(100 * share, color="black", ls="--", lw=1, label=f"the paper's size, {100 * share:.1f} %")
+    ax.axhline(100 * share, color="black", ls="--", lw=1, label=f"the published size, {100 * share:.1f} %")
     ax.set(xlabel=label, ylabel="stored bytes (% of FP32)", ylim=(0, 108), xscale="log" if log else "linear")
     stored = f"{100 * nearest['mem_share']:.1f} % of FP32's bytes at {label.partition(' (')[0]} = {nearest['threshold']:.3g}"
-    ax.set_title(f"INT8 by weight stores {stored} (paper: {100 * share:.1f} %)", fontsize=10)
+    ax.set_title(f"INT8 by weight stores {stored} (published: {100 * share:.1f} %)", fontsize=10)
     ax.set_xlim(limits)
     ax.legend(fontsize=9)
 
@@ -80,10 +80,10 @@ def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str, title: str) ->
     ax.legend(fontsize=9)
 
 
-def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[Published]) -> None:
+def noise_floor(axes: Sequence[Axes], table: pd.DataFrame) -> None:
     """FID over N, one panel per feature extractor: blocks of real and of generated images, mean +- one standard deviation.
 
-    Dashed: extrapolated to infinite N. The published rows are drawn on Inception's panel, at their N.
+    Dashed: extrapolated to infinite N.
     """
     fid = table[table["metric"] == "fid"]
     for ax, (features, panel) in zip(axes, fid.groupby("features", sort=False), strict=True):
@@ -92,14 +92,9 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[P
             label = "real digits" if images == "real" else "FP32 model's images"
             ax.errorbar(at_n["n"], at_n["mean"], at_n["sd"], marker="o", ms=5, capsize=3, color=colour, label=label)
             ax.axhline(beyond, color=colour, ls="--", lw=1, label=f"{label}, N to infinity: {beyond:.1f}")
-        if features == "Inception":
-            sizes, fids = zip(*((row.images, row.fid) for row in published if row.images in (100, 5000)), strict=True)
-            label = "published rows, one dash each (N = 100: poster; 5,000: README)"
-            ax.scatter(sizes, fids, marker="_", s=120, lw=0.8, color="black", zorder=3, label=label)
         ax.set(xscale="log", yscale="log", xlabel="N, images in a block", ylabel="FID")
-        at_100 = panel[(panel["images"] == "generated") & (panel["n"] == 100)]["sd"]
-        spread = np.sqrt(2) * at_100.item() if len(at_100) else np.nan
-        said = f"\nN = 100: two draws of our model differ by {spread:.1f} (SD)" if len(at_100) else ""
+        at_100 = panel[(panel["images"] == "generated") & (panel["n"] == 100)]
+        said = f": {at_100['mean'].item():.0f} ± {at_100['sd'].item():.1f} for blocks of 100 images" if len(at_100) else ""
         ax.set_title(f"{features} features{said}", fontsize=11)
         ax.set_ylim(top=2 * panel["mean"].max())  # room for the legend
         for axis in (ax.xaxis, ax.yaxis):
@@ -107,6 +102,29 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame, published: Sequence[P
             axis.set_minor_formatter("{x:,.0f}" if axis is ax.yaxis else "")
         ax.tick_params(axis="y", which="minor", labelsize=8)
         ax.legend(fontsize=8)
+
+
+def poster_and_noise(ax: Axes, published: Sequence[Published], noise: float) -> None:
+    """The poster's FID differences from its baseline over how far two draws of one model differ.
+
+    noise: standard deviation of the difference of two draws.
+    """
+    base, rows = published[0].fid, [row for row in published[1:] if row.source == "poster"]
+    for width, shade in ((2, "0.92"), (1, "0.82")):
+        ax.axvspan(-width * noise, width * noise, color=shade, zorder=0, label=f"±{width} standard deviation{'s' * (width > 1)}")
+    ax.axvline(0, color="black", ls="--", lw=1)
+    names = [f"{row.method} {row.threshold if row.method == 'ratio' else ''}".strip() for row in rows]
+    differences = [row.fid - base for row in rows]
+    ax.plot(differences, range(len(rows)), "D", color="C0")
+    ax.set_yticks(range(len(rows)), names)
+    ax.set(xlabel="FID difference from FP32 in the poster's table (N = 100, Inception features)", ylim=(len(rows) - 0.5, -0.5))
+    inside = sum(abs(d) < noise for d in differences)
+    ax.set_title(
+        f"{inside} of the poster's {len(rows)} FID differences are smaller than the effect of new noise\n"
+        f"(two draws of the authors' FP32 model differ by {noise:.1f}, one standard deviation)",
+        fontsize=10,
+    )
+    ax.legend(fontsize=9)
 
 
 def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
@@ -142,8 +160,8 @@ def sets_of_digits(axes: Sequence[Axes], table: pd.DataFrame, images: dict[str, 
         ax.set_ylabel(f"{row.images}\nFID {row.fid_mnist:.0f}", rotation=0, ha="right", va="center", fontsize=9)
     three, four = (table.set_index("images").loc[f"uniform {low}"] for low in ("INT3", "INT4"))
     axes[0].set_title(
-        f"FID: {four['fid_mnist']:.0f} with INT4, {three['fid_mnist']:.0f} with INT3; grey value of the background: "
-        f"{four['background']:.3f} and {three['background']:.3f}\n"
+        f"INT4's grey background ({four['background']:.3f}; INT3: {three['background']:.3f}) goes with FID {four['fid_mnist']:.0f} "
+        f"(INT3: {three['fid_mnist']:.0f})\n"
         f"images   |   the same images, {BRIGHTENED} times as bright (FID on MNIST features, N = {table['n_images'].iloc[0]})",
         fontsize=10,
     )

@@ -34,8 +34,7 @@ def drivers_of_fisher(timesteps: pd.DataFrame) -> str:
     first_bin, over_layer6 = trace[first].sum() / trace.sum(), by_layer / by_layer["Layer6"]
     return (
         f"{first_bin:.0%} of all Fisher information lies at t <= {timesteps[first]['t_high'].iloc[0]}. Per weight, Layer1 has "
-        f"{over_layer6['Layer1']:.1f} times and Layer2 {over_layer6['Layer2']:.1f} times the Fisher information of Layer6 alone "
-        "(C2 compares with Layers 3-6)."
+        f"{over_layer6['Layer1']:.1f} times the Fisher information of Layer6, Layer2 {over_layer6['Layer2']:.1f} times."
     )
 
 
@@ -81,8 +80,9 @@ def published_inside(table: pd.DataFrame) -> str:
     published = rows["fid_paper"] - table[table["method"] == "baseline"]["fid_paper"].item()
     inside = published.between(rows["delta_fid_inception_low"], rows["delta_fid_inception_high"])
     named = ", ".join(f"{r.method} {r.threshold}" for r in rows[inside].itertuples())
-    count = f"{(~inside).sum()} of {len(rows)}" if named else f"All {len(rows)}"
-    return f"{count} FID differences of the poster lie outside our 95 % intervals" + (f" (inside: {named})." if named else ".")
+    count = f"{(~inside).sum()} of the" if named else "All"
+    said = f"{count} {len(rows)} FID differences of the poster lie outside our 95 % intervals for the same noise"
+    return f"{said} (inside: {named})." if named else f"{said}."
 
 
 def findings(published: pd.DataFrame, budget: pd.DataFrame, coded: pd.DataFrame, on_images: str) -> list[str]:
@@ -108,7 +108,7 @@ def by_format(published: pd.DataFrame) -> str:
     largest = theirs.abs().idxmax()
     return (
         f"**Uniform FP16 and INT8 change FID by less than {bound:.1f}.** FP16: {said['fp16']}; INT8: {said['int8']} (95 % "
-        f"intervals; N = {n} images, {steps:,} steps, width {poster.WIDTH}). The poster's largest change is "
+        f"intervals; N = {n}, {steps:,} steps, width {poster.WIDTH}). The largest change in the poster's table is "
         f"{theirs[largest]:+.2f} (rule {published['method'][largest]})."
     )
 
@@ -119,8 +119,8 @@ def against_noise(published: pd.DataFrame) -> str:
     theirs = _published_differences(published).abs()
     return (
         f"**{(theirs < noise).sum()} of the poster's {len(theirs)} FID differences are smaller than the effect of new noise.** "
-        "The poster draws new noise for every row. Between two draws, the FID of the authors' FP32 model "
-        f"differs with a standard deviation of {noise:.1f} (N = {n})."
+        "The poster draws new noise for every row. Two draws of the authors' FP32 model differ in FID by "
+        f"{noise:.1f} (standard deviation; Inception features, N = {n})."
     )
 
 
@@ -139,10 +139,10 @@ def reached_sizes(table: pd.DataFrame, method: str, share: float) -> str:
     rows = table[table["method"] == method]
     nearest = (rows["mem_share"] - share).abs().groupby([rows["format"], rows["granularity"]], sort=False).idxmin()
     found = [
-        f"{r.format} by {r.granularity} {r.mem_share:.1%} (keeps {r.kept_share:.1%} of the weights in FP32)"
+        f"{r.format} by {r.granularity} {r.mem_share:.1%} ({r.kept_share:.1%} of the weights stay FP32)"
         for r in rows.loc[nearest].itertuples()
     ]
-    return f"{method}: the paper's size is {share:.1%} of FP32; our nearest sizes: " + "; ".join(found) + "."
+    return f"{method}: the published size is {share:.1%} of FP32's. Our nearest sizes: " + "; ".join(found) + "."
 
 
 def changes_by_format(table: pd.DataFrame) -> str:
@@ -195,8 +195,8 @@ def training_quality(quality: pd.DataFrame | None) -> str:
     lower = int((blocks["fid_mnist"] < first).sum())
     rank = f"the lowest of the {len(blocks)} blocks" if lower == 0 else f"and {lower} of the {len(blocks)} blocks have a lower one"
     return (
-        f"{whole['n_images']} images: is_mnist {whole['is_mnist']:.2f}, FID (MNIST features) {whole['fid_mnist']:.2f}. "
-        f"In {len(blocks)} blocks of {blocks['n_images'].iloc[0]} (fewer images: higher FID; mean +- standard deviation): is_mnist "
-        f"{blocks['is_mnist'].mean():.2f} +- {blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- "
-        f"{blocks['fid_mnist'].std():.2f}. All tables use the noise of the first block. Its FID is {first:.2f}, {rank}."
+        f"On MNIST features, N = {whole['n_images']}: IS {whole['is_mnist']:.2f}, FID {whole['fid_mnist']:.2f}. Mean +- standard "
+        f"deviation of {len(blocks)} blocks of {blocks['n_images'].iloc[0]} of these images: IS {blocks['is_mnist'].mean():.2f} "
+        f"+- {blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- {blocks['fid_mnist'].std():.2f} (FID is "
+        f"higher at small N). All tables use the noise of the first block. Its FID is {first:.2f}, {rank}."
     )

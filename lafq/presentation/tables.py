@@ -14,8 +14,7 @@ from lafq.workspace import Workspace
 
 SHOWN = [
     *("method", "threshold", "format", "granularity", "kept_share", "mem_mib", "mem_share"),
-    *("fid_mnist", "delta_fid_mnist", "is_mnist", "kid_mnist", "fid_inception", "delta_fid_inception", "psnr", "class_changed"),
-    *("n_images", "steps"),
+    *("fid_mnist", "delta_fid_mnist", "is_mnist", "fid_inception", "delta_fid_inception", "psnr", "class_changed"),
 ]
 DIGITS = {
     **dict.fromkeys(("mem_mib", "fid_mnist", "is_mnist", "is_inception", "fid_inception", "fid_paper", "is_paper"), "{:.2f}"),
@@ -38,10 +37,10 @@ def note(table: pd.DataFrame) -> str:
     inception = f"{first} for Inception" if seen else "no Inception columns"
     return (
         f"N = {images} images per row, {steps:,} sampling steps, the same noise in every row. Reference: test digits "
-        f"{REFERENCE.start:,}-{REFERENCE.stop - 1:,} ({count:,} images) for MNIST features, {inception}. Real "
-        "and generated images are 32x32 (digits zero-padded). IS over one split. MiB = 2**20 bytes. delta_: difference from FP32. "
-        "class_changed: share of images whose predicted digit changes. In brackets: 95 % intervals at this N, paired bootstrap "
-        "over the images (1,000 resamples)."
+        f"{REFERENCE.start:,}-{REFERENCE.stop - 1:,} ({count:,} images) for MNIST features, {inception}. IS: MNIST features "
+        "(the poster's IS: Inception), one split. Real and generated images are 32x32 (digits zero-padded). MiB = 2**20 bytes. "
+        "delta_: difference from FP32. class_changed: share of images whose predicted digit changes. In brackets: 95 % intervals "
+        "at this N, paired bootstrap over the images (1,000 resamples)."
     )
 
 
@@ -114,9 +113,9 @@ def comparison(work: Workspace, *methods: str) -> pd.DataFrame:
     """Rows of paper_comparison.csv as they are shown: of some methods (all without any), of the ratios `listed` ones."""
     table = load_table(work, "paper_comparison")
     table = listed(table[table["method"].isin(methods or METHODS)]).reset_index(drop=True)
-    ours = ["fid_inception", "is_inception", "delta_fid_inception", "fid_mnist", "delta_fid_mnist", "is_mnist"]
-    ours = [c for c in ours if not table[c].isna().all()] + ["mem_mib", "mem_share", "n_images", "steps"]
-    return format_table(table, [*KEY, "fid_paper", "is_paper", "mem_share_paper", *ours])
+    features = "mnist" if table["fid_inception"].isna().all() else "inception"
+    fid = ["fid_paper", f"fid_{features}", f"delta_fid_{features}"]
+    return format_table(table, [*KEY, *fid, "is_paper", "is_mnist", "mem_share_paper", "mem_share"])
 
 
 def listed(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,9 +1,10 @@
+import pandas as pd
 import pytest
 import torch
 
 from lafq.diffusion.mnist import HELD_OUT, mnist
 from lafq.evaluation import classifier, metrics
-from lafq.paper.budget_study.image_statistics import REAL, image_statistics
+from lafq.paper.budget_study.image_statistics import REAL, image_statistics, with_damage
 
 
 def test_ink_digits_and_the_two_terms_of_fid():
@@ -26,3 +27,10 @@ def test_ink_digits_and_the_two_terms_of_fid():
     assert table.loc["FP32", "mean_term"] + table.loc["FP32", "covariance_term"] == pytest.approx(
         metrics.fid(features, reference), rel=1e-9
     )
+
+
+def test_each_set_has_the_damage_of_its_model():
+    rows = [("uniform", "tensor", 4.02, 1.0), ("uniform, error feedback", "tensor", 4.02, 2.0), ("global", "weight", 6.0, 3.0)]
+    budget = pd.DataFrame(rows, columns=["method", "granularity", "budget_bits", "damage"])
+    table = with_damage(pd.DataFrame({"images": ["FP32", "uniform INT4", "global, 6 bits per weight", REAL]}), budget)
+    assert table["damage"].fillna(0).tolist() == [0.0, 1.0, 3.0, 0.0]

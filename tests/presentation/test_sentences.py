@@ -5,11 +5,12 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from lafq.paper import poster
 from lafq.paper.audit import published_images
 from lafq.paper.budget_study import predictions, summaries
 from lafq.paper.budget_study.methods import CODED, FEEDBACK
 from lafq.paper.budget_study.predictions import PROXIES
-from lafq.presentation import audit_tables, budget_plots, sentences
+from lafq.presentation import audit_tables, budget_plots, claim_plots, plots, sentences
 
 
 def published(ours, low, high):
@@ -49,9 +50,13 @@ def noise(monkeypatch):
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
-        (-0.1, 0.2, "All 2 FID differences of the poster lie outside our 95 % intervals."),
-        (-0.1, 0.5, "1 of 2 FID differences of the poster lie outside our 95 % intervals (inside: global tau=1)."),
-        (-4, 4, "0 of 2 FID differences of the poster lie outside"),
+        (-0.1, 0.2, "All 2 FID differences of the poster lie outside our 95 % intervals for the same noise."),
+        (
+            -0.1,
+            0.5,
+            "1 of the 2 FID differences of the poster lie outside our 95 % intervals for the same noise (inside: global tau=1).",
+        ),
+        (-4, 4, "0 of the 2 FID differences of the poster lie outside"),
     ],
 )
 def test_which_published_differences_lie_inside(low, high, said):
@@ -69,18 +74,20 @@ def test_findings_follow_from_the_tables(noise):
     found = sentences.findings(published(0.05, -0.1, 0.2), budget(), coded(), "In images, more.")
     assert len(found) == 4
     assert found[0].startswith("**Uniform FP16 and INT8 change FID by less than 0.2.** FP16: +0.05 [-0.10, +0.20];")
-    assert "N = 100 images, 1,000 steps, width 64" in found[0]
-    assert "The poster's largest change is -3.09 (rule ratio)." in found[0]
-    assert "differs with a standard deviation of 4.4 (N = 100)" in found[1]
+    assert "N = 100, 1,000 steps, width 64" in found[0]
+    assert "The largest change in the poster's table is -3.09 (rule ratio)." in found[0]
+    assert "differ in FID by 4.4 (standard deviation; Inception features, N = 100)" in found[1]
     assert found[1].startswith("**2 of the poster's 2 FID differences are smaller than the effect of new noise.**")
-    assert found[2].startswith("**Of 6 threshold rules, global does the least damage.** All (the poster's 4; magnitude and random)")
-    assert "are rounded alike and have 4 bits per weight on average." in found[2]
+    assert found[2].startswith("**Of 6 threshold rules, global does the least damage.** All (the poster's 4, magnitude, random)")
+    assert "have the same rounding and 4 bits per weight." in found[2]
     assert "Group does 5.0 [2.5, 7.5] times global's damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
-    assert found[3].startswith("**lafq's file (10.0% of FP32's bytes) does 0.22 [0.11, 0.33] times uniform INT8's damage.**")
+    assert found[3].startswith(
+        "**lafq's file (3 bits per weight, 10.0% of FP32's bytes) does 0.22 [0.11, 0.33] times uniform INT8's damage.**"
+    )
     assert "lafq's has 0.80 MiB (in memory 1.20), INT8's 1.70 MiB." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
-    assert summaries.coded_equal(coded()).startswith("At 2.5 instead of 3 bits per weight (interpolated)")
+    assert summaries.coded_equal(coded()).startswith("At 2.5 bits per weight (interpolated)")
 
 
 def test_the_smallest_file_with_hardly_a_rise_of_fid():
@@ -89,12 +96,12 @@ def test_the_smallest_file_with_hardly_a_rise_of_fid():
     table = coded().assign(n_images=1000.0, file_mib=[0.6, 0.7, 0.8, 1.7], **ends)
     evidence = pd.DataFrame({"method": ["baseline"], "fid_mnist": [80.0]})
     said = summaries.coded_with_fid(table, evidence)
-    assert "the 95 % interval of the rise must end below 2.40 (N = 1,000)." in said
-    assert said.endswith("The smallest such file has 0.70 MiB (8.8% of FP32's bytes).")
+    assert "if the 95 % interval of its FID rise ends below 2.40, which is 3 % of FP32's FID (N = 1,000)." in said
+    assert said.endswith("The smallest file that passes has 0.70 MiB (8.8% of FP32's bytes).")
     assert summaries.coded_with_fid(table, None) == summaries.coded_with_fid(table, evidence.assign(fid_mnist=20.0)) == ""
 
 
-@pytest.mark.parametrize(("damage", "said"), [(1e-6, "is better"), (1e-3, "is no better")])
+@pytest.mark.parametrize(("damage", "said"), [(1e-6, "does less damage"), (1e-3, "does no less damage")])
 def test_entropy_coded_plans_are_compared_in_memory_too(damage, said):
     """The coded row of 3 bits takes the memory nearest to the allocator's."""
     rows = [
@@ -103,10 +110,10 @@ def test_entropy_coded_plans_are_compared_in_memory_too(damage, said):
     ]
     table = pd.concat([coded().assign(mem_mib=[0.8, 0.88, 1.2, 2.2]), pd.DataFrame(rows)], ignore_index=True)
     found = summaries.coded_beside(table)
-    assert found.startswith("Error feedback multiplies the damage of uniform INT8 by 0.30 [0.20, 0.40].")
+    assert found.startswith("With error feedback, uniform INT8 does 0.30 [0.20, 0.40] times its damage with nearest codes.")
     assert said in found
-    assert "has 2.2e-06 at 0.88 MiB." in found
-    assert f"its damage is {damage:.1e} at 0.90 MiB in memory;" in found
+    assert "does 2.2e-06 at 0.88 MiB." in found
+    assert f"{damage:.1e} at 0.90 MiB;" in found
     assert summaries.coded_beside(coded()) == ""
 
 
@@ -123,7 +130,7 @@ def test_what_predicts_damage(least, said):
     found = predictions.best_predictors(ranks, rows)
     assert found.startswith(f"**Fisher information times squared rounding error {said} by their damage.**")
     assert f"is {least:.2f} to 0.99 within a format. Fisher information alone has 0.80 to 0.99, magnitude -0.50 to 0.99." in found
-    assert "Fisher information times error does 1.1 times its damage, magnitude 30 times." in found
+    assert "Fisher information times error does 1.1 times that choice's damage, magnitude 30 times." in found
 
 
 def test_how_far_fresh_digits_are_from_the_first():
@@ -131,14 +138,14 @@ def test_how_far_fresh_digits_are_from_the_first():
     before = pd.DataFrame({"method": ["uniform", "allocator", "allocator"], "granularity": "mixed", "budget_bits": [8.0, 3.0, 4.0]})
     fresh = before.assign(over_int8=[1.0, 0.5, 0.22])
     found = summaries.change_on_fresh_digits(before.assign(over_int8=[1.0, 1.0, 0.2]), fresh)
-    assert found == "The ratios on fresh digits are 0.50 to 1.10 times those on the first digits (2 plans)."
+    assert found == "The ratios on fresh digits are 0.50 to 1.10 times those on the first digits (2 rows)."
 
 
 def test_what_an_untrained_network_keeps():
     choices = pd.DataFrame({"choice": [audit_tables.UNTRAINED], "rank_correlation": [0.231], "kept_in_common": [0.579]})
     said = audit_tables.fisher_of_r2(choices, "0.35")
-    assert "their rank correlation with ours is 0.23 (mean over layers)." in said
-    assert "With them the rule ratio 0.35 keeps 58% of the weights that it keeps with ours (by chance: 35%)." in said
+    assert "Such values have a rank correlation of 0.23 with ours (mean over layers)." in said
+    assert "With them, ratio 0.35 keeps 58% of the weights kept with our values (by chance: 35%)." in said
 
 
 @pytest.mark.parametrize(("group", "said"), [(5.0, "(all intervals above 2.5)"), (1.5, "Damage of the rules at equal size")])
@@ -148,6 +155,23 @@ def test_the_figure_of_rules_names_the_least_interval(group, said):
     assert ax.get_title().endswith(said)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["group", "ratio", "mean_std", "magnitude", "random"]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["4 bits", "4 bits, width 64"]
+
+
+def test_the_poster_is_drawn_over_the_noise():
+    ax, rows = Figure().subplots(), [poster.Published("baseline", "none", 59.0, None, None)]
+    rows += [poster.Published("global", "tau", 59.5, None, None), poster.Published("ratio", "0.35", 55.0, None, None)]
+    rows += [poster.Published("ratio", "0.42", 70.0, None, None, source="poster's plot")]
+    plots.poster_and_noise(ax, rows, 3.7)
+    assert ax.get_title().startswith("1 of the poster's 2 FID differences are smaller than the effect of new noise")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["global", "ratio 0.35"]
+
+
+def test_c3_is_drawn_by_training_run():
+    runs = pd.DataFrame({"claim": ["C3", "C4", "C3"], "seed": [0, 0, 1], "steps": 5000, "measured": 0.1, "low": -0.2, "high": 0.3})
+    ax = Figure().subplots()
+    claim_plots.claim_by_run(ax, runs, runs.iloc[:1].assign(verdict="inconclusive"))
+    assert ax.get_title() == "C3 in 2 training runs of 5,000 steps:\nmean +0.10 [-0.20, +0.30], inconclusive"
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["seed 0", "seed 1", "mean"]
 
 
 def test_a_rule_that_may_be_as_good_is_counted(noise):
@@ -173,8 +197,8 @@ def test_what_drives_the_fisher_claims():
         for t in (0, 50)
     ]
     assert sentences.drivers_of_fisher(pd.DataFrame(rows)) == (
-        "80% of all Fisher information lies at t <= 49. Per weight, Layer1 has 8.0 times and Layer2 3.0 times the "
-        "Fisher information of Layer6 alone (C2 compares with Layers 3-6)."
+        "80% of all Fisher information lies at t <= 49. Per weight, Layer1 has 8.0 times the Fisher "
+        "information of Layer6, Layer2 3.0 times."
     )
 
 

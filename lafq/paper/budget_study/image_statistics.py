@@ -44,9 +44,20 @@ def why_fid_and_damage_differ(table: pd.DataFrame) -> str:
     three, four, fp32, real = (rows.loc[name] for name in ("uniform INT3", "uniform INT4", "FP32", REAL))
     magnitude = rows.loc["magnitude, 6 bits per weight"]
     return (
-        f"Uniform INT4 has a FID of {four['fid_mnist']:.0f}, INT3 one of {three['fid_mnist']:.0f}. The background of INT4's images "
-        f"has a grey value of {four['background']:.3f} (INT3: {three['background']:.3f}; real digits: {real['background']:.3f}). "
-        f"An MNIST classifier reads {four['share']:.0%} of them as {four['digit']:.0f}. The rule magnitude at 6 bits has a FID of "
-        f"{magnitude['fid_mnist']:.1f}, FP32 one of {fp32['fid_mnist']:.1f}, although {magnitude['class_changed']:.0%} of the "
-        "rule's images show another digit than FP32's."
+        f"N = {four['n_images']}, MNIST features: FID is {four['fid_mnist']:.0f} for uniform INT4 and {three['fid_mnist']:.0f} "
+        f"for INT3. The background of INT4's images has a grey value of {four['background']:.3f} (INT3: "
+        f"{three['background']:.3f}; real digits: {real['background']:.3f}). An MNIST classifier reads {four['share']:.0%} of "
+        f"INT4's images as {four['digit']:.0f}. FID is {magnitude['fid_mnist']:.1f} for the rule magnitude at 6 bits and "
+        f"{fp32['fid_mnist']:.1f} for FP32, although {magnitude['class_changed']:.0%} of their images show different digits."
     )
+
+
+def with_damage(table: pd.DataFrame, budget: pd.DataFrame) -> pd.DataFrame:
+    """A table of `image_statistics` with the damage of each set's model, from rows of `budget.measure_candidates`."""
+    names = [
+        f"{row.method} INT{row.budget_bits:.0f}"
+        if row.granularity == "tensor"
+        else f"{row.method}, {row.budget_bits:g} bits per weight"
+        for row in budget.itertuples()
+    ]
+    return table.assign(damage=table["images"].map(dict(zip(names, budget["damage"], strict=True))))

@@ -71,11 +71,10 @@ def best_predictors(ranks: pd.DataFrame, rows: pd.DataFrame) -> str:
     ranks_well = within.loc["Fisher x error"].min() > 0.95
     return (
         f"**Fisher information times squared rounding error {'ranks' if ranks_well else 'does not rank'} weight tensors by their "
-        "damage.** Its rank correlation with the "
-        f"measured damage is {by['Fisher x error']} within a format. Fisher information alone has {by['Fisher']}, magnitude "
-        f"{by['magnitude']}. We let each score choose the formats ({rows['budget_bits'].iloc[0]:g} bits per weight) and compare "
-        f"with a choice by measured damage: Fisher information times error does {over['by Fisher x error']:.1f} times its damage, "
-        f"magnitude {over['by magnitude']:.0f} times."
+        f"damage.** Its rank correlation with the measured damage is {by['Fisher x error']} within a format. Fisher information "
+        f"alone has {by['Fisher']}, magnitude {by['magnitude']}. We let each score choose the formats "
+        f"({rows['budget_bits'].iloc[0]:g} bits per weight) and compare with a choice by measured damage: Fisher information "
+        f"times error does {over['by Fisher x error']:.1f} times that choice's damage, magnitude {over['by magnitude']:.0f} times."
     )
 
 

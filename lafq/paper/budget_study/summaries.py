@@ -30,9 +30,11 @@ def smallest_with_fid(table: pd.DataFrame, baseline_fid: float) -> pd.Series | N
 def against_int8(table: pd.DataFrame) -> str:
     """The allocator at 4 bits per weight against uniform INT8; the interval pairs both over the digits."""
     ours, int8 = _mixed(table).loc[RATE], _int8(table)
+    same = table[(table["method"] == f"uniform, {FEEDBACK}") & np.isclose(table["budget_bits"], int8["budget_bits"])]
+    other = f" With error feedback in INT8 too, it does {ours['damage'] / same['damage'].item():.2f} times." if len(same) else ""
     return (
-        f"At {ours['mem_mib']:.2f} MiB (4 bits per weight, {ours['mem_share']:.1%} of FP32) the allocator does {_over_int8(ours)} "
-        f"times the damage of uniform INT8 at {int8['mem_mib']:.2f} MiB."
+        f"At {ours['mem_mib']:.2f} MiB ({ours['mem_share']:.1%} of FP32's bytes) the allocator does {_over_int8(ours)} "
+        f"times the damage of uniform INT8 (nearest code) at {int8['mem_mib']:.2f} MiB.{other}"
     )
 
 
@@ -45,8 +47,8 @@ def best_rule(table: pd.DataFrame) -> str:
     worse = (others["over_global_low"] > 1).sum()
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
-        f"**Of {len(rows)} threshold rules, global does {best}.** All (the poster's {len(rows) - len(own)}; {' and '.join(own)}) "
-        f"are rounded alike and have {RATE:g} bits per weight on average. Group does {said['group']} times global's "
+        f"**Of {len(rows)} threshold rules, global does {best}.** All (the poster's {len(rows) - len(own)}, {', '.join(own)}) "
+        f"have the same rounding and {RATE:g} bits per weight. Group does {said['group']} times global's "
         f"damage, ratio {said['ratio']} times."
     )
 
@@ -57,8 +59,8 @@ def both_draws(table: pd.DataFrame, fresh: pd.DataFrame) -> pd.DataFrame:
     both = fresh[key].merge(table, on=key)
     return fresh[["method", "budget_bits"]].assign(
         **{
-            "over INT8, digits used for settings": both.apply(_over_int8, axis=1),
-            "over INT8, fresh digits": fresh.apply(_over_int8, axis=1),
+            "damage / INT8's, first digits": both.apply(_over_int8, axis=1),
+            "damage / INT8's, fresh digits": fresh.apply(_over_int8, axis=1),
         }
     )
 
@@ -69,7 +71,7 @@ def change_on_fresh_digits(table: pd.DataFrame, fresh: pd.DataFrame) -> str:
     both = plans.merge(table, on=key, suffixes=("", "_before"))
     ratio = both["over_int8"] / both["over_int8_before"]
     least, most = ratio.min(), ratio.max()
-    return f"The ratios on fresh digits are {least:.2f} to {most:.2f} times those on the first digits ({len(both)} plans)."
+    return f"The ratios on fresh digits are {least:.2f} to {most:.2f} times those on the first digits ({len(both)} rows)."
 
 
 def coded_sentence(table: pd.DataFrame) -> str:
@@ -80,9 +82,9 @@ def coded_sentence(table: pd.DataFrame) -> str:
     if len(at):
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
-            f"**lafq's file ({row['file_mib'] / full:.1%} of FP32's bytes) does {_over_int8(row)} times uniform INT8's damage.** "
-            f"Both files are entropy-coded: frequent codes take fewer bits. lafq's has {row['file_mib']:.2f} MiB (in memory "
-            f"{row['mem_mib']:.2f}), INT8's {int8['file_mib']:.2f} MiB."
+            f"**lafq's file ({CODED_RATE:g} bits per weight, {row['file_mib'] / full:.1%} of FP32's bytes) does {_over_int8(row)} "
+            "times uniform INT8's damage.** Both files are entropy-coded: frequent codes take fewer bits. lafq's has "
+            f"{row['file_mib']:.2f} MiB (in memory {row['mem_mib']:.2f}), INT8's {int8['file_mib']:.2f} MiB."
         )
     return said
 
@@ -96,11 +98,11 @@ def coded_beside(table: pd.DataFrame) -> str:
         return ""
     ours = fixed.iloc[0]
     nearest = rows.loc[(rows["mem_mib"] - ours["mem_mib"]).abs().idxmin()]
-    said = f"Error feedback multiplies the damage of uniform INT8 by {_over_int8(same.iloc[0])}."
-    better = "better" if ours["damage"] < nearest["damage"] else "no better"
+    said = f"With error feedback, uniform INT8 does {_over_int8(same.iloc[0])} times its damage with nearest codes."
+    less = "less" if ours["damage"] < nearest["damage"] else "no less"
     return (
-        f'{said} At equal memory "allocator, all weights" is {better}: its damage is {ours["damage"]:.1e} at {ours["mem_mib"]:.2f} '
-        f'MiB in memory; "allocator, entropy-coded" has {nearest["damage"]:.1e} at {nearest["mem_mib"]:.2f} MiB.'
+        f'{said} In *memory*, "allocator, all weights" does {less} damage: {ours["damage"]:.1e} at {ours["mem_mib"]:.2f} MiB; '
+        f'"allocator, entropy-coded" does {nearest["damage"]:.1e} at {nearest["mem_mib"]:.2f} MiB.'
     )
 
 
@@ -108,7 +110,7 @@ def coded_equal(table: pd.DataFrame) -> str:
     """At how many bits per weight an entropy-coded file does uniform INT8's damage; "" outside the rows."""
     rows = table[table["method"] == CODED].sort_values("budget_bits")
     bits = bits_of_equal_damage(rows, _int8(table)["damage"])
-    said = f"At {bits:.1f} instead of {CODED_RATE:g} bits per weight (interpolated) lafq's file would do INT8's damage."
+    said = f"At {bits:.1f} bits per weight (interpolated) lafq's file does as much damage as INT8's."
     return "" if np.isnan(bits) else said
 
 
@@ -130,9 +132,9 @@ def coded_with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str:
     share = row["file_mib"] / (row["mem_mib"] / row["mem_share"])
     count = ((table["method"] == CODED) & table["fid_mnist_delta"].notna()).sum()
     return (
-        f"We measured FID for {count} coded files. We allow a rise of 3 % of FP32's FID: the 95 % interval of the rise must end "
-        f"below {limit:.2f} (N = {row['n_images']:,.0f}). The smallest such file has {row['file_mib']:.2f} MiB ({share:.1%} of "
-        "FP32's bytes)."
+        f"We measured FID for {count} coded files. A file passes if the 95 % interval of its FID rise ends below {limit:.2f}, "
+        f"which is 3 % of FP32's FID (N = {row['n_images']:,.0f}). The smallest file that passes has {row['file_mib']:.2f} MiB "
+        f"({share:.1%} of FP32's bytes)."
     )
 
 
@@ -155,9 +157,8 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:
         said += (
-            f" The smallest model in memory whose FID rises by under 3 % (upper end of the 95 % "
-            f"interval; N = {found['n_images']:,.0f}) has {found['mem_mib']:.2f} MiB ({found['mem_share']:.1%} of FP32; "
-            f"{found['method']})."
+            f" The smallest model whose FID rises by less than 3 % of FP32's (upper end of the 95 % interval; N = "
+            f'{found["n_images"]:,.0f}) is "{found["method"]}" at {found["mem_mib"]:.2f} MiB ({found["mem_share"]:.1%}).'
         )
     return said
 
