@@ -1,7 +1,5 @@
 """The tables of 07_audit and 12_noise as a reader sees them, and what follows from them."""
 
-import math
-
 import pandas as pd
 
 from lafq.paper import results
@@ -51,16 +49,6 @@ def protocol_shown(table: pd.DataFrame, *choices: str) -> pd.DataFrame:
     shown["change"] = [f"{change:+.2f}{interval}" for change, interval in zip(rows["change"], ends, strict=True)]
     shown = shown.drop(columns=["change_low", "change_high"])
     return shown.rename(columns={"here": "our protocol", "released": "with the released choice"})
-
-
-def noise_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The FIDs in a table of `noise_floor.noise_floor`: the generated images, and what the real ones have at the paper's N."""
-    fid = table[(table["metric"] == "fid") & ((table["images"] == "generated") | table["n"].isin([100, 5000, math.inf]))]
-    numbers = {c: fid[c].map("{:.1f}".format).where(fid[c].notna(), "") for c in ("mean", "sd")}
-    n = [f"{n:,.0f}" if math.isfinite(n) else "extrapolated to infinity" for n in fid["n"]]
-    images = fid["images"].map({"real": "real digits", "generated": "FP32 model"})
-    shown = fid.assign(images=images, n=n, **numbers)[["features", "images", "n", "blocks", "mean", "sd"]]
-    return shown.rename(columns={"n": "N", "mean": "mean FID", "sd": "standard deviation"}).reset_index(drop=True)
 
 
 def published_scores(table: pd.DataFrame) -> pd.DataFrame:

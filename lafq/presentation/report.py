@@ -28,12 +28,13 @@ def open_workspace(profile: str, compute: bool, threads: int, device: str, **set
     return work
 
 
-def save_figure(work: Workspace, name: str, figure: Figure, note: str = "", pixels: bool = False) -> None:
+def save_figure(work: Workspace, name: str, figure: Figure, note: str = "", pixels: bool = False, model: str = "") -> None:
     """Write figures/<profile>/<name>.png and .svg, without dates so that equal figures are equal bytes.
 
-    pixels: the figure is made of images, so only the .png is written. Below: the model's width, and the note (what the bars are).
+    pixels: the figure is made of images, so only the .png is written. Below: the model (by default the width
+    of the profile's), and the note (what the bars are).
     """
-    below = "; ".join(part for part in (MODELS.get(work.profile, ""), note) if part)
+    below = "; ".join(part for part in (model or MODELS.get(work.profile, ""), note) if part)
     figure.text(1, -0.01, below, ha="right", va="top", fontsize=8, color="0.35")
     with matplotlib.rc_context({"svg.hashsalt": name}):
         kinds = (("png", {"Software": None}), ("svg", {"Date": None}))

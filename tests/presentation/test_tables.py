@@ -127,21 +127,6 @@ def test_choices_of_fisher_values_have_their_rows():
     assert shown["delta_loss_int4"].tolist() == ["+1.00e-04", "+2.00e-04"]
 
 
-def test_the_noise_table_has_fid_alone():
-    rows = [
-        ("Inception", images, metric, n, 50.0, 2.0, 10)
-        for images in ("real", "generated")
-        for metric in ("fid", "kid")
-        for n in (50, 100)
-    ]
-    rows += [("Inception", "generated", "fid", float("inf"), 38.45, float("nan"), 1)]
-    table = pd.DataFrame(rows, columns=["features", "images", "metric", "n", "mean", "sd", "blocks"])
-    shown = audit_tables.noise_shown(table)
-    assert shown["N"].tolist() == ["100", "50", "100", "extrapolated to infinity"]
-    assert shown["images"].tolist() == ["real digits", *["FP32 model"] * 3]
-    assert shown["standard deviation"].tolist() == ["2.0", "2.0", "2.0", ""]
-
-
 def test_a_change_of_protocol_has_its_interval_where_it_is_paired():
     columns = ["features", "choice", "here", "released", "change", "change_low", "change_high"]
     rows = [("MNIST", "a (R1)", 0.44, 0.0, -0.44, -0.92, 0.04), ("MNIST", "b (R7)", 0.44, 4.22, 3.78, float("nan"), float("nan"))]
