@@ -113,7 +113,7 @@ def threshold_row(work: Workspace, name: str, method: str) -> str:
     row = rows.iloc[0]
     theirs = next(p.fid for p in poster.POSTER if p.method == method) - poster.POSTER[0].fid
     return (
-        f"The rule {method} with INT8 (single weights stay FP32; {row['mem_share']:.1%} of FP32's bytes) changes FID by "
+        f"The rule {method} with INT8 by weight ({row['mem_share']:.1%} of FP32's bytes) changes FID by "
         f"{sentences.difference(row, 'delta_fid_inception')} (Inception features, N = {row['n_images']}, the same noise as "
-        f"{BASELINE.format.upper()}). The poster's row, with other noise, differs by {theirs:+.2f}."
+        f"{BASELINE.format.upper()}). The poster's row (other noise) differs from its FP32 by {theirs:+.2f}."
     )

@@ -111,7 +111,7 @@ def headline(table: pd.DataFrame) -> str:
         f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images} images, {steps:,} "
         f"steps, Inception features. Poster: new noise per row; FP32 FID {base.fid:.2f}; formats not stated (INT8 assumed); "
         "bytes of FP16 and group from the authors' README. Ours: same noise for all rows; FP32 FID "
-        f"{baseline:.2f}; rules pick single weights; 95 % intervals."
+        f"{baseline:.2f}; rules keep single weights; 95 % intervals."
     )
 
 

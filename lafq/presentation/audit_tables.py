@@ -45,6 +45,11 @@ def protocol_shown(table: pd.DataFrame, *choices: str) -> pd.DataFrame:
     """The rows of a table of `protocol.protocol_choices` that speak of these choices, as they are shown."""
     rows = table[table["choice"].str.contains("|".join(choices))].reset_index(drop=True)
     shown = rows.round(2).astype(object).where(rows.notna(), "")
+    shown["choice"] = (
+        shown["choice"]
+        .replace(r" \(R1.*\)", "", regex=True)
+        .replace(r", real digits 28x28 \(R6; (\d+) of them\)", r", \1 real digits (R6: 28x28)", regex=True)
+    )
     ends = [f" [{low:+.2f}, {high:+.2f}]" if low == low else "" for low, high in rows[["change_low", "change_high"]].to_numpy()]
     shown["change"] = [f"{change:+.2f}{interval}" for change, interval in zip(rows["change"], ends, strict=True)]
     shown = shown.drop(columns=["change_low", "change_high"])
@@ -75,14 +80,15 @@ def published_sets(table: pd.DataFrame) -> str:
     sets = table.iloc[1:].assign(least=table[["kid_p_holm", "classes_p_holm"]].min(axis=1))
     told, alike = sets[sets["least"] < LEVEL], sets[sets["least"] >= LEVEL]
     said = (
-        f"We tested {len(sets)} published image sets against the {UNQUANTIZED} set, by KID and by how often each digit occurs. "
-        f"The tests found no difference for {len(alike)} sets ({', '.join(alike['set'])}; smallest corrected p: "
-        f"{alike['least'].min():.2f})."
+        f"We tested {len(sets)} published image sets against the {UNQUANTIZED} set, by KID (kernel distance) and by how often "
+        f"each digit occurs. The tests found no difference for {len(alike)} sets ({', '.join(alike['set'])}; smallest corrected "
+        f"p: {alike['least'].min():.2f})."
     )
     for row in told.itertuples():
         said += (
-            f" The {row.set} set differs (p = {row.kid_p_holm:.2g} for KID, {row.classes_p_holm:.1g} for the digits): "
-            f"the digit {row.digit} is on {row.share:.1%} of its images, but on {row.share_fp32:.1%} of {UNQUANTIZED}'s."
+            f" The {row.set} set differs (p = {row.kid_p_holm:.2g} for KID, {row.classes_p_holm:.1g} for the digits): the digit "
+            f"{row.digit} is on {row.share:.1%} of its images, but on {row.share_fp32:.1%} of {UNQUANTIZED}'s. Noise alone does "
+            "not explain this."
         )
     return said
 
@@ -102,9 +108,9 @@ def fisher_of_r2(choices: pd.DataFrame, ratio: str) -> str:
     """What the Fisher values of an untrained network have in common with ours: a sentence on `fisher_values.fisher_choices`."""
     row = choices.set_index("choice").loc[UNTRAINED]
     return (
-        "It also computes the Fisher values of an untrained network (R2). Such values have a rank correlation of "
-        f"{row['rank_correlation']:.2f} with ours (mean over layers). With them, ratio {ratio} keeps {row['kept_in_common']:.0%} "
-        f"of the weights kept with our values (by chance: {float(ratio):.0%})."
+        "The code computes the Fisher values of an untrained network (R2). Such values have a rank correlation of "
+        f"{row['rank_correlation']:.2f} with ours (mean over layers). Of the weights that ratio {ratio} keeps with our values, it "
+        f"keeps {row['kept_in_common']:.0%} with these (by chance: {float(ratio):.0%})."
     )
 
 
@@ -139,7 +145,7 @@ def conclusions(work: Workspace) -> pd.DataFrame:
         (
             "R5",
             "group compares Fisher values with mean squared weights; mean_std clamps weights to a range of Fisher values",
-            f"group keeps no tensor of: {', '.join(none['group']) or 'none'}; clamping raises the denoising loss from "
+            f"group keeps no tensor of {', '.join(none['group']) or 'no group'}; mean_std raises the denoising loss from "
             f"{limited['as trained']:.3f} to {limited['limited']:.3f}",
         ),
         ("R6", "real digits are 28x28", scored("R6")),

@@ -163,7 +163,7 @@ def claim_by_run(ax: Axes, claims: pd.DataFrame, over: pd.DataFrame) -> None:
     ends = [[mean.measured - mean.low], [mean.high - mean.measured]]
     ax.errorbar([len(runs)], [mean.measured], ends, fmt="D", color="black", capsize=3, label="mean of the runs")
     ax.set_xticks(range(len(runs) + 1), [*(f"seed {seed}" for seed in runs["seed"]), "mean"])
-    ax.set(ylabel="mean FID of 0.35-0.40 minus the others'\n(MNIST features, N = 100)")
+    ax.set(ylabel="mean FID, 0.35-0.40 minus others\n(MNIST features, N = 100)")
     said = f"mean {mean.measured:+.2f} [{mean.low:+.2f}, {mean.high:+.2f}], {mean.verdict}"
     ax.set_title(f"C3 in {len(runs)} training runs of {runs['steps'].iloc[0]:,} steps:\n{said}", fontsize=10)
     ax.legend(fontsize=9)

@@ -91,11 +91,11 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame) -> None:
             at_n, beyond = rows[np.isfinite(rows["n"])], rows[np.isinf(rows["n"])]["mean"].item()
             label = "real digits" if images == "real" else "FP32 model's images"
             ax.errorbar(at_n["n"], at_n["mean"], at_n["sd"], marker="o", ms=5, capsize=3, color=colour, label=label)
-            ax.axhline(beyond, color=colour, ls="--", lw=1, label=f"{label}, N to infinity: {beyond:.1f}")
+            ax.axhline(beyond, color=colour, ls="--", lw=1, label=f"{label}, extrapolated to infinite N: {beyond:.1f}")
         ax.set(xscale="log", yscale="log", xlabel="N, images in a block", ylabel="FID")
         at_100 = panel[(panel["images"] == "generated") & (panel["n"] == 100)]
-        said = f": {at_100['mean'].item():.0f} ± {at_100['sd'].item():.1f} for blocks of 100 images" if len(at_100) else ""
-        ax.set_title(f"{features} features{said}", fontsize=11)
+        said = f"FP32 model, N = 100: FID {at_100['mean'].item():.0f} ± {at_100['sd'].item():.1f}" if len(at_100) else "FID"
+        ax.set_title(f"{said} ({features} features)", fontsize=11)
         ax.set_ylim(top=2 * panel["mean"].max())  # room for the legend
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter("{x:,.0f}")
@@ -146,8 +146,10 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     features = FEATURES[metric]
     at_n = f"N = {rows['n_images'].iloc[0]}, {rows['steps'].iloc[0]:,} sampling steps"
     ax.set(xlabel=f"FID difference from FP32 (positive: worse)\n{features} features; ours: {at_n}")
-    ours, theirs = (values.abs().max() for values in (rows[f"delta_{metric}"], published))
-    ax.set_title(f"Ours (same noise): FID changes by at most {ours:.2f}; poster (new noise): by up to {theirs:.2f}")
+    ours = rows.loc[rows[f"delta_{metric}"].abs().idxmax()]
+    said = f"{ours[f'delta_{metric}']:+.2f} [{ours[f'delta_{metric}_low']:+.2f}, {ours[f'delta_{metric}_high']:+.2f}]"
+    theirs = published[published.abs().idxmax()]
+    ax.set_title(f"Largest FID change: ours (same noise) {said}, poster's (new noise) {theirs:+.2f}", fontsize=10)
     ax.legend(fontsize=9)
 
 

@@ -33,8 +33,8 @@ def drivers_of_fisher(timesteps: pd.DataFrame) -> str:
     by_layer = trace.groupby(timesteps["layer"]).sum() / timesteps["weights"].groupby(timesteps["layer"]).sum()
     first_bin, over_layer6 = trace[first].sum() / trace.sum(), by_layer / by_layer["Layer6"]
     return (
-        f"{first_bin:.0%} of all Fisher information lies at t <= {timesteps[first]['t_high'].iloc[0]}. Per weight, Layer1 has "
-        f"{over_layer6['Layer1']:.1f} times the Fisher information of Layer6, Layer2 {over_layer6['Layer2']:.1f} times."
+        f"{first_bin:.0%} of all Fisher information lies at t <= {timesteps[first]['t_high'].iloc[0]}. Fisher "
+        f"information per weight: Layer1 has {over_layer6['Layer1']:.1f} and Layer2 {over_layer6['Layer2']:.1f} times Layer6's."
     )
 
 
@@ -108,8 +108,8 @@ def by_format(published: pd.DataFrame) -> str:
     largest = theirs.abs().idxmax()
     return (
         f"**Uniform FP16 and INT8 change FID by less than {bound:.1f}.** FP16: {said['fp16']}; INT8: {said['int8']} (95 % "
-        f"intervals; N = {n}, {steps:,} steps, width {poster.WIDTH}). The largest change in the poster's table is "
-        f"{theirs[largest]:+.2f} (rule {published['method'][largest]})."
+        f"intervals; Inception features, N = {n}, {steps:,} steps, width {poster.WIDTH}). The largest change in the poster's "
+        f"table is {theirs[largest]:+.2f} (rule {published['method'][largest]})."
     )
 
 
@@ -119,8 +119,8 @@ def against_noise(published: pd.DataFrame) -> str:
     theirs = _published_differences(published).abs()
     return (
         f"**{(theirs < noise).sum()} of the poster's {len(theirs)} FID differences are smaller than the effect of new noise.** "
-        "The poster draws new noise for every row. Two draws of the authors' FP32 model differ in FID by "
-        f"{noise:.1f} (standard deviation; Inception features, N = {n})."
+        "The poster draws new noise for every row. The FID difference of two draws (authors' FP32 model; Inception features, "
+        f"N = {n}) has a standard deviation of {noise:.1f}."
     )
 
 
@@ -195,8 +195,9 @@ def training_quality(quality: pd.DataFrame | None) -> str:
     lower = int((blocks["fid_mnist"] < first).sum())
     rank = f"the lowest of the {len(blocks)} blocks" if lower == 0 else f"and {lower} of the {len(blocks)} blocks have a lower one"
     return (
-        f"On MNIST features, N = {whole['n_images']}: IS {whole['is_mnist']:.2f}, FID {whole['fid_mnist']:.2f}. Mean +- standard "
-        f"deviation of {len(blocks)} blocks of {blocks['n_images'].iloc[0]} of these images: IS {blocks['is_mnist'].mean():.2f} "
-        f"+- {blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- {blocks['fid_mnist'].std():.2f} (FID is "
-        f"higher at small N). All tables use the noise of the first block. Its FID is {first:.2f}, {rank}."
+        f"On MNIST features, N = {whole['n_images']}: IS {whole['is_mnist']:.2f}, FID {whole['fid_mnist']:.2f}. Per block of "
+        f"{blocks['n_images'].iloc[0]} of these images ({len(blocks)} blocks; mean +- standard deviation): IS "
+        f"{blocks['is_mnist'].mean():.2f} +- {blocks['is_mnist'].std():.2f}, FID {blocks['fid_mnist'].mean():.2f} +- "
+        f"{blocks['fid_mnist'].std():.2f} (FID is higher at small N). All tables use the noise of the first block. Its FID is "
+        f"{first:.2f}, {rank}."
     )

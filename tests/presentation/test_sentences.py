@@ -74,17 +74,15 @@ def test_findings_follow_from_the_tables(noise):
     found = sentences.findings(published(0.05, -0.1, 0.2), budget(), coded(), "In images, more.")
     assert len(found) == 4
     assert found[0].startswith("**Uniform FP16 and INT8 change FID by less than 0.2.** FP16: +0.05 [-0.10, +0.20];")
-    assert "N = 100, 1,000 steps, width 64" in found[0]
+    assert "Inception features, N = 100, 1,000 steps, width 64" in found[0]
     assert "The largest change in the poster's table is -3.09 (rule ratio)." in found[0]
-    assert "differ in FID by 4.4 (standard deviation; Inception features, N = 100)" in found[1]
+    assert "(authors' FP32 model; Inception features, N = 100) has a standard deviation of 4.4." in found[1]
     assert found[1].startswith("**2 of the poster's 2 FID differences are smaller than the effect of new noise.**")
     assert found[2].startswith("**Of 6 threshold rules, global does the least damage.** All (the poster's 4, magnitude, random)")
-    assert "have the same rounding and 4 bits per weight." in found[2]
+    assert "round alike and average 4 bits per weight." in found[2]
     assert "Group does 5.0 [2.5, 7.5] times global's damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
-    assert found[3].startswith(
-        "**lafq's file (3 bits per weight, 10.0% of FP32's bytes) does 0.22 [0.11, 0.33] times uniform INT8's damage.**"
-    )
+    assert found[3].startswith("**lafq's coded file (10.0% of FP32's bytes) does 0.22 [0.11, 0.33] times uniform INT8's damage.**")
     assert "lafq's has 0.80 MiB (in memory 1.20), INT8's 1.70 MiB." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
     assert summaries.coded_equal(coded()).startswith("At 2.5 bits per weight (interpolated)")
@@ -110,10 +108,10 @@ def test_entropy_coded_plans_are_compared_in_memory_too(damage, said):
     ]
     table = pd.concat([coded().assign(mem_mib=[0.8, 0.88, 1.2, 2.2]), pd.DataFrame(rows)], ignore_index=True)
     found = summaries.coded_beside(table)
-    assert found.startswith("With error feedback, uniform INT8 does 0.30 [0.20, 0.40] times its damage with nearest codes.")
+    assert found.startswith("With error feedback, the damage of uniform INT8 is 0.30 [0.20, 0.40] times that with nearest codes.")
     assert said in found
-    assert "does 2.2e-06 at 0.88 MiB." in found
-    assert f"{damage:.1e} at 0.90 MiB;" in found
+    assert "against 2.2e-06 (0.88 MiB)." in found
+    assert f"{damage:.1e} (0.90 MiB) against" in found
     assert summaries.coded_beside(coded()) == ""
 
 
@@ -130,7 +128,10 @@ def test_what_predicts_damage(least, said):
     found = predictions.best_predictors(ranks, rows)
     assert found.startswith(f"**Fisher information times squared rounding error {said} by their damage.**")
     assert f"is {least:.2f} to 0.99 within a format. Fisher information alone has 0.80 to 0.99, magnitude -0.50 to 0.99." in found
-    assert "Fisher information times error does 1.1 times that choice's damage, magnitude 30 times." in found
+    assert (
+        "Formats by Fisher information times error do 1.1 times the damage of formats by measured damage; by magnitude, 30 times."
+        in found
+    )
 
 
 def test_how_far_fresh_digits_are_from_the_first():
@@ -145,7 +146,7 @@ def test_what_an_untrained_network_keeps():
     choices = pd.DataFrame({"choice": [audit_tables.UNTRAINED], "rank_correlation": [0.231], "kept_in_common": [0.579]})
     said = audit_tables.fisher_of_r2(choices, "0.35")
     assert "Such values have a rank correlation of 0.23 with ours (mean over layers)." in said
-    assert "With them, ratio 0.35 keeps 58% of the weights kept with our values (by chance: 35%)." in said
+    assert "Of the weights that ratio 0.35 keeps with our values, it keeps 58% with these (by chance: 35%)." in said
 
 
 @pytest.mark.parametrize(("group", "said"), [(5.0, "(all intervals above 2.5)"), (1.5, "Damage of the rules at equal size")])
@@ -197,8 +198,8 @@ def test_what_drives_the_fisher_claims():
         for t in (0, 50)
     ]
     assert sentences.drivers_of_fisher(pd.DataFrame(rows)) == (
-        "80% of all Fisher information lies at t <= 49. Per weight, Layer1 has 8.0 times the Fisher "
-        "information of Layer6, Layer2 3.0 times."
+        "80% of all Fisher information lies at t <= 49. Fisher information per weight: Layer1 has 8.0 and "
+        "Layer2 3.0 times Layer6's."
     )
 
 
@@ -270,7 +271,7 @@ def test_rows_at_the_bytes_of_int4_are_said_with_their_intervals():
     claims = pd.DataFrame(
         {"quantity": ["FID of ratio (one threshold per layer) minus"], "measured": [2.27], "low": [0.86], "high": [3.72]}
     )
-    assert "exceeds global's by 2.3 [0.9, 3.7] (MNIST features, N = 1,000)." in summaries.on_images(claims, 64, 1000)
+    assert "ratio's FID is 2.3 [0.9, 3.7] above global's (MNIST features, N = 1,000)." in summaries.on_images(claims, 64, 1000)
 
 
 def test_methods_are_ordered_by_fid():

@@ -44,11 +44,11 @@ def why_fid_and_damage_differ(table: pd.DataFrame) -> str:
     three, four, fp32, real = (rows.loc[name] for name in ("uniform INT3", "uniform INT4", "FP32", REAL))
     magnitude = rows.loc["magnitude, 6 bits per weight"]
     return (
-        f"N = {four['n_images']:.0f}, MNIST features: FID is {four['fid_mnist']:.0f} for uniform INT4 and {three['fid_mnist']:.0f} "
-        f"for INT3. The background of INT4's images has a grey value of {four['background']:.3f} (INT3: "
+        f"N = {four['n_images']:.0f}, MNIST features: FID is {four['fid_mnist']:.0f} for uniform INT4 and "
+        f"{three['fid_mnist']:.0f} for INT3. The background of INT4's images has a grey value of {four['background']:.3f} (INT3: "
         f"{three['background']:.3f}; real digits: {real['background']:.3f}). An MNIST classifier reads {four['share']:.0%} of "
-        f"INT4's images as {four['digit']:.0f}. FID is {magnitude['fid_mnist']:.1f} for the rule magnitude at 6 bits and "
-        f"{fp32['fid_mnist']:.1f} for FP32, although {magnitude['class_changed']:.0%} of their images show different digits."
+        f"INT4's images as {four['digit']:.0f}. FP32 has FID {fp32['fid_mnist']:.1f}; the rule magnitude at 6 bits has "
+        f"{magnitude['fid_mnist']:.1f}, while {magnitude['class_changed']:.0%} of its images show another digit."
     )
 
 

@@ -72,9 +72,9 @@ def best_predictors(ranks: pd.DataFrame, rows: pd.DataFrame) -> str:
     return (
         f"**Fisher information times squared rounding error {'ranks' if ranks_well else 'does not rank'} weight tensors by their "
         f"damage.** Its rank correlation with the measured damage is {by['Fisher x error']} within a format. Fisher information "
-        f"alone has {by['Fisher']}, magnitude {by['magnitude']}. We let each score choose the formats "
-        f"({rows['budget_bits'].iloc[0]:g} bits per weight) and compare with a choice by measured damage: Fisher information "
-        f"times error does {over['by Fisher x error']:.1f} times that choice's damage, magnitude {over['by magnitude']:.0f} times."
+        f"alone has {by['Fisher']}, magnitude {by['magnitude']}. Each score also chose formats ({rows['budget_bits'].iloc[0]:g} "
+        f"bits per weight). Formats by Fisher information times error do {over['by Fisher x error']:.1f} times the damage of "
+        f"formats by measured damage; by magnitude, {over['by magnitude']:.0f} times."
     )
 
 

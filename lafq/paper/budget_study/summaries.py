@@ -31,7 +31,7 @@ def against_int8(table: pd.DataFrame) -> str:
     """The allocator at 4 bits per weight against uniform INT8; the interval pairs both over the digits."""
     ours, int8 = _mixed(table).loc[RATE], _int8(table)
     same = table[(table["method"] == f"uniform, {FEEDBACK}") & np.isclose(table["budget_bits"], int8["budget_bits"])]
-    other = f" With error feedback in INT8 too, it does {ours['damage'] / same['damage'].item():.2f} times." if len(same) else ""
+    other = f" With error feedback in both: {ours['damage'] / same['damage'].item():.2f} times." if len(same) else ""
     return (
         f"At {ours['mem_mib']:.2f} MiB ({ours['mem_share']:.1%} of FP32's bytes) the allocator does {_over_int8(ours)} "
         f"times the damage of uniform INT8 (nearest code) at {int8['mem_mib']:.2f} MiB.{other}"
@@ -48,7 +48,7 @@ def best_rule(table: pd.DataFrame) -> str:
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
         f"**Of {len(rows)} threshold rules, global does {best}.** All (the poster's {len(rows) - len(own)}, {', '.join(own)}) "
-        f"have the same rounding and {RATE:g} bits per weight. Group does {said['group']} times global's "
+        f"round alike and average {RATE:g} bits per weight. Group does {said['group']} times global's "
         f"damage, ratio {said['ratio']} times."
     )
 
@@ -82,9 +82,9 @@ def coded_sentence(table: pd.DataFrame) -> str:
     if len(at):
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
-            f"**lafq's file ({CODED_RATE:g} bits per weight, {row['file_mib'] / full:.1%} of FP32's bytes) does {_over_int8(row)} "
-            "times uniform INT8's damage.** Both files are entropy-coded: frequent codes take fewer bits. lafq's has "
-            f"{row['file_mib']:.2f} MiB (in memory {row['mem_mib']:.2f}), INT8's {int8['file_mib']:.2f} MiB."
+            f"**lafq's coded file ({row['file_mib'] / full:.1%} of FP32's bytes) does {_over_int8(row)} times uniform INT8's "
+            f"damage.** LZMA compresses both files: lafq's has {row['file_mib']:.2f} MiB (in memory {row['mem_mib']:.2f}), INT8's "
+            f"{int8['file_mib']:.2f} MiB."
         )
     return said
 
@@ -98,11 +98,12 @@ def coded_beside(table: pd.DataFrame) -> str:
         return ""
     ours = fixed.iloc[0]
     nearest = rows.loc[(rows["mem_mib"] - ours["mem_mib"]).abs().idxmin()]
-    said = f"With error feedback, uniform INT8 does {_over_int8(same.iloc[0])} times its damage with nearest codes."
     less = "less" if ours["damage"] < nearest["damage"] else "no less"
     return (
-        f'{said} In *memory*, "allocator, all weights" does {less} damage: {ours["damage"]:.1e} at {ours["mem_mib"]:.2f} MiB; '
-        f'"allocator, entropy-coded" does {nearest["damage"]:.1e} at {nearest["mem_mib"]:.2f} MiB.'
+        f"With error feedback, the damage of uniform INT8 is {_over_int8(same.iloc[0])} times that with nearest codes. In "
+        "*memory*, "
+        f'"allocator, all weights" does {less} damage than "allocator, entropy-coded": {ours["damage"]:.1e} ({ours["mem_mib"]:.2f} '
+        f"MiB) against {nearest['damage']:.1e} ({nearest['mem_mib']:.2f} MiB)."
     )
 
 
@@ -157,8 +158,8 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:
         said += (
-            f" The smallest model whose FID rises by less than 3 % of FP32's (upper end of the 95 % interval; N = "
-            f'{found["n_images"]:,.0f}) is "{found["method"]}" at {found["mem_mib"]:.2f} MiB ({found["mem_share"]:.1%}).'
+            f' "{found["method"]}" at {found["mem_mib"]:.2f} MiB ({found["mem_share"]:.1%}) is the smallest model whose FID '
+            f"rise has an interval that ends below 3 % of FP32's FID ({RISE * baseline:.2f}; N = {found['n_images']:,.0f})."
         )
     return said
 
@@ -186,8 +187,8 @@ def on_images(claims: pd.DataFrame, width: int, images: int) -> str:
     """What one threshold per layer costs in FID over one for all, from the claims of `rules.image_claims`."""
     row = claims[claims["quantity"].str.startswith("FID of ratio")].iloc[0]
     return (
-        f"At width {width} and the bytes of uniform INT4, ratio's FID exceeds global's by {row['measured']:.1f} "
-        f"[{row['low']:.1f}, {row['high']:.1f}] (MNIST features, N = {images:,})."
+        f"At width {width} and uniform INT4's bytes, ratio's FID is {row['measured']:.1f} [{row['low']:.1f}, {row['high']:.1f}] "
+        f"above global's (MNIST features, N = {images:,})."
     )
 
 
