@@ -88,7 +88,7 @@ def fresh(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     work = open_workspace(p)
     model, seed = load_model(work, p["WIDTH"]), p["SEED"] + budget.FRESH_SEED
     known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
-    allocated = methods.allocated(model, known, [rules.RATE], ("mixed",), ablations=False)
+    allocated = methods.allocated(model, known, [rules.RATE], ("mixed",), ablations=())
     found = [*allocated, *methods.tuned(allocated, [rules.RATE], p["TUNED"]["steps"])]
     found += methods.thresholds(model, known, [rules.RATE], p["SEED"])
     chosen = [row for row in found if row.method in FRESH]
@@ -116,7 +116,7 @@ def at_int4_bytes(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]
     known = methods.measured_sensitivity(model, samples, seed)
     same = threshold_rows.uniform(model, ("int8", "int4"))
     bits = methods.bits_of(model, same[-1].plan)
-    found = methods.allocated(model, known, [bits], ("mixed",), ablations=False)
+    found = methods.allocated(model, known, [bits], ("mixed",), ablations=())
     found += methods.thresholds(model, known, [bits], seed, ("global", "ratio"))
     chosen = [row._replace(made=methods.made(samples, seed)) for row in found if row.method in FRESH]
     sampling = Sampling(images, p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
@@ -145,7 +145,7 @@ def damages(profile: str) -> dict[str, pd.DataFrame]:
     work = open_workspace(p)
     model, seed, samples = load_model(work, p["WIDTH"]), p["SEED"], p["TRUE_FISHER_SAMPLES"]
     known, other = (sensitivity(work, model, samples, s) for s in (seed, seed + 1))
-    rows = [*methods.uniform(model, known), *methods.allocated(model, known, list(AT_SIZE), ("mixed",), ablations=False)]
+    rows = [*methods.uniform(model, known), *methods.allocated(model, known, list(AT_SIZE), ("mixed",), ablations=())]
     in_files = rows + methods.coded(model, known, list(CODED_FILES))
     ruled = methods.thresholds(model, known, [rules.RATE], seed)
     table = budget.measure_candidates(model, in_files + ruled, other, seed, p["DAMAGE_DIGITS"], fresh=True)

@@ -24,6 +24,7 @@ from lafq.rng import generator
 INTEGERS = ("int2", "int3", "int4", "int6", "int8")
 FEEDBACK = "error feedback"
 CODED = "allocator, entropy-coded"
+ABLATIONS = NEAREST, ALL_WEIGHTS = "allocator, nearest code", "allocator, all weights"
 RULES = ("global", "group", "ratio", "mean_std", "magnitude", "random")
 
 
@@ -73,18 +74,17 @@ def allocated(
     calibration: Sensitivity,
     bits: list[float],
     granularities: tuple[str, ...] = ALLOCATED,
-    ablations: bool = True,
+    ablations: tuple[str, ...] = ABLATIONS,
 ) -> list[Candidate]:
     """The allocator at these granularities and budgets.
 
-    ablations: "mixed" also without error feedback, and with all weights to choose from.
+    ablations: of "mixed", also without error feedback, or with all weights to choose from.
     A budget below the smallest possible size is left out, and a line says so.
     """
     rows, layers = [], {name: calibration.fisher[name] for name in quantizable(model)}
     methods = [("allocator", granularity, layers, calibration.curvature) for granularity in granularities]
-    if ablations:
-        methods.append(("allocator, nearest code", "mixed", layers, None))
-        methods.append(("allocator, all weights", "mixed", calibration.fisher, calibration.curvature))
+    varied = {NEAREST: (layers, None), ALL_WEIGHTS: (calibration.fisher, calibration.curvature)}
+    methods += [(method, "mixed", *varied[method]) for method in ablations]
     for method, granularity, fisher, curvature in methods:
         frontiers = solver.frontiers_of(model, fisher, granularity, STUDY_FORMATS, curvature=curvature)
         recipe = Recipe(unshrunk_scale, calibration.fisher, curvature)
@@ -116,7 +116,7 @@ def coded(model: nn.Module, calibration: Sensitivity, bits: list[float]) -> list
 
 def beside_coded(rows: list[Candidate]) -> list[Candidate]:
     """The rows that the coded ones are compared with: uniform formats, and the allocator that has all weights to choose from."""
-    methods = ("uniform", f"uniform, {FEEDBACK}", "allocator, all weights")
+    methods = ("uniform", f"uniform, {FEEDBACK}", ALL_WEIGHTS)
     return [row for row in rows if row.method in methods and row.bits < 10]
 
 
