@@ -91,7 +91,8 @@ def claim(work: Workspace, name: str, kind: str) -> str:
     """The verdict on a claim, from its row of this kind."""
     table = results.load_table(work, "claims")
     row = next(table[(table["claim"] == name) & table["quantity"].str.contains(kind)].itertuples())
-    return f"{name.split()[0]}: {row.verdict}; {row.quantity}: {row.measured:.3g} [{row.low:.3g}, {row.high:.3g}]."
+    head, _, how = row.quantity.rpartition(" (")
+    return f"{name.split()[0]}: {head}: {row.measured:.3g} [{row.low:.3g}, {row.high:.3g}] ({how[:-1]}); {row.verdict}."
 
 
 def fisher_claim(work: Workspace, name: str) -> str:

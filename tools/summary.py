@@ -108,10 +108,10 @@ def headline(table: pd.DataFrame) -> str:
     baseline = table[table["method"] == "baseline"]["fid_inception"].item()
     return (
         f"{markdown(pd.DataFrame(cells, columns=columns))}\n\n"
-        f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images} images, {steps:,} "
+        f"Differences from FP32 (positive: worse); bytes as shares of FP32's. Width {poster.WIDTH}, N = {images}, {steps:,} "
         f"steps, Inception features. Poster: new noise per row; FP32 FID {base.fid:.2f}; formats not stated (INT8 assumed); "
         "bytes of FP16 and group from the authors' README. Ours: same noise for all rows; FP32 FID "
-        f"{baseline:.2f}; rules keep single weights; 95 % intervals."
+        f"{baseline:.2f}; rules choose per weight; 95 % intervals."
     )
 
 

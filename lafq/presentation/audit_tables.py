@@ -98,7 +98,7 @@ def images_of_r1(protocol: pd.DataFrame, images: int) -> str:
     row = protocol[protocol["choice"].str.contains("R1")].iloc[-1]
     ends = f"[{-row['change_high']:+.2f}, {-row['change_low']:+.2f}]"
     return (
-        "As released, the code draws images with the unquantized weights (R1), so INT8 changes FID by "
+        "As released, the code draws images with the unquantized weights (R1): from the same noise, INT8 changes FID by "
         f"{row['released']:.2f}. By our protocol INT8 changes FID by {row['here']:+.2f} {ends} ({row['features']} features, "
         f"N = {images})."
     )
@@ -109,8 +109,8 @@ def fisher_of_r2(choices: pd.DataFrame, ratio: str) -> str:
     row = choices.set_index("choice").loc[UNTRAINED]
     return (
         "The code computes the Fisher values of an untrained network (R2). Such values have a rank correlation of "
-        f"{row['rank_correlation']:.2f} with ours (mean over layers). Of the weights that ratio {ratio} keeps with our values, it "
-        f"keeps {row['kept_in_common']:.0%} with these (by chance: {float(ratio):.0%})."
+        f"{row['rank_correlation']:.2f} with ours (mean over layers). With both sets of values, ratio {ratio} keeps "
+        f"{row['kept_in_common']:.0%} of the same weights (by chance: {float(ratio):.0%})."
     )
 
 
@@ -144,7 +144,7 @@ def conclusions(work: Workspace) -> pd.DataFrame:
         ("R4", "one Fisher value per weight tensor", fisher(BY_TENSOR)),
         (
             "R5",
-            "group compares Fisher values with mean squared weights; mean_std clamps weights to a range of Fisher values",
+            "group compares Fisher values with mean squared weights; mean_std clips weights at limits from Fisher values",
             f"group keeps no tensor of {', '.join(none['group']) or 'no group'}; mean_std raises the denoising loss from "
             f"{limited['as trained']:.3f} to {limited['limited']:.3f}",
         ),

@@ -121,7 +121,7 @@ def poster_and_noise(ax: Axes, published: Sequence[Published], noise: float) -> 
     inside = sum(abs(d) < noise for d in differences)
     ax.set_title(
         f"{inside} of the poster's {len(rows)} FID differences are smaller than the effect of new noise\n"
-        f"(two draws of the authors' FP32 model differ by {noise:.1f}, one standard deviation)",
+        f"(FID difference of two draws of the authors' FP32 model: standard deviation {noise:.1f})",
         fontsize=10,
     )
     ax.legend(fontsize=9)
@@ -149,7 +149,8 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     ours = rows.loc[rows[f"delta_{metric}"].abs().idxmax()]
     said = f"{ours[f'delta_{metric}']:+.2f} [{ours[f'delta_{metric}_low']:+.2f}, {ours[f'delta_{metric}_high']:+.2f}]"
     theirs = published[published.abs().idxmax()]
-    ax.set_title(f"Largest FID change: ours (same noise) {said}, poster's (new noise) {theirs:+.2f}", fontsize=10)
+    named = _spoken(next(rows.loc[[published.abs().idxmax()]].itertuples()))
+    ax.set_title(f"Largest FID change: ours {said} ({_spoken(ours)}), poster's {theirs:+.2f} ({named})", fontsize=9)
     ax.legend(fontsize=9)
 
 

@@ -80,9 +80,10 @@ def published_inside(table: pd.DataFrame) -> str:
     published = rows["fid_paper"] - table[table["method"] == "baseline"]["fid_paper"].item()
     inside = published.between(rows["delta_fid_inception_low"], rows["delta_fid_inception_high"])
     named = ", ".join(f"{r.method} {r.threshold}" for r in rows[inside].itertuples())
-    count = f"{(~inside).sum()} of the" if named else "All"
-    said = f"{count} {len(rows)} FID differences of the poster lie outside our 95 % intervals for the same noise"
-    return f"{said} (inside: {named})." if named else f"{said}."
+    if named:
+        lie = f"{(~inside).sum()} of the poster's {len(rows)} FID differences lie outside our 95 % intervals"
+        return f"{lie} (same noise; inside: {named})."
+    return f"Each of the poster's {len(rows)} FID differences lies outside our 95 % interval (same noise)."
 
 
 def findings(published: pd.DataFrame, budget: pd.DataFrame, coded: pd.DataFrame, on_images: str) -> list[str]:
@@ -120,7 +121,7 @@ def against_noise(published: pd.DataFrame) -> str:
     return (
         f"**{(theirs < noise).sum()} of the poster's {len(theirs)} FID differences are smaller than the effect of new noise.** "
         "The poster draws new noise for every row. The FID difference of two draws (authors' FP32 model; Inception features, "
-        f"N = {n}) has a standard deviation of {noise:.1f}."
+        f"N = {n}) has standard deviation {noise:.1f}."
     )
 
 

@@ -33,11 +33,13 @@ def note(table: pd.DataFrame) -> str:
     images, steps = table["n_images"].iloc[0], table["steps"].iloc[0]
     seen = re.search(r"Inception: (\d+)", " ".join(table["reference"])) if "reference" in table else None
     count = REFERENCE.stop - REFERENCE.start
-    inception = f"; Inception: {'the same' if int(seen[1]) == count else f'the first {int(seen[1]):,} of them'}" if seen else ""
+    inception = (
+        f" (Inception: {'the same digits' if int(seen[1]) == count else f'the first {int(seen[1]):,} of them'})" if seen else ""
+    )
     return (
         f"N = {images} images per row, {steps:,} sampling steps, the same noise in every row. FID compares with test digits "
         f'{REFERENCE.start:,}-{REFERENCE.stop - 1:,}{inception}; all images are 32x32. "mnist": features of our MNIST '
-        "classifier. IS is of these features (the poster's: Inception). class_changed: share of images whose digit changes for "
+        "classifier. IS uses MNIST features (the poster's: Inception). class_changed: share of images whose digit changes for "
         "this classifier. psnr: against FP32's images. kept_share: share of weights kept in FP32. delta_: difference from FP32. "
         "MiB = 2**20 bytes. In brackets: 95 % intervals at this N, paired bootstrap over the images (1,000 resamples)."
     )

@@ -322,7 +322,7 @@ def table(ratio, delta_high):
 def test_the_summary_follows_from_the_table():
     said = summaries.summary_sentences(table(0.3, 2), pd.DataFrame({"method": ["baseline"], "fid_mnist": [100.0]}))
     assert "0.30 [0.20, 0.40] times" in said
-    assert "is the smallest model whose FID rise has an interval that ends below 3 % of FP32's FID (3.00; N =" in said
+    assert "The smallest model whose whole FID-rise interval lies below 3.00 (3 % of FP32's FID; N =" in said
     assert "3 %" not in summaries.summary_sentences(table(0.3, 2), None)
 
 

@@ -50,13 +50,13 @@ def noise(monkeypatch):
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
-        (-0.1, 0.2, "All 2 FID differences of the poster lie outside our 95 % intervals for the same noise."),
+        (-0.1, 0.2, "Each of the poster's 2 FID differences lies outside our 95 % interval (same noise)."),
         (
             -0.1,
             0.5,
-            "1 of the 2 FID differences of the poster lie outside our 95 % intervals for the same noise (inside: global tau=1).",
+            "1 of the poster's 2 FID differences lie outside our 95 % intervals (same noise; inside: global tau=1).",
         ),
-        (-4, 4, "0 of the 2 FID differences of the poster lie outside"),
+        (-4, 4, "0 of the poster's 2 FID differences lie outside"),
     ],
 )
 def test_which_published_differences_lie_inside(low, high, said):
@@ -76,14 +76,16 @@ def test_findings_follow_from_the_tables(noise):
     assert found[0].startswith("**Uniform FP16 and INT8 change FID by less than 0.2.** FP16: +0.05 [-0.10, +0.20];")
     assert "Inception features, N = 100, 1,000 steps, width 64" in found[0]
     assert "The largest change in the poster's table is -3.09 (rule ratio)." in found[0]
-    assert "(authors' FP32 model; Inception features, N = 100) has a standard deviation of 4.4." in found[1]
+    assert "(authors' FP32 model; Inception features, N = 100) has standard deviation 4.4." in found[1]
     assert found[1].startswith("**2 of the poster's 2 FID differences are smaller than the effect of new noise.**")
     assert found[2].startswith("**Of 6 threshold rules, global does the least damage.** All (the poster's 4, magnitude, random)")
-    assert "round alike and average 4 bits per weight." in found[2]
+    assert "share one rounding and average 4 bits per weight." in found[2]
     assert "Group does 5.0 [2.5, 7.5] times global's damage, ratio 15 [7.5, 22] times." in found[2]
     assert found[2].endswith("In images, more.")
-    assert found[3].startswith("**lafq's coded file (10.0% of FP32's bytes) does 0.22 [0.11, 0.33] times uniform INT8's damage.**")
-    assert "lafq's has 0.80 MiB (in memory 1.20), INT8's 1.70 MiB." in found[3]
+    assert found[3].startswith(
+        "**lafq's compressed file (10.0% of FP32's bytes) does 0.22 [0.11, 0.33] times the damage of uniform INT8 (nearest code).**"
+    )
+    assert "LZMA packs both: 0.80 MiB (in memory 1.20) and 1.70 MiB." in found[3]
     # log(4e-5 / 1e-5) of log(4e-5 / 2.2e-6) is 48 % of the way from 2 to 3 bits.
     assert summaries.coded_equal(coded()).startswith("At 2.5 bits per weight (interpolated)")
 
@@ -108,7 +110,7 @@ def test_entropy_coded_plans_are_compared_in_memory_too(damage, said):
     ]
     table = pd.concat([coded().assign(mem_mib=[0.8, 0.88, 1.2, 2.2]), pd.DataFrame(rows)], ignore_index=True)
     found = summaries.coded_beside(table)
-    assert found.startswith("With error feedback, the damage of uniform INT8 is 0.30 [0.20, 0.40] times that with nearest codes.")
+    assert found.startswith("Uniform INT8 with error feedback does 0.30 [0.20, 0.40] times the damage of nearest code.")
     assert said in found
     assert "against 2.2e-06 (0.88 MiB)." in found
     assert f"{damage:.1e} (0.90 MiB) against" in found
@@ -139,14 +141,14 @@ def test_how_far_fresh_digits_are_from_the_first():
     before = pd.DataFrame({"method": ["uniform", "allocator", "allocator"], "granularity": "mixed", "budget_bits": [8.0, 3.0, 4.0]})
     fresh = before.assign(over_int8=[1.0, 0.5, 0.22])
     found = summaries.change_on_fresh_digits(before.assign(over_int8=[1.0, 1.0, 0.2]), fresh)
-    assert found == "The ratios on fresh digits are 0.50 to 1.10 times those on the first digits (2 rows)."
+    assert found == "Fresh digits multiply these quotients by 0.50 to 1.10 (2 rows)."
 
 
 def test_what_an_untrained_network_keeps():
     choices = pd.DataFrame({"choice": [audit_tables.UNTRAINED], "rank_correlation": [0.231], "kept_in_common": [0.579]})
     said = audit_tables.fisher_of_r2(choices, "0.35")
     assert "Such values have a rank correlation of 0.23 with ours (mean over layers)." in said
-    assert "Of the weights that ratio 0.35 keeps with our values, it keeps 58% with these (by chance: 35%)." in said
+    assert "With both sets of values, ratio 0.35 keeps 58% of the same weights (by chance: 35%)." in said
 
 
 @pytest.mark.parametrize(("group", "said"), [(5.0, "(all intervals above 2.5)"), (1.5, "Damage of the rules at equal size")])

@@ -31,7 +31,7 @@ def against_int8(table: pd.DataFrame) -> str:
     """The allocator at 4 bits per weight against uniform INT8; the interval pairs both over the digits."""
     ours, int8 = _mixed(table).loc[RATE], _int8(table)
     same = table[(table["method"] == f"uniform, {FEEDBACK}") & np.isclose(table["budget_bits"], int8["budget_bits"])]
-    other = f" With error feedback in both: {ours['damage'] / same['damage'].item():.2f} times." if len(same) else ""
+    other = f" If both use error feedback: {ours['damage'] / same['damage'].item():.2f} times." if len(same) else ""
     return (
         f"At {ours['mem_mib']:.2f} MiB ({ours['mem_share']:.1%} of FP32's bytes) the allocator does {_over_int8(ours)} "
         f"times the damage of uniform INT8 (nearest code) at {int8['mem_mib']:.2f} MiB.{other}"
@@ -48,7 +48,7 @@ def best_rule(table: pd.DataFrame) -> str:
     best = "the least damage" if worse == len(others) else f"less damage than {worse} of the {len(others)} others"
     return (
         f"**Of {len(rows)} threshold rules, global does {best}.** All (the poster's {len(rows) - len(own)}, {', '.join(own)}) "
-        f"round alike and average {RATE:g} bits per weight. Group does {said['group']} times global's "
+        f"share one rounding and average {RATE:g} bits per weight. Group does {said['group']} times global's "
         f"damage, ratio {said['ratio']} times."
     )
 
@@ -71,7 +71,7 @@ def change_on_fresh_digits(table: pd.DataFrame, fresh: pd.DataFrame) -> str:
     both = plans.merge(table, on=key, suffixes=("", "_before"))
     ratio = both["over_int8"] / both["over_int8_before"]
     least, most = ratio.min(), ratio.max()
-    return f"The ratios on fresh digits are {least:.2f} to {most:.2f} times those on the first digits ({len(both)} rows)."
+    return f"Fresh digits multiply these quotients by {least:.2f} to {most:.2f} ({len(both)} rows)."
 
 
 def coded_sentence(table: pd.DataFrame) -> str:
@@ -82,8 +82,8 @@ def coded_sentence(table: pd.DataFrame) -> str:
     if len(at):
         row, full = at.iloc[0], at["mem_mib"].iloc[0] / at["mem_share"].iloc[0]
         said = (
-            f"**lafq's coded file ({row['file_mib'] / full:.1%} of FP32's bytes) does {_over_int8(row)} times uniform INT8's "
-            f"damage.** LZMA compresses both files: lafq's has {row['file_mib']:.2f} MiB (in memory {row['mem_mib']:.2f}), INT8's "
+            f"**lafq's compressed file ({row['file_mib'] / full:.1%} of FP32's bytes) does {_over_int8(row)} times the damage of "
+            f"uniform INT8 (nearest code).** LZMA packs both: {row['file_mib']:.2f} MiB (in memory {row['mem_mib']:.2f}) and "
             f"{int8['file_mib']:.2f} MiB."
         )
     return said
@@ -100,7 +100,7 @@ def coded_beside(table: pd.DataFrame) -> str:
     nearest = rows.loc[(rows["mem_mib"] - ours["mem_mib"]).abs().idxmin()]
     less = "less" if ours["damage"] < nearest["damage"] else "no less"
     return (
-        f"With error feedback, the damage of uniform INT8 is {_over_int8(same.iloc[0])} times that with nearest codes. In "
+        f"Uniform INT8 with error feedback does {_over_int8(same.iloc[0])} times the damage of nearest code. In "
         "*memory*, "
         f'"allocator, all weights" does {less} damage than "allocator, entropy-coded": {ours["damage"]:.1e} ({ours["mem_mib"]:.2f} '
         f"MiB) against {nearest['damage']:.1e} ({nearest['mem_mib']:.2f} MiB)."
@@ -158,8 +158,8 @@ def summary_sentences(table: pd.DataFrame, evidence: pd.DataFrame | None) -> str
     found = None if baseline is None else smallest_with_fid(table, baseline)
     if found is not None:
         said += (
-            f' "{found["method"]}" at {found["mem_mib"]:.2f} MiB ({found["mem_share"]:.1%}) is the smallest model whose FID '
-            f"rise has an interval that ends below 3 % of FP32's FID ({RISE * baseline:.2f}; N = {found['n_images']:,.0f})."
+            f" The smallest model whose whole FID-rise interval lies below {RISE * baseline:.2f} (3 % of FP32's FID; N = "
+            f'{found["n_images"]:,.0f}) is "{found["method"]}" at {found["mem_mib"]:.2f} MiB ({found["mem_share"]:.1%}).'
         )
     return said
 
