@@ -15,7 +15,6 @@ import pandas as pd
 from running import write
 
 from lafq import paths
-from tools.notebooks import notebooks
 
 LIMIT = 2 * 2**30
 EXECUTE = """
@@ -51,7 +50,7 @@ def main() -> None:
     """Write and print results/benchmarks/binder.csv."""
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(paths.RESULTS, os.path.join(folder, "results"))
-        table = [measured(path.name, folder) for path in notebooks()]
+        table = [measured(path.name, folder) for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
     write("binder", pd.DataFrame(table).round(1).to_dict("records"))
 
 

@@ -1,5 +1,6 @@
 """The scripts in benchmarks/ at a small size; what they import beyond .venv is stood in for."""
 
+import ast
 import importlib
 from pathlib import Path
 
@@ -21,6 +22,16 @@ def script(monkeypatch):
     """A module of benchmarks/ by name."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return importlib.import_module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_scripts_import_only_what_is_installed(path):
+    """A script's own folder is on its path, the repository's is not: tools/ cannot be imported."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+    names += [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
+    assert names
+    assert "tools" not in {name.partition(".")[0] for name in names}
 
 
 def test_bytes_of_peers_are_codes_scales_zero_points_and_what_stays_fp32(script, tiny):
