@@ -64,4 +64,4 @@ def test_published_ratio_sizes():
 def test_changes_by_format_and_reached_sizes():
     table = pd.concat([ours("baseline", "none", "fp32"), ours("global", "tau=1").assign(fid_mnist=9.5)])
     assert "fp16 +0.500 (1 row)" in sentences.changes_by_format(table)
-    assert "fp16 by tensor 50.0% (keeps 10.0% of the weights in FP32)" in sentences.reached_sizes(table, "global", 0.533)
+    assert "fp16 by tensor 50.0% (10.0% of the weights stay FP32)" in sentences.reached_sizes(table, "global", 0.533)
