@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -128,6 +129,17 @@ def test_terrain_decibels_and_character(script):
     assert min(terrain.distances(look, terrain.character(maps + noise)).values()) > 0
     flat = terrain.character(torch.full((1, 1, 128, 128), 0.5) + torch.linspace(0, 1e-3, 128))
     assert flat["slope"].std() < 0.05 * flat["slope"].mean()
+
+
+def test_terrain_figure_names_its_numbers(script, monkeypatch):
+    """The figure needs the maps of FP32 and of three rows; its title has the decibels of two of them."""
+    terrain, titles = script("terrain"), []
+    rows = [dict(zip(("method", "format"), key, strict=True)) for key in terrain.DRAWN.values()]
+    table = pd.DataFrame(rows).assign(mem_share=0.125, decibels=[float("nan"), 2.9, 42.9, 30.3])
+    drawn = {" ".join(key): torch.rand(terrain.SHOWN, 1, 128, 128) for key in terrain.DRAWN.values()}
+    monkeypatch.setattr(terrain.report, "save_figure", lambda work, name, figure, *_, **__: titles.append(figure.get_suptitle()))
+    terrain.draw(table, drawn)
+    assert titles == ["Signal over error at INT4's bytes: 43 dB (allocator), 3 dB (uniform)"]
 
 
 def test_passes_are_measured_over_uniform(script):
