@@ -136,7 +136,8 @@ def conclusions(work: Workspace) -> pd.DataFrame:
         what = row["choice"].split(" (")[0].split(",")[0] + (" (500 real digits)" if choice == "R6" else "")
         return f"{what}: {row['released']:.2f} with this choice, {row['here']:.2f} by our protocol ({judge})"
 
-    none = groups[groups["tensors_kept"] == 0]
+    none = groups[groups["tensors_kept"] == 0]["group"]
+    kept = f"no tensor of {', '.join(none)}" if len(none) else "tensors of every group"
     said = [
         ("R1", "images are drawn from the EMA weights; the code quantizes other weights", scored("R1")),
         ("R2", "Fisher values of an untrained network", fisher(UNTRAINED)),
@@ -145,8 +146,7 @@ def conclusions(work: Workspace) -> pd.DataFrame:
         (
             "R5",
             "group compares Fisher values with mean squared weights; mean_std clips weights at limits from Fisher values",
-            f"group keeps no tensor of {', '.join(none['group']) or 'no group'}; mean_std raises the denoising loss from "
-            f"{limited['as trained']:.3f} to {limited['limited']:.3f}",
+            f"group keeps {kept}; mean_std raises the denoising loss from {limited['as trained']:.3f} to {limited['limited']:.3f}",
         ),
         ("R6", "real digits are 28x28", scored("R6")),
         ("R7", "no seed: every row has other noise", scored("R7")),

@@ -98,8 +98,9 @@ def subject(work: Workspace, width: int, sampling: Sampling, samples: int) -> Su
     model = load_model(work, width)
     if samples < 1:
         raise ValueError(f"Fisher information from {samples} digits was asked for: at least one is needed")
-    print(f"true Fisher information: from {samples} digits; damage: from {samples // 2} other digits (10_damage uses more)")
-    found = [measured_sensitivity(model, n, sampling.seed + i) for i, n in enumerate((samples, -(-samples // 2)))]
+    others = -(-samples // 2)
+    print(f"true Fisher information: from {samples} digits; damage: from {others} other digits (10_damage uses more)")
+    found = [measured_sensitivity(model, n, sampling.seed + i) for i, n in enumerate((samples, others))]
     return subject_of(work, model, *found, sampling)
 
 
