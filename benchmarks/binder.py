@@ -14,7 +14,7 @@ import time
 import pandas as pd
 from running import write
 
-from lafq import paths
+from lafq.study import paths
 
 LIMIT = 2 * 2**30
 EXECUTE = """

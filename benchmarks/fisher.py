@@ -19,17 +19,17 @@ from running import write
 from torch import Tensor
 from tqdm import tqdm
 
-from lafq.allocation import solver
-from lafq.device import compute_on
-from lafq.diffusion.mnist import mnist
-from lafq.diffusion.noising import add_noise, unit_interval
-from lafq.diffusion.unet import TIMESTEPS, UNet, quantizable
-from lafq.diffusion.weights import load_model
+from lafq.allocation import allocate as solver
 from lafq.fisher.empirical import empirical_fisher
-from lafq.fisher.monte_carlo import Sensitivity, estimate_sensitivity, monte_carlo_fisher
+from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity, monte_carlo_fisher
 from lafq.quantization.checks import channel_view
 from lafq.rng import generator
-from lafq.workspace import Workspace
+from lafq.study.device import compute_on
+from lafq.study.diffusion.mnist import mnist
+from lafq.study.diffusion.noising import add_noise, unit_interval
+from lafq.study.diffusion.unet import TIMESTEPS, UNet, quantizable
+from lafq.study.diffusion.weights import load_model
+from lafq.study.workspace import Workspace
 
 BATCH = {16: 32, 64: 8}
 ROUNDS = {16: 7, 64: 3}

@@ -15,20 +15,20 @@ from running import write
 from torch import Tensor, nn
 
 from lafq import dequantize, estimate_sensitivity, quantize
-from lafq.allocation.solver import frontiers_of, solve_budget
-from lafq.device import compute_on
-from lafq.diffusion.mnist import mnist
-from lafq.diffusion.noising import noised_batches
-from lafq.diffusion.unet import quantizable
-from lafq.diffusion.weights import load_model
-from lafq.evaluation import scoring
-from lafq.paper.budget_study.budget import FRESH, FRESH_SEED
+from lafq.allocation.allocate import frontiers_of, solve_budget
+from lafq.quantization.channels import WeightSpec
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, unshrunk_scale
 from lafq.quantization.model import bits_per_weight, nbytes
 from lafq.quantization.plan import Plan, Recipe
-from lafq.quantization.weight_spec import WeightSpec
-from lafq.workspace import Workspace
+from lafq.study.budget.budget import FRESH, FRESH_SEED
+from lafq.study.device import compute_on
+from lafq.study.diffusion.mnist import mnist
+from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.unet import quantizable
+from lafq.study.diffusion.weights import load_model
+from lafq.study.images import scoring
+from lafq.study.workspace import Workspace
 
 LOW, SIZES = ("midrise2", "int2", "int3", "int4"), (0, 128, 64, 32)  # 0: one scale per channel
 ALLOCATED = ("int3", "int4", "int6")

@@ -26,21 +26,21 @@ import torch
 from torch import Tensor, nn
 
 from lafq import allocate, dequantize, estimate_sensitivity, load_quantized, quantize, save_quantized
-from lafq.device import compute_on
-from lafq.diffusion.mnist import mnist
-from lafq.diffusion.noising import noised_batches
-from lafq.diffusion.unet import UNet
-from lafq.diffusion.weights import load_model
-from lafq.evaluation import scoring
-from lafq.fisher.monte_carlo import CHANNELS, LARGEST, Sensitivity
+from lafq.fisher.sensitivity import CHANNELS, LARGEST, Sensitivity
 from lafq.fisher.shrinkage import Moments
-from lafq.paper import results
-from lafq.paper.budget_study.budget import FRESH, FRESH_SEED
-from lafq.paper.budget_study.methods import mib_at
-from lafq.presentation import report
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB
-from lafq.workspace import Workspace
+from lafq.study import results
+from lafq.study.budget.budget import FRESH, FRESH_SEED
+from lafq.study.budget.methods import mib_at
+from lafq.study.device import compute_on
+from lafq.study.diffusion.mnist import mnist
+from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.unet import UNet
+from lafq.study.diffusion.weights import load_model
+from lafq.study.figures import report
+from lafq.study.images import scoring
+from lafq.study.workspace import Workspace
 
 WORK = Workspace("benchmarks")
 WIDTHS = (8, 16, 32, 64, 128)

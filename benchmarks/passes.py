@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lafq import allocate, dequantize, estimate_sensitivity, quantize
-from lafq.device import compute_on
-from lafq.diffusion.mnist import mnist
-from lafq.diffusion.noising import noised_batches
-from lafq.diffusion.weights import load_model
-from lafq.evaluation import scoring
-from lafq.fisher.monte_carlo import BATCH
-from lafq.paper import results
-from lafq.paper.budget_study.budget import HALF_PIXELS
-from lafq.presentation import report
+from lafq.fisher.sensitivity import BATCH
 from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import nbytes
 from lafq.rng import generator
-from lafq.workspace import Workspace
+from lafq.study import results
+from lafq.study.budget.budget import HALF_PIXELS
+from lafq.study.device import compute_on
+from lafq.study.diffusion.mnist import mnist
+from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.weights import load_model
+from lafq.study.figures import report
+from lafq.study.images import scoring
+from lafq.study.workspace import Workspace
 
 WORK = Workspace("benchmarks")
 PASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lafq.device import compute_on
-from lafq.diffusion.mnist import mnist
-from lafq.diffusion.noising import noised_batches
-from lafq.diffusion.unet import UNet
-from lafq.diffusion.weights import load_model
-from lafq.io import save_tensors
-from lafq.workspace import Workspace
+from lafq.study.device import compute_on
+from lafq.study.diffusion.mnist import mnist
+from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.unet import UNet
+from lafq.study.diffusion.weights import load_model
+from lafq.study.workspace import Workspace
+from lafq.tensors import save_tensors
 
 PROFILES = {16: "mini", 64: "paper"}
 SEED, GROUP = 0, 32

@@ -21,21 +21,21 @@ from peer import LIBRARIES, PROFILES, SEED
 from torch import Tensor, nn
 
 from lafq import dequantize, estimate_sensitivity, quantize
-from lafq.allocation import solver
-from lafq.device import compute_on
-from lafq.diffusion.mnist import mnist
-from lafq.diffusion.noising import noised_batches
-from lafq.diffusion.weights import load_model
-from lafq.evaluation import scoring
-from lafq.io import load_tensors
-from lafq.paper import results
-from lafq.paper.budget_study.budget import FRESH, FRESH_SEED
-from lafq.presentation import report
-from lafq.presentation.benchmarks import OURS
+from lafq.allocation import allocate as solver
 from lafq.quantization.formats import MIB, bit_bytes, unshrunk_scale
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import Plan, Recipe
-from lafq.workspace import Workspace
+from lafq.study import results
+from lafq.study.budget.budget import FRESH, FRESH_SEED
+from lafq.study.device import compute_on
+from lafq.study.diffusion.mnist import mnist
+from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.weights import load_model
+from lafq.study.figures import report
+from lafq.study.figures.benchmarks import OURS
+from lafq.study.images import scoring
+from lafq.study.workspace import Workspace
+from lafq.tensors import load_tensors
 
 WORK = Workspace("benchmarks")
 HERE = Path(__file__).parent

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq import paths
-from lafq.device import compute_on
-from lafq.diffusion.mnist import HELD_OUT, mnist
-from lafq.diffusion.noising import add_noise, unit_interval
-from lafq.diffusion.unet import TIMESTEPS, quantizable
-from lafq.diffusion.weights import load_model
-from lafq.io import atomic_write
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize, quantize, resident_bytes
 from lafq.rng import generator
-from lafq.workspace import Workspace
+from lafq.study import paths
+from lafq.study.device import compute_on
+from lafq.study.diffusion.mnist import HELD_OUT, mnist
+from lafq.study.diffusion.noising import add_noise, unit_interval
+from lafq.study.diffusion.unet import TIMESTEPS, quantizable
+from lafq.study.diffusion.weights import load_model
+from lafq.study.workspace import Workspace
+from lafq.tensors import atomic_write
 
 PROFILES, ROUNDS = {16: "mini", 64: "paper"}, {(16, 1): 15, (16, 100): 5, (64, 1): 5, (64, 100): 1}
 FORMATS = ("fp16", "int8", "int4", "int2")

@@ -38,15 +38,15 @@ from terrain_model import (
 from torch import Tensor, nn
 
 from lafq import allocate, allocate_coded, quantize, save_quantized
-from lafq.allocation import solver
-from lafq.device import compute_on
-from lafq.fisher.monte_carlo import Sensitivity
-from lafq.io import load_tensors, save_tensors
-from lafq.paper import results
-from lafq.presentation import report
+from lafq.allocation import allocate as solver
+from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.formats import MIB, unshrunk_scale
 from lafq.quantization.model import dequantize, nbytes, resident_bytes
 from lafq.quantization.plan import Plan, Recipe
+from lafq.study import results
+from lafq.study.device import compute_on
+from lafq.study.figures import report
+from lafq.tensors import load_tensors, save_tensors
 
 SHOWN = 3
 UNIFORM = ("int4", "int3", "int2", "int8", "int6")

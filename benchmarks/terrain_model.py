@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lafq import estimate_sensitivity
-from lafq.fisher.monte_carlo import Sensitivity
-from lafq.io import load_tensors, save_tensors
+from lafq.fisher.sensitivity import Sensitivity
 from lafq.rng import generator
-from lafq.workspace import Workspace
+from lafq.study.workspace import Workspace
+from lafq.tensors import load_tensors, save_tensors
 
 WORK = Workspace("terrain")
 WEIGHTS = "weights/terrain_consistency_unet_difficulty100.onnx"

@@ -10,8 +10,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 _PUBLIC = {
-    "estimate_sensitivity": "lafq.fisher.monte_carlo",
-    "allocate": "lafq.allocation.solver",
+    "estimate_sensitivity": "lafq.fisher.sensitivity",
+    "allocate": "lafq.allocation.allocate",
     "allocate_coded": "lafq.allocation.coded",
     "quantize": "lafq.quantization.model",
     "dequantize": "lafq.quantization.model",

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from lafq import paths
-from lafq.diffusion.mnist import mnist
-from lafq.diffusion.unet import UNet
+from lafq.study import paths
+from lafq.study.diffusion.mnist import mnist
+from lafq.study.diffusion.unet import UNet
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import re
 import nbformat
 import pytest
 
-from lafq import paths
+from lafq.study import paths
 from tools import notebooks, publishing
 
 NOTEBOOKS = notebooks.notebooks()

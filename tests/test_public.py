@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import lafq
-from lafq import allocate, dequantize, estimate_sensitivity, load_quantized, paths, quantize
+from lafq import allocate, dequantize, estimate_sensitivity, load_quantized, quantize
 from lafq.quantization.model import nbytes, resident_bytes, weights_sha256
+from lafq.study import paths
 
 HEAVY = ("torchvision", "pandas", "scipy", "matplotlib", "seaborn", "torch_fidelity")
 

@@ -11,15 +11,14 @@ import torch
 import torchvision
 import yaml
 
-from lafq import paths
-from lafq.diffusion import weights
-from lafq.diffusion.unet import quantizable
-from lafq.evaluation.candidates import KEY, Candidate, kept_share
-from lafq.io import load_tensors
-from lafq.paper import poster, results
 from lafq.quantization.model import nbytes, resident_bytes
 from lafq.quantization.plan import make_plan
-from lafq.workspace import Workspace
+from lafq.study import paths, poster, results
+from lafq.study.diffusion import weights
+from lafq.study.diffusion.unet import quantizable
+from lafq.study.images.candidates import KEY, Candidate, kept_share
+from lafq.study.workspace import Workspace
+from lafq.tensors import load_tensors
 from tools import notebooks, readme, summary
 
 MINI = Workspace("mini")

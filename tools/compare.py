@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from lafq.workspace import Workspace
+from lafq.study.workspace import Workspace
 
 TOLERANCES = Path(__file__).with_name("tolerances.yaml")
 # Words that name the weights, the machine or a rounded number.

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lafq.device import compute_on
-from lafq.diffusion.unet import UNet, layer_of, quantizable
-from lafq.diffusion.weights import WEIGHTS, load_model
-from lafq.evaluation.samples import read, samples_folder
 from lafq.quantization import tuning
 from lafq.quantization.model import weights_sha256
-from lafq.workspace import Workspace
+from lafq.study.device import compute_on
+from lafq.study.diffusion.unet import UNet, layer_of, quantizable
+from lafq.study.diffusion.weights import WEIGHTS, load_model
+from lafq.study.images.samples import read, samples_folder
+from lafq.study.workspace import Workspace
 
 INCEPTION = 11.4e9  # operations for one image of 299x299: Szegedy et al. 2016, "Rethinking the Inception Architecture"
 EXPLORED = 3 * (256 + 128) + 2 * 8 * 20  # images that 00_explore sends through the network, a backward pass as two

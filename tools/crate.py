@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from lafq import paths
-from lafq.diffusion.weights import WEIGHTS
-from lafq.io import atomic_write, sha256
+from lafq.study import paths
+from lafq.study.diffusion.weights import WEIGHTS
+from lafq.tensors import atomic_write, sha256
 
 PATH = paths.ROOT / "ro-crate-metadata.json"
 LICENSE = "https://spdx.org/licenses/MIT"

@@ -14,24 +14,24 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from lafq.device import cores
-from lafq.diffusion.mnist import HELD_OUT, mnist
-from lafq.diffusion.unet import quantizable
-from lafq.diffusion.weights import load_fisher, load_model
-from lafq.evaluation import classifier, metrics
-from lafq.evaluation.candidates import BASELINE
-from lafq.evaluation.evaluate import evaluate, evaluate_large
-from lafq.evaluation.samples import Sampling, cached_samples, weights_sha256
-from lafq.fisher.monte_carlo import CHANNELS, Sensitivity
-from lafq.io import load_tensors, save_tensors
-from lafq.paper import replicates, results, threshold_rows
-from lafq.paper.audit import published_images
-from lafq.paper.audit.noise_floor import noise_floor
-from lafq.paper.budget_study import budget, methods, rules
-from lafq.paper.budget_study.image_statistics import REAL, image_statistics
+from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.model import dequantize, quantize
 from lafq.quantization.plan import Plan
-from lafq.workspace import Workspace
+from lafq.study import replicates, results, threshold_rows
+from lafq.study.audit import published_images
+from lafq.study.audit.noise_floor import noise_floor
+from lafq.study.budget import budget, methods, rules
+from lafq.study.budget.image_statistics import REAL, image_statistics
+from lafq.study.device import cores
+from lafq.study.diffusion.mnist import HELD_OUT, mnist
+from lafq.study.diffusion.unet import quantizable
+from lafq.study.diffusion.weights import load_fisher, load_model
+from lafq.study.images import classifier, metrics
+from lafq.study.images.candidates import BASELINE
+from lafq.study.images.evaluate import evaluate, evaluate_large
+from lafq.study.images.samples import Sampling, cached_samples, weights_sha256
+from lafq.study.workspace import Workspace
+from lafq.tensors import load_tensors, save_tensors
 from tools.notebooks import open_workspace, profile_parameters
 
 IMAGES, DESCRIBED, SHOWN = 1000, 200, 16

@@ -4,13 +4,12 @@ import json
 
 import pandas as pd
 
-from lafq import paths
-from lafq.diffusion.unet import UNet
-from lafq.diffusion.weights import PACKED, WEIGHTS
-from lafq.io import load_tensors, sha256
-from lafq.paper import poster, results
-from lafq.presentation import sentences
-from lafq.workspace import Workspace
+from lafq.study import paths, poster, results
+from lafq.study.diffusion.unet import UNet
+from lafq.study.diffusion.weights import PACKED, WEIGHTS
+from lafq.study.figures import sentences
+from lafq.study.workspace import Workspace
+from lafq.tensors import load_tensors, sha256
 from tools import cost, shipping
 from tools.notebooks import notebooks, profile_parameters
 

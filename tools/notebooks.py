@@ -7,9 +7,9 @@ import nbformat
 import papermill
 import yaml
 
-from lafq import paths
-from lafq.io import atomic_write
-from lafq.workspace import Workspace
+from lafq.study import paths
+from lafq.study.workspace import Workspace
+from lafq.tensors import atomic_write
 
 EXPLORER = "00_explore"
 WIDGET = "application/vnd.jupyter.widget-view+json"

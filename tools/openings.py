@@ -5,13 +5,13 @@ from pathlib import Path
 
 import nbformat
 
-from lafq.evaluation.candidates import BASELINE
-from lafq.io import atomic_write
-from lafq.paper import poster, results
-from lafq.paper.audit import published_images
-from lafq.paper.budget_study import predictions, summaries
-from lafq.presentation import audit_tables, sentences
-from lafq.workspace import Workspace
+from lafq.study import poster, results
+from lafq.study.audit import published_images
+from lafq.study.budget import predictions, summaries
+from lafq.study.figures import audit_tables, sentences
+from lafq.study.images.candidates import BASELINE
+from lafq.study.workspace import Workspace
+from lafq.tensors import atomic_write
 from tools.notebooks import profile_parameters
 
 MARKS = re.compile(r"(<!-- result -->\n).*?(<!-- /result -->)", flags=re.DOTALL)

@@ -14,9 +14,9 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
-from lafq import paths
-from lafq.io import atomic_write
-from lafq.workspace import Workspace
+from lafq.study import paths
+from lafq.study.workspace import Workspace
+from lafq.tensors import atomic_write
 from tools import openings
 from tools.notebooks import EXPLORER, QUIET_KERNEL, clean, declared, notebooks, profile_parameters
 

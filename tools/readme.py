@@ -2,8 +2,8 @@
 
 import re
 
-from lafq import paths
-from lafq.io import atomic_write
+from lafq.study import paths
+from lafq.tensors import atomic_write
 from tools.summary import blocks
 
 PATH, CARD = paths.ROOT / "README.md", paths.ROOT / "results" / "MODEL_CARD.md"

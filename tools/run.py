@@ -25,11 +25,11 @@ from jsonschema import Draft202012Validator
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from lafq import paths
-from lafq.diffusion import weights
-from lafq.evaluation import cluster
-from lafq.io import atomic_write, remove_leftovers
-from lafq.workspace import Workspace
+from lafq.study import paths
+from lafq.study.diffusion import weights
+from lafq.study.images import cluster
+from lafq.study.workspace import Workspace
+from lafq.tensors import atomic_write, remove_leftovers
 from tools import compare, cost
 from tools.notebooks import QUIET_KERNEL, clean, declared, notebooks, profile_parameters
 from tools.publishing import publish, published

@@ -11,18 +11,18 @@ import pandas as pd
 from torch import nn
 
 from lafq.allocation.coded import allocate_coded
-from lafq.diffusion.weights import PACKED, load_model
-from lafq.evaluation import scoring
-from lafq.evaluation.candidates import BASELINE, Candidate
-from lafq.evaluation.evaluate import evaluate
-from lafq.evaluation.samples import Sampling
-from lafq.fisher.monte_carlo import CHANNELS, Sensitivity
-from lafq.paper import results
-from lafq.paper.budget_study import methods
+from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize, quantize
-from lafq.workspace import Workspace
+from lafq.study import results
+from lafq.study.budget import methods
+from lafq.study.diffusion.weights import PACKED, load_model
+from lafq.study.images import scoring
+from lafq.study.images.candidates import BASELINE, Candidate
+from lafq.study.images.evaluate import evaluate
+from lafq.study.images.samples import Sampling
+from lafq.study.workspace import Workspace
 from tools.notebooks import open_workspace, profile_parameters
 
 SHIPPED_MIB = 13.0

@@ -2,12 +2,11 @@
 
 import pandas as pd
 
-from lafq import paths
-from lafq.paper import claims, poster, results
-from lafq.paper.audit import published_images
-from lafq.paper.budget_study import methods, rules, summaries
-from lafq.presentation import audit_tables, benchmarks, sentences, tables, terrain
-from lafq.workspace import Workspace
+from lafq.study import claims, paths, poster, results
+from lafq.study.audit import published_images
+from lafq.study.budget import methods, rules, summaries
+from lafq.study.figures import audit_tables, benchmarks, sentences, tables, terrain
+from lafq.study.workspace import Workspace
 from tools import facts
 from tools.facts import markdown
 

@@ -17,15 +17,15 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lafq.device import compute_on
-from lafq.diffusion import weights
-from lafq.diffusion.ddpm import sample
-from lafq.diffusion.unet import UNet
-from lafq.evaluation import classifier, metrics, samples
-from lafq.paper import results, threshold_rows
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize, quantize
-from lafq.workspace import Workspace
+from lafq.study import results, threshold_rows
+from lafq.study.device import compute_on
+from lafq.study.diffusion import weights
+from lafq.study.diffusion.ddpm import sample
+from lafq.study.diffusion.unet import UNet
+from lafq.study.images import classifier, metrics, samples
+from lafq.study.workspace import Workspace
 from tools import compare
 from tools.notebooks import profile_parameters
 

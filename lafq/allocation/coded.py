@@ -2,7 +2,7 @@
 
 Codes have no limit here, so a channel's step s is free: halving it costs one bit per weight and quarters its damage. With error
 feedback that damage is c/2 * sum_k D_k * s^2 / 12, c the channel's mean Fisher value and D the pivots of its curvature
-(`error_feedback`). A byte then saves the same damage everywhere when c * mean(D) * s^2 is one number for all channels
+(`rounding`). A byte then saves the same damage everywhere when c * mean(D) * s^2 is one number for all channels
 (Shannon 1959; "reverse water-filling", Cover and Thomas, section 10.3): steps are coarse where weights matter little, and all
 weights of a channel round to 0 where they hardly matter. The number follows from the budget by search, on files as written.
 """
@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq.allocation.solver import Allocation
-from lafq.fisher.monte_carlo import Sensitivity
-from lafq.modes import unwrapped
+from lafq.allocation.allocate import Allocation
+from lafq.fisher.sensitivity import Sensitivity
+from lafq.networks import unwrapped
+from lafq.quantization.channels import ChannelView, WeightSpec
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_names, check_plan, check_values
 from lafq.quantization.entropy_coding import compress_parts
-from lafq.quantization.error_feedback import Factor, damage, factor, rounded
 from lafq.quantization.formats import FORMATS, FP16_MAX, MIB, absmax_scale, unshrunk_scale
 from lafq.quantization.model import nbytes, weights_sha256, with_quantized
 from lafq.quantization.plan import Plan, Recipe
 from lafq.quantization.quantized_weight import QuantizedWeight
-from lafq.quantization.weight_spec import ChannelView, WeightSpec
+from lafq.quantization.rounding import Factor, damage, factor, rounded
 
 ROUNDS = 16
 CLOSE = 0.003  # the share of the budget that the file may leave
@@ -64,12 +64,12 @@ def allocate_coded(model: nn.Module, sensitivity: Sensitivity, file_mib: float, 
 
     Args:
         model: any network with FP32 weights.
-        sensitivity: as `monte_carlo.estimate_sensitivity` gives it; parameters that it does not name, and vectors, stay in FP32.
+        sensitivity: as `sensitivity.estimate_sensitivity` gives it; parameters that it does not name, and vectors, stay in FP32.
         file_mib: of the whole file that `save_quantized(..., compress=True)` writes; up to 0.3 % of it stay unused.
 
     Returns the plan, with its rounding recipe: `quantize(model, plan)`. In memory its codes are bit-packed, each channel in the
     narrowest integer format that holds them, so the plan's nbytes exceed its file_bytes. Columns of its report: as
-    `solver.Allocation`, bits_per_weight in the file.
+    `allocate.Allocation`, bits_per_weight in the file.
     Raises ValueError as `check_plan`; for Fisher values that do not fit, weights that are not finite, and a budget below what is
     possible, naming the smallest.
 

@@ -2,7 +2,7 @@
 
 The damage of storing w as w + dw is 1/2 * sum(F * dw^2): with the true Fisher information F half the expected squared change of
 the output, to second order (LeCun et al. 1990, "Optimal Brain Damage", with the Gauss-Newton diagonal); with the curvature
-of `monte_carlo.estimate_sensitivity`, `error_feedback.damage`. It is taken with the actual rounding error, row by row (one row an
+of `sensitivity.estimate_sensitivity`, `rounding.damage`. It is taken with the actual rounding error, row by row (one row an
 output channel), with `formats.unshrunk_scale` scales and, with the curvature, error feedback.
 
 Granularities: "tensor", one format for all rows; "channel", one format per row; "mixed", also a share of the single weights in
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lafq.quantization.error_feedback import Factor, damage, diagonal_of, factor, rounded
+from lafq.quantization.channels import ChannelView, WeightSpec, counted_bytes, scales_per_channel
 from lafq.quantization.formats import (
     DEFAULT_FORMATS,
     FORMATS,
@@ -26,7 +26,7 @@ from lafq.quantization.formats import (
     spread_scale,
     unshrunk_scale,
 )
-from lafq.quantization.weight_spec import ChannelView, WeightSpec, counted_bytes, scales_per_channel
+from lafq.quantization.rounding import Factor, damage, diagonal_of, factor, rounded
 
 ALLOCATED = ("tensor", "channel", "mixed")
 SPARSE_SHARES = (0.01,)

@@ -6,10 +6,10 @@ A plan and its rounding fit the passes that they were made from, noise included,
 
 from torch import nn
 
-from lafq.fisher.monte_carlo import Sensitivity
-from lafq.modes import unwrapped
+from lafq.fisher.sensitivity import Sensitivity
+from lafq.networks import unwrapped
 from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_names
-from lafq.quantization.error_feedback import damage
+from lafq.quantization.rounding import damage
 
 
 def predicted_damage(model: nn.Module, small: nn.Module, other: Sensitivity) -> float:

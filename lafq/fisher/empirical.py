@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lafq.modes import arguments_of, checked_output, evaluating
+from lafq.networks import arguments_of, checked_output, evaluating
 
 GRADIENT_BYTES = 2**29
 Arguments = tuple[Tensor, ...]

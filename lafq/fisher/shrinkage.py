@@ -11,7 +11,7 @@ tells nothing of its spread: s is 1, and weights of a tensor then count alike.
 import torch
 from torch import Tensor
 
-from lafq.quantization.error_feedback import diagonal_of
+from lafq.quantization.rounding import diagonal_of
 
 
 class Moments:

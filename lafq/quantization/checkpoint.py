@@ -4,12 +4,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lafq.io import load_tensors, save_tensors
-from lafq.modes import unwrapped
+from lafq.networks import unwrapped
+from lafq.quantization.channels import ChannelView
 from lafq.quantization.entropy_coding import compress_parts, expand_parts
 from lafq.quantization.model import tied, weights_sha256, with_quantized
 from lafq.quantization.quantized_weight import QuantizedWeight
-from lafq.quantization.weight_spec import ChannelView
+from lafq.tensors import load_tensors, save_tensors
 
 # Version 1 has no coded streams, int7, int5 and midrise2, version 2 no groups; files without these still bear it.
 FORMAT_VERSION = 3

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lafq.quantization.channels import ChannelView, weight_spec
 from lafq.quantization.formats import FP16_MAX, get_format, least_absmax
 from lafq.quantization.plan import Entries
-from lafq.quantization.weight_spec import ChannelView, weight_spec
 
 
 def check_plan(model: nn.Module, plan: Entries) -> None:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lafq.modes import unwrapped
+from lafq.networks import unwrapped
+from lafq.quantization.channels import in_fp32, stored_bytes
 from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_names, check_plan, check_values
 from lafq.quantization.formats import MIB
 from lafq.quantization.plan import PLAIN, Entries, Recipe
 from lafq.quantization.quantized_weight import QuantizedWeight
-from lafq.quantization.weight_spec import in_fp32, stored_bytes
 
 
 def nbytes(model: nn.Module, plan: Entries) -> int:

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lafq.quantization.channels import WeightSpec
 from lafq.quantization.formats import ScaleRule, absmax_scale, get_format
-from lafq.quantization.weight_spec import WeightSpec
 
 Entries = dict[str, str | WeightSpec]
 

@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lafq.quantization.error_feedback import factor, round_with_error_feedback
+from lafq.quantization.channels import (
+    CHANNEL_CODE_BITS,
+    ORDER,
+    ChannelView,
+    WeightSpec,
+    channels_by_format,
+    index_dtype,
+    mask_encoding,
+    weight_spec,
+)
 from lafq.quantization.formats import (
     FORMATS,
     FP16_MAX,
@@ -19,16 +28,7 @@ from lafq.quantization.formats import (
     spread_scale,
     unpack_bits,
 )
-from lafq.quantization.weight_spec import (
-    CHANNEL_CODE_BITS,
-    ORDER,
-    ChannelView,
-    WeightSpec,
-    channels_by_format,
-    index_dtype,
-    mask_encoding,
-    weight_spec,
-)
+from lafq.quantization.rounding import factor, round_with_error_feedback
 
 
 class QuantizedWeight(nn.Module):
@@ -59,7 +59,7 @@ class QuantizedWeight(nn.Module):
     ) -> "QuantizedWeight":
         """Quantize a weight whose plan entry has been checked; fisher as for the scale rule, of the weight's shape.
 
-        curvature: as for `error_feedback.factor`; without it every weight goes to its nearest code.
+        curvature: as for `rounding.factor`; without it every weight goes to its nearest code.
         """
         format, keep_mask, keep_format, steps, group = weight_spec(entry)
         values = view.of(weight)

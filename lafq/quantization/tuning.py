@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from lafq.modes import arguments_of, checked_output, evaluating, unwrapped
+from lafq.networks import arguments_of, checked_output, evaluating, unwrapped
 from lafq.quantization.formats import FP16_MAX
 
 PEAK = 3e-4

@@ -4,11 +4,11 @@ from torch import nn
 
 from lafq import allocate, allocate_coded, dequantize, estimate_sensitivity, load_quantized, quantize, save_quantized
 from lafq.allocation import coded
-from lafq.fisher.monte_carlo import Sensitivity
+from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.checks import channel_view
-from lafq.quantization.error_feedback import damage
 from lafq.quantization.formats import FORMATS, MIB
 from lafq.quantization.model import nbytes, resident_bytes
+from lafq.quantization.rounding import damage
 from lafq.rng import generator
 
 

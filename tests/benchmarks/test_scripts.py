@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lafq import estimate_sensitivity
-from lafq.diffusion.unet import UNet, quantizable
 from lafq.quantization.model import dequantize, nbytes, quantize
 from lafq.rng import generator
+from lafq.study.diffusion.unet import UNet, quantizable
 
 ROOT = Path(__file__).parents[2]
 

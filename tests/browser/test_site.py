@@ -3,7 +3,7 @@
 import pytest
 from test_sliders import page  # noqa: F401  (a fixture)
 
-from lafq import paths
+from lafq.study import paths
 
 PAGES = ("README.html", "docs/claims.html", "notebooks/05_ratio_sweep.html")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import urllib3
 
-from lafq import paths
-from lafq.diffusion.weights import WEIGHTS
+from lafq.study import paths
+from lafq.study.diffusion.weights import WEIGHTS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="make test-browser installs Playwright")
 

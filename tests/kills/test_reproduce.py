@@ -14,7 +14,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from lafq import paths
+from lafq.study import paths
 from tools.notebooks import notebooks
 
 KILLS = 20

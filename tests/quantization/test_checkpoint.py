@@ -6,14 +6,14 @@ from safetensors import safe_open
 from test_model import plans
 from torch import nn
 
-from lafq import io
-from lafq.diffusion.unet import UNet, quantizable
-from lafq.evaluation.peak_memory import PeakMeter
+from lafq import tensors as io
 from lafq.quantization import checkpoint
+from lafq.quantization.channels import WeightSpec
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.model import nbytes, quantize, resident_bytes, weights_sha256
 from lafq.quantization.plan import make_plan
-from lafq.quantization.weight_spec import WeightSpec
+from lafq.study.diffusion.unet import UNet, quantizable
+from lafq.study.images.peak_memory import PeakMeter
 
 
 def saved(path, model, plan):

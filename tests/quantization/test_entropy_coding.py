@@ -3,14 +3,14 @@ import torch
 from test_model import plans
 from torch import nn
 
-from lafq.diffusion.unet import UNet
+from lafq.quantization.channels import ChannelView, WeightSpec
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.entropy_coding import STREAM, compress_parts, expand_parts
 from lafq.quantization.formats import FORMATS, absmax_scale, nearest_code, pack_bits
 from lafq.quantization.model import quantize, resident_bytes, weights_sha256
 from lafq.quantization.quantized_weight import QuantizedWeight
-from lafq.quantization.weight_spec import ChannelView, WeightSpec
 from lafq.rng import generator
+from lafq.study.diffusion.unet import UNet
 
 INTEGERS = [f for f in FORMATS.values() if f.qmax]
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lafq import dequantize, load_quantized, quantize, save_quantized
+from lafq.quantization.channels import WeightSpec
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import FORMATS, get_format
 from lafq.quantization.model import nbytes, resident_bytes
-from lafq.quantization.weight_spec import WeightSpec
 
 sizes = st.integers(1, 5)
 

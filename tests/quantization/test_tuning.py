@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from lafq.diffusion.noising import noised_batches
-from lafq.diffusion.unet import quantizable
-from lafq.io import save_tensors
 from lafq.quantization.model import dequantize, nbytes, quantize, resident_bytes, weights_sha256
 from lafq.quantization.tuning import tune
+from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.unet import quantizable
+from lafq.tensors import save_tensors
 
 
 @pytest.fixture

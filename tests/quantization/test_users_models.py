@@ -9,10 +9,10 @@ from torch.nn.utils import prune
 
 from lafq import allocate, dequantize, estimate_sensitivity, load_quantized, quantize, save_quantized
 from lafq.fisher.empirical import empirical_fisher
+from lafq.quantization.channels import WeightSpec
 from lafq.quantization.model import nbytes, resident_bytes, weights_sha256
 from lafq.quantization.plan import Recipe
 from lafq.quantization.tuning import tune
-from lafq.quantization.weight_spec import WeightSpec
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from lafq.paper import results
-from lafq.workspace import Workspace
+from lafq.study import results
+from lafq.study.workspace import Workspace
 from tools import compare
 
 SMOKE = Workspace("smoke")

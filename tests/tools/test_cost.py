@@ -2,15 +2,14 @@ import pandas as pd
 import pytest
 import torch
 
-from lafq import paths
-from lafq.device import out_of_memory_error
-from lafq.diffusion import ddpm, training
-from lafq.diffusion.unet import UNet, quantizable
-from lafq.evaluation import samples
-from lafq.io import save_tensors
-from lafq.paper import threshold_rows
 from lafq.quantization.model import weights_sha256
-from lafq.workspace import Workspace
+from lafq.study import paths, threshold_rows
+from lafq.study.device import out_of_memory_error
+from lafq.study.diffusion import ddpm, training
+from lafq.study.diffusion.unet import UNet, quantizable
+from lafq.study.images import samples
+from lafq.study.workspace import Workspace
+from lafq.tensors import save_tensors
 from tools import cost
 from tools.notebooks import notebooks
 from tools.run import check

@@ -1,6 +1,6 @@
 import json
 
-from lafq import paths
+from lafq.study import paths
 from tools import crate
 
 

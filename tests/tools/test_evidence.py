@@ -7,15 +7,15 @@ import pytest
 import torch
 from scipy import stats
 
-from lafq.diffusion import weights
-from lafq.diffusion.mnist import mnist
-from lafq.diffusion.unet import quantizable
-from lafq.evaluation import samples
-from lafq.io import save_tensors
-from lafq.paper import poster, replicates, results
-from lafq.paper.budget_study import budget, methods, summaries
-from lafq.paper.fisher_analysis import fisher_by_timestep
-from lafq.workspace import Workspace
+from lafq.study import poster, replicates, results
+from lafq.study.budget import budget, methods, summaries
+from lafq.study.diffusion import weights
+from lafq.study.diffusion.mnist import mnist
+from lafq.study.diffusion.unet import quantizable
+from lafq.study.fisher_analysis import fisher_by_timestep
+from lafq.study.images import samples
+from lafq.study.workspace import Workspace
+from lafq.tensors import save_tensors
 from tools import evidence
 from tools.notebooks import profile_parameters
 

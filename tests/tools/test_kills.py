@@ -7,21 +7,21 @@ import sys
 
 import pytest
 
-from lafq import paths
+from lafq.study import paths
 
 # For each folder=n a fork that kills itself at its n-th rename of a file, with that file still under its temporary name.
 CHILD = """
 import os, pathlib, signal, sys
 import torch
-from lafq import paths
-from lafq.diffusion import weights
-from lafq.diffusion.mnist import mnist
-from lafq.diffusion.training import fit
-from lafq.diffusion.unet import UNet
-from lafq.evaluation.evaluate import evaluate
-from lafq.evaluation.samples import Sampling
-from lafq.paper import results, threshold_rows
-from lafq.workspace import Workspace
+from lafq.study import paths
+from lafq.study.diffusion import weights
+from lafq.study.diffusion.mnist import mnist
+from lafq.study.diffusion.training import fit
+from lafq.study.diffusion.unet import UNet
+from lafq.study.images.evaluate import evaluate
+from lafq.study.images.samples import Sampling
+from lafq.study import results, threshold_rows
+from lafq.study.workspace import Workspace
 
 torch.set_num_threads(1)
 replace, renamed = pathlib.Path.replace, []

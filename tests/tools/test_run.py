@@ -10,17 +10,16 @@ import psutil
 import pytest
 import torch
 
-from lafq import paths
-from lafq.allocation.thresholds import by_granularity, keep_global
-from lafq.diffusion import weights
-from lafq.diffusion.unet import UNet, quantizable
-from lafq.evaluation import evaluate as evaluation
-from lafq.evaluation import samples
-from lafq.evaluation.candidates import Candidate, sizes
-from lafq.paper import results, threshold_rows
+from lafq.allocation.rules import by_granularity, keep_global
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import make_plan
-from lafq.workspace import Workspace
+from lafq.study import paths, results, threshold_rows
+from lafq.study.diffusion import weights
+from lafq.study.diffusion.unet import UNet, quantizable
+from lafq.study.images import evaluate as evaluation
+from lafq.study.images import samples
+from lafq.study.images.candidates import Candidate, sizes
+from lafq.study.workspace import Workspace
 from tools import cost, run
 from tools.notebooks import declared, notebooks, profile_parameters
 
@@ -106,7 +105,7 @@ def run_notebook(folder, source):
 import signal, sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from lafq import paths
+from lafq.study import paths
 from tools import run
 folder = Path({str(folder)!r})
 paths.NOTEBOOKS, paths.RESULTS, paths.BUILD = folder / "notebooks", folder / "results", folder / "build"

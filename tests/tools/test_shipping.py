@@ -1,12 +1,12 @@
 import pytest
 
-from lafq.diffusion import weights
-from lafq.diffusion.unet import UNet
-from lafq.evaluation import samples
-from lafq.paper.budget_study.methods import measured_sensitivity
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.model import dequantize, nbytes, quantize, weights_sha256
-from lafq.workspace import Workspace
+from lafq.study.budget.methods import measured_sensitivity
+from lafq.study.diffusion import weights
+from lafq.study.diffusion.unet import UNet
+from lafq.study.images import samples
+from lafq.study.workspace import Workspace
 from tools import shipping
 
 SMOKE = Workspace("smoke", keep=True)

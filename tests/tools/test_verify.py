@@ -3,16 +3,16 @@ import pandas as pd
 import pytest
 import torch
 
-from lafq.diffusion import weights
-from lafq.diffusion.unet import quantizable
-from lafq.evaluation import evaluate as evaluation
-from lafq.evaluation import samples
-from lafq.evaluation.candidates import Candidate
-from lafq.io import save_tensors
-from lafq.paper import results, threshold_rows
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import quantize
-from lafq.workspace import Workspace
+from lafq.study import results, threshold_rows
+from lafq.study.diffusion import weights
+from lafq.study.diffusion.unet import quantizable
+from lafq.study.images import evaluate as evaluation
+from lafq.study.images import samples
+from lafq.study.images.candidates import Candidate
+from lafq.study.workspace import Workspace
+from lafq.tensors import save_tensors
 from tools import compare, verify
 from tools.notebooks import profile_parameters
 

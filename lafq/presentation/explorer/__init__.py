@@ -1,1 +1,0 @@
-"""00_explore: what one setting gives (`explore`), and its picture with sliders (`panel`)."""

@@ -1,0 +1,351 @@
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from scipy import optimize, sparse
+
+import lafq
+from lafq.allocation import allocate as solver
+from lafq.allocation.pareto import ALLOCATED, StorageOption, pareto_front
+from lafq.fisher.sensitivity import Sensitivity
+from lafq.quantization.channels import stored_bytes, weight_spec
+from lafq.quantization.checks import channel_view
+from lafq.quantization.formats import unshrunk_scale
+from lafq.quantization.model import dequantize, nbytes, quantize
+from lafq.quantization.plan import Recipe
+from lafq.rng import generator
+from lafq.study.budget import budget, methods, predictions, rules, summaries
+from lafq.study.diffusion.unet import UNet, quantizable
+from lafq.study.images import scoring
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return UNet(8).eval()
+
+
+@pytest.fixture(scope="module")
+def fisher(model):
+    """Spread over decades, as Fisher values are, between tensors, channels and weights."""
+    g = generator(3)
+    return {
+        n: torch.exp(2 * torch.randn((), generator=g) + 2 * torch.randn(w.shape, generator=g))
+        for n, w in quantizable(model).items()
+    }
+
+
+def damage(model, plan, fisher):
+    after = dict(dequantize(quantize(model, plan, Recipe(unshrunk_scale, fisher))).named_parameters())
+    return sum((0.5 * fisher[n] * (after[n] - model.get_parameter(n)).double().square()).sum().item() for n in fisher)
+
+
+@pytest.mark.parametrize("granularity", ALLOCATED)
+def test_frontier_says_what_packing_does(model, fisher, granularity):
+    for name in ("Layer1.block1.conv1.weight", "Layer4.resample.weight", "Layer2.attention.qkv.weight"):
+        rows = channel_view(model, name)
+        choices = pareto_front(model.get_parameter(name).detach(), fisher[name], rows, granularity)
+        assert all(a.nbytes < b.nbytes and a.damage > b.damage for a, b in itertools.pairwise(choices))
+        for choice in choices[:: max(1, len(choices) // 8)]:
+            assert choice.nbytes == stored_bytes(rows, choice.entry)
+            found = damage(model, {name: choice.entry}, fisher)
+            assert found == pytest.approx(choice.damage, rel=1e-3, abs=1e-12)
+
+
+@pytest.mark.parametrize("granularity", ALLOCATED)
+def test_budget_is_kept_and_more_bytes_do_less_damage(model, fisher, granularity):
+    frontiers = solver.frontiers_of(model, fisher, granularity, progress=False)
+    smallest = nbytes(model, {n: c[0].entry for n, c in frontiers.items()}) / MIB
+    last = float("inf")
+    for share in (0, 0.05, 0.2, 0.5, 1):
+        mib = smallest + share * (nbytes(model, {}) / MIB - smallest)
+        found = solver.solve_budget(model, frontiers, mib)
+        assert found.nbytes == nbytes(model, found) <= mib * MIB + 0.5
+        assert found.damage < last
+        assert found.damage == pytest.approx(damage(model, found, fisher), rel=1e-3, abs=1e-9)
+        assert found.report["damage"].sum() == pytest.approx(found.damage)
+        last = found.damage
+    assert found == {}
+    assert last == 0
+
+
+def test_finer_units_do_less_damage(model, fisher):
+    damages = [
+        lafq.allocate(model, Sensitivity(fisher, {}), methods.mib_at(model, 4), granularity, progress=False).damage
+        for granularity in ALLOCATED
+    ]
+    assert damages[0] > damages[1] >= damages[2] * (1 - 1e-3)
+
+
+def lists(seed, parameters, choices):
+    g = np.random.default_rng(seed)
+    found = []
+    for _ in range(parameters):
+        sizes = np.unique(g.integers(100, 5000, choices))
+        damages = np.sort(np.exp(g.normal(0, 3, len(sizes))))[::-1]
+        found.append([StorageOption(int(n), float(d), "int4") for n, d in zip(sizes, damages, strict=True)])
+    return found
+
+
+def total(chosen, taken):
+    return sum(c[i].damage for c, i in zip(chosen, taken, strict=True)), sum(
+        c[i].nbytes for c, i in zip(chosen, taken, strict=True)
+    )
+
+
+def solve_milp(lists, budget):
+    """The optimum, by an integer program with a 0/1 variable for every choice (HiGHS through scipy)."""
+    owner = np.repeat(np.arange(len(lists)), [len(choices) for choices in lists])
+    damage = np.array([c.damage for choices in lists for c in choices])
+    size = np.array([[c.nbytes for choices in lists for c in choices]]) / budget
+    one_each = sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
+    constraints = [optimize.LinearConstraint(size, ub=1), optimize.LinearConstraint(one_each, 1, 1)]
+    # Scaled by what the fast way reaches, so that the solver's absolute tolerances are relative ones.
+    scale = total(lists, solver.local_search(lists, solver.knapsack_dp(lists, budget), budget))[0]
+    costs = np.minimum(damage / scale, 10)
+    found = optimize.milp(
+        costs, integrality=1, bounds=optimize.Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": 1e-6}
+    )
+    assert found.success
+    return [int(np.round(found.x[owner == i]).argmax()) for i in range(len(lists))]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_integer_program_is_the_optimum_and_the_fast_way_is_near(seed):
+    small = lists(seed, 5, 4)
+    budget = 5 * 2500
+    every = [total(small, taken) for taken in itertools.product(*(range(len(c)) for c in small))]
+    best = min(d for d, n in every if n <= budget)
+    assert total(small, solve_milp(small, budget))[0] == pytest.approx(best)
+    large = lists(seed, 34, 7)
+    for share in (0.2, 0.5, 0.8):
+        budget = share * sum(c[-1].nbytes for c in large) + (1 - share) * sum(c[0].nbytes for c in large)
+        fast = total(large, solver.local_search(large, solver.knapsack_dp(large, budget), budget))
+        exact = total(large, solve_milp(large, budget))
+        assert fast[1] <= budget
+        assert exact[1] <= budget * (1 + 1e-6)
+        assert exact[0] * (1 - 1e-5) <= fast[0] <= 1.02 * exact[0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_partner_is_that_of_all_pairs(seed):
+    g = np.random.default_rng(seed)
+    owner, more = np.sort(g.integers(0, 5, 24)), g.integers(-50, 50, 24).astype(float)
+    change, left = g.normal(size=24), 7.5
+    found = solver._best_partner(more, change, owner, left)
+    fits = (more[:, None] + more <= left) & (owner[:, None] != owner)
+    best = np.where(fits, change, np.inf).argmin(1)
+    assert found.tolist() == np.where(fits.any(1), best, -1).tolist()
+
+
+def test_exchanges_only_improve():
+    large = lists(9, 20, 6)
+    budget = 20 * 2500
+    start = [0] * 20
+    better = solver.local_search(large, start, budget)
+    assert total(large, better)[0] < total(large, start)[0]
+    assert total(large, better)[1] <= budget
+
+
+def test_other_networks():
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=10).eval()
+    named = {n: torch.rand(p.shape) for n, p in network.named_parameters()}
+    found = lafq.allocate(network, Sensitivity(named, {}), 6.0, "channel", progress=False)
+    small = quantize(network, found)
+    assert found.nbytes <= 6 * MIB
+    assert small(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+    vectors = [weight_spec(found.get(n, "fp32")).format for n, p in network.named_parameters() if p.ndim == 1]
+    assert {"fp16", "fp32"} >= {f for formats in vectors for f in ([formats] if isinstance(formats, str) else formats)}
+
+
+def test_weights_without_fisher_information_cost_nothing(model):
+    zero = {n: torch.zeros(w.shape) for n, w in quantizable(model).items()}
+    found = lafq.allocate(model, Sensitivity(zero, {}), 2.0, progress=False)
+    assert found.damage == 0
+    assert set(found.report["formats"]) == {"int2"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget_mib": 0.01}, r"a budget of 0.01 MiB cannot be met: the smallest possible is 0\.\d{1,4} MiB"),
+        ({"budget_mib": float("nan")}, "nan"),
+        ({"granularity": "layer"}, "unknown granularity 'layer': choose one of tensor, channel, mixed"),
+        ({"formats": ("int9", "fp32")}, "unknown format 'int9'"),
+        ({"formats": ("int4",)}, "fp32 or fp16 among the formats"),
+        ({"sensitivity": Sensitivity({}, {})}, "Fisher values of one parameter"),
+        ({"sensitivity": Sensitivity({"Layer9": torch.ones(1)}, {})}, "the plan names 'Layer9'"),
+        (
+            {"sensitivity": Sensitivity({"inp.weight": torch.ones(1)}, {})},
+            r"Fisher values of inp.weight must be finite, of its shape \(8, 1, 3, 3\)",
+        ),
+        ({"sensitivity": Sensitivity({"inp.weight": -torch.ones(8, 1, 3, 3)}, {})}, "none below 0 or NaN"),
+        ({"sensitivity": Sensitivity({"inp.weight": torch.full((8, 1, 3, 3), float("nan"))}, {})}, "none below 0 or NaN"),
+    ],
+)
+def test_bad_input(model, fisher, change, message):
+    with pytest.raises(ValueError, match=message):
+        lafq.allocate(**{"model": model, "sensitivity": Sensitivity(fisher, {}), "budget_mib": 1.0, "progress": False, **change})
+
+
+def test_smallest_possible_size_is_the_one_named(model, fisher):
+    with pytest.raises(ValueError, match="smallest possible") as error:
+        lafq.allocate(model, Sensitivity(fisher, {}), 0.01, progress=False)
+    named = float(str(error.value).split()[-2])
+    assert lafq.allocate(model, Sensitivity(fisher, {}), named + 1e-4, progress=False).nbytes <= (named + 1e-4) * MIB + 0.5
+
+
+def test_thresholds_fill_the_budget(model, fisher):
+    rows = methods.thresholds(model, Sensitivity(fisher, {}), [3.5, 12.0, 20.0], seed=0)
+    plain = {"global", "group", "ratio", "mean_std", "magnitude", "random"}
+    assert {r.method for r in rows} == plain | {f"{rule}, {methods.FEEDBACK}" for rule in plain}
+    assert len(rows) == 36
+    for row in rows:
+        size = nbytes(model, row.plan) / MIB
+        assert 0.97 * methods.mib_at(model, row.bits) < size <= methods.mib_at(model, row.bits)
+    ratio = next(r for r in rows if r.method == "ratio" and r.bits == 12)
+    kept = [p.keep_mask.float().mean().item() for n, p in ratio.plan.items() if n.startswith("Layer1")]
+    assert 0 < np.mean(kept) < 1
+
+
+def test_rules_are_compared_with_one_threshold_that_is_rounded_alike():
+    rows = (
+        methods.budget_candidate("ratio", "weight", 4.0, {}),
+        methods.budget_candidate("ratio, error feedback", "weight", 4.0, {}),
+    )
+    assert [methods.rule_beside(row) for row in rows] == [("global", 4.0), ("global, error feedback", 4.0)]
+
+
+@pytest.mark.slow
+def test_ratios_of_damages_are_paired(model, known):
+    found = [*methods.uniform(model, known), *methods.thresholds(model, known, [4.0], seed=0)]
+    table = budget.measure_candidates(model, found, known, seed=0, digits=20).set_index("method")
+    int8 = table[(table.index == "uniform") & (table["budget_bits"].between(8, 9))].iloc[0]
+    assert (int8["over_int8"], int8["over_int8_low"], int8["over_int8_high"]) == (1, 1, 1)
+    for rounding in ("", f", {methods.FEEDBACK}"):
+        whole, ratio = table.loc[f"global{rounding}"], table.loc[f"ratio{rounding}"]
+        assert whole["over_global"] == 1
+        assert ratio["over_global"] == pytest.approx(ratio["damage"] / whole["damage"])
+        assert ratio["over_global_low"] <= ratio["over_global"] <= ratio["over_global_high"]
+    again = budget.measure_candidates(model, found[:1], known, seed=0, digits=20, fresh=True)
+    assert again["damage"].item() != table["damage"].iloc[0]
+    shown = rules.rules_at_equal_bytes(table.reset_index(), methods.FEEDBACK)
+    assert shown["rule"].tolist() == ["global", "group", "ratio", "mean_std", "magnitude", "random"]
+    assert [claim.verdict for claim in rules.damage_claims(table.reset_index(), methods.FEEDBACK)]
+
+
+@pytest.mark.parametrize(("low", "high", "said"), [(2, 9, "contradicted"), (0.2, 0.9, "supported"), (0.5, 2, "inconclusive")])
+def test_claims_about_rules_follow_from_their_intervals(low, high, said):
+    rows = [{"method": f"{rule}, error feedback", "budget_bits": 4.0} for rule in rules.LAYERWISE]
+    found = rules.damage_claims(
+        pd.DataFrame(rows).assign(over_global=(low + high) / 2, over_global_low=low, over_global_high=high), "error feedback"
+    )
+    assert [claim.verdict for claim in found] == [said] * 3
+
+
+@pytest.fixture(scope="module")
+def known(model):
+    return methods.measured_sensitivity(model, 64, seed=0)
+
+
+@pytest.mark.slow
+def test_judged_rows_measure_the_plan(model, known):
+    rows = [*methods.uniform(model, known)[:5], *methods.allocated(model, known, [4.0])]
+    table = budget.measure_candidates(model, rows, known, seed=0, digits=20)
+    assert list(table.columns) == budget.COLUMNS
+    uniform = table[table["method"] == "uniform"]
+    assert (uniform["damage"].diff().dropna() < 0).all()
+    assert (table["damage_low"] <= table["damage"]).all()
+    assert uniform["bits_per_weight"].round().tolist() == [2, 3, 4, 6, 8]
+    mixed = table[table["granularity"] == "mixed"].set_index("method")["damage"]
+    assert mixed["allocator, all weights"] < mixed["allocator"] < mixed["allocator, nearest code"] < uniform["damage"].iloc[1]
+    sizes = table[table["granularity"] == "mixed"]["mem_mib"]
+    assert sizes.between(0.98 * methods.mib_at(model, 4.0), methods.mib_at(model, 4.0)).all()
+    before = scoring.held_out_outputs(model, 0, 20)
+    assert not scoring.output_errors(model, before, 0)[0].any()
+
+
+@pytest.mark.slow
+def test_tuned_rows_are_the_allocators_with_less_damage(model, known):
+    allocated = methods.allocated(model, known, [4.0], granularities=("mixed",))
+    rows = methods.tuned(allocated, [4.0], steps=40)
+    assert [(r.method, r.granularity, r.bits, r.tuned) for r in rows] == [("allocator, tuned", "mixed", 4.0, 40)]
+    before = next(r for r in allocated if (r.method, r.granularity, r.bits) == ("allocator", "mixed", 4.0))
+    table = budget.measure_candidates(model, [before, *rows], known, seed=0, digits=50)
+    assert table["mem_mib"].nunique() == table["predicted"].nunique() == 1
+    assert table["damage"][1] < table["damage"][0]
+    assert table["damage_low"].gt(0).all()
+
+
+@pytest.mark.slow
+def test_points_and_allocations_by_every_prediction(model, known):
+    points = predictions.by_tensor(model, known, ("int2", "int8"), seed=0, digits=10)
+    assert len(points) == 2 * len(quantizable(model))
+    ranks = predictions.rank_correlations(points)
+    assert ranks["prediction"].tolist() == list(predictions.PROXIES)
+    assert ranks["all formats"].between(-1, 1).all()
+    rows = predictions.allocate_by_proxy(model, points, 4.0, known)
+    assert [r.method for r in rows] == [f"by {p}" for p in (*predictions.PROXIES, "measured")]
+    assert all(methods.bits_of(model, r.plan) <= 4.0 for r in rows)
+
+
+def table(ratio, delta_high):
+    columns = {"granularity": "tensor", "damage_low": 0, "damage_high": 0, "fid_mnist_delta_high": np.nan, "n_images": 1000}
+    uniform = [
+        {"method": m, "budget_bits": b, "damage": 2.0**-b, "mem_mib": b}
+        for m in ("uniform", f"uniform, {methods.FEEDBACK}")
+        for b in (2, 4, 8)
+    ]
+    ours = [
+        {
+            "method": "allocator",
+            "granularity": "mixed",
+            "budget_bits": b,
+            "damage": d,
+            "mem_mib": b,
+            "mem_share": b / 32,
+            "fid_mnist_delta_high": h,
+        }
+        for b, d, h in ((2, 2.0**-2 * ratio, 99), (4, 2.0**-8 * ratio, delta_high), (8, 2.0**-8 * ratio, 0))
+    ]
+    found = pd.DataFrame([columns | row for row in uniform + ours])
+    over = found["damage"] / 2.0**-8
+    return found.assign(over_int8=over, over_int8_low=over - 0.1, over_int8_high=over + 0.1)
+
+
+def test_the_summary_follows_from_the_table():
+    said = summaries.summary_sentences(table(0.3, 2), pd.DataFrame({"method": ["baseline"], "fid_mnist": [100.0]}))
+    assert "0.30 [0.20, 0.40] times" in said
+    assert "The smallest model whose whole FID-rise interval lies below 3.00 (3 % of FP32's FID; N =" in said
+    assert "3 %" not in summaries.summary_sentences(table(0.3, 2), None)
+
+
+def test_a_tuned_row_counts_for_the_rise_of_fid():
+    rows = table(0.3, 4)
+    row = rows[(rows["method"] == "allocator") & (rows["budget_bits"] == 4)]
+    rows = pd.concat([rows, row.assign(method="allocator, tuned", fid_mnist_delta_high=2.9)])
+    assert summaries.smallest_with_fid(rows, 100.0)["method"] == "allocator, tuned"
+    assert summaries.smallest_with_fid(rows, 90.0)["budget_bits"] == 8
+
+
+def test_groups_are_chosen_where_they_do_less_damage():
+    """Channels whose weights differ in size from group to group; the plan keeps its budget and does the damage that it says."""
+    spread = torch.logspace(0, -2, 4).repeat_interleave(16)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 32)
+    layer.weight.data *= spread
+    known = Sensitivity({"weight": torch.ones(32, 64)}, {"weight": torch.eye(64)})
+    mib = nbytes(layer, {"weight": weight_spec("int4")._replace(group=16)}) / MIB
+    plan = solver.allocate(layer, known, mib, progress=False)
+    grouped = solver.allocate(layer, known, mib, progress=False, groups=(16, 48))
+    assert grouped["weight"].group == 16 and "groups of 16" in grouped.report["formats"].iloc[0]
+    assert grouped.damage < 0.5 * plan.damage and max(plan.nbytes, grouped.nbytes) <= mib * MIB + 0.5
+    assert damage(layer, grouped, known.fisher) == pytest.approx(grouped.damage, rel=1e-3)
+    with pytest.raises(ValueError, match=r"groups are .*: give numbers of weights of at least 1"):
+        solver.allocate(layer, known, mib, groups=(0,))

@@ -1,0 +1,94 @@
+import math
+
+import pytest
+import torch
+
+from lafq.allocation import rules as th
+
+SCORES = {
+    "Layer1.a": torch.tensor([1.0, 2.0, 3.0, 4.0]),
+    "Layer1.b": torch.tensor([[5.0, 6.0], [7.0, 8.0]]),
+    "Layer4.a": torch.tensor([10.0, 20.0]),
+    "Layer6.a": torch.tensor([100.0, 0.0]),
+}
+
+
+def kept(keep):
+    return {n: m.reshape(-1).int().tolist() for n, m in keep.items()}
+
+
+def test_by_granularity():
+    assert {n: s.item() for n, s in th.by_granularity(SCORES, "tensor").items()} == {
+        "Layer1.a": 2.5,
+        "Layer1.b": 6.5,
+        "Layer4.a": 15.0,
+        "Layer6.a": 50.0,
+    }
+    assert th.by_granularity(SCORES, "weight") == SCORES
+    by_channel = th.by_granularity({"a": SCORES["Layer1.b"], "b": SCORES["Layer1.b"]}, "channel", {"b": 1})
+    assert {n: s.tolist() for n, s in by_channel.items()} == {"a": [5.5, 7.5], "b": [6.0, 7.0]}
+    with pytest.raises(ValueError, match="unknown granularity 'row': choose one of tensor, channel, weight"):
+        th.by_granularity(SCORES, "row")
+
+
+def test_global():
+    keep = th.keep_global(SCORES, 7.0)
+    assert kept(keep) == {"Layer1.a": [0] * 4, "Layer1.b": [0, 0, 1, 1], "Layer4.a": [1, 1], "Layer6.a": [1, 0]}
+    assert keep["Layer1.b"].shape == (2, 2)
+
+
+def test_groups():
+    means = th.group_means(SCORES)
+    assert means == {"Layer1-2": 4.5, "Layer3-5": 15.0, "Layer6": 50.0}
+    keep = th.keep_global(th.relative_to_group(SCORES), 1.1)
+    assert kept(keep) == {
+        **{n: (SCORES[n].flatten() >= 1.1 * 4.5).int().tolist() for n in ("Layer1.a", "Layer1.b")},
+        **{"Layer4.a": [0, 1], "Layer6.a": [1, 0]},
+    }
+
+
+def test_a_layer_in_no_group():
+    with pytest.raises(ValueError, match="unknown layer 'Layer7': the groups cover Layer1, "):
+        th.relative_to_group({"Layer7.a": torch.ones(1)})
+
+
+def test_ratio_keeps_the_top_of_every_layer():
+    keep = th.keep_ratio(SCORES, 0.5)
+    assert kept(keep) == {"Layer1.a": [0] * 4, "Layer1.b": [1] * 4, "Layer4.a": [0, 1], "Layer6.a": [1, 0]}
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(0, 0), (0.29, 29), (0.35, 35), (0.999, 99), (1, 100)])
+def test_ratio_is_a_floor(ratio, count):
+    keep = th.keep_ratio({"Layer1.a": torch.rand(100)}, ratio)
+    assert keep["Layer1.a"].sum() == count
+
+
+def test_ratio_of_tensors_and_ties():
+    scores = {f"Layer1.{i}": torch.tensor(1.0) for i in range(5)}
+    assert [bool(m) for m in th.keep_ratio(scores, 0.40).values()] == [True, True, False, False, False]
+    assert [bool(m) for m in th.keep_ratio(scores, 0.38).values()] == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.01, math.nan])
+def test_ratio_out_of_range(ratio):
+    with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
+        th.keep_ratio(SCORES, ratio)
+
+
+def test_mean_std():
+    values = torch.cat((SCORES["Layer1.a"], SCORES["Layer1.b"].flatten()))
+    tau = values.mean() + 0.5 * values.std(correction=0)
+    keep = th.keep_global(th.standardized(SCORES), 0.5)
+    assert kept(keep)["Layer1.b"] == (SCORES["Layer1.b"].flatten() >= tau).int().tolist()
+    assert kept(th.keep_global(th.standardized(SCORES), -10))["Layer6.a"] == [1, 1]
+    assert kept(th.keep_global(th.standardized({"Layer1.a": torch.ones(3)}), 0.1))["Layer1.a"] == [0, 0, 0]
+
+
+def test_thresholds_run_from_nothing_to_everything():
+    few = th.threshold_grid(SCORES, 100)
+    assert few[0] == math.inf
+    assert few[1:] == sorted({v for s in SCORES.values() for v in s.flatten().tolist()}, reverse=True)
+    many = th.threshold_grid({"Layer1.a": torch.rand(1000)}, 10)
+    assert len(many) == 11
+    assert sum(m.sum() for m in th.keep_global(SCORES, few[0]).values()) == 0
+    assert all(m.all() for m in th.keep_global(SCORES, few[-1]).values())

@@ -1,0 +1,67 @@
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from lafq.rng import generator
+from lafq.study import paths
+from lafq.study.diffusion.mnist import mnist
+from lafq.study.diffusion.noising import unit_interval
+
+
+def test_shapes_padding_and_labels():
+    images, labels = mnist(train=False)
+    assert images.shape == (10_000, 1, 32, 32)
+    assert images.dtype == torch.uint8
+    assert labels.bincount().min() > 800
+    border = torch.ones(32, 32, dtype=torch.bool)
+    border[2:30, 2:30] = False
+    assert images[:, 0, border].max() == 0
+    assert unit_interval(images).max() == 1
+
+
+@pytest.fixture
+def archives(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in (paths.DATA / "MNIST" / "raw").glob("*.gz"):
+        shutil.copy(path, raw)
+    return raw
+
+
+def test_missing_archive(archives):
+    (archives / "train-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-labels-idx1-ubyte.gz is missing: restore it"):
+        mnist(train=True, root=archives.parent.parent)
+
+
+def test_damaged_archive(archives):
+    path = archives / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.gz is damaged .*: restore it"):
+        mnist(train=False, root=archives.parent.parent)
+
+
+def test_extracted_files_beside_the_archives_are_not_read(archives):
+    expected = mnist(train=False)
+    (archives / "t10k-images-idx3-ubyte").write_bytes(bytes(16 + 28 * 28 * 10_000))
+    found = mnist(train=False, root=archives.parent.parent)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_processes_that_read_at_once_leave_no_file(archives):
+    before = sorted(archives.iterdir())
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: mnist(train=False, root=archives.parent.parent)[0].sum().item(), range(4)))
+    assert len(set(found)) == 1
+    assert sorted(archives.iterdir()) == before
+
+
+def test_named_streams():
+    def draw(*key):
+        return torch.randn(5, generator=generator(*key))
+
+    assert torch.equal(draw(0, 1), draw(0, 1))
+    assert not torch.equal(draw(0, 1), draw(1, 0))
+    assert not torch.equal(draw(0, 1), draw(0, 2))

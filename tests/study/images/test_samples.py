@@ -1,0 +1,271 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lafq.quantization.model import weights_sha256
+from lafq.study import paths, results, threshold_rows
+from lafq.study.device import kind_of_machine
+from lafq.study.diffusion import weights
+from lafq.study.diffusion.ddpm import sample
+from lafq.study.diffusion.unet import quantizable
+from lafq.study.images import evaluate as evaluation
+from lafq.study.images import samples
+from lafq.study.images.samples import Sampling
+from lafq.study.workspace import Workspace
+
+SMOKE = Workspace("smoke")
+KEEPING = Workspace("smoke", keep=True)
+DRAW = Sampling(images=5, steps=2, seed=0, batch=2)
+FISHER = {"samples": 2000, "bins": 20, "seed": 0}
+KEYS = [
+    "b1626986d42f7463",
+    "3b891e638a91ebb1",
+    "3bff8c810534454f",
+    "50591c719a0f83a2",
+    "3b891e638a91ebb1",
+    "3fe5562a782de6b4",
+    "a462c10e424bea0d",
+]
+
+
+@pytest.fixture
+def rows(tiny, sandbox, monkeypatch):
+    fisher = {n: w.square() for n, w in quantizable(tiny).items()}
+    weights.save_fisher(SMOKE, fisher, 4, **FISHER)
+    sizes = threshold_rows.size_sweep(tiny, fisher, "int8", "weight", 20)
+    swept = threshold_rows.candidates_at("global", "tau", threshold_rows.nearest_size(sizes, 0.5), {"weight": fisher})
+    return [*threshold_rows.uniform(tiny), *swept, *threshold_rows.ratio_candidates(fisher, [0.35], [0.0, 1.0], ["int8"])]
+
+
+def evaluate(tiny, rows):
+    return evaluation.evaluate(KEEPING, tiny, rows, DRAW)
+
+
+def files():
+    return sorted(samples.samples_folder(SMOKE).iterdir())
+
+
+def test_keys_are_what_they_were(tiny, rows):
+    """Images of the paper profile are found by these keys: a change here loses hours of sampling."""
+    provenances = [samples.provenance(tiny, row, "0" * 64, FISHER) for row in rows]
+    assert provenances[2] == {
+        "weights": "0" * 64,
+        "rule": "global",
+        "threshold": "nearest to 0.5000 of FP32 of 21 cuts",
+        "format": "int8",
+        "granularity": "weight",
+        "rounding": "nearest code, scale of the largest weight",
+        "kept": "fp32",
+        "fisher": {"kind": "empirical", "samples": 2000, "bins": 20, "seed": 0},
+    }
+    keys = [samples.row_key(provenance, Sampling(100, steps=100, seed=0, batch=25)) for provenance in provenances]
+    assert keys == KEYS
+    other = [Sampling(100, *draw) for draw in ((1000, 0, 25), (100, 1, 25), (100, 0, 50))]
+    assert len({samples.row_key(provenances[0], draw) for draw in other} | {keys[0]}) == 4
+
+
+def test_committed_images_are_named_by_their_recipe():
+    for path in (paths.ROOT / "results" / "paper" / "samples").glob("*.npz"):
+        images, record = samples.read(path)
+        key = samples.row_key(record["recipe"], Sampling(100, record["steps"], record["seed"], record["batch"]))
+        first = int(path.stem[17:22])
+        assert path.stem == f"{key}_{first:05d}-{first + len(images) - 1:05d}"
+
+
+def test_a_plan_that_treats_all_weights_alike_is_the_uniform_row_or_the_baseline(tiny, rows):
+    uniform, ratio = (
+        samples.provenance(tiny, rows[1], "w", FISHER),
+        {r.threshold: samples.provenance(tiny, r, "w", FISHER) for r in rows[3:]},
+    )
+    assert ratio["0.00"] == uniform
+    assert ratio["1.00"]["rule"] == "baseline"
+    assert ratio["0.35"]["rule"] == "ratio"
+
+
+@pytest.mark.slow
+def test_images_are_kept_in_batches_and_found_again(tiny, rows, monkeypatch):
+    table, images = evaluate(tiny, rows)
+    assert all(name.name[16:] in ("_00000-00001.npz", "_00002-00003.npz", "_00004-00004.npz") for name in files())
+    assert np.array_equal(images[table["sample"][0]], samples.stored_images(SMOKE, table["sample"][0], 5))
+    by_weights, same = evaluation.evaluate(SMOKE, tiny, rows, DRAW)
+    pd.testing.assert_frame_equal(table.drop(columns="sample"), by_weights.drop(columns="sample"))
+    assert all(np.array_equal(images[a], same[b]) for a, b in zip(table["sample"], by_weights["sample"], strict=True))
+    results.save_rows(KEEPING, "x", table, images)
+    assert not (SMOKE.results / "x.npz").exists()
+    assert all(np.array_equal(images[key], found) for key, found in results.load_rows(SMOKE, "x")[1].items())
+    monkeypatch.setattr(samples, "sample", None)
+    pd.testing.assert_frame_equal(table, evaluate(tiny, rows)[0])
+    with pytest.raises(FileNotFoundError, match=r"6 images of row .* are needed, .* has 5: `make reproduce PROFILE=smoke`"):
+        samples.stored_images(SMOKE, table["sample"][0], 6)
+
+
+def test_where_images_go_is_for_the_profile_to_say(tiny, rows):
+    """KEEP=False beside a folder of kept images: the images go to the npz file, and come from there."""
+    table, images = evaluate(tiny, rows)
+    results.save_rows(KEEPING, "x", table, images)
+    by_weights, same = evaluation.evaluate(SMOKE, tiny, rows, DRAW)
+    results.save_rows(SMOKE, "x", by_weights, same)
+    assert set(results.load_rows(SMOKE, "x")[1]) == set(same)
+    results.save_rows(KEEPING, "x", table, images)
+    assert set(results.load_rows(KEEPING, "x")[1]) == set(images)
+
+
+def test_a_baseline_of_other_sampling_is_refused(tiny, rows):
+    for name, steps in (("01_baseline", 2), ("same", 2), ("other", 3)):
+        results.save_rows(SMOKE, name, *evaluation.evaluate(SMOKE, tiny, rows[:1], DRAW._replace(steps=steps)))
+    assert len(results.load_rows(SMOKE, "same", with_baseline=True)[0]) == 2
+    with pytest.raises(ValueError, match="01_baseline has steps 2, other has 3: run 01_train with the same settings"):
+        results.load_rows(SMOKE, "other", with_baseline=True)
+
+
+def test_files_that_begin_with_the_same_image_are_not_read_twice(tiny, sandbox):
+    longer = {n: samples.cached_samples(KEEPING, tiny, DRAW._replace(images=n), provenance={"rule": "x"}) for n in (3, 5)}
+    key = longer[5].key
+    assert key == longer[3].key
+    names = [path.name[16:] for path in files()]
+    assert names == ["_00000-00001.npz", "_00002-00002.npz", "_00002-00003.npz", "_00004-00004.npz"]
+    assert np.array_equal(samples.stored_images(SMOKE, key, 5), longer[5].images[:, 0].numpy())
+
+
+def test_another_batch_size_draws_anew(tiny, sandbox):
+    """Without KEEP the key does not name the batch, and the last bits depend on it."""
+    for batch in (2, 5):
+        assert len(samples.cached_samples(SMOKE, tiny, DRAW._replace(batch=batch)).images) == 5
+    assert sorted(path.name for path in (SMOKE.build / "samples").iterdir()) == ["batch-2", "batch-5"]
+
+
+CHILD = """
+import sys, torch
+from pathlib import Path
+from lafq.study import paths
+from lafq.study.diffusion.unet import UNet
+from lafq.study.images import samples
+from lafq.study.images.samples import Sampling
+from lafq.study.workspace import Workspace
+paths.RESULTS = Path(sys.argv[1])
+torch.manual_seed(0), torch.set_num_threads(1)
+keep = samples._keep
+def said(path, *rest):
+    keep(path, *rest)
+    print(path.name, flush=True)
+samples._keep = said
+samples.cached_samples(Workspace("smoke"), UNet(4).eval(), Sampling(40, 20, 0, 2), provenance={"rule": "killed"})
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox, monkeypatch):
+    command = [sys.executable, "-c", CHILD, str(paths.RESULTS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"}) as child:
+        for _ in range(3):
+            child.stdout.readline()
+        child.send_signal(signal.SIGKILL)
+    finished = {path.name: path.read_bytes() for path in files() if path.suffix == ".npz"}
+    assert 3 <= len(finished) < 20
+    clone = sandbox / "clone"
+    for name, content in finished.items():
+        (clone / "smoke" / "samples").mkdir(parents=True, exist_ok=True)
+        (clone / "smoke" / "samples" / name).write_bytes(content)
+    monkeypatch.setattr(paths, "RESULTS", clone)
+    drawn = []
+    monkeypatch.setattr(samples, "sample", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k))
+    arguments = (SMOKE, tiny, Sampling(40, 20, 0, 2))
+    resumed = samples.cached_samples(*arguments, provenance={"rule": "killed"})
+    assert len(drawn) == 20 - len(finished)
+    kept = {path.name: path.read_bytes() for path in files()}
+    assert {name: kept[name] for name in finished} == finished
+    monkeypatch.setattr(paths, "RESULTS", sandbox / "whole")
+    whole = samples.cached_samples(*arguments, provenance={"rule": "killed"})
+    assert np.array_equal(whole.images, resumed.images)
+    assert {path.name: path.read_bytes() for path in files()} == kept
+
+
+def rewrite(path, **changes):
+    with np.load(path) as file:
+        images, record = file["images"], json.loads(str(file["record"]))
+    images = changes.pop("images", images)
+    np.savez_compressed(path, images=images, record=np.array(json.dumps(record | changes)))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "is damaged"),
+        (lambda path: rewrite(path, images=np.zeros((2, 1, 32, 32), np.uint8)), "its images are not those recorded"),
+        (lambda path: rewrite(path, seed=1), "holds the images of another row"),
+        (lambda path: rewrite(path, drawn_from="0" * 64), "from other weights than its provenance gives now"),
+    ],
+    ids=["cut", "other images", "other draw", "other weights"],
+)
+@pytest.mark.slow
+def test_a_bad_file_is_one_sentence_and_once_deleted_is_drawn_anew(tiny, rows, damage, message):
+    table, _ = evaluate(tiny, rows[:1])
+    before = {path: path.read_bytes() for path in files()}
+    bad = files()[0]
+    damage(bad)
+    with pytest.raises(ValueError, match=f"{bad.name} .*{message}.* delete it, and the next run draws"):
+        evaluate(tiny, rows[:1])
+    bad.unlink()
+    pd.testing.assert_frame_equal(table, evaluate(tiny, rows[:1])[0])
+    assert {path: path.read_bytes() for path in files()} == before
+
+
+def test_weights_that_flipped_on_another_machine_find_their_images_and_the_row_says_so(tiny, rows):
+    table, _ = evaluate(tiny, rows[2:3])
+    assert table["same_machine"].all()
+    for path in files():
+        if path.name.startswith(table["sample"][0]):
+            rewrite(path, drawn_from="0" * 64, machine="another processor")
+    again, _ = evaluate(tiny, rows[2:3])
+    assert not again["same_machine"].any()
+    pd.testing.assert_frame_equal(table.drop(columns="same_machine"), again.drop(columns="same_machine"))
+
+
+def test_a_full_disk_loses_nothing(tiny, rows, monkeypatch):
+    write, calls = np.savez_compressed, []
+
+    def full_at_the_second(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(np, "savez_compressed", full_at_the_second)
+    with pytest.raises(OSError, match=r"No space left on device.*make room.*the files already there are unchanged"):
+        evaluate(tiny, rows[:1])
+    assert len(files()) == 1
+    table, _ = evaluate(tiny, rows[:1])
+    assert len(calls) == 7  # two rows of three files, one of them twice
+    assert len(table) == 1
+
+
+def test_the_kind_of_machine_names_what_decides_the_last_bits():
+    said = kind_of_machine()
+    assert "1 threads" in said and "torch 2.13.0" in said
+
+
+def test_provenances_do_not_depend_on_the_weights_drawn_from(tiny, rows):
+    provenance = samples.provenance(tiny, rows[2], weights_sha256(tiny), FISHER)
+    assert weights_sha256(tiny) in provenance.values()
+    assert "drawn_from" not in provenance
+
+
+@pytest.mark.slow
+def test_the_spread_of_fid_takes_the_baselines_kept_images(tiny, sandbox, monkeypatch):
+    sampling = Sampling(images=8, steps=2, seed=0, batch=2)
+    table, _ = evaluation.evaluate(KEEPING, tiny, [], sampling)
+    assert table.empty and len(list(samples.samples_folder(KEEPING).iterdir())) == 4
+    monkeypatch.setattr(samples, "sample", None)
+    found = evaluation.quality(KEEPING, tiny, sampling, 4)
+    assert found["images"].tolist() == ["0-7", "0-3", "4-7"]
+    assert found["fid_mnist"].nunique() == 3

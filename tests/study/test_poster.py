@@ -1,0 +1,67 @@
+import pandas as pd
+import pytest
+
+from lafq.study import poster
+from lafq.study.figures import sentences
+
+PUBLISHED = {
+    ("baseline", "none"): (59.3030, 1.7225, 134.20),
+    ("global", "one tau"): (59.7148, 2.0846, 71.48),
+    ("group", "three taus"): (57.8034, 1.7356, None),
+    ("mean_std", "mean -+ k*std"): (55.5387, None, 81.56),
+    ("ratio", "0.35"): (56.2130, 1.7628, 68.02),
+    ("ratio", "0.38"): (55.6704, 1.8436, 64.23),
+    ("ratio", "0.40"): (57.7688, 1.7454, 67.70),
+}
+
+
+@pytest.mark.parametrize("key", list(PUBLISHED))
+def test_published_value(key):
+    row = next(p for p in poster.POSTER if (p.method, p.threshold) == key)
+    assert (row.fid, row.inception_score, row.mem_mib) == PUBLISHED[key]
+
+
+def test_the_posters_best_ratio_is_in_its_best_range():
+    best = min((p for p in poster.POSTER if p.method == "ratio"), key=lambda p: p.fid)
+    assert poster.BEST_RATIOS[0] <= float(best.threshold) <= poster.BEST_RATIOS[1]
+    assert [float(p.threshold) for p in poster.POSTER if p.method == "ratio"] == list(poster.RATIOS)
+
+
+def ours(method, threshold, low="fp16"):
+    numbers = {"kept_share": 0.1, "mem_mib": 4.0, "mem_share": 0.5, "fid_mnist": 9.0, "is_mnist": 8.0, "kid_mnist": 0.1}
+    row = {"method": method, "threshold": threshold, "format": low, "granularity": "tensor", "fid_inception": 60.0, "n_images": 100}
+    return pd.DataFrame([dict.fromkeys(poster.COLUMNS, 0.0) | row | numbers])
+
+
+@pytest.mark.parametrize(
+    ("row", "fid", "memory"),
+    [
+        (ours("baseline", "none", "fp32"), 59.303, 134.2),
+        (ours("ratio", "0.38"), 55.6704, 64.23),
+        (ours("ratio", "0.42"), 64.1, None),
+        (ours("group", "factor=1"), 57.8034, 67.9),
+        (ours("uniform", "all"), None, 67.7),
+        (ours("uniform", "all", "int8"), None, None),
+    ],
+)
+def test_compare_puts_the_published_values_beside_ours(row, fid, memory):
+    table = poster.compare(row, "mini")
+    assert list(table.columns) == poster.COLUMNS
+    found = table.iloc[0]
+    assert found["fid_paper"] == fid if fid else pd.isna(found["fid_paper"])
+    assert found["mem_paper_mib"] == memory if memory else pd.isna(found["mem_paper_mib"])
+    if memory:
+        assert found["mem_share_paper"] == pytest.approx(memory / 134.20)
+
+
+def test_published_ratio_sizes():
+    sentence = sentences.published_ratio_sizes()
+    assert "sizes are smaller: 50.7% at ratio 0.35 (at least 67.5% needed);" in sentence
+    assert "47.9% at ratio 0.38 (at least 69.0% needed; below uniform FP16);" in sentence
+    assert "50.4% at ratio 0.40 (at least 70.0% needed)." in sentence
+
+
+def test_changes_by_format_and_reached_sizes():
+    table = pd.concat([ours("baseline", "none", "fp32"), ours("global", "tau=1").assign(fid_mnist=9.5)])
+    assert "fp16 +0.500 (1 row)" in sentences.changes_by_format(table)
+    assert "fp16 by tensor 50.0% (10.0% of the weights stay FP32)" in sentences.reached_sizes(table, "global", 0.533)
