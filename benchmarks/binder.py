@@ -1,7 +1,10 @@
-"""Every committed notebook under what Binder gives: one core and 2 GiB. Part of `make benchmark`; Linux only.
+"""Every committed notebook under what Binder gives: one core and 2 GiB. Part of `make benchmark`;
+Linux only.
 
-The notebook's processes may use one core (their affinity) and hold 2 GiB of data each (RLIMIT_DATA); what needs more fails.
-seconds: from start to the last cell, imports included. peak_mib: the largest resident set of a process, that of the kernel.
+The notebook's processes may use one core (their affinity) and hold 2 GiB of data each
+(RLIMIT_DATA); what needs more fails.
+seconds: from start to the last cell, imports included. peak_mib: the largest resident set of a
+process, that of the kernel.
 """
 
 import os
@@ -34,23 +37,38 @@ def confine() -> None:
 
 
 def measured(name: str, output: str) -> dict:
-    """One notebook, its figures written to the folder `output`; RuntimeError with its last line where it fails."""
+    """One notebook, its figures written to the folder `output`; RuntimeError with its last line
+    where it fails.
+    """
     path = paths.NOTEBOOKS / name
     environment = {**os.environ, "LAFQ_OUTPUT": output, "TQDM_DISABLE": "1"}
     command = [sys.executable, "-c", EXECUTE, str(path), str(paths.NOTEBOOKS)]
     start = time.perf_counter()
-    done = subprocess.run(command, env=environment, preexec_fn=confine, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, preexec_fn=confine, capture_output=True, text=True, check=False
+    )
     seconds = time.perf_counter() - start
     if done.returncode:
-        raise RuntimeError(f"{name} failed with one core and 2 GiB: {done.stderr.strip().splitlines()[-1]}")
-    return {"notebook": path.stem, "cores": 1, "limit_mib": LIMIT // 2**20, "seconds": seconds, "peak_mib": int(done.stdout) / 1024}
+        raise RuntimeError(
+            f"{name} failed with one core and 2 GiB: {done.stderr.strip().splitlines()[-1]}"
+        )
+    return {
+        "notebook": path.stem,
+        "cores": 1,
+        "limit_mib": LIMIT // 2**20,
+        "seconds": seconds,
+        "peak_mib": int(done.stdout) / 1024,
+    }
 
 
 def main() -> None:
     """Write and print results/benchmarks/binder.csv."""
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(paths.RESULTS, os.path.join(folder, "results"))
-        table = [measured(path.name, folder) for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
+        table = [
+            measured(path.name, folder)
+            for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+        ]
     write("binder", pd.DataFrame(table).round(1).to_dict("records"))
 
 

@@ -13,7 +13,9 @@ Quantizer = Callable[[nn.Module, dict[str, Tensor]], tuple[nn.Module, int]]
 
 
 def by_layer(quantize_in_place: Callable[[nn.Module], None]) -> Quantizer:
-    """Quantize one layer at a time with a library that works on whole modules; count the layers left in FP32."""
+    """Quantize one layer at a time with a library that works on whole modules; count the layers
+    left in FP32.
+    """
 
     def quantized(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[nn.Module, int]:
         result, left = copy.deepcopy(model), 0
@@ -25,7 +27,10 @@ def by_layer(quantize_in_place: Callable[[nn.Module], None]) -> Quantizer:
                 done = stored_bytes(alone) < resident_bytes(model.get_submodule(layer))
             except Exception as error:  # whatever a library does with a layer that it cannot handle
                 done = False
-                tqdm.write(f"  {layer} stays FP32: {type(error).__name__}: {str(error).splitlines()[0][:80]}")
+                tqdm.write(
+                    f"  {layer} stays FP32: {type(error).__name__}: "
+                    f"{str(error).splitlines()[0][:80]}"
+                )
             left += not done
             if done:
                 result.set_submodule(layer, alone[0])
@@ -51,7 +56,9 @@ def torchao(bits: int) -> Callable[[nn.Module], None]:
 
     # Not Int8WeightOnlyConfig: that runs no convolution.
     config = quantization.IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"))
-    return lambda module: quantization.quantize_(module, config, lambda m, _: not isinstance(m, nn.Sequential))
+    return lambda module: quantization.quantize_(
+        module, config, lambda m, _: not isinstance(m, nn.Sequential)
+    )
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -71,7 +78,10 @@ def layer_inputs(model: nn.Module, names: Iterable[str], *arguments: Tensor) -> 
     seen: dict[str, Tensor] = {}
     layers = [name.removesuffix(".weight") for name in names]
     hooks = [
-        model.get_submodule(n).register_forward_pre_hook(lambda _, args, n=n: seen.__setitem__(n, args[0].detach())) for n in layers
+        model.get_submodule(n).register_forward_pre_hook(
+            lambda _, args, n=n: seen.__setitem__(n, args[0].detach())
+        )
+        for n in layers
     ]
     model(*arguments)
     for hook in hooks:

@@ -1,9 +1,11 @@
-"""What the diagonal Fisher information costs, by method, over one ordinary batched forward and backward pass; and what an
-allocation of the width-64 model costs after it. Part of `make benchmark`.
+"""What the diagonal Fisher information costs, by method, over one ordinary batched forward and
+backward pass; and what an allocation of the width-64 model costs after it. Part of `make
+benchmark`.
 
-cost_ratio: per pass, of PASSES passes where there is a curvature. relative_error: of one pass over one batch, the mean over the
-weight tensors of |tensor's sum / exact sum - 1|. Exact is, for the empirical Fisher, the loop over single samples; for the true
-Fisher, the mean over 64 other draws on the same batch.
+cost_ratio: per pass, of PASSES passes where there is a curvature. relative_error: of one pass over
+one batch, the mean over the weight tensors of |tensor's sum / exact sum - 1|. Exact is, for the
+empirical Fisher, the loop over single samples; for the true Fisher, the mean over 64 other draws on
+the same batch.
 """
 
 import itertools
@@ -47,10 +49,16 @@ def batch(size: int) -> tuple[Tensor, Tensor, Tensor]:
     return add_noise(x0, t, noise), t, noise
 
 
-def ordinary(model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """Forward and backward pass of the loss of the whole batch; what it gives is no Fisher information."""
+def ordinary(
+    model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor
+) -> dict[str, Tensor]:
+    """Forward and backward pass of the loss of the whole batch; what it gives is no Fisher
+    information.
+    """
     loss = 0.5 * (noise - model(x, t)).square().sum()
-    return dict(zip(names, torch.autograd.grad(loss, [model.get_parameter(n) for n in names]), strict=True))
+    return dict(
+        zip(names, torch.autograd.grad(loss, [model.get_parameter(n) for n in names]), strict=True)
+    )
 
 
 def loop(model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
@@ -62,20 +70,30 @@ def loop(model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor) -> 
     return {n: v / len(x) for n, v in total.items()}
 
 
-def random_signs(model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """One batched backward pass of the residuals under one random sign per sample: its squares are unbiased."""
+def random_signs(
+    model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor
+) -> dict[str, Tensor]:
+    """One batched backward pass of the residuals under one random sign per sample: its squares are
+    unbiased.
+    """
     output = model(x, t)
     signs = torch.randint(2, (len(x), 1, 1, 1), generator=generator(0, 1)) * 2 - 1
-    gradients = torch.autograd.grad(output, [model.get_parameter(n) for n in names], (output - noise).detach() * signs)
+    gradients = torch.autograd.grad(
+        output, [model.get_parameter(n) for n in names], (output - noise).detach() * signs
+    )
     return {n: g.square() / len(x) for n, g in zip(names, gradients, strict=True)}
 
 
-def vmapped(model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+def vmapped(
+    model: UNet, names: list[str], x: Tensor, t: Tensor, noise: Tensor
+) -> dict[str, Tensor]:
     """torch.func, samples in chunks."""
     return empirical_fisher(model, names, [((x, t), noise)], CHUNK).by_weight
 
 
-def with_backpack(names: list[str], width: int, state: dict[str, Tensor]) -> Callable[..., dict[str, Tensor]]:
+def with_backpack(
+    names: list[str], width: int, state: dict[str, Tensor]
+) -> Callable[..., dict[str, Tensor]]:
     """BackPACK's SumGradSquared, on a model of its own, since it leaves hooks behind."""
     from backpack import backpack, extend
     from backpack.extensions import SumGradSquared
@@ -104,7 +122,11 @@ def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
 def rows(width: int) -> list[dict]:
     """One row per method; times are medians of ratios to an ordinary pass run just before."""
     torch.manual_seed(0)
-    model = load_model(Workspace("mini"), width) if width == 16 else UNet(width).eval().to(memory_format=torch.channels_last)
+    model = (
+        load_model(Workspace("mini"), width)
+        if width == 16
+        else UNet(width).eval().to(memory_format=torch.channels_last)
+    )
     names, data = list(quantizable(model)), batch(BATCH[width])
     for n, p in model.named_parameters():
         p.requires_grad_(n in names)
@@ -114,17 +136,25 @@ def rows(width: int) -> list[dict]:
         "true": monte_carlo_fisher(model, names, itertools.repeat((x, t), DRAWS), seed=1),
     }
     methods: dict[str, tuple[str, Callable[..., dict[str, Tensor]]]] = {
-        "true, one batched backward pass (lafq)": ("true", lambda *_: monte_carlo_fisher(model, names, [(x, t)], seed=0)),
+        "true, one batched backward pass (lafq)": (
+            "true",
+            lambda *_: monte_carlo_fisher(model, names, [(x, t)], seed=0),
+        ),
         "true, the same with the curvature (lafq)": (
             "true",
-            lambda *_, passes=1: estimate_sensitivity(model, [(x, t)] * passes, 0, names, shrink=passes > 1).fisher,
+            lambda *_, passes=1: (
+                estimate_sensitivity(model, [(x, t)] * passes, 0, names, shrink=passes > 1).fisher
+            ),
         ),
         "empirical, random signs (lafq)": ("empirical", random_signs),
         f"empirical, vmap(grad) in chunks of {CHUNK}": ("empirical", vmapped),
         "empirical, loop over single samples": ("empirical", loop),
     }
     if width == 16:  # at width 64 it takes minutes a pass
-        methods["empirical, BackPACK SumGradSquared"] = ("empirical", with_backpack(names, width, model.state_dict()))
+        methods["empirical, BackPACK SumGradSquared"] = (
+            "empirical",
+            with_backpack(names, width, model.state_dict()),
+        )
     table = []
     for method, (kind, run) in tqdm(methods.items(), desc=f"width {width}"):
         found, ratios = run(model, names, *data), []
@@ -137,22 +167,42 @@ def rows(width: int) -> list[dict]:
                 function(model, names, *data)
                 seconds.append(time.perf_counter() - start)
             ratios.append(seconds[1] / passes / seconds[0])
-        row = {"method": method, "width": width, "batch": BATCH[width], "cost_ratio": statistics.median(ratios)}
+        row = {
+            "method": method,
+            "width": width,
+            "batch": BATCH[width],
+            "cost_ratio": statistics.median(ratios),
+        }
         table.append(row | {"relative_error": error(found, exact[kind])})
     return table
 
 
 def allocating() -> list[dict]:
-    """Seconds to allocate the width-64 model: at every granularity by random Fisher values, then with curvature."""
+    """Seconds to allocate the width-64 model: at every granularity by random Fisher values, then
+    with curvature.
+    """
     torch.manual_seed(0)
     model, table = UNet(64).eval(), []
     fisher = {n: torch.rand(w.shape) * torch.rand(()) for n, w in quantizable(model).items()}
-    for granularity, feedback in [*((granularity, False) for granularity in solver.ALLOCATED), ("mixed", True)]:
-        curvature = {n: correlated(channel_view(model, n).size[1]) for n in fisher} if feedback else {}
+    for granularity, feedback in [
+        *((granularity, False) for granularity in solver.ALLOCATED),
+        ("mixed", True),
+    ]:
+        curvature = (
+            {n: correlated(channel_view(model, n).size[1]) for n in fisher} if feedback else {}
+        )
         start = time.perf_counter()
         solver.allocate(model, Sensitivity(fisher, curvature), 17.0, granularity, progress=False)
         seconds = time.perf_counter() - start
-        table.append({"width": 64, "granularity": granularity, "curvature": feedback, "budget_mib": 17.0, "seconds": seconds})
+        table.append(
+            {
+                "width": 64,
+                "granularity": granularity,
+                "curvature": feedback,
+                "budget_mib": 17.0,
+                "seconds": seconds,
+            }
+        )
     return table
 
 
@@ -166,7 +216,9 @@ def main() -> None:
     """Write and print the two tables."""
     compute_on(2, "cpu")
     write("allocation", allocating())
-    write("fisher", pd.DataFrame([row for width in BATCH for row in rows(width)]).to_dict("records"))
+    write(
+        "fisher", pd.DataFrame([row for width in BATCH for row in rows(width)]).to_dict("records")
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Do groups of weights with a scale each pay, and four levels at 2 bits? `make benchmark` writes results/benchmarks/groups.csv.
+"""Do groups of weights with a scale each pay, and four levels at 2 bits? `make benchmark` writes
+results/benchmarks/groups.csv.
 
-The diffusion model of width 16, with error feedback: first uniform formats with one scale per output channel, or per group of
-consecutive weights of it, then the allocator without groups and with groups to choose from, at the bytes of a uniform format.
-Damage on held-out digits and noise that no plan has seen. `decibels` and `decibels_per_bit` compare with one scale per channel: an
-extra bit per weight quarters the damage (6 dB), so groups pay where they give more. `over`: damage with groups over that without.
+The diffusion model of width 16, with error feedback: first uniform formats with one scale per
+output channel, or per group of consecutive weights of it, then the allocator without groups and
+with groups to choose from, at the bytes of a uniform format. Damage on held-out digits and noise
+that no plan has seen. `decibels` and `decibels_per_bit` compare with one scale per channel: an
+extra bit per weight quarters the damage (6 dB), so groups pay where they give more. `over`: damage
+with groups over that without.
 """
 
 import math
@@ -55,30 +58,49 @@ def rows() -> list[dict]:
     outputs = scoring.held_out_outputs(model, FRESH_SEED, DIGITS, FRESH)
 
     def errors(plan: Plan) -> Tensor:
-        return scoring.output_errors(dequantize(quantize(model, plan, recipe)), outputs, FRESH_SEED, FRESH)[0]
+        return scoring.output_errors(
+            dequantize(quantize(model, plan, recipe)), outputs, FRESH_SEED, FRESH
+        )[0]
 
     def plans() -> Iterator[tuple[str, str, Plan]]:
         for low in LOW:
             yield from ((low, str(size or "channel"), grouped(model, low, size)) for size in SIZES)
         fronts = {
-            groups: frontiers_of(model, known.fisher, "mixed", curvature=known.curvature, groups=groups)
+            groups: frontiers_of(
+                model, known.fisher, "mixed", curvature=known.curvature, groups=groups
+            )
             for groups in ((), SIZES[1:])
         }
         for low in ALLOCATED:
             mib = nbytes(model, dict.fromkeys(known.fisher, low)) / MIB
             for groups, front in fronts.items():
-                yield f"allocator, bytes of {low}", "any" if groups else "channel", solve_budget(model, front, mib, recipe)
+                yield (
+                    f"allocator, bytes of {low}",
+                    "any" if groups else "channel",
+                    solve_budget(model, front, mib, recipe),
+                )
 
     table, first, before = [], {}, torch.empty(0)
     for format, group, plan in plans():
         found, bits = errors(plan), bits_per_weight(model, plan, names)
-        row: dict[str, Any] = {"format": format, "group": group, "bits_per_weight": bits, "damage": found.mean().item()}
+        row: dict[str, Any] = {
+            "format": format,
+            "group": group,
+            "bits_per_weight": bits,
+            "damage": found.mean().item(),
+        }
         if group == "channel":
             first, before = row, found
         else:
             row["decibels"] = 10 * math.log10(first["damage"] / row["damage"])
         if group == "any":
-            row |= dict(zip(("over", "over_low", "over_high"), scoring.ratio_of_means(found, before, FRESH_SEED), strict=True))
+            row |= dict(
+                zip(
+                    ("over", "over_low", "over_high"),
+                    scoring.ratio_of_means(found, before, FRESH_SEED),
+                    strict=True,
+                )
+            )
         elif group != "channel":
             row["decibels_per_bit"] = row["decibels"] / (bits - first["bits_per_weight"])
         table.append(row)

@@ -1,11 +1,12 @@
-"""How time and memory grow with a model: `make growth` writes results/benchmarks/growth.csv, blocks.csv and a figure.
+"""How time and memory grow with a model: `make growth` writes results/benchmarks/growth.csv,
+blocks.csv and a figure.
 
-growth.csv: each step of a user's work, in a process of its own, on U-Nets of five widths with random weights. Peak memory is
-what the step takes above the model, its inputs and the libraries (Linux: /proc/self). A tensor wider than `monte_carlo.LARGEST`
-has its curvature in blocks.
+growth.csv: each step of a user's work, in a process of its own, on U-Nets of five widths with
+random weights. Peak memory is what the step takes above the model, its inputs and the libraries
+(Linux: /proc/self). A tensor wider than `monte_carlo.LARGEST` has its curvature in blocks.
 
-blocks.csv: what smaller blocks of the curvature, and fewer output channels per pass, cost in damage and save in time, on the
-trained models of width 16 and 64.
+blocks.csv: what smaller blocks of the curvature, and fewer output channels per pass, cost in damage
+and save in time, on the trained models of width 16 and 64.
 
 Rows that are there already are left alone; delete a table to make it again.
 """
@@ -25,7 +26,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lafq import allocate, dequantize, estimate_sensitivity, load_quantized, quantize, save_quantized
+from lafq import (
+    allocate,
+    dequantize,
+    estimate_sensitivity,
+    load_quantized,
+    quantize,
+    save_quantized,
+)
 from lafq.fisher.sensitivity import CHANNELS, LARGEST, Sensitivity
 from lafq.fisher.shrinkage import Moments
 from lafq.quantization.checks import channel_view
@@ -48,7 +56,8 @@ NAMED = {"estimate_sensitivity": "estimate_sensitivity (one pass)"}
 STEPS = ("estimate_sensitivity", "allocate", "quantize", "save_quantized", "load_quantized")
 PASSES, BATCH, BITS = 2, 8, 4.0
 ALL = 4096  # more output channels than any tensor has
-# By width: columns of a block, and output channels per pass; the first row is what the others are held against.
+# By width: columns of a block, and output channels per pass; the first row is what the others are
+# held against.
 BLOCKS = {
     16: ((LARGEST, ALL), (LARGEST, 32), (LARGEST, 16), (576, ALL), (288, ALL), (144, ALL)),
     64: ((LARGEST, ALL), (LARGEST, CHANNELS), (LARGEST, 64), (1152, CHANNELS)),
@@ -58,7 +67,9 @@ PROFILES = {16: "mini", 64: "paper"}
 
 
 def random_sensitivity(model: nn.Module) -> Sensitivity:
-    """Fisher values and curvatures of the right shapes; a curvature has random columns, so that rounding has something to do."""
+    """Fisher values and curvatures of the right shapes; a curvature has random columns, so that
+    rounding has something to do.
+    """
     fisher, curvature = {}, {}
     for name, weight in model.named_parameters():
         if weight.ndim > 1:
@@ -72,7 +83,9 @@ def random_sensitivity(model: nn.Module) -> Sensitivity:
 
 def memory(field: str) -> float:
     """MiB of this process: VmRSS now, VmHWM the most since the last reset."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    line = next(
+        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -92,7 +105,9 @@ def one_step(step: str, width: int) -> dict[str, float]:
     model = UNet(width).eval()
     known = random_sensitivity(model) if step == "allocate" else None
     mib = mib_at(model, BITS)
-    batches = [(torch.randn(BATCH, 1, 32, 32), torch.randint(1000, (BATCH,))) for _ in range(PASSES)]
+    batches = [
+        (torch.randn(BATCH, 1, 32, 32), torch.randint(1000, (BATCH,))) for _ in range(PASSES)
+    ]
     uniform = {n: "int4" for n, p in model.named_parameters() if p.ndim > 1}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "small.safetensors"
@@ -122,9 +137,16 @@ def grown() -> pd.DataFrame:
         for step in STEPS:
             if (width, step) in there:
                 continue
-            done = subprocess.run([sys.executable, __file__, step, str(width)], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [sys.executable, __file__, step, str(width)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             if done.returncode:
-                raise RuntimeError(f"{step} at width {width}: {done.stderr.strip().splitlines()[-1]}")
+                raise RuntimeError(
+                    f"{step} at width {width}: {done.stderr.strip().splitlines()[-1]}"
+                )
             row = {"width": width, "step": step, **json.loads(done.stdout.splitlines()[-1])}
             rows.append(row)
             rows.sort(key=lambda row: (row["width"], STEPS.index(row["step"])))
@@ -134,7 +156,9 @@ def grown() -> pd.DataFrame:
 
 
 def pass_ratio(model: nn.Module, batches: list[tuple[Tensor, ...]], **sizes: int) -> float:
-    """Time of a pass over that of one forward and backward pass of the same batch, the median over batches."""
+    """Time of a pass over that of one forward and backward pass of the same batch, the median over
+    batches.
+    """
     ratios = []
     for x, t in batches:
         start = time.perf_counter()
@@ -147,7 +171,9 @@ def pass_ratio(model: nn.Module, batches: list[tuple[Tensor, ...]], **sizes: int
 
 
 def blocked() -> pd.DataFrame:
-    """The table of blocks: damage of the allocator's plan at BITS per weight, over that with the whole curvature."""
+    """The table of blocks: damage of the allocator's plan at BITS per weight, over that with the
+    whole curvature.
+    """
     table = results.load_optional(WORK, "blocks")
     rows = [] if table is None else table.to_dict("records")
     there = {(row["width"], row["largest"], row["channels"]) for row in rows}
@@ -159,13 +185,23 @@ def blocked() -> pd.DataFrame:
         digits, first = mnist(train=True)[0], None
         for largest, channels in settings:
             sizes = {"largest": largest, "channels": channels}
-            known = estimate_sensitivity(model, noised_batches(digits, SAMPLES[width], 0), 0, **sizes)
+            known = estimate_sensitivity(
+                model, noised_batches(digits, SAMPLES[width], 0), 0, **sizes
+            )
             plan = allocate(model, known, mib_at(model, BITS), progress=False)
-            errors = scoring.output_errors(dequantize(quantize(model, plan)), outputs, noise, FRESH)[0]
+            errors = scoring.output_errors(
+                dequantize(quantize(model, plan)), outputs, noise, FRESH
+            )[0]
             first = errors if first is None else first
-            row = {"width": width, **sizes, "columns": max(h.shape[-1] for h in known.curvature.values())}
+            row = {
+                "width": width,
+                **sizes,
+                "columns": max(h.shape[-1] for h in known.curvature.values()),
+            }
             row |= {"curvature_mib": sum(4 * h.numel() for h in known.curvature.values()) / MIB}
-            row |= {"pass_ratio": pass_ratio(model, list(noised_batches(digits, 5 * BATCH, 1)), **sizes)}
+            row |= {
+                "pass_ratio": pass_ratio(model, list(noised_batches(digits, 5 * BATCH, 1)), **sizes)
+            }
             ratio = scoring.ratio_of_means(errors, first, 0)
             row |= {"damage": errors.mean().item()} | dict(
                 zip(("over_whole", "over_whole_low", "over_whole_high"), ratio, strict=True)
@@ -207,7 +243,10 @@ def main() -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
-    print("written: results/benchmarks/growth.csv, results/benchmarks/blocks.csv, figures/benchmarks/growth.png")
+    print(
+        "written: results/benchmarks/growth.csv, results/benchmarks/blocks.csv, "
+        "figures/benchmarks/growth.png"
+    )
     return 0
 
 

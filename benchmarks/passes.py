@@ -1,9 +1,10 @@
-"""How many passes a sensitivity needs: damage of the allocator's plan over uniform INT4's, at INT4's bytes, after 1 to 256 passes.
+"""How many passes a sensitivity needs: damage of the allocator's plan over uniform INT4's, at
+INT4's bytes, after 1 to 256 passes.
 
-Three small networks with random weights, and the diffusion model of width 16; shrunk estimates from one draw of noise per pass
-and from four, beside plain means. A pass is one input for the small networks and eight noised digits for the diffusion model. No
-plan has seen the inputs that measure damage.
-Writes results/benchmarks/passes.csv and figures/benchmarks/passes.png.
+Three small networks with random weights, and the diffusion model of width 16; shrunk estimates from
+one draw of noise per pass and from four, beside plain means. A pass is one input for the small
+networks and eight noised digits for the diffusion model. No plan has seen the inputs that measure
+damage. Writes results/benchmarks/passes.csv and figures/benchmarks/passes.png.
 """
 
 from collections.abc import Callable, Iterable
@@ -40,7 +41,9 @@ Measure = Callable[[nn.Module], float]
 
 
 class Subject(NamedTuple):
-    """A model, batches for so many passes of a draw, and what measures the damage of a quantized copy."""
+    """A model, batches for so many passes of a draw, and what measures the damage of a quantized
+    copy.
+    """
 
     model: nn.Module
     batches: Callable[[int, int], Iterable]
@@ -49,7 +52,9 @@ class Subject(NamedTuple):
 
 
 def small(layers: list[nn.Module], shape: tuple[int, ...]) -> Subject:
-    """A network with the weights that it has, on standard normal inputs of this shape; one input is a pass."""
+    """A network with the weights that it has, on standard normal inputs of this shape; one input is
+    a pass.
+    """
     model = nn.Sequential(*layers).eval()
     fresh = torch.randn(FRESH, *shape, generator=generator(FRESH_SEED))
     with torch.no_grad():
@@ -74,17 +79,30 @@ def diffusion(width: int = 16) -> Subject:
         error = scoring.output_errors(copy, outputs, FRESH_SEED)[0].mean().item()
         return HALF_PIXELS * error
 
-    return Subject(model, lambda count, draw: noised_batches(digits, BATCH * count, draw), damage, draws=1)
+    return Subject(
+        model, lambda count, draw: noised_batches(digits, BATCH * count, draw), damage, draws=1
+    )
 
 
 def subjects() -> dict[str, Subject]:
     """The networks by name; random weights come from fixed seeds."""
     torch.manual_seed(0)
-    conv = [nn.Conv2d(3, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 3, 3, padding=1)]
+    conv = [
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(16, 3, 3, padding=1),
+    ]
     torch.manual_seed(1)
     linear = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)]
     torch.manual_seed(2)
-    down = [nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.SiLU(), nn.Conv2d(8, 16, 3, padding=1, stride=2)]
+    down = [
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.GroupNorm(4, 8),
+        nn.SiLU(),
+        nn.Conv2d(8, 16, 3, padding=1, stride=2),
+    ]
     up = [
         nn.GroupNorm(4, 16),
         nn.SiLU(),
@@ -101,17 +119,30 @@ def subjects() -> dict[str, Subject]:
 
 
 def measured(name: str, subject: Subject, passes: Iterable[int] = PASSES) -> pd.DataFrame:
-    """One row per number of passes, draw and estimate: measured damage over uniform INT4's, and over the predicted one."""
+    """One row per number of passes, draw and estimate: measured damage over uniform INT4's, and
+    over the predicted one.
+    """
     model = subject.model
     uniform = dict.fromkeys([n for n, p in model.named_parameters() if p.ndim > 1], "int4")
-    mib, of_uniform, rows = nbytes(model, uniform) / MIB, subject.damage(dequantize(quantize(model, uniform))), []
-    todo = [(count, draw, kind) for count in passes for draw in range(subject.draws) for kind in ESTIMATES]
+    mib, of_uniform, rows = (
+        nbytes(model, uniform) / MIB,
+        subject.damage(dequantize(quantize(model, uniform))),
+        [],
+    )
+    todo = [
+        (count, draw, kind)
+        for count in passes
+        for draw in range(subject.draws)
+        for kind in ESTIMATES
+    ]
     for count, draw, kind in tqdm(todo, desc=name, leave=False):
         found = estimate_sensitivity(model, subject.batches(count, draw), draw, **ESTIMATES[kind])
         plan = allocate(model, found, mib, formats=STUDY_FORMATS, progress=False)
         damage = subject.damage(dequantize(quantize(model, plan)))
         row = {"network": name, "passes": count, "draw": draw, "estimates": kind}
-        rows.append(row | {"over_uniform": damage / of_uniform, "over_predicted": damage / plan.damage})
+        rows.append(
+            row | {"over_uniform": damage / of_uniform, "over_predicted": damage / plan.damage}
+        )
     return pd.DataFrame(rows)
 
 
@@ -120,8 +151,16 @@ def draw(table: pd.DataFrame) -> None:
     report.set_style()
     figure, axes = plt.subplots(1, 4, figsize=(11, 3.1), sharex=True)
     for ax, (name, rows) in zip(axes, table.groupby("network", sort=False), strict=True):
-        for (kind, own), style in zip(rows.groupby("estimates", sort=False), ("o-", "s--", "^:"), strict=True):
-            ax.plot("passes", "over_uniform", style, data=own.groupby("passes")["over_uniform"].mean().reset_index(), label=kind)
+        for (kind, own), style in zip(
+            rows.groupby("estimates", sort=False), ("o-", "s--", "^:"), strict=True
+        ):
+            ax.plot(
+                "passes",
+                "over_uniform",
+                style,
+                data=own.groupby("passes")["over_uniform"].mean().reset_index(),
+                label=kind,
+            )
         ax.axhline(1, color="0.4", lw=1)
         ax.set(xscale="log", yscale="log", title=name, xlabel="passes")
         if rows["over_uniform"].min() > SMALLEST:
@@ -129,12 +168,18 @@ def draw(table: pd.DataFrame) -> None:
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.tick_params(labelsize=9)
-    axes[0].set(ylabel="damage / uniform INT4's", xticks=[1, 4, 16, 64, 256], xticklabels=["1", "4", "16", "64", "256"])
+    axes[0].set(
+        ylabel="damage / uniform INT4's",
+        xticks=[1, 4, 16, 64, 256],
+        xticklabels=["1", "4", "16", "64", "256"],
+    )
     axes[-1].legend(title="estimates", fontsize=8, title_fontsize=8)
     worst = table.groupby("estimates")["over_uniform"].max()
     title = f"The worst single plan does {worst['shrunk']:.2f} times uniform INT4's damage with shrunk estimates"
     figure.suptitle(f"{title}, {worst['plain']:.1f} times with plain means", fontsize=11)
-    report.save_figure(WORK, "passes", figure, "equal bytes; lower is better; small networks: mean of three draws")
+    report.save_figure(
+        WORK, "passes", figure, "equal bytes; lower is better; small networks: mean of three draws"
+    )
     plt.close(figure)
 
 

@@ -1,7 +1,9 @@
-"""Quantize the diffusion model with one other library, as its documentation shows; `peers.py` runs this beside that library.
+"""Quantize the diffusion model with one other library, as its documentation shows; `peers.py` runs
+this beside that library.
 
-python benchmarks/peer.py LIBRARY WIDTH BITS SAMPLES FILE writes a safetensors file. For each weight tensor that the library
-quantized it has the values that the library computes with, and what must be stored for them. All see the same noised digits.
+python benchmarks/peer.py LIBRARY WIDTH BITS SAMPLES FILE writes a safetensors file. For each weight
+tensor that the library quantized it has the values that the library computes with, and what must be
+stored for them. All see the same noised digits.
 """
 
 import sys
@@ -29,7 +31,9 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 class Stored(NamedTuple):
-    """A weight tensor as a library computes with it, and what that takes: bits per code, scales, zero points."""
+    """A weight tensor as a library computes with it, and what that takes: bits per code, scales,
+    zero points.
+    """
 
     values: Tensor
     bits: float
@@ -40,7 +44,11 @@ class Stored(NamedTuple):
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that have a weight of two dimensions or more, by the name of that weight."""
     found = {f"{name}.weight": module for name, module in model.named_modules()}
-    return {n: m for n, m in found.items() if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim > 1}
+    return {
+        n: m
+        for n, m in found.items()
+        if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim > 1
+    }
 
 
 def quanto(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
@@ -51,24 +59,42 @@ def quanto(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
     library.freeze(model)
     found = {n: m.weight for n, m in layers(model).items() if isinstance(m.weight, library.QTensor)}
     return {
-        n: Stored(w.dequantize(), bits, w._scale.numel(), getattr(w, "_shift", torch.empty(0)).numel()) for n, w in found.items()
+        n: Stored(
+            w.dequantize(), bits, w._scale.numel(), getattr(w, "_shift", torch.empty(0)).numel()
+        )
+        for n, w in found.items()
     }
 
 
 def torchao(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
-    """torchao's IntxWeightOnly in groups of GROUP weights, or of all input channels where these are fewer."""
+    """torchao's IntxWeightOnly in groups of GROUP weights, or of all input channels where these are
+    fewer.
+    """
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerAxis, PerGroup
     from torchao.quantization.quantize_.workflows import IntxUnpackedToInt8Tensor
 
     kind = getattr(torch, f"int{bits}")
-    groups, channels = (IntxWeightOnlyConfig(kind, granularity=g) for g in (PerGroup(GROUP), PerAxis(0)))
-    inputs = {n: m.weight.shape[1] for n, m in layers(model).items() if isinstance(m, nn.Linear | nn.Conv2d)}
+    groups, channels = (
+        IntxWeightOnlyConfig(kind, granularity=g) for g in (PerGroup(GROUP), PerAxis(0))
+    )
+    inputs = {
+        n: m.weight.shape[1]
+        for n, m in layers(model).items()
+        if isinstance(m, nn.Linear | nn.Conv2d)
+    }
     quantize_(model, groups, lambda _, name: inputs.get(f"{name}.weight", 1) % GROUP == 0)
     # It fails for a single input channel.
     quantize_(model, channels, lambda _, name: 1 < inputs.get(f"{name}.weight", 1) < GROUP)
-    found = {n: m.weight for n, m in layers(model).items() if isinstance(m.weight, IntxUnpackedToInt8Tensor)}
-    return {n: Stored(w.dequantize(), bits, w.scale.numel(), int(w.zero_point.count_nonzero())) for n, w in found.items()}
+    found = {
+        n: m.weight
+        for n, m in layers(model).items()
+        if isinstance(m.weight, IntxUnpackedToInt8Tensor)
+    }
+    return {
+        n: Stored(w.dequantize(), bits, w.scale.numel(), int(w.zero_point.count_nonzero()))
+        for n, w in found.items()
+    }
 
 
 def brevitas(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
@@ -78,8 +104,16 @@ def brevitas(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]
     from brevitas.graph.quantize import layerwise_quantize
     from brevitas.quant.scaled_int import Int8WeightPerChannelFloatMSE
 
-    settings = {"weight_quant": Int8WeightPerChannelFloatMSE, "weight_bit_width": bits, "return_quant_tensor": False}
-    kinds = {nn.Conv2d: qnn.QuantConv2d, nn.ConvTranspose2d: qnn.QuantConvTranspose2d, nn.Linear: qnn.QuantLinear}
+    settings = {
+        "weight_quant": Int8WeightPerChannelFloatMSE,
+        "weight_bit_width": bits,
+        "return_quant_tensor": False,
+    }
+    kinds = {
+        nn.Conv2d: qnn.QuantConv2d,
+        nn.ConvTranspose2d: qnn.QuantConvTranspose2d,
+        nn.Linear: qnn.QuantLinear,
+    }
     model = layerwise_quantize(model, {kind: (ours, settings) for kind, ours in kinds.items()})
     with torch.no_grad():
         model(*batches[0])  # sets the scales
@@ -89,16 +123,26 @@ def brevitas(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]
                 gptq.model(*batch)
             gptq.update()
     found = {n: m.quant_weight() for n, m in layers(model).items()}
-    return {n: Stored(w.value.detach(), w.bit_width.item(), w.scale.numel()) for n, w in found.items()}
+    return {
+        n: Stored(w.value.detach(), w.bit_width.item(), w.scale.numel()) for n, w in found.items()
+    }
 
 
 def modelopt(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
-    """nvidia-modelopt's auto_quantize: a format per layer, of 2, 3, 4, 6, 8 bits or none, for so many effective bits."""
+    """nvidia-modelopt's auto_quantize: a format per layer, of 2, 3, 4, 6, 8 bits or none, for so
+    many effective bits.
+    """
     import modelopt.torch.quantization as mtq
 
     def format(b: int) -> dict:
         off = {"quantizer_name": "*", "enable": False}
-        return {"quant_cfg": [off, {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": b, "axis": 0}}], "algorithm": "max"}
+        return {
+            "quant_cfg": [
+                off,
+                {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": b, "axis": 0}},
+            ],
+            "algorithm": "max",
+        }
 
     model, _ = mtq.auto_quantize(
         model,
@@ -107,7 +151,9 @@ def modelopt(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]
         data_loader=batches,
         forward_step=lambda m, batch: m(*batch),
         # The gradient of this loss is noise of variance 1, as lafq's.
-        loss_func=lambda output, _: (output - output.detach() - torch.randn_like(output)).square().sum() / 2,
+        loss_func=lambda output, _: (
+            (output - output.detach() - torch.randn_like(output)).square().sum() / 2
+        ),
         num_calib_steps=len(batches),
         num_score_steps=len(batches),
     )
@@ -115,7 +161,9 @@ def modelopt(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]
     for name, module in layers(model).items():
         quantizer = getattr(module, "weight_quantizer", None)
         if quantizer is not None and quantizer.is_enabled:
-            found[name] = Stored(quantizer(module.weight).detach(), quantizer.num_bits, quantizer.amax.numel())
+            found[name] = Stored(
+                quantizer(module.weight).detach(), quantizer.num_bits, quantizer.amax.numel()
+            )
     return found
 
 
@@ -125,10 +173,15 @@ def aimet(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
     from aimet_torch.quantsim import QuantizationSimModel
 
     settings = AdaroundParameters(
-        batches, len(batches), default_num_iterations=ADAROUND_ITERATIONS, forward_fn=lambda m, batch: m(*batch)
+        batches,
+        len(batches),
+        default_num_iterations=ADAROUND_ITERATIONS,
+        forward_fn=lambda m, batch: m(*batch),
     )
     with TemporaryDirectory() as folder:
-        rounded = Adaround.apply_adaround(model, batches[0], settings, folder, "found", default_param_bw=bits)
+        rounded = Adaround.apply_adaround(
+            model, batches[0], settings, folder, "found", default_param_bw=bits
+        )
         simulated = QuantizationSimModel(rounded, batches[0], default_param_bw=bits)
         simulated.set_and_freeze_param_encodings(str(Path(folder) / "found.encodings"))
     found = {}
@@ -136,7 +189,9 @@ def aimet(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
         quantizers = getattr(module, "param_quantizers", None) or {}
         if "weight" in quantizers and quantizers["weight"] is not None:
             quantizer = quantizers["weight"]
-            found[name] = Stored(quantizer(module.weight).detach(), bits, quantizer.get_scale().numel())
+            found[name] = Stored(
+                quantizer(module.weight).detach(), bits, quantizer.get_scale().numel()
+            )
     return found
 
 
@@ -157,7 +212,9 @@ def main() -> int:
     model: UNet = load_model(Workspace(PROFILES[width]), width)
     shapes = {n: p.shape for n, p in model.named_parameters()}
     try:
-        found = LIBRARIES[library](model, bits, list(noised_batches(mnist(train=True)[0], samples, SEED)))
+        found = LIBRARIES[library](
+            model, bits, list(noised_batches(mnist(train=True)[0], samples, SEED))
+        )
     except Exception as error:  # whatever a library raises is what the table says of it
         print(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", file=sys.stderr)
         return 1

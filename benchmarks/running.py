@@ -1,7 +1,8 @@
 """What a quantized model costs to run: `make benchmark` writes results/benchmarks/running.csv.
 
-The trained diffusion models of width 16 and 64, one forward pass, batches of 1 and 100 noised digits. Packed models unpack one
-layer at a time; "dequantized" was unpacked when it was loaded. Times are medians of ratios to an FP32 pass run just before.
+The trained diffusion models of width 16 and 64, one forward pass, batches of 1 and 100 noised
+digits. Packed models unpack one layer at a time; "dequantized" was unpacked when it was loaded.
+Times are medians of ratios to an FP32 pass run just before.
 """
 
 import copy
@@ -66,10 +67,16 @@ def rows(width: int) -> list[dict]:
     x, t = noised_digits(100)
     expected, table = model(x, t), []
     for name, (run, size) in tqdm(runs.items(), desc=f"width {width}"):
-        row = {"width": width, "model": name, "mem_mib": size / MIB, "damage": (run(x, t) - expected).square().mean().item()}
+        row = {
+            "width": width,
+            "model": name,
+            "mem_mib": size / MIB,
+            "damage": (run(x, t) - expected).square().mean().item(),
+        }
         for batch in (1, 100):
             pairs = [
-                (seconds(model, x[:batch], t[:batch]), seconds(run, x[:batch], t[:batch])) for _ in range(ROUNDS[width, batch])
+                (seconds(model, x[:batch], t[:batch]), seconds(run, x[:batch], t[:batch]))
+                for _ in range(ROUNDS[width, batch])
             ]
             row[f"time_batch_{batch}"] = statistics.median(own / full for full, own in pairs)
         table.append(row)

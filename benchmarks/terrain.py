@@ -1,7 +1,9 @@
-"""lafq on a diffusion model that others have trained: `make terrain` writes results/terrain and figures/terrain.
+"""lafq on a diffusion model that others have trained: `make terrain` writes results/terrain and
+figures/terrain.
 
-Decibels: variance of the FP32 model's output over the mean squared error, on maps from noise that no plan has seen. Rows that
-are there already are left alone; delete results/terrain to make them again.
+Decibels: variance of the FP32 model's output over the mean squared error, on maps from noise that
+no plan has seen. Rows that are there already are left alone; delete results/terrain to make them
+again.
 """
 
 import sys
@@ -66,36 +68,63 @@ DRAWN = {
 
 
 def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Callable[[], Plan]]]:
-    """Method and format of every row of ours, and what makes its plan; allocations are named for the row whose bytes they have."""
+    """Method and format of every row of ours, and what makes its plan; allocations are named for
+    the row whose bytes they have.
+    """
     recipe, frontiers = Recipe(unshrunk_scale, known.fisher, known.curvature), {}
     alike = {low: Plan(dict.fromkeys(known.fisher, low)) for low in UNIFORM}
 
     def allocated(mib: float) -> Plan:
         if not frontiers:
-            frontiers.update(solver.frontiers_of(model, known.fisher, "mixed", curvature=known.curvature))
+            frontiers.update(
+                solver.frontiers_of(model, known.fisher, "mixed", curvature=known.curvature)
+            )
         return solver.solve_budget(model, frontiers, mib, recipe=recipe)
 
     def sensitive() -> Plan:
         rounded = dequantize(quantize(model, alike["int4"]))
         error = {
-            n: (f * (rounded.get_parameter(n) - model.get_parameter(n)).square()).sum().item() for n, f in known.fisher.items()
+            n: (f * (rounded.get_parameter(n) - model.get_parameter(n)).square()).sum().item()
+            for n, f in known.fisher.items()
         }
-        return Plan(alike["int4"] | dict.fromkeys(sorted(error, key=error.get)[-SENSITIVE:], "fp16"))
+        return Plan(
+            alike["int4"] | dict.fromkeys(sorted(error, key=error.get)[-SENSITIVE:], "fp16")
+        )
 
-    yield "allocator", f"{TENTH:.0%} of FP32", partial(allocated, TENTH * resident_bytes(model) / MIB)
+    yield (
+        "allocator",
+        f"{TENTH:.0%} of FP32",
+        partial(allocated, TENTH * resident_bytes(model) / MIB),
+    )
     for low, plan in alike.items():
         yield "uniform", low, partial(Plan, plan)
         yield "allocator", f"bytes of uniform {low}", partial(allocated, nbytes(model, plan) / MIB)
     for low in ("int4", "int3", "int2"):
-        yield CODED, f"bytes of uniform {low}", partial(allocate_coded, model, known, nbytes(model, alike[low]) / MIB)
-    yield CODED, f"{TENTH:.0%} of FP32", partial(allocate_coded, model, known, TENTH * resident_bytes(model) / MIB)
+        yield (
+            CODED,
+            f"bytes of uniform {low}",
+            partial(allocate_coded, model, known, nbytes(model, alike[low]) / MIB),
+        )
+    yield (
+        CODED,
+        f"{TENTH:.0%} of FP32",
+        partial(allocate_coded, model, known, TENTH * resident_bytes(model) / MIB),
+    )
     for library, (_, settings) in PEERS.items():
         for setting in settings:
             # Their own rows come first, so their bytes are known.
-            yield "allocator", f"bytes of {library} {setting}", partial(allocated, known_mib(library, str(setting)))
+            yield (
+                "allocator",
+                f"bytes of {library} {setting}",
+                partial(allocated, known_mib(library, str(setting))),
+            )
     kept = sensitive()
     yield "INT4, sensitive tensors FP16", "int4", partial(Plan, kept)
-    yield "allocator", "bytes of INT4, sensitive tensors FP16", partial(allocated, nbytes(model, kept) / MIB)
+    yield (
+        "allocator",
+        "bytes of INT4, sensitive tensors FP16",
+        partial(allocated, nbytes(model, kept) / MIB),
+    )
 
 
 def known_mib(method: str, format: str) -> float:
@@ -105,7 +134,11 @@ def known_mib(method: str, format: str) -> float:
 
 
 def measured(
-    whole: nn.Module, expected: Tensor, look: dict[str, np.ndarray], drawn: dict[str, Tensor], name: str
+    whole: nn.Module,
+    expected: Tensor,
+    look: dict[str, np.ndarray],
+    drawn: dict[str, Tensor],
+    name: str,
 ) -> dict[str, Any]:
     """Decibels and the distances of a model that computes in FP32; its first maps go to `drawn`."""
     found = outputs(whole, JUDGED)
@@ -115,7 +148,8 @@ def measured(
 
 def main() -> int:
     """Make the rows that are missing and the figure; errors are one sentence and exit status 1."""
-    # The converter warns of what its resizing leaves out; `load` compares the output with ONNX Runtime's.
+    # The converter warns of what its resizing leaves out; `load` compares the output with ONNX
+    # Runtime's.
     warnings.filterwarnings("ignore", module="onnx2pytorch")
     try:
         compute_on(2, "cpu")
@@ -126,7 +160,9 @@ def main() -> int:
         make_rows(model, known, expected, look)
         by_passes(model, expected)
     except ModuleNotFoundError as error:
-        print(f"stopped: {error.name} is not installed: `make terrain` installs it", file=sys.stderr)
+        print(
+            f"stopped: {error.name} is not installed: `make terrain` installs it", file=sys.stderr
+        )
         return 1
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)
@@ -134,15 +170,22 @@ def main() -> int:
     return 0
 
 
-def make_rows(model: nn.Module, known: Sensitivity, expected: Tensor, look: dict[str, np.ndarray]) -> None:
+def make_rows(
+    model: nn.Module, known: Sensitivity, expected: Tensor, look: dict[str, np.ndarray]
+) -> None:
     """The table results/terrain/terrain.csv, written again after every row, and the figure.
 
-    A row that is there is made again only where the figure needs its maps, which are kept in build/.
+    A row that is there is made again only where the figure needs its maps, which are kept in
+    build/.
     """
     table = results.load_optional(WORK, "terrain")
     rows = [] if table is None else table.to_dict("records")
     maps_at = WORK.build / "maps.safetensors"
-    drawn = load_tensors(maps_at, "make terrain")[0] if maps_at.is_file() else {"fp32 none": expected[:CHUNK]}
+    drawn = (
+        load_tensors(maps_at, "make terrain")[0]
+        if maps_at.is_file()
+        else {"fp32 none": expected[:CHUNK]}
+    )
 
     def add(method: str, format: str, make: Callable[[], dict[str, Any]]) -> None:
         made = any((row["method"], row["format"]) == (method, format) for row in rows)
@@ -156,7 +199,13 @@ def make_rows(model: nn.Module, known: Sensitivity, expected: Tensor, look: dict
         print(f"{method} {format}: {row['mem_mib']:.2f} MiB, {row['decibels']:.1f} dB", flush=True)
 
     full = resident_bytes(model) / MIB
-    add("fp32", "other noise", lambda: {"mem_mib": full, "mem_share": 1.0, "decibels": float("nan")} | other_noise(model, look))
+    add(
+        "fp32",
+        "other noise",
+        lambda: (
+            {"mem_mib": full, "mem_share": 1.0, "decibels": float("nan")} | other_noise(model, look)
+        ),
+    )
     x = maps(OTHER, MAPS_PER_PASS)
     with torch.no_grad():
         inputs = layer_inputs(model, known.fisher, *x)
@@ -165,7 +214,11 @@ def make_rows(model: nn.Module, known: Sensitivity, expected: Tensor, look: dict
         with torch.no_grad():
             small, left = by_layer(quantizer(setting))(model, inputs)
         size = stored_bytes(small)
-        own = {"mem_mib": size / MIB, "mem_share": size / resident_bytes(model), "layers_left_fp32": left}
+        own = {
+            "mem_mib": size / MIB,
+            "mem_share": size / resident_bytes(model),
+            "layers_left_fp32": left,
+        }
         return own | measured(small, expected, look, drawn, name)
 
     def ours(plan_of: Callable[[], Plan], name: str) -> dict[str, Any]:
@@ -175,7 +228,11 @@ def make_rows(model: nn.Module, known: Sensitivity, expected: Tensor, look: dict
             save_quantized(path, small, model, compress=True)
             file = path.stat().st_size
         size = resident_bytes(small)
-        own = {"mem_mib": size / MIB, "mem_share": size / resident_bytes(model), "file_mib": file / MIB}
+        own = {
+            "mem_mib": size / MIB,
+            "mem_share": size / resident_bytes(model),
+            "file_mib": file / MIB,
+        }
         return own | measured(dequantize(small), expected, look, drawn, name)
 
     for library, (quantizer, settings) in PEERS.items():
@@ -187,7 +244,9 @@ def make_rows(model: nn.Module, known: Sensitivity, expected: Tensor, look: dict
 
 
 def by_passes(model: nn.Module, expected: Tensor) -> None:
-    """The table results/terrain/passes.csv: decibels of the allocator's plan at INT4's bytes by the passes behind it."""
+    """The table results/terrain/passes.csv: decibels of the allocator's plan at INT4's bytes by the
+    passes behind it.
+    """
     table = results.load_optional(WORK, "passes")
     rows = [] if table is None else table.to_dict("records")
     for passes in FEWER:
@@ -197,7 +256,13 @@ def by_passes(model: nn.Module, expected: Tensor) -> None:
         plan = allocate(model, known, nbytes(model, dict.fromkeys(known.fisher, "int4")) / MIB)
         mse = 2 * plan.damage / SIZE**2
         found = decibels(expected, outputs(dequantize(quantize(model, plan)), JUDGED))
-        rows.append({"passes": passes, "decibels": found, "predicted": 10 * np.log10(expected.var().item() / mse)})
+        rows.append(
+            {
+                "passes": passes,
+                "decibels": found,
+                "predicted": 10 * np.log10(expected.var().item() / mse),
+            }
+        )
         results.save_table(WORK, "passes", pd.DataFrame(rows))
         print(f"{passes} passes: {found:.1f} dB", flush=True)
 
@@ -214,13 +279,22 @@ def draw(table: pd.DataFrame, drawn: dict[str, Tensor]) -> None:
     by = table.set_index(["method", "format"])
     scale = heights(drawn["fp32 none"]).max((1, 2))
     for row, (title, key) in zip(axes, DRAWN.items(), strict=True):
-        size = "" if key == ("fp32", "none") else f"\n{by.loc[key, 'mem_share']:.1%} of the bytes\n{by.loc[key, 'decibels']:.1f} dB"
+        size = (
+            ""
+            if key == ("fp32", "none")
+            else f"\n{by.loc[key, 'mem_share']:.1%} of the bytes\n{by.loc[key, 'decibels']:.1f} dB"
+        )
         for ax, z, top in zip(row, heights(drawn[" ".join(key)]), scale, strict=False):
             ax.imshow(z, cmap="viridis", vmin=0, vmax=top)
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(f"{title}{size}", fontsize=8)
-    uniform, ours = (by.loc[DRAWN[name], "decibels"] for name in ("uniform INT4", "allocator, INT4's bytes"))
-    figure.suptitle(f"Signal over error at INT4's bytes: {ours:.0f} dB (allocator), {uniform:.0f} dB (uniform)", fontsize=10)
+    uniform, ours = (
+        by.loc[DRAWN[name], "decibels"] for name in ("uniform INT4", "allocator, INT4's bytes")
+    )
+    figure.suptitle(
+        f"Signal over error at INT4's bytes: {ours:.0f} dB (allocator), {uniform:.0f} dB (uniform)",
+        fontsize=10,
+    )
     note = "height maps from the same noise; colours from 0 to the highest point of the FP32 map"
     report.save_figure(WORK, "maps", figure, note, pixels=True, model="a public model of others")
     plt.close(figure)

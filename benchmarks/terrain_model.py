@@ -1,8 +1,8 @@
 """A public diffusion model that others have trained, its maps, and what a user of terrain looks at.
 
-The model comes with the package adaptive-terrain-diffusion (MIT): a consistency U-Net in ONNX with 10.4 million parameters. From
-noise of standard deviation 80 and a difficulty in [0, 1] it makes a height map of 128 x 128 in one step. onnx2pytorch turns it into
-a torch module.
+The model comes with the package adaptive-terrain-diffusion (MIT): a consistency U-Net in ONNX with
+10.4 million parameters. From noise of standard deviation 80 and a difficulty in [0, 1] it makes a
+height map of 128 x 128 in one step. onnx2pytorch turns it into a torch module.
 """
 
 from importlib.resources import files
@@ -25,13 +25,19 @@ WEIGHTS = "weights/terrain_consistency_unet_difficulty100.onnx"
 SIZE, SIGMA = 128, 80.0
 PASSES, MAPS_PER_PASS = 32, 2
 FRESH, CHUNK = 64, 4
-KNOWN, JUDGED, OTHER = 0, 1, 2  # seeds of the noise: plans are made from, judged on, and what other noise does
+KNOWN, JUDGED, OTHER = (
+    0,
+    1,
+    2,
+)  # seeds of the noise: plans are made from, judged on, and what other noise does
 STORED = ("fisher", "curvature")
 HEIGHT, ASINH = 22.16864013671875, 0.1  # metres; the package's map from the output to heights
 
 
 def load() -> nn.Module:
-    """The model in torch, without the buffers in which the converter repeats every weight; checked against ONNX Runtime."""
+    """The model in torch, without the buffers in which the converter repeats every weight; checked
+    against ONNX Runtime.
+    """
     import onnx
     import onnxruntime
     from onnx2pytorch import ConvertModel
@@ -49,14 +55,17 @@ def load() -> nn.Module:
         off = (model(*x) - torch.from_numpy(session.run(["denoised"], named)[0])).abs().max().item()
     if off > 1e-4:
         raise RuntimeError(
-            f"the model in torch differs from ONNX Runtime's by {off:.2g}: use the versions in requirements-terrain.txt"
+            f"the model in torch differs from ONNX Runtime's by {off:.2g}: use the versions in "
+            f"requirements-terrain.txt"
         )
     print(f"the model in torch differs from ONNX Runtime's by at most {off:.1g}")
     return model
 
 
 def maps(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The model's arguments for so many maps, as the package's generator gives them: noise, sigma, difficulty."""
+    """The model's arguments for so many maps, as the package's generator gives them: noise, sigma,
+    difficulty.
+    """
     g = generator(seed)
     noise = SIGMA * torch.randn(count, 1, SIZE, SIZE, generator=g)
     return noise, torch.full((count,), SIGMA), torch.randint(100, (count,), generator=g) / 99
@@ -66,13 +75,17 @@ def maps(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
 def outputs(model: nn.Module, seed: int) -> Tensor:
     """What the model makes of FRESH maps, (FRESH, 1, 128, 128)."""
     parts = [part.split(CHUNK) for part in maps(seed, FRESH)]
-    return torch.cat([model(*x) for x in tqdm(zip(*parts, strict=True), total=FRESH // CHUNK, leave=False)])
+    return torch.cat(
+        [model(*x) for x in tqdm(zip(*parts, strict=True), total=FRESH // CHUNK, leave=False)]
+    )
 
 
 def estimated(model: nn.Module, passes: int) -> Sensitivity:
     """Of all weights, from the first of PASSES passes of MAPS_PER_PASS maps."""
     parts = [part.split(MAPS_PER_PASS)[:passes] for part in maps(KNOWN, PASSES * MAPS_PER_PASS)]
-    return estimate_sensitivity(model, tqdm(list(zip(*parts, strict=True)), desc="sensitivity", leave=False), KNOWN)
+    return estimate_sensitivity(
+        model, tqdm(list(zip(*parts, strict=True)), desc="sensitivity", leave=False), KNOWN
+    )
 
 
 def sensitivity(model: nn.Module) -> Sensitivity:
@@ -80,10 +93,17 @@ def sensitivity(model: nn.Module) -> Sensitivity:
     path = WORK.build / "sensitivity.safetensors"
     if not path.is_file():
         found = estimated(model, PASSES)
-        tensors = {f"{kind} {n}": t.contiguous() for kind in STORED for n, t in getattr(found, kind).items()}
+        tensors = {
+            f"{kind} {n}": t.contiguous()
+            for kind in STORED
+            for n, t in getattr(found, kind).items()
+        }
         save_tensors(path, tensors, passes=PASSES, noise=found.noise)
     stored, about = load_tensors(path, "make terrain", passes=PASSES)
-    fields = [{n.partition(" ")[2]: t for n, t in stored.items() if n.startswith(f"{kind} ")} for kind in STORED]
+    fields = [
+        {n.partition(" ")[2]: t for n, t in stored.items() if n.startswith(f"{kind} ")}
+        for kind in STORED
+    ]
     return Sensitivity(*fields, PASSES, about["noise"])
 
 
@@ -94,7 +114,9 @@ def heights(output: Tensor) -> np.ndarray:
 
 
 def character(output: Tensor) -> dict[str, np.ndarray]:
-    """What a user of terrain looks at: slopes, roughness (height over the mean of 5 x 5 cells), and the power spectrum in dB."""
+    """What a user of terrain looks at: slopes, roughness (height over the mean of 5 x 5 cells), and
+    the power spectrum in dB.
+    """
     z = heights(output)
     slope = np.hypot(*np.gradient(z, axis=(1, 2)))
     rough = np.abs(z - uniform_filter(z, (0, 5, 5)))
@@ -105,8 +127,12 @@ def character(output: Tensor) -> dict[str, np.ndarray]:
 
 
 def distances(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, float]:
-    """Wasserstein distances of slopes and roughness (metres), root mean square difference of the spectra (dB)."""
-    found = {name: wasserstein_distance(a[name][::7], b[name][::7]) for name in ("slope", "roughness")}
+    """Wasserstein distances of slopes and roughness (metres), root mean square difference of the
+    spectra (dB).
+    """
+    found = {
+        name: wasserstein_distance(a[name][::7], b[name][::7]) for name in ("slope", "roughness")
+    }
     return found | {"spectrum": float(np.sqrt(np.mean((a["spectrum"] - b["spectrum"]) ** 2)))}
 
 

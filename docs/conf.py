@@ -1,4 +1,6 @@
-"""The site that `make site` builds: README, docs/ and the committed notebooks, none of which is executed."""
+"""The site that `make site` builds: README, docs/ and the committed notebooks, none of which is
+executed.
+"""
 
 import sys
 from importlib.metadata import version as installed

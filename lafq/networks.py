@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """The model in evaluation mode; afterwards each of its modules is in its former mode and each parameter requires what it did.
+    """The model in evaluation mode; afterwards each of its modules is in its former mode and each
+    parameter requires what it did.
 
     In evaluation mode batch norm does not change its buffers, and dropout passes everything on.
     gradients: they can be taken inside, even where the caller has switched them off.
@@ -32,40 +33,60 @@ def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`'s or a data-parallel wrapper, whose parameters have the plain names.
+    """The module inside `torch.compile`'s or a data-parallel wrapper, whose parameters have the
+    plain names.
 
     Raises ValueError for anything that is no module.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"a {type(model).__name__} stands in the place of the model: check the order of the arguments")
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"a {type(model).__name__} stands in the place of the model: check the order of the "
+            f"arguments"
+        )
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(
+        model, "_orig_mod"
+    ):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
 
 
 def arguments_of(batch: object, device: torch.device) -> list[Any]:
-    """A batch, a tensor or a tuple of the model's arguments, as these arguments, tensors on the device.
+    """A batch, a tensor or a tuple of the model's arguments, as these arguments, tensors on the
+    device.
 
     Raises ValueError for anything else, and for a first argument that is no tensor (B, ...).
     """
     arguments = (batch,) if isinstance(batch, Tensor) else batch
-    if not isinstance(arguments, tuple | list) or not arguments or not isinstance(arguments[0], Tensor) or not arguments[0].ndim:
+    if (
+        not isinstance(arguments, tuple | list)
+        or not arguments
+        or not isinstance(arguments[0], Tensor)
+        or not arguments[0].ndim
+    ):
         raise ValueError(
-            f"a batch is a {type(batch).__name__}: give one tensor (B, ...), or a tuple of the model's arguments that begins with "
+            f"a batch is a {type(batch).__name__}: give one tensor (B, ...), or a tuple of the "
+            f"model's arguments that begins with "
             "one; wrap a model that takes anything else in a module that takes these"
         )
     # A tensor made in inference mode cannot be part of a backward pass.
-    return [(a.clone() if a.is_inference() else a).to(device) if isinstance(a, Tensor) else a for a in arguments]
+    return [
+        (a.clone() if a.is_inference() else a).to(device) if isinstance(a, Tensor) else a
+        for a in arguments
+    ]
 
 
 def checked_output(output: object, samples: int) -> Tensor:
-    """The output of a model for a batch of so many samples; ValueError unless it is one tensor whose first axis is the batch."""
+    """The output of a model for a batch of so many samples; ValueError unless it is one tensor
+    whose first axis is the batch.
+    """
     if not isinstance(output, Tensor):
         raise ValueError(
-            f"the model's output is a {type(output).__name__}: wrap the model in a module whose forward gives one tensor of it"
+            f"the model's output is a {type(output).__name__}: wrap the model in a module whose "
+            f"forward gives one tensor of it"
         )
     if output.ndim == 0 or len(output) != samples:
         raise ValueError(
-            f"the model's output has shape {tuple(output.shape)} for {samples} samples: its first axis must be the batch"
+            f"the model's output has shape {tuple(output.shape)} for {samples} samples: its first "
+            f"axis must be the batch"
         )
     return output

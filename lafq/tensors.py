@@ -1,7 +1,9 @@
-"""Files are written to a temporary name and then renamed: a full disk or a killed run leaves the old file intact.
+"""Files are written to a temporary name and then renamed: a full disk or a killed run leaves the
+old file intact.
 
-Tensors go to safetensors, with a metadata record that loading checks. A sealed file also carries the sha256 of all its
-bytes (taken with 64 zeros in the seal's own place), which loading checks before anything is parsed.
+Tensors go to safetensors, with a metadata record that loading checks. A sealed file also carries
+the sha256 of all its bytes (taken with 64 zeros in the seal's own place), which loading checks
+before anything is parsed.
 """
 
 import hashlib
@@ -32,25 +34,33 @@ def sha256(path: Path) -> str:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path to write; on success it replaces `path`, on failure it is removed.
 
-    Raises OSError with one sentence when the file cannot be written (a full disk, a read-only folder).
+    Raises OSError with one sentence when the file cannot be written (a full disk, a read-only
+    folder).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_COUNT)}.part")  # no two writers share it
+    temporary = path.with_name(
+        f".{path.name}.{os.getpid()}-{next(_COUNT)}.part"
+    )  # no two writers share it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"could not write {path} ({error}): make room or choose a writable folder, then `make resume`; "
+            f"could not write {path} ({error}): make room or choose a writable folder, then `make "
+            f"resume`; "
             "the files already there are unchanged"
         ) from error
     finally:
-        with suppress(OSError):  # on a file system that has become read-only; the error above says so
+        with suppress(
+            OSError
+        ):  # on a file system that has become read-only; the error above says so
             temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of `atomic_write` below a folder whose process no longer runs: a kill leaves them."""
+    """Delete the temporary files of `atomic_write` below a folder whose process no longer runs: a
+    kill leaves them.
+    """
     for path in folder.rglob(".*.part"):
         found = re.search(r"\.(\d+)-\d+\.part$", path.name)
         if not found or _runs(int(found[1])):
@@ -68,12 +78,18 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], *, sealed: bool = False, **metadata: Any) -> None:
-    """Write named tensors and a metadata record (any JSON values) as safetensors, with a seal when asked for."""
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], *, sealed: bool = False, **metadata: Any
+) -> None:
+    """Write named tensors and a metadata record (any JSON values) as safetensors, with a seal when
+    asked for.
+    """
     about = {"lafq": json.dumps(metadata)} | ({"seal": BLANK} if sealed else {})
     with atomic_write(path) as temporary:
         temporary.touch()
-        mode = temporary.stat().st_mode  # the user's umask; safetensors writes files that are its owner's alone
+        mode = (
+            temporary.stat().st_mode
+        )  # the user's umask; safetensors writes files that are its owner's alone
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, about)
         temporary.chmod(mode)
         if sealed:
@@ -83,11 +99,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], *, sealed: bool = False
                 file.write(digest.encode())
 
 
-def load_tensors(path: Path, made_by: str, *, sealed: bool = False, **expected: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(
+    path: Path, made_by: str, *, sealed: bool = False, **expected: Any
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote: the tensors by name, and the metadata record.
 
     made_by: what makes the file, for the error ("01_train"); sealed: whether it must carry a seal.
-    Raises FileNotFoundError when there is none, ValueError when it is damaged or its metadata is not as `expected`.
+    Raises FileNotFoundError when there is none, ValueError when it is damaged or its metadata is
+    not as `expected`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run {made_by} first, which makes it")
@@ -96,17 +115,25 @@ def load_tensors(path: Path, made_by: str, *, sealed: bool = False, **expected: 
         with path.open("rb") as file:
             file.seek(place)
             if not place or file.read(64) != digest.encode():
-                raise ValueError(f"{path} is damaged or not a lafq file (its checksum is wrong): run {made_by} again")
+                raise ValueError(
+                    f"{path} is damaged or not a lafq file (its checksum is wrong): run {made_by} "
+                    f"again"
+                )
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {})["lafq"])
             # Clones, since the tensors as read keep the whole file mapped.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not a lafq file ({error}): delete it and run {made_by} again") from None
+        raise ValueError(
+            f"{path} is damaged or not a lafq file ({error}): delete it and run {made_by} again"
+        ) from None
     for key, value in expected.items():
         if metadata.get(key) != value:
-            raise ValueError(f"{path} was made with {key}={metadata.get(key)}, not {value}: delete it and run {made_by} again")
+            raise ValueError(
+                f"{path} was made with {key}={metadata.get(key)}, not {value}: delete it and run "
+                f"{made_by} again"
+            )
     return tensors, metadata
 
 
@@ -120,13 +147,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def _seal(path: Path) -> tuple[str, int]:
-    """The digest a sealed file must carry, and where in the file it stands (0 when it has no place for one)."""
+    """The digest a sealed file must carry, and where in the file it stands (0 when it has no place
+    for one).
+    """
     with path.open("rb") as file:
         length = file.read(8)
         header = file.read(min(int.from_bytes(length, "little"), HEADER_LIMIT))
         found = re.search(rb'"seal":"([0-9a-f]{64})"', header)
         if not found:
             return "", 0
-        content = hashlib.sha256(length + header[: found.start(1)] + BLANK.encode() + header[found.end(1) :])
+        content = hashlib.sha256(
+            length + header[: found.start(1)] + BLANK.encode() + header[found.end(1) :]
+        )
         hashlib.file_digest(file, lambda: content)
     return content.hexdigest(), 8 + found.start(1)

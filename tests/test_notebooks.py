@@ -9,7 +9,9 @@ from tools import notebooks, publishing
 
 NOTEBOOKS = notebooks.notebooks()
 PROFILES = sorted(paths.PROFILES.glob("*.yaml"))
-MACHINE_PATH = re.compile(r"(?<![\w.:/<])/[A-Za-z][\w.-]*/[\w.-]")  # any absolute path of two parts or more
+MACHINE_PATH = re.compile(
+    r"(?<![\w.:/<])/[A-Za-z][\w.-]*/[\w.-]"
+)  # any absolute path of two parts or more
 
 
 def code(path):
@@ -18,12 +20,21 @@ def code(path):
 
 def assigned(source):
     return {
-        t.id for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
+        t.id
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+        for t in node.targets
+        if isinstance(t, ast.Name)
     }
 
 
 def used(path):
-    return {n.id for c in code(path) for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.Name) and n.id.isupper()}
+    return {
+        n.id
+        for c in code(path)
+        for n in ast.walk(ast.parse(c.source))
+        if isinstance(n, ast.Name) and n.id.isupper()
+    }
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
@@ -45,9 +56,15 @@ def test_profiles_name_the_same_parameters():
 def test_committed_defaults_are_minis_or_where_mini_does_not_run_it_papers(path):
     runs = path in notebooks.notebooks(profile="mini")
     mini = notebooks.profile_parameters("mini" if runs else "paper")
-    values = {name: ast.literal_eval(text) for name, text in notebooks.declared(path).items() if name != "TRAINING"}
+    values = {
+        name: ast.literal_eval(text)
+        for name, text in notebooks.declared(path).items()
+        if name != "TRAINING"
+    }
     assert values["COMPUTE"] is False
-    assert {n: v for n, v in values.items() if n in mini} == {n: mini[n] for n in values if n in mini}
+    assert {n: v for n, v in values.items() if n in mini} == {
+        n: mini[n] for n in values if n in mini
+    }
     for cell in code(path):
         if "TRAINING" in assigned(cell.source):
             scope = {}
@@ -61,12 +78,17 @@ def test_committed_notebook_is_executed_clean_and_small(path):
         assert cell.execution_count is not None
         assert len(cell.source.splitlines()) <= 15
         tree = ast.parse(cell.source)
-        assert not any(isinstance(n, ast.FunctionDef | ast.ClassDef | ast.For | ast.While) for n in ast.walk(tree))
+        assert not any(
+            isinstance(n, ast.FunctionDef | ast.ClassDef | ast.For | ast.While)
+            for n in ast.walk(tree)
+        )
         for output in cell.outputs:
             assert output.output_type != "error"
             assert output.get("name") != "stderr"
             assert notebooks.WIDGET not in output.get("data", {})
-            assert not MACHINE_PATH.search(str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", "")))
+            assert not MACHINE_PATH.search(
+                str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
+            )
     notebook = nbformat.read(path, as_version=4)
     assert "widgets" not in notebook.metadata
     assert "papermill" not in notebook.metadata
@@ -78,7 +100,9 @@ def test_first_cell_links_the_other_notebooks(path):
     first = nbformat.read(path, as_version=4).cells[0].source
     assert first.startswith(f"# {path.stem[:2]} ")
     links = re.findall(r"\]\(([^)]+)\)", first)
-    assert [name for name in links if name.endswith(".ipynb")] == sorted(p.name for p in NOTEBOOKS if p != path)
+    assert [name for name in links if name.endswith(".ipynb")] == sorted(
+        p.name for p in NOTEBOOKS if p != path
+    )
     assert "../README.md" in links
 
 
@@ -92,8 +116,14 @@ def test_paper_stands_beside_mini_with_its_own_values_and_links():
     names = sorted(path.name for path in folder.glob("*.ipynb"))
     assert names == sorted(path.name for path in publishing.rendered(publishing.PAPER))
     for path in folder.glob("*.ipynb"):
-        ours = {name: ast.literal_eval(text) for name, text in notebooks.declared(path).items() if name != "TRAINING"}
+        ours = {
+            name: ast.literal_eval(text)
+            for name, text in notebooks.declared(path).items()
+            if name != "TRAINING"
+        }
         expected = notebooks.profile_parameters("paper")
-        assert {n: v for n, v in ours.items() if n in expected} == {n: expected[n] for n in ours if n in expected}
+        assert {n: v for n, v in ours.items() if n in expected} == {
+            n: expected[n] for n in ours if n in expected
+        }
         first = nbformat.read(path, as_version=4).cells[0].source
         assert all((folder / link).exists() for link in re.findall(r"\]\(([^)]+)\)", first))

@@ -17,7 +17,9 @@ HEAVY = ("torchvision", "pandas", "scipy", "matplotlib", "seaborn", "torch_fidel
 
 def small_network(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 10)).eval()
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 10)
+    ).eval()
 
 
 @pytest.fixture
@@ -28,17 +30,32 @@ def network():
 @pytest.fixture
 def sensitivity(network):
     g = torch.Generator().manual_seed(1)
-    return estimate_sensitivity(network, [(torch.randn(8, 1, 8, 8, generator=g),) for _ in range(8)], seed=0)
+    return estimate_sensitivity(
+        network, [(torch.randn(8, 1, 8, 8, generator=g),) for _ in range(8)], seed=0
+    )
 
 
 def test_import_is_light():
     code = f"import lafq, sys; from lafq import quantize, estimate_sensitivity; print([m for m in {HEAVY} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 def test_seven_names_and_no_others():
     assert lafq.__all__ == [
-        *("estimate_sensitivity", "allocate", "allocate_coded", "quantize", "dequantize", "save_quantized", "load_quantized"),
+        *(
+            "estimate_sensitivity",
+            "allocate",
+            "allocate_coded",
+            "quantize",
+            "dequantize",
+            "save_quantized",
+            "load_quantized",
+        ),
     ]
     assert all(getattr(lafq, name).__doc__ for name in lafq.__all__)
     with pytest.raises(AttributeError, match="no attribute 'pack'"):
@@ -56,15 +73,22 @@ def test_a_plan_carries_its_rounding(network, sensitivity):
 
 def test_a_plan_of_another_model_is_refused(network, sensitivity):
     plan = allocate(network, sensitivity, budget_mib=0.004, progress=False)
-    with pytest.raises(ValueError, match="made for other weights than this model's: allocate a plan for this model"):
+    with pytest.raises(
+        ValueError, match="made for other weights than this model's: allocate a plan for this model"
+    ):
         quantize(small_network(1), plan)
 
 
 def test_files_of_the_first_version_load():
-    """tests/data/packed_by_0.1.safetensors: every kind of stored weight, written before the packages were there."""
+    """tests/data/packed_by_0.1.safetensors: every kind of stored weight, written before the
+    packages were there.
+    """
     network = nn.Sequential(
         *(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 2), nn.Conv2d(4, 6, 3), nn.Flatten()),
         *(nn.Linear(6, 5), nn.Linear(5, 40), nn.Linear(40, 40)),
     )
     loaded = load_quantized(paths.ROOT / "tests" / "data" / "packed_by_0.1.safetensors", network)
-    assert weights_sha256(dequantize(loaded)) == "d0247b4e93ea8042f943a051925485518e5e3fd0d4e6a5f3ee1714b435186404"
+    assert (
+        weights_sha256(dequantize(loaded))
+        == "d0247b4e93ea8042f943a051925485518e5e3fd0d4e6a5f3ee1714b435186404"
+    )

@@ -31,7 +31,9 @@ DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
 def pins(text):
     return {
         name.lower().replace("_", "-"): version
-        for name, version in re.findall(r"^\s*-?\s*([A-Za-z0-9_.-]+)={1,2}([0-9][^\s;#]*)", text, flags=re.MULTILINE)
+        for name, version in re.findall(
+            r"^\s*-?\s*([A-Za-z0-9_.-]+)={1,2}([0-9][^\s;#]*)", text, flags=re.MULTILINE
+        )
     }
 
 
@@ -45,14 +47,18 @@ def test_environment_and_requirements_are_in_step():
     assert lock["torch"] == "2.13.0"
     assert lock["torchvision"] == "0.28.0"
     declared = [
-        re.match("[a-z0-9-]+", name)[0] for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        re.match("[a-z0-9-]+", name)[0]
+        for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     ]
     assert declared
     assert set(declared) <= set(environment)
 
 
 def test_environment_is_yaml():
-    assert yaml.safe_load((ROOT / "environment.yml").read_text())["channels"] == ["conda-forge", "nodefaults"]
+    assert yaml.safe_load((ROOT / "environment.yml").read_text())["channels"] == [
+        "conda-forge",
+        "nodefaults",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +82,32 @@ def test_every_block_is_on_one_page(blocks):
     assert sorted(marks) == sorted(blocks)
 
 
-@pytest.mark.parametrize("text", ["<!-- nonsense -->\n<!-- /nonsense -->", "<!-- claims -->\n"], ids=["unknown", "not closed"])
+@pytest.mark.parametrize(
+    "text",
+    ["<!-- nonsense -->\n<!-- /nonsense -->", "<!-- claims -->\n"],
+    ids=["unknown", "not closed"],
+)
 def test_marks_that_make_no_block(text, known_blocks):
     with pytest.raises(ValueError, match=r"nonsense|marks make 0 blocks"):
         readme.filled(text)
 
 
-TEXTS = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "results/README.md", "data/README.md"))]
+TEXTS = [
+    *PAGES,
+    *(
+        ROOT / name
+        for name in ("CONTRIBUTING.md", "CHANGELOG.md", "results/README.md", "data/README.md")
+    ),
+]
 
 
 def headings(path):
     """The anchors of the headings of a page or notebook, as GitHub names them."""
     text = path.read_text()
     if path.suffix == ".ipynb":
-        text = "\n".join(cell.source for cell in nbformat.reads(text, 4).cells if cell.cell_type == "markdown")
+        text = "\n".join(
+            cell.source for cell in nbformat.reads(text, 4).cells if cell.cell_type == "markdown"
+        )
     found = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in found}
 
@@ -126,7 +144,11 @@ def defined(path):
 def test_modules_and_names_that_docstrings_mention_are_there():
     modules = {path.stem: path for path in (ROOT / "lafq").rglob("*.py") if path.stem != "__init__"}
     for path in modules.values():
-        said = "\n".join(ast.get_docstring(n) or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, DOCUMENTED))
+        said = "\n".join(
+            ast.get_docstring(n) or ""
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, DOCUMENTED)
+        )
         for module in re.findall(r"\b(\w+)\.py\b", said):
             assert module in modules, (path, module)
         for module, name in re.findall(r"`(\w+)\.(\w+)`", said):
@@ -162,7 +184,9 @@ def test_examples_run(digits, tmp_path):
     [first] = snippets("README.md")
     assert max(len(s.strip().splitlines()) for s in (own, sized, coded, first)) <= 11
     imports = "\n".join(line for s in (own, first) for line in s.splitlines() if "import " in line)
-    subprocess.run([sys.executable, "-c", imports], check=True)  # in the page's order, in an interpreter of its own
+    subprocess.run(
+        [sys.executable, "-c", imports], check=True
+    )  # in the page's order, in an interpreter of its own
     scope = {"path": tmp_path / "model.safetensors"}
     exec(own, scope)
     stored = scope["nbytes"](scope["model"], scope["plan"])
@@ -175,7 +199,11 @@ def test_examples_run(digits, tmp_path):
     assert resident_bytes(scope["small"]) == nbytes(scope["model"], scope["plan"])
     network = torchvision.models.mobilenet_v3_small(num_classes=10).eval()
     for snippet in (sized, coded, first):
-        scope = {"model": network, "inputs": torch.randn(16, 3, 32, 32), "path": tmp_path / "sized.safetensors"}
+        scope = {
+            "model": network,
+            "inputs": torch.randn(16, 3, 32, 32),
+            "path": tmp_path / "sized.safetensors",
+        }
         exec(snippet.replace("_mib=5.0", "_mib=2.0"), scope)
         size = resident_bytes(scope["small"]) if snippet is sized else scope["path"].stat().st_size
         assert 0.99 * 2 < size / 2**20 <= 2
@@ -184,7 +212,13 @@ def test_examples_run(digits, tmp_path):
 def test_a_new_threshold_rule_as_contributing_shows_it(tiny):
     rule, row = snippets("CONTRIBUTING.md")
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
-    scope = {"Tensor": torch.Tensor, "Candidate": Candidate, "make_plan": make_plan, "fisher": fisher, "rows": []}
+    scope = {
+        "Tensor": torch.Tensor,
+        "Candidate": Candidate,
+        "make_plan": make_plan,
+        "fisher": fisher,
+        "rows": [],
+    }
     exec(rule + row, scope)
     [candidate] = scope["rows"]
     assert 0.45 < kept_share(tiny, candidate.plan) < 0.55
@@ -204,7 +238,14 @@ def comparison():
 def test_comparison_has_its_columns_and_a_row_a_key(comparison):
     assert list(comparison.columns) == poster.COLUMNS
     assert not comparison.duplicated(KEY).any()
-    assert set(comparison["method"]) == {"baseline", "uniform", "global", "group", "mean_std", "ratio"}
+    assert set(comparison["method"]) == {
+        "baseline",
+        "uniform",
+        "global",
+        "group",
+        "mean_std",
+        "ratio",
+    }
     ratios = comparison[comparison["method"] == "ratio"]
     for (low, granularity), rows in ratios.groupby(["format", "granularity"]):
         assert rows["threshold"].tolist() == [f"{r:.2f}" for r in poster.RATIOS], (low, granularity)
@@ -217,10 +258,14 @@ def test_comparison_agrees_with_the_notebooks_tables(comparison):
         both = comparison.merge(table, on=KEY, suffixes=("", "_own"))
         assert len(both)
         for column in ("fid_mnist", "is_mnist", "kid_mnist", "mem_mib", "mem_share"):
-            pd.testing.assert_series_equal(both[column], both[f"{column}_own"], check_names=False, check_dtype=False)
+            pd.testing.assert_series_equal(
+                both[column], both[f"{column}_own"], check_names=False, check_dtype=False
+            )
 
 
 def test_equal_samples_have_equal_scores():
-    rows = pd.concat([results.load_table(MINI, n) for n in ("03_global", "04_group", "05_ratio_sweep")])
+    rows = pd.concat(
+        [results.load_table(MINI, n) for n in ("03_global", "04_group", "05_ratio_sweep")]
+    )
     assert (rows.groupby("sample")["fid_mnist"].nunique() == 1).all()
     assert rows.groupby("sample").size().max() > 1

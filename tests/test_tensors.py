@@ -46,7 +46,10 @@ def test_other_errors_pass_through_and_leave_nothing(tmp_path):
 def test_not_our_file(tmp_path, content):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a.safetensors is damaged or not a lafq file .*: delete it and run 02 again"):
+    with pytest.raises(
+        ValueError,
+        match=r"a.safetensors is damaged or not a lafq file .*: delete it and run 02 again",
+    ):
         io.load_tensors(path, "02")
 
 
@@ -65,7 +68,10 @@ def test_a_clean_up_that_fails_does_not_hide_the_error(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(io.Path, "unlink", read_only)
-    with pytest.raises(OSError, match=r"could not write .*No space"), io.atomic_write(tmp_path / "a.txt"):
+    with (
+        pytest.raises(OSError, match=r"could not write .*No space"),
+        io.atomic_write(tmp_path / "a.txt"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -87,4 +93,6 @@ def test_leftovers_of_killed_processes_go_and_those_of_running_ones_stay(tmp_pat
         path.write_text("x")
     io.remove_leftovers(tmp_path)
     assert not left[0].exists()
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted([left[1].name, "a.csv", ".b.part"])
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(
+        [left[1].name, "a.csv", ".b.part"]
+    )

@@ -1,4 +1,6 @@
-"""Tables computed again against those that were there before: how many rows and verdicts are the same (tolerances.yaml)."""
+"""Tables computed again against those that were there before: how many rows and verdicts are the
+same (tolerances.yaml).
+"""
 
 import shutil
 from fnmatch import fnmatch
@@ -30,21 +32,31 @@ def keep_aside(work: Workspace) -> None:
 
 
 def compared(work: Workspace) -> tuple[str, list[str]]:
-    """One sentence on all tables of a profile, and a line for every row or verdict that is out of its tolerance.
+    """One sentence on all tables of a profile, and a line for every row or verdict that is out of
+    its tolerance.
 
-    A table that has been made for the first time is left out; one that is gone is out of its tolerance.
+    A table that has been made for the first time is left out; one that is gone is out of its
+    tolerance.
     """
     rows, verdicts, out = [0, 0], [0, 0], []
     tables = sorted(before(work).glob("*.csv"))
     for path in tables:
         name, new = path.stem, work.results / path.name
         old = _read(path)
-        if not new.is_file() or list((table := _read(new)).columns) != list(old.columns) or len(table) != len(old):
+        if (
+            not new.is_file()
+            or list((table := _read(new)).columns) != list(old.columns)
+            or len(table) != len(old)
+        ):
             rows[1] += len(old)
             out.append(f"{name}: other rows or columns than before")
             continue
         same = pd.DataFrame(
-            {column: _within(name, column, table[column], old[column]) for column in old.columns if column not in WORDS}
+            {
+                column: _within(name, column, table[column], old[column])
+                for column in old.columns
+                if column not in WORDS
+            }
         )
         if "verdict" in same:
             verdicts = [verdicts[0] + same["verdict"].sum(), verdicts[1] + len(same)]
@@ -53,13 +65,18 @@ def compared(work: Workspace) -> tuple[str, list[str]]:
         for i in np.flatnonzero(~holds):
             off = same.columns[~same.iloc[i]]
             what = ", ".join(f"{c} {table[c][i]} (before: {old[c][i]})" for c in off[:3])
-            out.append(f"{name}, row {i + 1}: {what}" + (f" and {len(off) - 3} more" if len(off) > 3 else ""))
+            out.append(
+                f"{name}, row {i + 1}: {what}"
+                + (f" and {len(off) - 3} more" if len(off) > 3 else "")
+            )
     said = f"reproduced: {rows[0]:,} of {rows[1]:,} rows of {len(tables)} tables within the declared tolerance, "
     return said + f"{verdicts[0]} of {verdicts[1]} verdicts equal", out
 
 
 def report(work: Workspace) -> bool:
-    """Print `compared`, its first lines; returns whether all is within tolerance. Says nothing where nothing was kept aside."""
+    """Print `compared`, its first lines; returns whether all is within tolerance. Says nothing
+    where nothing was kept aside.
+    """
     if not any(before(work).glob("*.csv")):
         return True
     said, out = compared(work)
@@ -77,9 +94,15 @@ def _read(path: Path) -> pd.DataFrame:
 
 def _within(name: str, column: str, new: pd.Series, old: pd.Series) -> np.ndarray:
     """Which rows of a column are the same: numbers within the tolerance, words letter by letter."""
-    rule = next(r for r in yaml.safe_load(TOLERANCES.read_text()) if fnmatch(name, r["table"]) and fnmatch(column, r["column"]))
+    rule = next(
+        r
+        for r in yaml.safe_load(TOLERANCES.read_text())
+        if fnmatch(name, r["table"]) and fnmatch(column, r["column"])
+    )
     if rule.get("ignore"):
         return np.ones(len(new), dtype=bool)
     if not (pd.api.types.is_numeric_dtype(new) and pd.api.types.is_numeric_dtype(old)):
         return (new.astype(str) == old.astype(str)).to_numpy()
-    return np.isclose(new, old, atol=rule.get("absolute", 0.0), rtol=rule.get("relative", 0.0), equal_nan=True)
+    return np.isclose(
+        new, old, atol=rule.get("absolute", 0.0), rtol=rule.get("relative", 0.0), equal_nan=True
+    )

@@ -1,6 +1,8 @@
-"""ro-crate-metadata.json: which notebook made which table from which parameters, for archives that read RO-Crate 1.1.
+"""ro-crate-metadata.json: which notebook made which table from which parameters, for archives that
+read RO-Crate 1.1.
 
-Source: Soiland-Reyes et al. 2022, "Packaging research artefacts with RO-Crate", and the RO-Crate 1.1 specification.
+Source: Soiland-Reyes et al. 2022, "Packaging research artefacts with RO-Crate", and the RO-Crate
+1.1 specification.
 """
 
 import json
@@ -19,15 +21,23 @@ Entity = dict[str, Any]
 
 
 def crate() -> Entity:
-    """The metadata of the committed results: a root dataset, its files, and one action per notebook and profile."""
+    """The metadata of the committed results: a root dataset, its files, and one action per notebook
+    and profile.
+    """
     about = yaml.safe_load((paths.ROOT / "CITATION.cff").read_text())
     actions, files = [], {}
     for record in sorted(paths.RESULTS.glob("*/record.json")):
         if record.parent.name == "smoke":
             continue
         for notebook, parameters in sorted(json.loads(record.read_text())["notebooks"].items()):
-            made = [path for path in sorted(record.parent.glob(f"{notebook[:2]}_*")) if path.suffix in (".csv", ".npz")]
-            files |= {f"notebooks/{notebook}.ipynb": _software(f"notebooks/{notebook}.ipynb")} | {_name(p): _file(p) for p in made}
+            made = [
+                path
+                for path in sorted(record.parent.glob(f"{notebook[:2]}_*"))
+                if path.suffix in (".csv", ".npz")
+            ]
+            files |= {f"notebooks/{notebook}.ipynb": _software(f"notebooks/{notebook}.ipynb")} | {
+                _name(p): _file(p) for p in made
+            }
             actions.append(_action(record.parent.name, notebook, parameters, made))
     weights = paths.RESULTS / "mini" / WEIGHTS
     files[_name(weights)] = _file(weights)
@@ -46,10 +56,20 @@ def crate() -> Entity:
     }
     paper = about["references"][0]
     context = [
-        {"@id": PATH.name, "@type": "CreativeWork", "conformsTo": {"@id": "https://w3id.org/ro/crate/1.1"}, "about": {"@id": "./"}},
+        {
+            "@id": PATH.name,
+            "@type": "CreativeWork",
+            "conformsTo": {"@id": "https://w3id.org/ro/crate/1.1"},
+            "about": {"@id": "./"},
+        },
         {"@id": LICENSE, "@type": "CreativeWork", "name": "MIT License"},
         {"@id": "#authors", "@type": "Organization", "name": about["authors"][0]["name"]},
-        {"@id": "#paper", "@type": "ScholarlyArticle", "name": paper["title"], "datePublished": str(paper["year"])},
+        {
+            "@id": "#paper",
+            "@type": "ScholarlyArticle",
+            "name": paper["title"],
+            "datePublished": str(paper["year"]),
+        },
     ]
     return {
         "@context": "https://w3id.org/ro/crate/1.1/context",
@@ -62,15 +82,28 @@ def _name(path: Path) -> str:
 
 
 def _software(name: str) -> Entity:
-    return {"@id": name, "@type": ["File", "SoftwareSourceCode"], "name": name, "encodingFormat": "application/x-ipynb+json"}
+    return {
+        "@id": name,
+        "@type": ["File", "SoftwareSourceCode"],
+        "name": name,
+        "encodingFormat": "application/x-ipynb+json",
+    }
 
 
 def _file(path: Path) -> Entity:
-    return {"@id": _name(path), "@type": "File", "name": path.name, "contentSize": path.stat().st_size, "sha256": sha256(path)}
+    return {
+        "@id": _name(path),
+        "@type": "File",
+        "name": path.name,
+        "contentSize": path.stat().st_size,
+        "sha256": sha256(path),
+    }
 
 
 def _action(profile: str, notebook: str, parameters: Entity, made: list[Path]) -> Entity:
-    settings = ", ".join(f"{name}={value}" for name, value in sorted(parameters.items()) if name != "PROFILE")
+    settings = ", ".join(
+        f"{name}={value}" for name, value in sorted(parameters.items()) if name != "PROFILE"
+    )
     return {
         "@id": f"#{profile}-{notebook}",
         "@type": "CreateAction",

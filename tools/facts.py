@@ -16,7 +16,11 @@ from tools.notebooks import notebooks, profile_parameters
 
 def markdown(table: pd.DataFrame) -> str:
     """A table as GitHub shows it, cells as they are printed."""
-    lines = [table.columns.tolist(), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    lines = [
+        table.columns.tolist(),
+        ["---"] * len(table.columns),
+        *table.astype(str).to_numpy().tolist(),
+    ]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
@@ -25,13 +29,20 @@ def blocks(work: Workspace, paper: Workspace) -> dict[str, str]:
     _, trained = load_tensors(work.results / WEIGHTS, "01_train")
     classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
     timed = json.loads((work.results / "timing.json").read_text())["notebooks"].values()
-    minutes, peak = sum(n["seconds"] for n in timed) / 60, max(n["peak_mib_so_far"] for n in timed) / 1024
+    minutes, peak = (
+        sum(n["seconds"] for n in timed) / 60,
+        max(n["peak_mib_so_far"] for n in timed) / 1024,
+    )
     quality = sentences.training_quality(results.load_table(work, "training_quality"))
     return {
-        "cost": (f"`make reproduce` (width 16) took {minutes:.0f} minutes on two cores ({peak:.1f} GiB memory)."),
+        "cost": (
+            f"`make reproduce` (width 16) took {minutes:.0f} minutes on two cores ({peak:.1f} GiB "
+            f"memory)."
+        ),
         "model": f"{trained['steps']:,} training steps of batch {trained['batch_size']}. {quality}",
         "classifier": (
-            f"test accuracy {classifier['test_accuracy']:.2%}, {classifier['parameters']:,} parameters, sha256 "
+            f"test accuracy {classifier['test_accuracy']:.2%}, {classifier['parameters']:,} "
+            f"parameters, sha256 "
             f"`{classifier['sha256']}`"
         ),
         "deviations": markdown(deviations()),
@@ -44,7 +55,9 @@ def blocks(work: Workspace, paper: Workspace) -> dict[str, str]:
 
 
 def deviations() -> pd.DataFrame:
-    """What the profiles mini and paper do otherwise than the poster: setting, poster, and one column per profile."""
+    """What the profiles mini and paper do otherwise than the poster: setting, poster, and one
+    column per profile.
+    """
     published = poster.TRAINING
     settings = {
         "width of the model": f"{poster.WIDTH} ({poster.BASELINE_MIB:.2f} MiB)",
@@ -61,13 +74,15 @@ def deviations() -> pd.DataFrame:
         p, training = profile_parameters(name), profile_parameters(name)["TRAINING"]
         rate = f"{training['peak']:g}, {training['warmup']} steps of warm-up, linear decay over the last {training['decay']:,}"
         table[f"profile {name}"] = [
-            f"{p['WIDTH']} ({4 * sum(t.numel() for t in UNet(p['WIDTH']).parameters()) / 2**20:.2f} MiB)",
+            f"{p['WIDTH']} "
+            f"({4 * sum(t.numel() for t in UNet(p['WIDTH']).parameters()) / 2**20:.2f} MiB)",
             f"{p['WIDTH'] // 2}",
             f"{training['steps']:,}",
             rate,
             f"{training['dropout']}",
             f"{training['ema_decay']}, warmed up",
-            ("bfloat16 autocast" if training["bf16"] else "FP32") + (", torch.compile" if training.get("compile") else ""),
+            ("bfloat16 autocast" if training["bf16"] else "FP32")
+            + (", torch.compile" if training.get("compile") else ""),
             f"{p['SAMPLING_STEPS']:,} (evenly spaced)"
             + (f"; the published rows also {p['PUBLISHED']['steps']:,}" if name == "paper" else ""),
         ]
@@ -78,17 +93,26 @@ def counted() -> str:
     """The operations of the profile paper, and how many rows they are for."""
     p = profile_parameters("paper")
     one, published, rows = cost.forward_flop(p["WIDTH"]), p["PUBLISHED"], cost.sampled_rows(p)
-    strided, full = (p["IMAGES"] * steps * one / 1e15 for steps in (p["SAMPLING_STEPS"], published["steps"]))
-    count, of_08 = sum(rows.values()) - rows["07_audit"], cost.PUBLISHED_ROWS + len(published["ratios"])
+    strided, full = (
+        p["IMAGES"] * steps * one / 1e15 for steps in (p["SAMPLING_STEPS"], published["steps"])
+    )
+    count, of_08 = (
+        sum(rows.values()) - rows["07_audit"],
+        cost.PUBLISHED_ROWS + len(published["ratios"]),
+    )
     return (
-        f"Training, which `TRAIN=1` repeats, takes {cost.training_flop(p) / 1e15:.1f} PFLOP (bfloat16 autocast). 01 and 03 to 05 "
-        f"have {count} rows in all, each of {p['IMAGES']} images at {p['SAMPLING_STEPS']} steps: {strided:.2f} PFLOP per row. 08 "
+        f"Training, which `TRAIN=1` repeats, takes {cost.training_flop(p) / 1e15:.1f} PFLOP "
+        f"(bfloat16 autocast). 01 and 03 to 05 "
+        f"have {count} rows in all, each of {p['IMAGES']} images at {p['SAMPLING_STEPS']} steps: "
+        f"{strided:.2f} PFLOP per row. 08 "
         f"has {of_08} rows at {published['steps']:,} steps: {full:.2f} PFLOP per row."
     )
 
 
 def timing(profiles: tuple[str, ...] = ("mini", "paper")) -> pd.DataFrame:
-    """Minutes of every notebook in each profile's last timed run, and the largest memory of any; "not timed" without one."""
+    """Minutes of every notebook in each profile's last timed run, and the largest memory of any;
+    "not timed" without one.
+    """
     names = [path.stem for path in notebooks()]
     table = pd.DataFrame({"notebook": [*names, "largest memory"]})
     for profile in profiles:
@@ -98,7 +122,10 @@ def timing(profiles: tuple[str, ...] = ("mini", "paper")) -> pd.DataFrame:
         cells = [record["notebooks"].get(name) for name in names]
         peak = max((cell["peak_mib_so_far"] for cell in cells if cell), default=0)
         minutes = [f"{cell['seconds'] / 60:.1f} min" if cell else "not timed" for cell in cells]
-        table[f"{profile}, {device}"] = [*minutes, f"{peak / 1024:.1f} GiB" if peak else "not measured"]
+        table[f"{profile}, {device}"] = [
+            *minutes,
+            f"{peak / 1024:.1f} GiB" if peak else "not measured",
+        ]
     return table
 
 
@@ -110,9 +137,18 @@ def card(work: Workspace) -> str:
     model = f"diffusion model, width {trained['width']}, {count:,} parameters, EMA, FP32, {trained['steps']:,} training steps"
     judge = f"digit classifier, {classifier['parameters']:,} parameters, test accuracy {classifier['test_accuracy']:.2%}"
     packed = f"diffusion model, width {poster.WIDTH}, entropy-coded by `allocate_coded`"
-    files = {f"{work.profile}/{WEIGHTS}": model, f"paper/{PACKED}": packed, "classifier/classifier.safetensors": judge}
+    files = {
+        f"{work.profile}/{WEIGHTS}": model,
+        f"paper/{PACKED}": packed,
+        "classifier/classifier.safetensors": judge,
+    }
     rows = [
-        (f"`{name}`", what, f"{(paths.RESULTS / name).stat().st_size:,}", f"`{sha256(paths.RESULTS / name)}`")
+        (
+            f"`{name}`",
+            what,
+            f"{(paths.RESULTS / name).stat().st_size:,}",
+            f"`{sha256(paths.RESULTS / name)}`",
+        )
         for name, what in files.items()
     ]
     return markdown(pd.DataFrame(rows, columns=["file", "weights of", "bytes", "sha256"]))

@@ -1,4 +1,6 @@
-"""The notebooks and their profiles: which there are, what parameters they take, and the form in which they are kept."""
+"""The notebooks and their profiles: which there are, what parameters they take, and the form in
+which they are kept.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -21,40 +23,63 @@ def profile_parameters(profile: str) -> dict[str, Any]:
     known = {path.stem: path for path in sorted(paths.PROFILES.glob("*.yaml"))}
     if profile not in known:
         raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
-    return {name: value for name, value in yaml.safe_load(known[profile].read_text()).items() if name.isupper()}
+    return {
+        name: value
+        for name, value in yaml.safe_load(known[profile].read_text()).items()
+        if name.isupper()
+    }
 
 
 def open_workspace(parameters: dict[str, Any]) -> Workspace:
     """The workspace that a profile's parameters describe, which computes."""
     p = parameters
-    return Workspace.open(p["PROFILE"], p["THREADS"], p["DEVICE"], compute=True, keep=p["KEEP"], scheduler=p["SCHEDULER"])
+    return Workspace.open(
+        p["PROFILE"],
+        p["THREADS"],
+        p["DEVICE"],
+        compute=True,
+        keep=p["KEEP"],
+        scheduler=p["SCHEDULER"],
+    )
 
 
 def notebooks(only: str = "", profile: str = "") -> list[Path]:
-    """The numbered notebooks in order, or those whose name begins with `only`; 00 last, as it opens what 01 makes.
+    """The numbered notebooks in order, or those whose name begins with `only`; 00 last, as it opens
+    what 01 makes.
 
-    profile: without `only`, those that this profile runs (its file's `notebooks`; all, where it names none).
+    profile: without `only`, those that this profile runs (its file's `notebooks`; all, where it
+    names none).
     """
-    every = sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"), key=lambda path: (path.stem == EXPLORER, path.name))
+    every = sorted(
+        paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
+        key=lambda path: (path.stem == EXPLORER, path.name),
+    )
     found = [path for path in every if path.name.startswith(only)]
     if profile and not only:
         profile_parameters(profile)
         chosen = yaml.safe_load((paths.PROFILES / f"{profile}.yaml").read_text()).get("notebooks")
         found = [path for path in every if not chosen or path.stem in chosen]
     if not found:
-        raise ValueError(f"no notebook's name begins with {only!r}: choose one of {', '.join(path.stem for path in every)}")
+        raise ValueError(
+            f"no notebook's name begins with {only!r}: choose one of "
+            f"{', '.join(path.stem for path in every)}"
+        )
     return found
 
 
 def declared(notebook: Path) -> dict[str, Any]:
     """The parameters a notebook's `parameters` cell declares, with their defaults as source text."""
-    return {name: info["default"] for name, info in papermill.inspect_notebook(str(notebook)).items()}
+    return {
+        name: info["default"] for name, info in papermill.inspect_notebook(str(notebook)).items()
+    }
 
 
 def clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:
-    """Write a notebook without what names this run or machine: papermill's record, times, progress bars, versions.
+    """Write a notebook without what names this run or machine: papermill's record, times, progress
+    bars, versions.
 
-    Widgets go too: their state is not kept, and a page that shows the notebook could not draw them without it.
+    Widgets go too: their state is not kept, and a page that shows the notebook could not draw them
+    without it.
     """
     notebook = notebook or nbformat.read(path, as_version=4)
     notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec",) if k in notebook.metadata}
@@ -62,6 +87,10 @@ def clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:
     for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
+            cell.outputs = [
+                o
+                for o in cell.outputs
+                if o.get("name") != "stderr" and WIDGET not in o.get("data", {})
+            ]
     with atomic_write(path) as temporary, temporary.open("w") as file:
         nbformat.write(notebook, file)

@@ -1,4 +1,6 @@
-"""The result that opens a notebook: sentences computed from results/, between the marks of its first cell."""
+"""The result that opens a notebook: sentences computed from results/, between the marks of its
+first cell.
+"""
 
 import re
 from pathlib import Path
@@ -18,7 +20,9 @@ MARKS = re.compile(r"(<!-- result -->\n).*?(<!-- /result -->)", flags=re.DOTALL)
 
 
 def fill(path: Path, work: Workspace) -> None:
-    """Write the result of a profile into the first cell of the notebook `path`, where that has the marks."""
+    """Write the result of a profile into the first cell of the notebook `path`, where that has the
+    marks.
+    """
     notebook = nbformat.read(path, as_version=4)
     first = notebook.cells[0]
     if MARKS.search(first.source):
@@ -58,21 +62,32 @@ def audit(name: str, work: Workspace) -> str:
         return f"{sentences.by_format(published)} {sentences.published_inside(published)}"
     if name == "12_noise":
         return f"{sentences.against_noise(published)} {audit_tables.published_sets(published_images.load('compared'))}"
-    rows, choices = results.load_table(work, "07_audit"), results.load_table(work, "07_fisher_choices")
-    drawn = audit_tables.images_of_r1(results.load_table(work, "07_protocol"), rows["n_images"].iloc[0])
-    return f"{drawn} {audit_tables.fisher_of_r2(choices, rows['threshold'].iloc[0].partition(',')[0])}"
+    rows, choices = (
+        results.load_table(work, "07_audit"),
+        results.load_table(work, "07_fisher_choices"),
+    )
+    drawn = audit_tables.images_of_r1(
+        results.load_table(work, "07_protocol"), rows["n_images"].iloc[0]
+    )
+    return (
+        f"{drawn} {audit_tables.fisher_of_r2(choices, rows['threshold'].iloc[0].partition(',')[0])}"
+    )
 
 
 def beyond(name: str, work: Workspace) -> str:
     """What the study of budgets found."""
     if name == "10_damage":
-        return predictions.best_predictors(results.load_table(work, "10_ranks"), results.load_table(work, "10_by_proxy"))
+        return predictions.best_predictors(
+            results.load_table(work, "10_ranks"), results.load_table(work, "10_by_proxy")
+        )
     if name == "11_files":
         return summaries.coded_sentence(results.load_table(work, "11_files"))
     budget = results.load_table(work, "budget")
     if name == "09_rules":
         paper = Workspace("paper")
-        int4, claims = (results.load_table(paper, table) for table in ("evidence_int4", "evidence_int4_claims"))
+        int4, claims = (
+            results.load_table(paper, table) for table in ("evidence_int4", "evidence_int4_claims")
+        )
         own = f"Our model has width {profile_parameters(work.profile)['WIDTH']}."
         return f"{summaries.best_rule(budget)} {own} {summaries.on_images(claims, poster.WIDTH, int4['n_images'].iloc[0])}"
     return summaries.summary_sentences(budget, results.load_optional(work, "evidence_budget"))
@@ -82,7 +97,8 @@ def baseline(work: Workspace) -> str:
     """The unquantized model's scores beside the poster's."""
     [row] = results.load_table(work, "01_baseline").itertuples()
     return (
-        f"FID: {row.fid_inception:.1f} (Inception features; poster: {poster.POSTER[0].fid:.1f}) and {row.fid_mnist:.1f} (MNIST "
+        f"FID: {row.fid_inception:.1f} (Inception features; poster: {poster.POSTER[0].fid:.1f}) "
+        f"and {row.fid_mnist:.1f} (MNIST "
         f"features); {row.mem_mib:.2f} MiB; N = {row.n_images}, {row.steps:,} sampling steps."
     )
 
@@ -99,10 +115,14 @@ def fisher_claim(work: Workspace, name: str) -> str:
     """The verdict on C1 or C2, by the empirical and by the Monte Carlo estimate."""
     table = results.load_table(work, "claims")
     rows = table[(table["claim"] == name) & table["quantity"].str.contains("noised digits")]
-    empirical, monte_carlo = (next(rows[rows["quantity"].str.contains(kind)].itertuples(), None) for kind in ("empirical", "Monte"))
+    empirical, monte_carlo = (
+        next(rows[rows["quantity"].str.contains(kind)].itertuples(), None)
+        for kind in ("empirical", "Monte")
+    )
     other = f"; Monte Carlo: {monte_carlo.measured:.3g}" if monte_carlo else ""
     return (
-        f"{name}: {empirical.verdict}; {empirical.quantity.partition(' (')[0]}: {empirical.measured:.3g} "
+        f"{name}: {empirical.verdict}; {empirical.quantity.partition(' (')[0]}: "
+        f"{empirical.measured:.3g} "
         f"[{empirical.low:.3g}, {empirical.high:.3g}] (empirical{other})."
     )
 
@@ -110,11 +130,18 @@ def fisher_claim(work: Workspace, name: str) -> str:
 def threshold_row(work: Workspace, name: str, method: str) -> str:
     """What the INT8 row nearest to the poster's size does to FID, beside the poster's."""
     table = results.load_table(work, name)
-    rows = table[(table["method"] == method) & (table["format"] == "int8") & table["delta_fid_inception"].notna()]
+    rows = table[
+        (table["method"] == method)
+        & (table["format"] == "int8")
+        & table["delta_fid_inception"].notna()
+    ]
     row = rows.iloc[0]
     theirs = next(p.fid for p in poster.POSTER if p.method == method) - poster.POSTER[0].fid
     return (
-        f"The rule {method} with INT8 by weight ({row['mem_share']:.1%} of FP32's bytes) changes FID by "
-        f"{sentences.difference(row, 'delta_fid_inception')} (Inception features, N = {row['n_images']}, the same noise as "
-        f"{BASELINE.format.upper()}). The poster's row (other noise) differs from its FP32 by {theirs:+.2f}."
+        f"The rule {method} with INT8 by weight ({row['mem_share']:.1%} of FP32's bytes) changes "
+        f"FID by "
+        f"{sentences.difference(row, 'delta_fid_inception')} (Inception features, N = "
+        f"{row['n_images']}, the same noise as "
+        f"{BASELINE.format.upper()}). The poster's row (other noise) differs from its FP32 by "
+        f"{theirs:+.2f}."
     )

@@ -1,4 +1,6 @@
-"""The committed notebooks: executed from results/, and told apart from results that were computed anew since."""
+"""The committed notebooks: executed from results/, and told apart from results that were computed
+anew since.
+"""
 
 import ast
 import io
@@ -25,11 +27,14 @@ MAIN_TABLE = {"01_train": "01_baseline"}
 
 
 def publish(only: str = "") -> None:
-    """Execute notebooks/ in place as they are committed: COMPUTE false, everything loaded from results/.
+    """Execute notebooks/ in place as they are committed: COMPUTE false, everything loaded from
+    results/.
 
-    notebooks/paper/ gets the same notebooks with the values of profile paper, as far as that profile has their tables.
+    notebooks/paper/ gets the same notebooks with the values of profile paper, as far as that
+    profile has their tables.
 
-    The times of the last `make reproduce` of a profile, kept in build/, go to results/<profile>/timing.json.
+    The times of the last `make reproduce` of a profile, kept in build/, go to
+    results/<profile>/timing.json.
     """
     selected = notebooks(only)
     for timing in paths.BUILD.glob("*/timing.json"):
@@ -53,7 +58,9 @@ def publish(only: str = "") -> None:
 
 
 def rendered(profile: str) -> list[Path]:
-    """The notebooks that stand in notebooks/<profile>/ as well: what that profile runs, has tables of, and is not their default."""
+    """The notebooks that stand in notebooks/<profile>/ as well: what that profile runs, has tables
+    of, and is not their default.
+    """
     found = []
     for path in notebooks(profile=profile):
         table = paths.RESULTS / profile / f"{MAIN_TABLE.get(path.stem, path.stem)}.csv"
@@ -62,13 +69,20 @@ def rendered(profile: str) -> list[Path]:
     return found
 
 
-def with_parameters(notebook: nbformat.NotebookNode, parameters: dict[str, Any]) -> nbformat.NotebookNode:
-    """The notebook with a profile's values in its parameters cell, and with links that hold one folder deeper."""
+def with_parameters(
+    notebook: nbformat.NotebookNode, parameters: dict[str, Any]
+) -> nbformat.NotebookNode:
+    """The notebook with a profile's values in its parameters cell, and with links that hold one
+    folder deeper.
+    """
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             for name, value in parameters.items():
                 cell.source = re.sub(
-                    rf"^{name} = [^#\n]*?( *#.*)?$", rf"{name} = {_literal(value)}\1", cell.source, flags=re.MULTILINE
+                    rf"^{name} = [^#\n]*?( *#.*)?$",
+                    rf"{name} = {_literal(value)}\1",
+                    cell.source,
+                    flags=re.MULTILINE,
                 )
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\(((?:\.\./)*[\w./]+)\)", r"](../\1)", cell.source)
@@ -91,8 +105,8 @@ def _execute(notebook: nbformat.NotebookNode, path: Path) -> None:
 def published() -> Path:
     """The folder whose results/ the committed notebooks and README were published from.
 
-    That is the repository itself, unless results/ was computed anew since and not published: then a copy of what the last
-    commit holds, in build/published, and one line says so.
+    That is the repository itself, unless results/ was computed anew since and not published: then a
+    copy of what the last commit holds, in build/published, and one line says so.
     """
 
     def changed(*names: str) -> bool:
@@ -103,8 +117,14 @@ def published() -> Path:
         return paths.ROOT
     folder = paths.BUILD / "published"
     shutil.rmtree(folder, ignore_errors=True)
-    archive = subprocess.run(["git", "archive", "HEAD", "results"], cwd=paths.ROOT, capture_output=True, check=True)
+    archive = subprocess.run(
+        ["git", "archive", "HEAD", "results"], cwd=paths.ROOT, capture_output=True, check=True
+    )
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(folder, filter="data")
-    print("results/ was computed anew and not published: notebooks/ and README are held against the last commit's", file=sys.stderr)
+    print(
+        "results/ was computed anew and not published: notebooks/ and README are held against the "
+        "last commit's",
+        file=sys.stderr,
+    )
     return folder

@@ -1,8 +1,9 @@
 """Run the notebooks: `python -m tools.run reproduce | resume | publish`, the verbs of the Makefile.
 
-reproduce computes everything of a profile anew (only Inception's weights and reference features are kept), resume goes on
-with the last run as it was asked for, publish re-executes notebooks/ from results/ and refreshes the README's numbers.
-Executed notebooks and timing.json go to build/<profile>/, the parameters and versions to results/<profile>/record.json.
+reproduce computes everything of a profile anew (only Inception's weights and reference features are
+kept), resume goes on with the last run as it was asked for, publish re-executes notebooks/ from
+results/ and refreshes the README's numbers. Executed notebooks and timing.json go to
+build/<profile>/, the parameters and versions to results/<profile>/record.json.
 """
 
 import argparse
@@ -40,20 +41,29 @@ LAST = "last_run.json"
 
 
 def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict[str, Any]:
-    """The profile's parameters with the overrides; ValueError for a name no notebook declares or a value out of range."""
+    """The profile's parameters with the overrides; ValueError for a name no notebook declares or a
+    value out of range.
+    """
     parameters = profile_parameters(profile) | overrides
     known = set().union(*(declared(path) for path in selected))
     everywhere = known.union(*(declared(path) for path in notebooks()))
     for names, allowed in ((overrides, known), (parameters, everywhere)):
         if unknown := sorted(set(names) - allowed):
-            raise ValueError(f"unknown parameter {unknown[0]}: the notebooks declare {', '.join(sorted(allowed))}")
+            raise ValueError(
+                f"unknown parameter {unknown[0]}: the notebooks declare "
+                f"{', '.join(sorted(allowed))}"
+            )
     for error in Draft202012Validator(SCHEMA).iter_errors(parameters):
         name, *inside = map(str, error.absolute_path)
         where = f"{name} ({SCHEMA['properties'][name]['description']})"
-        raise ValueError(f"{where} is wrong{' at ' + '.'.join(inside) if inside else ''}: {error.message}")
+        raise ValueError(
+            f"{where} is wrong{' at ' + '.'.join(inside) if inside else ''}: {error.message}"
+        )
     if overrides.get("COMPUTE") and not parameters["TRAIN"]:
         try:
-            weights.check_weights(Workspace(profile), parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"])
+            weights.check_weights(
+                Workspace(profile), parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"]
+            )
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}, {cost.training_time(parameters)}") from None
     if parameters["SCHEDULER"]:
@@ -64,8 +74,8 @@ def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict
 def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool = True) -> None:
     """Run the notebooks with papermill into build/<profile>/, writing record.json as each is done.
 
-    anew: drop what an earlier run had sampled into build/ (and, where 01_train shall train, its checkpoint) and time the notebooks.
-    Images in results/<profile>/samples are never dropped.
+    anew: drop what an earlier run had sampled into build/ (and, where 01_train shall train, its
+    checkpoint) and time the notebooks. Images in results/<profile>/samples are never dropped.
     """
     selected = notebooks(only, profile)
     parameters = check(profile, overrides, selected)
@@ -86,14 +96,26 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
         print(f"{path.stem} ({profile}) ...", flush=True)
         start = time.monotonic()
         output = build / path.name
-        streams = {"progress_bar": False, "stderr_file": sys.stderr, "extra_arguments": QUIET_KERNEL}
+        streams = {
+            "progress_bar": False,
+            "stderr_file": sys.stderr,
+            "extra_arguments": QUIET_KERNEL,
+        }
         papermill.execute_notebook(path, output, used, cwd=paths.NOTEBOOKS, **streams)
         clean(output)
         seconds, peak = time.monotonic() - start, _peak_mib()
         _update(work.results / "record.json", path.stem, used)
         if anew:
-            _update(build / "timing.json", path.stem, {"seconds": round(seconds), "peak_mib_so_far": round(peak)})
-        print(f"{path.stem}: {seconds:.0f} s, peak so far {peak:,.0f} MiB -> build/{profile}/{path.name}", flush=True)
+            _update(
+                build / "timing.json",
+                path.stem,
+                {"seconds": round(seconds), "peak_mib_so_far": round(peak)},
+            )
+        print(
+            f"{path.stem}: {seconds:.0f} s, peak so far {peak:,.0f} MiB -> "
+            f"build/{profile}/{path.name}",
+            flush=True,
+        )
     minutes = (time.monotonic() - began) / 60
     folders = f"tables in results/{profile}, figures in figures/{profile}, executed notebooks in build/{profile}"
     print(f"done in {minutes:.1f} minutes: {folders}")
@@ -102,7 +124,9 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
 
 
 def _peak_mib() -> float:
-    """Largest resident memory of any notebook's process so far, MiB (the system counts KiB, macOS bytes)."""
+    """Largest resident memory of any notebook's process so far, MiB (the system counts KiB, macOS
+    bytes).
+    """
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -122,13 +146,27 @@ def _update(path: Path, key: str, value: Any) -> None:
 
 
 def main() -> int:
-    """Parse the verb and run it; errors are one sentence and exit status 1, with earlier results left as they were."""
+    """Parse the verb and run it; errors are one sentence and exit status 1, with earlier results
+    left as they were.
+    """
     parser = argparse.ArgumentParser(prog="tools.run")
     parser.add_argument("verb", choices=["reproduce", "resume", "publish", "published"])
     parser.add_argument("--profile", default="")
-    parser.add_argument("--only", default="", help="run only notebooks whose name begins with this, e.g. 03")
-    parser.add_argument("--weights", default="", help="trained weights to use, a file that 01_train wrote (ema.safetensors)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a parameter (YAML)")
+    parser.add_argument(
+        "--only", default="", help="run only notebooks whose name begins with this, e.g. 03"
+    )
+    parser.add_argument(
+        "--weights",
+        default="",
+        help="trained weights to use, a file that 01_train wrote (ema.safetensors)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="override a parameter (YAML)",
+    )
     arguments = parser.parse_args()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "15")
@@ -144,17 +182,25 @@ def main() -> int:
         else:
             run(arguments)
     except KeyboardInterrupt:
-        print("\ninterrupted: what was finished is kept, and `make resume` goes on from here", file=sys.stderr)
+        print(
+            "\ninterrupted: what was finished is kept, and `make resume` goes on from here",
+            file=sys.stderr,
+        )
         return 130
     except DeadKernelError:
         print(
-            "stopped: the notebook's process died, most likely for want of memory: free some, or lower SAMPLING_BATCH in "
+            "stopped: the notebook's process died, most likely for want of memory: free some, or "
+            "lower SAMPLING_BATCH in "
             "notebooks/profiles; then `make resume` goes on from here",
             file=sys.stderr,
         )
         return 1
     except (PapermillExecutionError, CellExecutionError) as error:
-        print(f"stopped: {error.ename}: {error.evalue}\nmend this, then `make resume` goes on from here", file=sys.stderr)
+        print(
+            f"stopped: {error.ename}: {error.evalue}\nmend this, then `make resume` goes on from "
+            f"here",
+            file=sys.stderr,
+        )
         return 1
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)
@@ -169,7 +215,10 @@ def refresh_pages() -> None:
 
     readme.refresh()
     crate.write()
-    print("README.md, docs/ and results/MODEL_CARD.md: numbers refreshed from results/; ro-crate-metadata.json written")
+    print(
+        "README.md, docs/ and results/MODEL_CARD.md: numbers refreshed from results/; "
+        "ro-crate-metadata.json written"
+    )
 
 
 def _override(item: str) -> tuple[str, Any]:
@@ -196,7 +245,13 @@ def run(arguments: argparse.Namespace) -> None:
     asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
     if arguments.weights:
         p = profile_parameters(asked["profile"])
-        weights.take_weights(Workspace(asked["profile"]), Path(arguments.weights), p["WIDTH"], p["SEED"], p["TRAINING"])
+        weights.take_weights(
+            Workspace(asked["profile"]),
+            Path(arguments.weights),
+            p["WIDTH"],
+            p["SEED"],
+            p["TRAINING"],
+        )
     check(asked["profile"], asked["overrides"], notebooks(asked["only"], asked["profile"]))
     with atomic_write(last) as temporary:
         temporary.write_text(json.dumps(asked))

@@ -1,6 +1,8 @@
-"""The weights of a profile in an entropy-coded file, small enough to be committed: `make packed PROFILE=paper`.
+"""The weights of a profile in an entropy-coded file, small enough to be committed: `make packed
+PROFILE=paper`.
 
-Writes results/<profile>/packed.safetensors and packed.csv, with the row of the packed model beside that of the FP32 weights.
+Writes results/<profile>/packed.safetensors and packed.csv, with the row of the packed model beside
+that of the FP32 weights.
 """
 
 import argparse
@@ -38,24 +40,36 @@ def ship(
     sampling: Sampling,
     inception_reference: int = 0,
 ) -> pd.DataFrame:
-    """Write results/<profile>/packed.safetensors, at most `file_mib` MiB, and measure what that costs.
+    """Write results/<profile>/packed.safetensors, at most `file_mib` MiB, and measure what that
+    costs.
 
-    made: what the provenance of its images says besides the size. Returns the rows of `evaluate.evaluate`, of
-    the FP32 weights and of the packed ones, with `damage`, the mean squared change of the model's
-    output on held-out digits, and its 95 % interval.
-    Raises ValueError, as `allocate_coded`, for a file below the smallest possible size.
+    made: what the provenance of its images says besides the size. Returns the rows of
+    `evaluate.evaluate`, of the FP32 weights and of the packed ones, with `damage`, the mean squared
+    change of the model's output on held-out digits, and its 95 % interval. Raises ValueError, as
+    `allocate_coded`, for a file below the smallest possible size.
     """
     plan = allocate_coded(model, known, file_mib)
     small = quantize(model, plan)
     save_quantized(work.results / PACKED, small, model, compress=True)
     rows = [
         BASELINE._replace(inception=True),
-        Candidate("shipped", f"{file_mib:g} MiB", "entropy-coded", "channel", plan, inception=True, made=made),
+        Candidate(
+            "shipped",
+            f"{file_mib:g} MiB",
+            "entropy-coded",
+            "channel",
+            plan,
+            inception=True,
+            made=made,
+        ),
     ]
     table, _ = evaluate(work, model, rows, sampling, inception_reference)
     seed = sampling.seed + OTHER_NOISE
     outputs = scoring.held_out_outputs(model, seed)
-    damage = [scoring.output_mse(*scoring.output_errors(m, outputs, seed), seed) for m in (model, dequantize(small))]
+    damage = [
+        scoring.output_mse(*scoring.output_errors(m, outputs, seed), seed)
+        for m in (model, dequantize(small))
+    ]
     return table.join(pd.DataFrame(damage)[["damage", "damage_low", "damage_high"]])
 
 
@@ -73,7 +87,11 @@ def main() -> int:
         known = methods.measured_sensitivity(model, samples, seed, CHANNELS)
         made = methods.made(samples, seed)
         sampling = Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
-        results.save_table(work, "packed", ship(work, model, known, args.mib, made, sampling, p["INCEPTION_REFERENCE"]))
+        results.save_table(
+            work,
+            "packed",
+            ship(work, model, known, args.mib, made, sampling, p["INCEPTION_REFERENCE"]),
+        )
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
@@ -83,13 +101,19 @@ def main() -> int:
 
 def sentence(work: Workspace) -> str:
     """What the packed weights of a profile cost."""
-    row, file = results.load_table(work, "packed").iloc[-1], (work.results / PACKED).stat().st_size / MIB
+    row, file = (
+        results.load_table(work, "packed").iloc[-1],
+        (work.results / PACKED).stat().st_size / MIB,
+    )
     low, high = row["delta_fid_inception_low"], row["delta_fid_inception_high"]
     return (
-        f"The packed weights take {row['mem_mib']:.2f} MiB in memory ({row['mem_share']:.1%} of FP32) and {file:.2f} MiB in the "
+        f"The packed weights take {row['mem_mib']:.2f} MiB in memory ({row['mem_share']:.1%} of "
+        f"FP32) and {file:.2f} MiB in the "
         "entropy-coded file. They change FID by "
-        f"{row['delta_fid_inception']:+.2f} [{low:+.2f}, {high:+.2f}] (Inception features, N = {row['n_images']:.0f}, "
-        f"{row['steps']:.0f} sampling steps, the same noise); {row['class_changed']:.0%} of the images show another digit."
+        f"{row['delta_fid_inception']:+.2f} [{low:+.2f}, {high:+.2f}] (Inception features, N = "
+        f"{row['n_images']:.0f}, "
+        f"{row['steps']:.0f} sampling steps, the same noise); {row['class_changed']:.0%} of the "
+        f"images show another digit."
     )
 
 

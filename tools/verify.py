@@ -1,9 +1,11 @@
 """Check the committed results of a profile, in minutes and without its FP32 weights: `make verify`.
 
-Of a profile that keeps no images, the tables of the last run are compared with those before it (`compare.compared`). Otherwise:
+Of a profile that keeps no images, the tables of the last run are compared with those before it
+(`compare.compared`). Otherwise:
 
-Every image file is read and held against its own record; the classifier's scores of all images are computed again and compared
-with the tables; a few images are drawn again, from the packed weights and, where they are given, from the FP32 weights.
+Every image file is read and held against its own record; the classifier's scores of all images are
+computed again and compared with the tables; a few images are drawn again, from the packed weights
+and, where they are given, from the FP32 weights.
 """
 
 import argparse
@@ -30,23 +32,33 @@ from tools import compare
 from tools.notebooks import profile_parameters
 
 PACKED_IMAGES, IMAGES = 8, 4
-# Another processor, or other kernels on the same one, computes other last bits. Scores of equal images: largest difference, besides
-# the rounding of the tables to six digits.
+# Another processor, or other kernels on the same one, computes other last bits. Scores of equal
+# images: largest difference, besides the rounding of the tables to six digits.
 SCORES = {"fid_mnist": 0.02, "is_mnist": 0.001, "kid_mnist": 0.02}
-# Images drawn again: mean absolute difference of a pixel, in grey levels of 255, over all images compared. It was 0 with AVX2
-# kernels and batches of 8, where AVX-512 kernels had drawn batches of 25; between uniform INT8 and FP32 it is 0.14.
+# Images drawn again: mean absolute difference of a pixel, in grey levels of 255, over all images
+# compared. It was 0 with AVX2 kernels and batches of 8, where AVX-512 kernels had drawn batches of
+# 25; between uniform INT8 and FP32 it is 0.14.
 GREY_LEVELS = 0.02
 ROUNDED = 5e-6
 
 
 def image_tables(work: Workspace) -> dict[str, pd.DataFrame]:
     """The tables of results/<profile> that name images, by file name."""
-    found = {path.name: results.load_table(work, path.stem) for path in sorted(work.results.glob("*.csv"))}
-    return {name: table for name, table in found.items() if {"sample", "n_images", "steps"} <= set(table.columns)}
+    found = {
+        path.name: results.load_table(work, path.stem)
+        for path in sorted(work.results.glob("*.csv"))
+    }
+    return {
+        name: table
+        for name, table in found.items()
+        if {"sample", "n_images", "steps"} <= set(table.columns)
+    }
 
 
 def check_files(work: Workspace) -> Iterator[tuple[bool, str]]:
-    """Every file of images against its record, and every packed weight against its checksum: (whether it holds, a line)."""
+    """Every file of images against its record, and every packed weight against its checksum:
+    (whether it holds, a line).
+    """
     files = sorted(samples.samples_folder(work).glob("*.npz"))
     damaged, count = [], 0
     for path in files:
@@ -69,16 +81,27 @@ def check_tables(work: Workspace) -> Iterator[tuple[bool, str]]:
             key = row.sample, row.n_images
             if key not in seen:
                 images = torch.from_numpy(samples.stored_images(work, *key))[:, None]
-                seen[key] = metrics.mnist_metrics(*metrics.mnist_features(network, images), reference)
+                seen[key] = metrics.mnist_metrics(
+                    *metrics.mnist_features(network, images), reference
+                )
             for metric in SCORES:
                 expected = getattr(row, metric)
-                off[metric] = max(off[metric], abs(seen[key][metric] - expected) - ROUNDED * abs(expected))
-        differences = ", ".join(f"{metric} {value:.2g} (at most {SCORES[metric]:g})" for metric, value in off.items())
+                off[metric] = max(
+                    off[metric], abs(seen[key][metric] - expected) - ROUNDED * abs(expected)
+                )
+        differences = ", ".join(
+            f"{metric} {value:.2g} (at most {SCORES[metric]:g})" for metric, value in off.items()
+        )
         holds = all(value <= SCORES[metric] for metric, value in off.items())
-        yield holds, f"{name}: scores of {len(table)} rows computed again, largest difference {differences}"
+        yield (
+            holds,
+            f"{name}: scores of {len(table)} rows computed again, largest difference {differences}",
+        )
 
 
-def check_drawn(work: Workspace, name: str, model: nn.Module, row: Any, images: int, seed: int) -> tuple[bool, str]:
+def check_drawn(
+    work: Workspace, name: str, model: nn.Module, row: Any, images: int, seed: int
+) -> tuple[bool, str]:
     """The first images of a row drawn again from `model`, against those that are kept."""
     again = sample(model, images, row.steps, seed, batch_size=images)[:, 0].numpy()
     off = np.abs(again.astype(int) - samples.stored_images(work, row.sample, images)).mean()
@@ -93,17 +116,27 @@ def check_packed(work: Workspace, width: int, seed: int) -> tuple[bool, str]:
     return check_drawn(work, "packed weights", model, row, PACKED_IMAGES, seed)
 
 
-def check_weights(work: Workspace, path: Path, parameters: dict[str, Any]) -> Iterator[tuple[bool, str]]:
-    """Images of the baseline and of both uniform formats, drawn again from the FP32 weights in a file."""
-    weights.take_weights(work, path, parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"])
+def check_weights(
+    work: Workspace, path: Path, parameters: dict[str, Any]
+) -> Iterator[tuple[bool, str]]:
+    """Images of the baseline and of both uniform formats, drawn again from the FP32 weights in a
+    file.
+    """
+    weights.take_weights(
+        work, path, parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"]
+    )
     model = weights.load_model(work, parameters["WIDTH"])
     baseline = next(results.load_table(work, "01_baseline").itertuples())
     yield check_drawn(work, "FP32 baseline", model, baseline, IMAGES, parameters["SEED"])
     table = results.load_table(work, "03_global")
     for row in threshold_rows.uniform(model):
-        [found] = table[(table["method"] == "uniform") & (table["format"] == row.format)].itertuples()
+        [found] = table[
+            (table["method"] == "uniform") & (table["format"] == row.format)
+        ].itertuples()
         small = dequantize(quantize(model, row.plan))
-        yield check_drawn(work, f"uniform {row.format.upper()}", small, found, IMAGES, parameters["SEED"])
+        yield check_drawn(
+            work, f"uniform {row.format.upper()}", small, found, IMAGES, parameters["SEED"]
+        )
 
 
 def checks(work: Workspace, path: Path | None) -> Iterator[tuple[bool | None, str]]:
@@ -112,9 +145,15 @@ def checks(work: Workspace, path: Path | None) -> Iterator[tuple[bool | None, st
     compute_on(p["THREADS"], "cpu")
     if not samples.samples_folder(work).is_dir():
         if p["KEEP"]:
-            raise ValueError(f"results/{work.profile}/samples is missing: `git checkout -- results/{work.profile}` restores it")
+            raise ValueError(
+                f"results/{work.profile}/samples is missing: `git checkout -- "
+                f"results/{work.profile}` restores it"
+            )
         if not compare.before(work).is_dir():
-            raise ValueError(f"nothing to compare with: `make reproduce PROFILE={work.profile}` keeps the earlier tables aside")
+            raise ValueError(
+                f"nothing to compare with: `make reproduce PROFILE={work.profile}` keeps the "
+                f"earlier tables aside"
+            )
         said, out = compare.compared(work)
         yield not out, said
         yield from ((False, line) for line in out)
@@ -129,7 +168,11 @@ def checks(work: Workspace, path: Path | None) -> Iterator[tuple[bool | None, st
         yield from check_weights(work, path, p)
     else:
         yield None, "rows drawn from the FP32 weights: give them with WEIGHTS=path"
-    yield None, f"Inception scores, intervals and Fisher information: `make reproduce PROFILE={work.profile}` computes them again"
+    yield (
+        None,
+        f"Inception scores, intervals and Fisher information: `make reproduce "
+        f"PROFILE={work.profile}` computes them again",
+    )
 
 
 def main() -> int:
@@ -146,7 +189,10 @@ def main() -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
-    print(f"verify, profile {args.profile}: " + (f"{failed} checks FAILED" if failed else "all that was checked holds"))
+    print(
+        f"verify, profile {args.profile}: "
+        + (f"{failed} checks FAILED" if failed else "all that was checked holds")
+    )
     return int(failed > 0)
 
 

@@ -1,8 +1,11 @@
-"""Spend a byte budget where the Fisher information says: a format for every tensor, channel or weight of a model.
+"""Spend a byte budget where the Fisher information says: a format for every tensor, channel or
+weight of a model.
 
-Each parameter has a frontier of choices (bytes, predicted damage); one of each is to be taken, of least total damage within the
-budget: the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger 2004, chapter 11). It is solved by dynamic programming
-on rounded bytes, which exchanges then improve; a test holds the result within 2 % of an integer program's optimum.
+Each parameter has a frontier of choices (bytes, predicted damage); one of each is to be taken, of
+least total damage within the
+budget: the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger 2004, chapter 11). It is
+solved by dynamic programming on rounded bytes, which exchanges then improve; a test holds the
+result within 2 % of an integer program's optimum.
 """
 
 import math
@@ -29,10 +32,13 @@ NEAREST = Recipe(unshrunk_scale)
 class Allocation(Plan):
     """A plan within a budget, with what is known of it.
 
-    nbytes: of the whole model under the plan; damage: the predicted rise of half the squared error, summed over the output. It is
-    too low where plan and rounding fit the noise of few draws (`prediction.predicted_damage` predicts from others).
-    file_bytes: of the entropy-coded file, where the plan was made for one (`coded.allocate_coded`); else 0.
-    report: one row per parameter, columns parameter, weights, bits_per_weight, formats, kept (single weights in FP16), damage.
+    nbytes: of the whole model under the plan; damage: the predicted rise of half the squared error,
+    summed over the output. It is too low where plan and rounding fit the noise of few draws
+    (`prediction.predicted_damage` predicts from others).
+    file_bytes: of the entropy-coded file, where the plan was made for one (`coded.allocate_coded`);
+    else 0.
+    report: one row per parameter, columns parameter, weights, bits_per_weight, formats, kept
+    (single weights in FP16), damage.
     """
 
     def __init__(
@@ -58,20 +64,23 @@ def allocate(
     progress: bool = True,
     groups: tuple[int, ...] = (),
 ) -> Allocation:
-    """Choose the formats of least predicted damage that store the whole model in `budget_mib` MiB (2**20 bytes) or less.
+    """Choose the formats of least predicted damage that store the whole model in `budget_mib` MiB
+    (2**20 bytes) or less.
 
     Args:
         model: any network with FP32 weights.
-        sensitivity: as `sensitivity.estimate_sensitivity` gives it; parameters that it does not name stay in FP32. Without a
-            curvature, weights are planned for rounding to the nearest code; with it, for error feedback.
+        sensitivity: as `sensitivity.estimate_sensitivity` gives it; parameters that it does not
+            name stay in FP32. Without a curvature, weights are planned for rounding to the nearest
+            code; with it, for error feedback.
         budget_mib: of all that must be stored, biases, norms, scales and masks included.
-        granularity: "tensor", "channel" or "mixed" (channels, and single weights in FP16 where that pays).
-        groups: numbers of consecutive weights that may share a scale, as (128, 64, 32); none: a scale per channel. Each takes
-            as long again.
+        granularity: "tensor", "channel" or "mixed" (channels, and single weights in FP16 where that
+            pays).
+        groups: numbers of consecutive weights that may share a scale, as (128, 64, 32); none: a
+            scale per channel. Each takes as long again.
 
     Returns the plan, with its rounding recipe: `quantize(model, plan)`.
-    Raises ValueError as `check_plan`; for an unknown granularity or format, Fisher values that do not fit, and a budget below
-    what is possible, naming the smallest.
+    Raises ValueError as `check_plan`; for an unknown granularity or format, Fisher values that do
+    not fit, and a budget below what is possible, naming the smallest.
 
     >>> import torch
     >>> from lafq import estimate_sensitivity
@@ -83,8 +92,15 @@ def allocate(
     (True, ['0.weight', '2.weight'])
     """
     model = unwrapped(model)
-    fronts = frontiers_of(model, sensitivity.fisher, granularity, formats, progress, sensitivity.curvature, groups)
-    return solve_budget(model, fronts, budget_mib, recipe=Recipe(unshrunk_scale, sensitivity.fisher, sensitivity.curvature))
+    fronts = frontiers_of(
+        model, sensitivity.fisher, granularity, formats, progress, sensitivity.curvature, groups
+    )
+    return solve_budget(
+        model,
+        fronts,
+        budget_mib,
+        recipe=Recipe(unshrunk_scale, sensitivity.fisher, sensitivity.curvature),
+    )
 
 
 def frontiers_of(
@@ -96,27 +112,41 @@ def frontiers_of(
     curvature: dict[str, Tensor] | None = None,
     groups: tuple[int, ...] = (),
 ) -> dict[str, list[StorageOption]]:
-    """The frontier of every parameter that `fisher` names: made once, it serves any number of budgets."""
+    """The frontier of every parameter that `fisher` names: made once, it serves any number of
+    budgets.
+    """
     model = unwrapped(model)
     if granularity not in ALLOCATED:
-        raise ValueError(f"unknown granularity {granularity!r}: choose one of {', '.join(ALLOCATED)}")
+        raise ValueError(
+            f"unknown granularity {granularity!r}: choose one of {', '.join(ALLOCATED)}"
+        )
     for name in formats:
         get_format(name)
     if any(group < 1 for group in groups):
         raise ValueError(f"groups are {groups}: give numbers of weights of at least 1, or none")
     if not fisher or not {"fp32", "fp16"} & set(formats):
-        raise ValueError("give the Fisher values of one parameter at least, and fp32 or fp16 among the formats")
+        raise ValueError(
+            "give the Fisher values of one parameter at least, and fp32 or fp16 among the formats"
+        )
     check_plan(model, dict.fromkeys(fisher, "fp16"))
     parameters = dict(model.named_parameters())
     for name, values in fisher.items():
         check_fisher(name, parameters[name], values)
     check_curvature(model, curvature or {})
-    bar = tqdm(fisher.items(), desc="damage by format", unit="tensor", leave=False, **({} if progress else {"disable": True}))
+    bar = tqdm(
+        fisher.items(),
+        desc="damage by format",
+        unit="tensor",
+        leave=False,
+        **({} if progress else {"disable": True}),
+    )
     found = {}
     for name, values in bar:
         common = (curvature or {}).get(name)
         sides = (parameters[name].detach().cpu(), values.detach().cpu(), channel_view(model, name))
-        found[name] = pareto_front(*sides, granularity, formats, None if common is None else common.cpu(), groups)
+        found[name] = pareto_front(
+            *sides, granularity, formats, None if common is None else common.cpu(), groups
+        )
     return found
 
 
@@ -131,23 +161,31 @@ def solve_budget(
     recipe: the rounding that the frontiers were made for, which the plan carries.
     """
     model = unwrapped(model)
-    rest = nbytes(model, dict.fromkeys(frontiers, "fp32")) - sum(4 * model.get_parameter(n).numel() for n in frontiers)
+    rest = nbytes(model, dict.fromkeys(frontiers, "fp32")) - sum(
+        4 * model.get_parameter(n).numel() for n in frontiers
+    )
     budget = budget_mib * MIB + 0.5 - rest  # half a byte: MiB are not exact
     least = sum(choices[0].nbytes for choices in frontiers.values())
     if not budget >= least:
         smallest = math.ceil((least + rest) / MIB * 1e4) / 1e4
-        raise ValueError(f"a budget of {budget_mib} MiB cannot be met: the smallest possible is {smallest} MiB")
+        raise ValueError(
+            f"a budget of {budget_mib} MiB cannot be met: the smallest possible is {smallest} MiB"
+        )
     lists = list(frontiers.values())
     taken = local_search(lists, knapsack_dp(lists, budget), budget)
     chosen = {name: choices[i] for (name, choices), i in zip(frontiers.items(), taken, strict=True)}
     plan = {name: c.entry for name, c in chosen.items() if c.entry != "fp32"}
     rows = [_report(name, model.get_parameter(name).numel(), c) for name, c in chosen.items()]
     total = sum(c.damage for c in chosen.values())
-    return Allocation(plan, recipe, weights_sha256(model), nbytes(model, plan), total, pd.DataFrame(rows))
+    return Allocation(
+        plan, recipe, weights_sha256(model), nbytes(model, plan), total, pd.DataFrame(rows)
+    )
 
 
 def knapsack_dp(lists: list[list[StorageOption]], budget: float) -> list[int]:
-    """Dynamic programming over the bytes beyond the smallest choices, rounded up to cells of what is left of the budget."""
+    """Dynamic programming over the bytes beyond the smallest choices, rounded up to cells of what
+    is left of the budget.
+    """
     grid = min(CELLS, WORK // sum(len(choices) for choices in lists))
     cell = max(budget - sum(choices[0].nbytes for choices in lists), 1) / grid
     best = np.zeros(grid + 1)
@@ -168,7 +206,9 @@ def knapsack_dp(lists: list[list[StorageOption]], budget: float) -> list[int]:
 
 
 def local_search(lists: list[list[StorageOption]], taken: list[int], budget: float) -> list[int]:
-    """Improve a choice: while the damage falls, change one parameter, or two at once, within the budget."""
+    """Improve a choice: while the damage falls, change one parameter, or two at once, within the
+    budget.
+    """
     owner = np.repeat(np.arange(len(lists)), [len(choices) for choices in lists])
     size = np.array([c.nbytes for choices in lists for c in choices], dtype=float)
     damage = np.array([c.damage for choices in lists for c in choices])
@@ -188,11 +228,14 @@ def local_search(lists: list[list[StorageOption]], taken: list[int], budget: flo
     return (current - starts).tolist()
 
 
-def _best_partner(more: np.ndarray, change: np.ndarray, owner: np.ndarray, left: float) -> np.ndarray:
-    """For each change of one parameter the change of another one of least damage that fits with it, or -1.
+def _best_partner(
+    more: np.ndarray, change: np.ndarray, owner: np.ndarray, left: float
+) -> np.ndarray:
+    """For each change of one parameter the change of another one of least damage that fits with it,
+    or -1.
 
-    Changes are sorted by bytes. Those that fit with a given one then come first, and the best of them is known, with the best of
-    another owner, in case both are of the same parameter.
+    Changes are sorted by bytes. Those that fit with a given one then come first, and the best of
+    them is known, with the best of another owner, in case both are of the same parameter.
     """
     by_bytes = np.argsort(more, kind="stable")
     changes, owners, one, two = change.tolist(), owner.tolist(), -1, -1
@@ -212,7 +255,16 @@ def _report(name: str, weights: int, choice: StorageOption) -> dict:
     low, kept, _, _, group = weight_spec(choice.entry)
     rows = [low] if isinstance(low, str) else low
     counts = {f: rows.count(f) for f in FORMATS if f in rows}
-    formats = next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} rows {f}" for f, n in counts.items())
+    formats = (
+        next(iter(counts))
+        if len(counts) == 1
+        else ", ".join(f"{n} rows {f}" for f, n in counts.items())
+    )
     formats += f", groups of {group}" if group else ""
-    row = {"parameter": name, "weights": weights, "bits_per_weight": 8 * choice.nbytes / weights, "formats": formats}
+    row = {
+        "parameter": name,
+        "weights": weights,
+        "bits_per_weight": 8 * choice.nbytes / weights,
+        "formats": formats,
+    }
     return row | {"kept": 0 if kept is None else int(kept.sum()), "damage": choice.damage}

@@ -1,10 +1,13 @@
 """Fisher values -> which weights are kept in full precision.
 
-Every rule takes `scores`, the Fisher values keyed by parameter name, and returns a boolean tensor of the same shape for
-each name: True where the weight is kept. `by_granularity` makes the scores: of the granularity "tensor" one value per weight tensor
-(the released code), of "weight" the Fisher values themselves (the poster). A layer is the part of the name before the first dot.
+Every rule takes `scores`, the Fisher values keyed by parameter name, and returns a boolean tensor
+of the same shape for
+each name: True where the weight is kept. `by_granularity` makes the scores: of the granularity
+"tensor" one value per weight tensor (the released code), of "weight" the Fisher values themselves
+(the poster). A layer is the part of the name before the first dot.
 
-Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information" (IEIE 2024), quantization section.
+Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information" (IEIE 2024),
+quantization section.
 """
 
 import math
@@ -20,17 +23,24 @@ GROUPS = {
 GRANULARITIES = ("tensor", "channel", "weight")
 
 
-def by_granularity(fisher: dict[str, Tensor], granularity: str, axes: dict[str, int] | None = None) -> dict[str, Tensor]:
+def by_granularity(
+    fisher: dict[str, Tensor], granularity: str, axes: dict[str, int] | None = None
+) -> dict[str, Tensor]:
     """One score for each thing that is kept or quantized as one: its mean Fisher value.
 
-    granularity: "tensor" gives 0-dim scores, "channel" (output channels,), "weight" the Fisher values themselves.
-    axes: by parameter name the axis of the output channels where it is not 0 (1 in a transposed convolution).
-    Raises ValueError for another granularity.
+    granularity: "tensor" gives 0-dim scores, "channel" (output channels,), "weight" the Fisher
+    values themselves.
+    axes: by parameter name the axis of the output channels where it is not 0 (1 in a transposed
+    convolution). Raises ValueError for another granularity.
     """
     if granularity not in GRANULARITIES:
-        raise ValueError(f"unknown granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}")
+        raise ValueError(
+            f"unknown granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}"
+        )
     if granularity == "channel":
-        return {n: f.movedim((axes or {}).get(n, 0), 0).flatten(1).mean(1) for n, f in fisher.items()}
+        return {
+            n: f.movedim((axes or {}).get(n, 0), 0).flatten(1).mean(1) for n, f in fisher.items()
+        }
     return {n: f.mean() for n, f in fisher.items()} if granularity == "tensor" else dict(fisher)
 
 
@@ -57,20 +67,23 @@ def group_means(scores: dict[str, Tensor]) -> dict[str, float]:
 
 
 def relative_to_group(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scores divided by their group's mean: a threshold c on these is the group-wise rule with tau = c * the group's mean.
+    """Scores divided by their group's mean: a threshold c on these is the group-wise rule with tau
+    = c * the group's mean.
 
     Raises ValueError for a layer in no group.
     """
     known = [layer for layers in GROUPS.values() for layer in layers]
     if unknown := [layer for layer in by_layer(scores) if layer not in known]:
         raise ValueError(f"unknown layer {unknown[0]!r}: the groups cover {', '.join(known)}")
-    mean_of = {layer: mean for group, mean in group_means(scores).items() for layer in GROUPS[group]}
+    mean_of = {
+        layer: mean for group, mean in group_means(scores).items() for layer in GROUPS[group]
+    }
     return {n: s / mean_of[n.split(".", 1)[0]] for n, s in scores.items()}
 
 
 def standardized(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """(F - mean) / std over each layer's units (population std): a threshold k on these is the poster's
-    mean/std rule, which keeps F >= mean + k * std."""
+    """(F - mean) / std over each layer's units (population std): a threshold k on these is the
+    poster's mean/std rule, which keeps F >= mean + k * std."""
     result = {}
     for layer in by_layer(scores).values():
         values = _values(list(layer.values())).double()
@@ -80,23 +93,29 @@ def standardized(scores: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def threshold_grid(scores: dict[str, Tensor], count: int) -> list[float]:
-    """Thresholds worth trying, highest first: every value where there are at most `count`, else as many quantiles.
+    """Thresholds worth trying, highest first: every value where there are at most `count`, else as
+    many quantiles.
 
     The first keeps nothing, the last everything.
     """
     values = _values(list(scores.values())).unique()
     if len(values) > count:
-        values = values[torch.linspace(0, len(values) - 1, count, dtype=torch.float64).round().long()]
+        values = values[
+            torch.linspace(0, len(values) - 1, count, dtype=torch.float64).round().long()
+        ]
     return [math.inf, *values.flip(0).tolist()]
 
 
 def keep_ratio(scores: dict[str, Tensor], ratio: float) -> dict[str, Tensor]:
-    """Per layer, keep the floor(ratio * n) units of highest Fisher value, n the layer's units; ties go to the first.
+    """Per layer, keep the floor(ratio * n) units of highest Fisher value, n the layer's units; ties
+    go to the first.
 
     Raises ValueError for a ratio outside [0, 1].
     """
     if not 0 <= ratio <= 1:
-        raise ValueError(f"ratio {ratio} is outside [0, 1]: it is the share of a layer's units to keep")
+        raise ValueError(
+            f"ratio {ratio} is outside [0, 1]: it is the share of a layer's units to keep"
+        )
     keep = {}
     for layer in by_layer(scores).values():
         values = _values(list(layer.values()))

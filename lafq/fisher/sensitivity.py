@@ -1,18 +1,21 @@
 """The diagonal of the true Fisher information at the price of a backward pass.
 
-A network with output f(x) (B, ...) and unit Gaussian noise on it has the true Fisher information E[J^T n n^T J] = J^T J of one
-sample, n ~ N(0, I): for the squared error also the Gauss-Newton matrix (Kunstner et al. 2019). No target is needed.
+A network with output f(x) (B, ...) and unit Gaussian noise on it has the true Fisher information
+E[J^T n n^T J] = J^T J of one sample, n ~ N(0, I): for the squared error also the Gauss-Newton
+matrix (Kunstner et al. 2019). No target is needed.
 
-One backward pass of a batch with n instead of the residual gives g = sum over samples of J_b^T n_b. The n_b are independent and
-of mean zero, so E[g_i^2] = sum over samples of (J_b^T J_b)_ii: squares of batch gradients, which are wrong for the loss itself, are
-unbiased here.
+One backward pass of a batch with n instead of the residual gives g = sum over samples of J_b^T n_b.
+The n_b are independent and of mean zero, so E[g_i^2] = sum over samples of (J_b^T J_b)_ii: squares
+of batch gradients, which are wrong for the loss itself, are unbiased here.
 
-The same passes estimate a curvature. The weights of an output channel r have the Gauss-Newton matrix E[g_r g_r^T], g_r (C,) their
-gradient in one pass; a channel alone gives too few draws of it. The channels share H, the mean over passes and channels of
-g_r g_r^T / mean(g_r^2), (C, C) with a mean diagonal of 1: up to each channel's mean Fisher value that is its matrix, if the
-tensor's is a Kronecker product (Martens and Grosse 2015, "K-FAC"). Columns are those of `channel_view`. The channels of a grouped
-convolution share one H as well, though each group has inputs of its own. Where C is large, H is a block diagonal: equal blocks of
-consecutive columns, (B, S, S), which take B times fewer numbers and products.
+The same passes estimate a curvature. The weights of an output channel r have the Gauss-Newton
+matrix E[g_r g_r^T], g_r (C,) their gradient in one pass; a channel alone gives too few draws of it.
+The channels share H, the mean over passes and channels of g_r g_r^T / mean(g_r^2), (C, C) with a
+mean diagonal of 1: up to each channel's mean Fisher value that is its matrix, if the tensor's is a
+Kronecker product (Martens and Grosse 2015, "K-FAC"). Columns are those of `channel_view`. The
+channels of a grouped convolution share one H as well, though each group has inputs of its own.
+Where C is large, H is a block diagonal: equal blocks of consecutive columns, (B, S, S), which take
+B times fewer numbers and products.
 """
 
 import warnings
@@ -33,12 +36,13 @@ CHANNELS = 128  # output channels of a tensor that one pass adds to its curvatur
 
 
 class Sensitivity(NamedTuple):
-    """By parameter name: the true Fisher values, of its shape, and the curvature (C, C) of the C weights of an output channel, or
-    its blocks (B, S, S).
+    """By parameter name: the true Fisher values, of its shape, and the curvature (C, C) of the C
+    weights of an output channel, or its blocks (B, S, S).
 
-    passes: batches that both were estimated from. noise: by parameter name, the share of the curvature's off-diagonal that is noise
-    and was shrunk away, 0 to 1. None where it was not estimated. effective_passes: how many passes of equal Fisher trace x tell as
-    much of its mean, (sum of x)^2 / sum of x^2 (Kish 1965); far below `passes` if few inputs make up the trace.
+    passes: batches that both were estimated from. noise: by parameter name, the share of the
+    curvature's off-diagonal that is noise and was shrunk away, 0 to 1. None where it was not
+    estimated. effective_passes: how many passes of equal Fisher trace x tell as much of its mean,
+    (sum of x)^2 / sum of x^2 (Kish 1965); far below `passes` if few inputs make up the trace.
     """
 
     fisher: dict[str, Tensor]
@@ -48,13 +52,17 @@ class Sensitivity(NamedTuple):
     effective_passes: float = 0.0
 
 
-def monte_carlo_fisher(model: nn.Module, names: list[str], batches: Iterable[tuple[Tensor, ...]], seed: int) -> dict[str, Tensor]:
-    """F_i = mean over samples of sum over outputs of (d output / d w_i)^2 for the named parameters, by name.
+def monte_carlo_fisher(
+    model: nn.Module, names: list[str], batches: Iterable[tuple[Tensor, ...]], seed: int
+) -> dict[str, Tensor]:
+    """F_i = mean over samples of sum over outputs of (d output / d w_i)^2 for the named parameters,
+    by name.
 
-    batches: arguments of the model, batch by batch, each first argument (B, ...). A pass has one draw, so the relative
-    standard deviation of a weight's estimate is sqrt(2 / number of batches): many small batches beat few large ones.
-    Needs the memory of training and one gradient more.
-    Raises ValueError for an unknown name, no batch, or a result that is not finite or zero everywhere.
+    batches: arguments of the model, batch by batch, each first argument (B, ...). A pass has one
+    draw, so the relative standard deviation of a weight's estimate is sqrt(2 / number of batches):
+    many small batches beat few large ones. Needs the memory of training and one gradient more.
+    Raises ValueError for an unknown name, no batch, or a result that is not finite or zero
+    everywhere.
     """
     squares, samples, _ = _squares(unwrapped(model), names, batches, seed, 1)
     return {n: f / samples for n, f in squares.items()}
@@ -70,24 +78,31 @@ def estimate_sensitivity(
     channels: int | None = CHANNELS,
     draws: int = 1,
 ) -> Sensitivity:
-    """Estimate the diagonal of the true Fisher information, and from the same passes the curvature that output channels share.
+    """Estimate the diagonal of the true Fisher information, and from the same passes the curvature
+    that output channels share.
 
     Args:
         model: any network; called as `model(*batch)`.
-        batches: the model's arguments, first (B, ...), for one tensor (B, ...). Many small ones of equal size beat few large ones.
+        batches: the model's arguments, first (B, ...), for one tensor (B, ...). Many small ones of
+            equal size beat few large ones.
         seed: of the noise that is sent back through the network.
         names: the parameters; None: all with two dimensions or more.
-        shrink: shrink noisy estimates (`fisher.shrinkage`), else take the means over passes as they are.
-        largest: columns of a curvature matrix; that of a tensor with more weights per output channel is estimated in blocks.
-        channels: output channels that one pass adds to a curvature; those of a tensor with more take turns (None: no turns).
-        draws: of noise per pass. If batches are few, 4 tell more of each; a draw takes a backward pass and memory for a gradient.
+        shrink: shrink noisy estimates (`fisher.shrinkage`), else take the means over passes as they
+            are.
+        largest: columns of a curvature matrix; that of a tensor with more weights per output
+            channel is estimated in blocks.
+        channels: output channels that one pass adds to a curvature; those of a tensor with more
+            take turns (None: no turns).
+        draws: of noise per pass. If batches are few, 4 tell more of each; a draw takes a backward
+            pass and memory for a gradient.
 
     >>> import torch
     >>> model = nn.Linear(3, 2)
-    >>> estimate_sensitivity(model, [(torch.randn(8, 3),) for _ in range(100)]).curvature["weight"].shape
-    torch.Size([3, 3])
+    >>> estimate_sensitivity(model, [(torch.randn(8, 3),) for _ in
+    range(100)]).curvature["weight"].shape torch.Size([3, 3])
 
-    Needs C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that does, and for draws below 1.
+    Needs C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that
+    does, and for draws below 1.
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}: a pass needs one draw of noise or more")
@@ -106,20 +121,37 @@ def estimate_sensitivity(
     squares, samples, traces = _squares(model, names, batches, seed, draws, add)
     effective = sum(traces) ** 2 / sum(x * x for x in traces)
     if shrink:
-        squares |= {n: views[n].back(m.shrunk_squares(views[n].of(squares[n]))).contiguous() for n, m in moments.items()}
-    return Sensitivity({n: f / samples for n, f in squares.items()}, *_curvatures(moments, len(traces), shrink), effective)
+        squares |= {
+            n: views[n].back(m.shrunk_squares(views[n].of(squares[n]))).contiguous()
+            for n, m in moments.items()
+        }
+    return Sensitivity(
+        {n: f / samples for n, f in squares.items()},
+        *_curvatures(moments, len(traces), shrink),
+        effective,
+    )
 
 
-def _curvatures(moments: dict[str, Moments], passes: int, shrink: bool) -> tuple[dict[str, Tensor], int, dict[str, float] | None]:
-    """Of a `Sensitivity`: curvature, passes and noise; a warning where a shrunk curvature comes from one pass."""
+def _curvatures(
+    moments: dict[str, Moments], passes: int, shrink: bool
+) -> tuple[dict[str, Tensor], int, dict[str, float] | None]:
+    """Of a `Sensitivity`: curvature, passes and noise; a warning where a shrunk curvature comes
+    from one pass.
+    """
     if not shrink:
         return {n: m.plain_curvature() for n, m in moments.items()}, passes, None
     if moments and passes == 1:
         warnings.warn(
-            "one pass says nothing about its noise, so all weights of a tensor count the same: give more batches", stacklevel=3
+            "one pass says nothing about its noise, so all weights of a tensor count the same: "
+            "give more batches",
+            stacklevel=3,
         )
     shrunk = {n: m.shrunk_curvature() for n, m in moments.items()}
-    return {n: h for n, (h, _) in shrunk.items()}, passes, {n: share for n, (_, share) in shrunk.items()}
+    return (
+        {n: h for n, (h, _) in shrunk.items()},
+        passes,
+        {n: share for n, (_, share) in shrunk.items()},
+    )
 
 
 def _squares(
@@ -130,8 +162,8 @@ def _squares(
     draws: int,
     also: Callable[[str, list[Tensor]], None] | None = None,
 ) -> tuple[dict[str, Tensor], int, list[float]]:
-    """Squared gradients of the output times N(0, I), their mean over the draws of a pass summed over passes; the number of samples,
-    and the sum over weights of the squares of each pass.
+    """Squared gradients of the output times N(0, I), their mean over the draws of a pass summed
+    over passes; the number of samples, and the sum over weights of the squares of each pass.
 
     `also` sees the gradients of each pass, one per draw.
     """
@@ -139,7 +171,10 @@ def _squares(
     if not names:
         raise ValueError("no parameter is named: give the names whose Fisher information is wanted")
     if unknown := [n for n in names if n not in available]:
-        raise ValueError(f"the model has no parameter {unknown[0]!r}: names are those of model.named_parameters()")
+        raise ValueError(
+            f"the model has no parameter {unknown[0]!r}: names are those of "
+            f"model.named_parameters()"
+        )
     chosen = [available[n] for n in names]
     samples, traces, g = 0, [], generator(seed, 1)
     with evaluating(model, gradients=True):
@@ -150,7 +185,9 @@ def _squares(
             arguments = arguments_of(batch, chosen[0].device)
             output = checked_output(model(*arguments), len(arguments[0]))
             trace = 0.0
-            for name, sum_, gradients in zip(names, total, _gradients(output, chosen, draws, g), strict=True):
+            for name, sum_, gradients in zip(
+                names, total, _gradients(output, chosen, draws, g), strict=True
+            ):
                 for gradient in gradients:
                     sum_.addcmul_(gradient, gradient, value=1 / draws)
                     trace += torch.linalg.vector_norm(gradient).item() ** 2 / draws
@@ -160,16 +197,27 @@ def _squares(
     if not samples:
         raise ValueError("no batch was given: Fisher information needs at least one sample")
     if bad := [n for n, f in zip(names, total, strict=True) if not torch.isfinite(f).all()]:
-        raise ValueError(f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged")
+        raise ValueError(
+            f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged"
+        )
     if not any(f.any() for f in total):
-        raise ValueError("the Fisher information is zero everywhere: these batches give the output no gradient, give others")
+        raise ValueError(
+            "the Fisher information is zero everywhere: these batches give the output no gradient, "
+            "give others"
+        )
     return {n: sum_.detach() for n, sum_ in zip(names, total, strict=True)}, samples, traces
 
 
-def _gradients(output: Tensor, chosen: list[nn.Parameter], draws: int, noise: torch.Generator) -> list[list[Tensor]]:
+def _gradients(
+    output: Tensor, chosen: list[nn.Parameter], draws: int, noise: torch.Generator
+) -> list[list[Tensor]]:
     """By parameter: the gradients of the output times N(0, I), one per draw."""
     found = []
     for left in reversed(range(draws)):
         n = torch.randn(output.shape, generator=noise, dtype=torch.float32).to(output)
-        found.append(torch.autograd.grad(output, chosen, n, retain_graph=left > 0, allow_unused=True, materialize_grads=True))
+        found.append(
+            torch.autograd.grad(
+                output, chosen, n, retain_graph=left > 0, allow_unused=True, materialize_grads=True
+            )
+        )
     return [list(gradients) for gradients in zip(*found, strict=True)]

@@ -1,10 +1,13 @@
-"""Shrink what few passes estimate: Fisher values towards their channel's and tensor's mean, the curvature towards its diagonal.
+"""Shrink what few passes estimate: Fisher values towards their channel's and tensor's mean, the
+curvature towards its diagonal.
 
-An estimate is a mean over passes, so the spread over passes tells how noisy it is. With x the estimate and t its target,
+An estimate is a mean over passes, so the spread over passes tells how noisy it is. With x the
+estimate and t its target,
 
     x* = (1 - s) x + s t,    s = sum of Var(x_i) / sum of (x_i - t_i)^2, at most 1,
 
-has the least expected squared error (Schaefer and Strimmer 2005, section 2; Ledoit and Wolf 2004). s falls as 1 / passes. One pass
+has the least expected squared error (Schaefer and Strimmer 2005, section 2; Ledoit and Wolf 2004).
+s falls as 1 / passes. One pass
 tells nothing of its spread: s is 1, and weights of a tensor then count alike.
 """
 
@@ -15,26 +18,33 @@ from lafq.quantization.rounding import diagonal_of
 
 
 class Moments:
-    """Sums over passes of what the gradients (R, C) of one tensor, R channels of C weights, tell of its Fisher information.
+    """Sums over passes of what the gradients (R, C) of one tensor, R channels of C weights, tell of
+    its Fisher information.
 
-    largest: with more columns, sums for the curvature are kept in equal blocks of at most so many, (B, S, S). channels: with more
-    rows, about so many of them count in the curvature of a pass, and the others in those of the next passes; None: all in each.
-    Holds B S^2 + 2 R + C numbers. Raises nothing: what is not finite stays so.
+    largest: with more columns, sums for the curvature are kept in equal blocks of at most so many,
+    (B, S, S). channels: with more rows, about so many of them count in the curvature of a pass, and
+    the others in those of the next passes; None: all in each. Holds B S^2 + 2 R + C numbers. Raises
+    nothing: what is not finite stays so.
     """
 
     def __init__(self, gradient: Tensor, largest: int, channels: int | None) -> None:
         rows, columns = gradient.shape
         self.passes, self.turns = 0, -(-rows // (channels or rows))
-        self.blocks = next(b for b in range(max(1, -(-columns // largest)), columns + 1) if columns % b == 0)
+        self.blocks = next(
+            b for b in range(max(1, -(-columns // largest)), columns + 1) if columns % b == 0
+        )
         size = columns // self.blocks
-        self.curvature = gradient.new_zeros((self.blocks, size, size) if self.blocks > 1 else (size, size))
+        self.curvature = gradient.new_zeros(
+            (self.blocks, size, size) if self.blocks > 1 else (size, size)
+        )
         self.off_diagonal_squares = gradient.new_zeros((), dtype=torch.float64)
         self.diagonal_squares = gradient.new_zeros(columns, dtype=torch.float64)
         self.fourth_powers = gradient.new_zeros(rows, dtype=torch.float64)
         self.mean_squares = gradient.new_zeros(rows, dtype=torch.float64)
 
     def add(self, *draws: Tensor) -> None:
-        """Add the gradients (R, C) of one pass, one per draw of noise; channels count alike in the curvature, whatever their size.
+        """Add the gradients (R, C) of one pass, one per draw of noise; channels count alike in the
+        curvature, whatever their size.
 
         The spread is that of passes: draws of a pass share its inputs, so only their mean counts.
         """
@@ -60,15 +70,20 @@ class Moments:
         return self.curvature / diagonal_of(self.curvature).mean().clamp_min(1e-30)
 
     def shrunk_curvature(self) -> tuple[Tensor, float]:
-        """H (C, C), or (B, S, S), of mean diagonal 1, shrunk off the diagonal towards 0 and on it towards 1; and the first share.
+        """H (C, C), or (B, S, S), of mean diagonal 1, shrunk off the diagonal towards 0 and on it
+        towards 1; and the first share.
 
         The off-diagonal shrinks at least as much as the diagonal, so H stays positive semidefinite.
         """
         mean = self.curvature / self.passes
         diagonal = diagonal_of(mean).double().clone()  # `mean` is changed in place below
         level = diagonal.mean()
-        off = (torch.linalg.vector_norm(mean).double().square() - diagonal.square().sum()).clamp_min(0)
-        own = self._share(self.diagonal_squares.sum(), diagonal.square().sum(), (diagonal - level).square().sum())
+        off = (
+            torch.linalg.vector_norm(mean).double().square() - diagonal.square().sum()
+        ).clamp_min(0)
+        own = self._share(
+            self.diagonal_squares.sum(), diagonal.square().sum(), (diagonal - level).square().sum()
+        )
         share = torch.maximum(self._share(self.off_diagonal_squares, off, off), own)
         found = mean.mul_((1 - share) / level.clamp_min(1e-30))
         target = (1 - own) * diagonal / level.clamp_min(1e-30) + own
@@ -76,20 +91,26 @@ class Moments:
         return found, share.item()
 
     def shrunk_squares(self, squares: Tensor) -> Tensor:
-        """Squared gradients (R, C), summed over the passes: within a channel they shrink towards its mean, channels' means towards
-        the tensor's.
+        """Squared gradients (R, C), summed over the passes: within a channel they shrink towards
+        its mean, channels' means towards the tensor's.
         """
         mean = squares.double() / self.passes
         channel = mean.mean(1, keepdim=True)
         tensor = channel.mean()
         around = (mean - channel).square().sum(1)
         within = self._share(self.fourth_powers, mean.square().sum(1), around)[:, None]
-        across = self._share(self.mean_squares.sum(), channel.square().sum(), (channel - tensor).square().sum())
-        shape = torch.where(channel > 0, (1 - within) * mean / channel.clamp_min(1e-300) + within, 1)
+        across = self._share(
+            self.mean_squares.sum(), channel.square().sum(), (channel - tensor).square().sum()
+        )
+        shape = torch.where(
+            channel > 0, (1 - within) * mean / channel.clamp_min(1e-300) + within, 1
+        )
         return (((1 - across) * channel + across * tensor) * shape * self.passes).to(squares.dtype)
 
     def _share(self, squares: Tensor, squared_mean: Tensor, distance: Tensor) -> Tensor:
-        """s, from the sum over passes of squares, the squared mean over passes, and the squared distance to the target."""
+        """s, from the sum over passes of squares, the squared mean over passes, and the squared
+        distance to the target.
+        """
         if self.passes < 2:
             return torch.ones_like(distance)
         variance = (squares - self.passes * squared_mean) / (self.passes * (self.passes - 1))

@@ -1,4 +1,6 @@
-"""How one parameter is to be stored: formats of its channels, single weights that are kept, and the bytes that takes."""
+"""How one parameter is to be stored: formats of its channels, single weights that are kept, and the
+bytes that takes.
+"""
 
 import math
 from typing import NamedTuple
@@ -16,9 +18,11 @@ class WeightSpec(NamedTuple):
     """How one parameter is stored.
 
     format: for all of it, or a tuple with one for each output channel.
-    keep_mask: boolean, of the weight's shape: these single weights are stored as `keep_format` ("fp32" or "fp16") instead.
+    keep_mask: boolean, of the weight's shape: these single weights are stored as `keep_format`
+    ("fp32" or "fp16") instead.
     steps: FP16 scales (output channels,) of integer formats; None: the recipe's rule chooses them.
-    group: so many consecutive weights of a channel share a scale (`ChannelView` order); 0: all of them.
+    group: so many consecutive weights of a channel share a scale (`ChannelView` order); 0: all of
+    them.
     """
 
     format: str | tuple[str, ...]
@@ -29,10 +33,11 @@ class WeightSpec(NamedTuple):
 
 
 class ChannelView(NamedTuple):
-    """A parameter seen as rows, one per output channel, the weights of a row in channels-last order.
+    """A parameter seen as rows, one per output channel, the weights of a row in channels-last
+    order.
 
-    shape: the parameter's; groups: of a transposed convolution, whose output channels lie in axis 1; else 0.
-    A vector (bias, norm) is a column.
+    shape: the parameter's; groups: of a transposed convolution, whose output channels lie in axis
+    1; else 0. A vector (bias, norm) is a column.
     """
 
     shape: tuple[int, ...]
@@ -41,7 +46,9 @@ class ChannelView(NamedTuple):
     @property
     def size(self) -> tuple[int, int]:
         """(output channels, weights in each)."""
-        channels = self.groups * self.shape[1] if self.groups else self.shape[0] if self.shape else 1
+        channels = (
+            self.groups * self.shape[1] if self.groups else self.shape[0] if self.shape else 1
+        )
         return channels, math.prod(self.shape) // channels
 
     def of(self, weight: Tensor) -> Tensor:
@@ -51,38 +58,65 @@ class ChannelView(NamedTuple):
         return weight.movedim(1, -1).flatten(1) if weight.ndim > 1 else weight.reshape(-1, 1)
 
     def back(self, rows: Tensor) -> Tensor:
-        """The tensor of the parameter's shape (channels-last in memory) that `of` makes these rows of."""
+        """The tensor of the parameter's shape (channels-last in memory) that `of` makes these rows
+        of.
+        """
         if len(self.shape) < 2:
             return rows.reshape(self.shape)
-        outputs, inputs = self.size[0], self.shape[0] // self.groups if self.groups else self.shape[1]
+        outputs, inputs = (
+            self.size[0],
+            self.shape[0] // self.groups if self.groups else self.shape[1],
+        )
         weight = rows.view(outputs, *self.shape[2:], inputs).movedim(-1, 1)
-        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1) if self.groups else weight
+        return (
+            weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+            if self.groups
+            else weight
+        )
 
     def check(self, name: str, entry: "str | WeightSpec") -> None:
         """Raise ValueError for an unknown format, or formats and masks that do not fit."""
         if not isinstance(entry, str | WeightSpec):
-            raise ValueError(f"the plan gives {name} the entry {entry!r}: give the name of a format, or a WeightSpec")
+            raise ValueError(
+                f"the plan gives {name} the entry {entry!r}: give the name of a format, or a "
+                f"WeightSpec"
+            )
         format, keep_mask, keep_format, steps, group = weight_spec(entry)
         if group and (steps is not None or group < 1 or self.size[1] % group):
             raise ValueError(
-                f"{name} has {self.size[1]} weights per channel, so a group of {group} does not fit: give a divisor, and no steps"
+                f"{name} has {self.size[1]} weights per channel, so a group of {group} does not "
+                f"fit: give a divisor, and no steps"
             )
-        if steps is not None and (steps.shape != self.size[:1] or steps.dtype != torch.float16 or not (steps > 0).all()):
-            raise ValueError(f"the steps of {name} must be {self.size[0]} FP16 numbers above 0, one per output channel")
+        if steps is not None and (
+            steps.shape != self.size[:1] or steps.dtype != torch.float16 or not (steps > 0).all()
+        ):
+            raise ValueError(
+                f"the steps of {name} must be {self.size[0]} FP16 numbers above 0, one per output "
+                f"channel"
+            )
         if isinstance(format, tuple) and len(format) != self.size[0]:
             raise ValueError(
-                f"the plan has {len(format)} formats for the {self.size[0]} output channels of {name}: give one for each"
+                f"the plan has {len(format)} formats for the {self.size[0]} output channels of "
+                f"{name}: give one for each"
             )
         if steps is None and "int16" in ((format,) if isinstance(format, str) else format):
-            raise ValueError(f"the plan stores {name} in int16, which needs steps of its own: give WeightSpec's `steps`, or fp16")
+            raise ValueError(
+                f"the plan stores {name} in int16, which needs steps of its own: give WeightSpec's "
+                f"`steps`, or fp16"
+            )
         known = [get_format(f) for f in ((format,) if isinstance(format, str) else set(format))]
         if len(self.shape) < 2 and any(f.qmax for f in known):
-            raise ValueError(f"{name} has shape {self.shape}: integers need two dimensions, choose fp16 or fp32")
+            raise ValueError(
+                f"{name} has shape {self.shape}: integers need two dimensions, choose fp16 or fp32"
+            )
         if get_format(keep_format).qmax:
             raise ValueError(f"kept weights cannot be {keep_format}: choose fp32 or fp16")
-        if keep_mask is not None and (keep_mask.shape != self.shape or keep_mask.dtype != torch.bool):
+        if keep_mask is not None and (
+            keep_mask.shape != self.shape or keep_mask.dtype != torch.bool
+        ):
             raise ValueError(
-                f"the mask of {name} is {keep_mask.dtype} of shape {tuple(keep_mask.shape)}, the parameter has {self.shape}: "
+                f"the mask of {name} is {keep_mask.dtype} of shape {tuple(keep_mask.shape)}, the "
+                f"parameter has {self.shape}: "
                 "give one boolean per weight"
             )
 
@@ -93,22 +127,39 @@ def weight_spec(entry: str | WeightSpec) -> WeightSpec:
 
 
 def stored_bytes(view: ChannelView, entry: str | WeightSpec) -> int:
-    """Bytes of one parameter in its stored form: values, scales, channel formats, and what tells the kept weights."""
+    """Bytes of one parameter in its stored form: values, scales, channel formats, and what tells
+    the kept weights.
+    """
     format, keep_mask, keep_format, _, group = weight_spec(entry)
-    in_row = torch.zeros(view.size[0], dtype=torch.int64) if keep_mask is None else view.of(keep_mask).sum(1).cpu()
+    in_row = (
+        torch.zeros(view.size[0], dtype=torch.int64)
+        if keep_mask is None
+        else view.of(keep_mask).sum(1).cpu()
+    )
     return counted_bytes(view, channels_by_format(format, view.size[0]), in_row, keep_format, group)
 
 
 def counted_bytes(
-    view: ChannelView, by_format: dict[Format, Tensor], in_row: Tensor, keep_format: str = "fp32", group: int = 0
+    view: ChannelView,
+    by_format: dict[Format, Tensor],
+    in_row: Tensor,
+    keep_format: str = "fp32",
+    group: int = 0,
 ) -> int:
-    """`stored_bytes` where only the number of kept weights in each channel is known: in_row, int64 (channels,).
+    """`stored_bytes` where only the number of kept weights in each channel is known: in_row, int64
+    (channels,).
 
     by_format: the channels of each format (`channels_by_format`).
     """
     total = bit_bytes(CHANNEL_CODE_BITS, view.size[0]) if len(by_format) > 1 else 0
-    total += sum(2 * len(r) * scales_per_channel(view.size[1], group) for f, r in by_format.items() if f.qmax)
-    return total + packed_bytes(get_format(keep_format), int(in_row.sum())) + mask_encoding(by_format, in_row, view.size[1])[1]
+    total += sum(
+        2 * len(r) * scales_per_channel(view.size[1], group) for f, r in by_format.items() if f.qmax
+    )
+    return (
+        total
+        + packed_bytes(get_format(keep_format), int(in_row.sum()))
+        + mask_encoding(by_format, in_row, view.size[1])[1]
+    )
 
 
 def scales_per_channel(length: int, group: int) -> int:
@@ -119,30 +170,44 @@ def scales_per_channel(length: int, group: int) -> int:
 def in_fp32(view: ChannelView, entry: str | WeightSpec) -> int:
     """How many weights of a parameter its plan entry leaves in FP32."""
     format, keep_mask, keep_format, *_ = weight_spec(entry)
-    whole = torch.tensor([f == "fp32" for f in ([format] * view.size[0] if isinstance(format, str) else format)])[:, None]
-    mask = torch.zeros(view.size, dtype=torch.bool) if keep_mask is None else view.of(keep_mask).cpu()
+    whole = torch.tensor(
+        [f == "fp32" for f in ([format] * view.size[0] if isinstance(format, str) else format)]
+    )[:, None]
+    mask = (
+        torch.zeros(view.size, dtype=torch.bool) if keep_mask is None else view.of(keep_mask).cpu()
+    )
     return int((whole | mask if keep_format == "fp32" else whole & ~mask).expand(view.size).sum())
 
 
-def channels_by_format(format: str | tuple[str, ...], channels: int, device: torch.device | None = None) -> dict[Format, Tensor]:
+def channels_by_format(
+    format: str | tuple[str, ...], channels: int, device: torch.device | None = None
+) -> dict[Format, Tensor]:
     """The channels, by number, of every format in use."""
     if isinstance(format, str) or len(set(format)) == 1:
-        return {get_format(format if isinstance(format, str) else format[0]): torch.arange(channels, device=device)}
+        return {
+            get_format(format if isinstance(format, str) else format[0]): torch.arange(
+                channels, device=device
+            )
+        }
     codes = torch.tensor([ORDER.index(name) for name in format], device=device)
     return {FORMATS[ORDER[i]]: (codes == i).nonzero()[:, 0] for i in codes.unique().tolist()}
 
 
 def mask_encoding(by_format: dict[Format, Tensor], in_row: Tensor, length: int) -> tuple[str, int]:
-    """How to tell the kept weights, and the bytes of that together with the values of the other weights.
+    """How to tell the kept weights, and the bytes of that together with the values of the other
+    weights.
 
-    "mask": one bit per weight. "columns": a count per channel (int32) and a column (`index_dtype`) per kept weight, in whose place
-    the values hold a 0. The smaller of the two; "" where none is kept. in_row: kept weights in each channel, int64 (channels,).
+    "mask": one bit per weight. "columns": a count per channel (int32) and a column (`index_dtype`)
+    per kept weight, in whose place the values hold a 0. The smaller of the two; "" where none is
+    kept. in_row: kept weights in each channel, int64 (channels,).
     """
     kept, channels = int(in_row.sum()), len(in_row)
     dense = sum(packed_bytes(f, len(r) * length) for f, r in by_format.items())
     if not kept:
         return "", dense
-    split = sum(packed_bytes(f, len(r) * length - int(in_row[r].sum())) for f, r in by_format.items())
+    split = sum(
+        packed_bytes(f, len(r) * length - int(in_row[r].sum())) for f, r in by_format.items()
+    )
     masked = split + bit_bytes(1, channels * length)
     sparse = dense + 4 * channels + index_dtype(length).itemsize * kept
     return ("mask", masked) if masked <= sparse else ("columns", sparse)

@@ -1,4 +1,6 @@
-"""A packed model as a file, and back: safetensors that say what they are, and are checked in full when read."""
+"""A packed model as a file, and back: safetensors that say what they are, and are checked in full
+when read.
+"""
 
 from pathlib import Path
 
@@ -11,12 +13,16 @@ from lafq.quantization.model import tied, weights_sha256, with_quantized
 from lafq.quantization.quantized_weight import QuantizedWeight
 from lafq.tensors import load_tensors, save_tensors
 
-# Version 1 has no coded streams, int7, int5 and midrise2, version 2 no groups; files without these still bear it.
+# Version 1 has no coded streams, int7, int5 and midrise2, version 2 no groups; files without these
+# still bear it.
 FORMAT_VERSION = 3
 
 
-def save_quantized(path: Path | str, packed: nn.Module, source: nn.Module, compress: bool = False) -> None:
-    """Write a packed copy as safetensors; `source` is the model it was made of, whose fingerprint goes along.
+def save_quantized(
+    path: Path | str, packed: nn.Module, source: nn.Module, compress: bool = False
+) -> None:
+    """Write a packed copy as safetensors; `source` is the model it was made of, whose fingerprint
+    goes along.
 
     >>> from tempfile import mkdtemp
     >>> from lafq.quantization.model import quantize
@@ -25,10 +31,11 @@ def save_quantized(path: Path | str, packed: nn.Module, source: nn.Module, compr
     >>> load_quantized(path, nn.Linear(4, 2)).weight.shape
     torch.Size([2, 4])
 
-    compress: entropy-code the integers (`entropy_coding`). Nothing is lost, and the loaded model takes the same memory.
-    The metadata holds the format version, the plan in words, the width (None for a model without one), the source's
-    sha256, and a checksum of the whole file.
-    Raises ValueError for a state that is no tensor, and for a name that would be taken for a part of a planned parameter.
+    compress: entropy-code the integers (`entropy_coding`). Nothing is lost, and the loaded model
+    takes the same memory. The metadata holds the format version, the plan in words, the width (None
+    for a model without one), the source's sha256, and a checksum of the whole file. Raises
+    ValueError for a state that is no tensor, and for a name that would be taken for a part of a
+    planned parameter.
     """
     path, packed, plan, chains, tensors = Path(path), unwrapped(packed), {}, {}, {}
     for name, module in packed.named_modules():
@@ -38,46 +45,82 @@ def save_quantized(path: Path | str, packed: nn.Module, source: nn.Module, compr
             parts, coded, planned = dict(module.named_buffers()), {}, owner + parameter
             if compress and (counts := module.code_counts()):
                 parts, coded = compress_parts(parts, counts)
-            plan[planned], chains[chain] = module.describe() | ({"coded": coded} if coded else {}), planned
+            plan[planned], chains[chain] = (
+                module.describe() | ({"coded": coded} if coded else {}),
+                planned,
+            )
             tensors |= {f"{planned}/{part}": tensor for part, tensor in parts.items()}
     for name, tensor in packed.state_dict().items():
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} is no tensor, and a file of tensors cannot hold it: leave it out of the model's state_dict")
-        chain = name.rpartition(".")[0] if name.rpartition(".")[0] in chains else name.rpartition(".0.")[0]
+            raise ValueError(
+                f"{name} is no tensor, and a file of tensors cannot hold it: leave it out of the "
+                f"model's state_dict"
+            )
+        chain = (
+            name.rpartition(".")[0]
+            if name.rpartition(".")[0] in chains
+            else name.rpartition(".0.")[0]
+        )
         if chain not in chains:
             if planned := [p for p in plan if name.startswith(f"{p}/")]:
-                raise ValueError(f"{name} has the name of a part of {planned[0]}: rename it, or leave {planned[0]} out of the plan")
+                raise ValueError(
+                    f"{name} has the name of a part of {planned[0]}: rename it, or leave "
+                    f"{planned[0]} out of the plan"
+                )
             tensors[name] = tensor
     shared = tied(tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in shared}
-    new = any("coded" in words or {"int7", "int5", "midrise2"} & set(words["formats"]) for words in plan.values())
-    version = FORMAT_VERSION if any("group" in words for words in plan.values()) else 2 if new else 1
+    new = any(
+        "coded" in words or {"int7", "int5", "midrise2"} & set(words["formats"])
+        for words in plan.values()
+    )
+    version = (
+        FORMAT_VERSION if any("group" in words for words in plan.values()) else 2 if new else 1
+    )
     about = {"format_version": version, "width": _width(packed), "source": weights_sha256(source)}
-    save_tensors(path, tensors, sealed=True, **about, plan=plan, **({"tied": shared} if shared else {}))
+    save_tensors(
+        path, tensors, sealed=True, **about, plan=plan, **({"tied": shared} if shared else {})
+    )
 
 
 def load_quantized(path: Path | str, model: nn.Module, source: str | None = None) -> nn.Module:
-    """The quantized copy that `save_quantized` wrote; `model` gives the architecture (its weights are not used, "meta" will do).
+    """The quantized copy that `save_quantized` wrote; `model` gives the architecture (its weights
+    are not used, "meta" will do).
 
     source: the fingerprint of the weights it must have been made of; None takes any.
-    Raises FileNotFoundError when there is no file, ValueError when it is damaged in any place, of a newer version, of
-    another model, or of other source weights.
+    Raises FileNotFoundError when there is no file, ValueError when it is damaged in any place, of a
+    newer version, of another model, or of other source weights.
     """
     path, model = Path(path), unwrapped(model)
     tensors, about = load_tensors(path, "`save_quantized`", sealed=True)
     if (version := about.get("format_version", 0)) > FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version}, this lafq reads up to {FORMAT_VERSION}: update lafq")
+        raise ValueError(
+            f"{path} has format version {version}, this lafq reads up to {FORMAT_VERSION}: update "
+            f"lafq"
+        )
     if not version:
         raise ValueError(f"{path} is no packed model: give a file that `save_quantized` wrote")
     if about["width"] != _width(model):
-        raise ValueError(f"{path} is of width {about['width']}, the model of {_width(model)}: build the model anew")
+        raise ValueError(
+            f"{path} is of width {about['width']}, the model of {_width(model)}: build the model "
+            f"anew"
+        )
     if source not in (None, about["source"]):
-        raise ValueError(f"{path} was made of weights {about['source'][:12]}, not of {source[:12]}: pack these and save again")
-    rest = {n: t for n, t in tensors.items() if not any(n.startswith(f"{planned}/") for planned in about["plan"])}
+        raise ValueError(
+            f"{path} was made of weights {about['source'][:12]}, not of {source[:12]}: pack these "
+            f"and save again"
+        )
+    rest = {
+        n: t
+        for n, t in tensors.items()
+        if not any(n.startswith(f"{planned}/") for planned in about["plan"])
+    }
     rest |= {name: rest[first] for name, first in about.get("tied", {}).items()}
     packed = {}
     for name, words in about["plan"].items():
-        parts = {n.removeprefix(f"{name}/"): t for n, t in tensors.items() if n.startswith(f"{name}/")}
+        parts = {
+            n.removeprefix(f"{name}/"): t for n, t in tensors.items() if n.startswith(f"{name}/")
+        }
         coded = words.pop("coded", None)
         try:
             parts = parts if coded is None else expand_parts(parts, coded)
@@ -85,13 +128,18 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
             raise ValueError(f"{path} is damaged ({name}: {error}): save it again") from None
         packed[name] = QuantizedWeight(parts, ChannelView(tuple(words["shape"]), words["groups"]))
         if packed[name].describe() != words:
-            raise ValueError(f"{path} holds {name} in another form than its plan says: save it again")
-    shapes = {n: tuple(t.shape) for n, t in rest.items()} | {n: p.view.shape for n, p in packed.items()}
+            raise ValueError(
+                f"{path} holds {name} in another form than its plan says: save it again"
+            )
+    shapes = {n: tuple(t.shape) for n, t in rest.items()} | {
+        n: p.view.shape for n, p in packed.items()
+    }
     expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     if shapes != expected:
         name = next(n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n))
         raise ValueError(
-            f"{path} is of another model: {name} is {shapes.get(name, 'absent')} there, {expected.get(name, 'absent')} in the model"
+            f"{path} is of another model: {name} is {shapes.get(name, 'absent')} there, "
+            f"{expected.get(name, 'absent')} in the model"
         )
     loaded = with_quantized(model, packed)
     loaded.load_state_dict(rest, strict=False, assign=True)
@@ -99,7 +147,10 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
         (owner, _, own), (other, _, its) = name.rpartition("."), first.rpartition(".")
         setattr(loaded.get_submodule(owner), own, getattr(loaded.get_submodule(other), its))
     if lost := [n for n, b in loaded.named_buffers() if b.is_meta]:
-        raise ValueError(f"{lost[0]} is a non-persistent buffer, which no file holds: build the model on the CPU, not on meta")
+        raise ValueError(
+            f"{lost[0]} is a non-persistent buffer, which no file holds: build the model on the "
+            f"CPU, not on meta"
+        )
     return loaded
 
 

@@ -1,8 +1,10 @@
-"""Entropy coding of integer codes, for files: small codes are frequent, so they take fewer bits than packed ones.
+"""Entropy coding of integer codes, for files: small codes are frequent, so they take fewer bits
+than packed ones.
 
-The codes of a tensor become one stream: those of its narrowest format first, channel after channel, one byte each (0, -1, 1, -2,
-2, ... as 0, 1, 2, 3, 4, ...; of 16 bits the low bytes and then the high ones), coded by LZMA (Python's standard library). Its range
-coder adapts to the codes, so no table of frequencies is stored, and it computes in integers, so every machine decodes alike.
+The codes of a tensor become one stream: those of its narrowest format first, channel after channel,
+one byte each (0, -1, 1, -2, 2, ... as 0, 1, 2, 3, 4, ...; of 16 bits the low bytes and then the
+high ones), coded by LZMA (Python's standard library). Its range coder adapts to the codes, so no
+table of frequencies is stored, and it computes in integers, so every machine decodes alike.
 Nothing is lost: a file that is read holds the packed codes again.
 """
 
@@ -16,14 +18,19 @@ from torch import Tensor
 from lafq.quantization.formats import FORMATS, Format, pack_bits, unpack_bits
 
 STREAM = "coded"
-# Every code is a literal to the coder: no bits of its place or of the code before, since neither tells of it.
+# Every code is a literal to the coder: no bits of its place or of the code before, since neither
+# tells of it.
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0, "dict_size": 2**20}]
 
 
-def compress_parts(parts: dict[str, Tensor], counts: dict[str, int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The stored parts of a `QuantizedWeight` with one coded stream in the place of its packed codes, and what reading it needs.
+def compress_parts(
+    parts: dict[str, Tensor], counts: dict[str, int]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The stored parts of a `QuantizedWeight` with one coded stream in the place of its packed
+    codes, and what reading it needs.
 
-    counts: how many codes each integer format holds. Where coding saves nothing the parts stay, and there is nothing to know.
+    counts: how many codes each integer format holds. Where coding saves nothing the parts stay, and
+    there is nothing to know.
     """
     formats = _narrowest_first(counts)
     codes = b"".join(_to_bytes(parts[f.name], f, counts[f.name]) for f in formats)
@@ -36,10 +43,14 @@ def compress_parts(parts: dict[str, Tensor], counts: dict[str, int]) -> tuple[di
 
 
 def expand_parts(parts: dict[str, Tensor], known: dict[str, Any]) -> dict[str, Tensor]:
-    """What `compress_parts` was given; ValueError for a stream that does not decode to the codes it was made of."""
+    """What `compress_parts` was given; ValueError for a stream that does not decode to the codes it
+    was made of.
+    """
     counts = known["counts"]
     try:
-        codes = lzma.decompress(parts[STREAM].numpy().tobytes(), format=lzma.FORMAT_RAW, filters=FILTERS)
+        codes = lzma.decompress(
+            parts[STREAM].numpy().tobytes(), format=lzma.FORMAT_RAW, filters=FILTERS
+        )
     except (KeyError, lzma.LZMAError) as error:
         raise ValueError(f"a coded stream is damaged ({error})") from None
     if (

@@ -1,11 +1,14 @@
-"""Number formats: what a weight can be stored as, how a scale is chosen, and how codes become bytes.
+"""Number formats: what a weight can be stored as, how a scale is chosen, and how codes become
+bytes.
 
-Integers are symmetric. Each output channel has a scale s, stored in FP16. The weight w is stored as the code q = round(w / s),
-limited to -qmax..qmax, and read back as s * q. There are three rules for s: `absmax_scale` takes the smallest s that clips nothing,
-`weighted_mse_scale` the one of least (Fisher-weighted) squared error, `unshrunk_scale` removes the shrinkage of the latter.
+Integers are symmetric. Each output channel has a scale s, stored in FP16. The weight w is stored as
+the code q = round(w / s), limited to -qmax..qmax, and read back as s * q. There are three rules for
+s: `absmax_scale` takes the smallest s that clips nothing, `weighted_mse_scale` the one of least
+(Fisher-weighted) squared error, `unshrunk_scale` removes the shrinkage of the latter.
 
-Symmetric codes leave one of four 2-bit codes unused. The format "midrise2" uses all: codes -1.5, -0.5, 0.5, 1.5 (a mid-rise
-quantizer, which has no level at 0; Gersho and Gray 1992, section 5.4). Its qmax is 1.5, and its codes are the halves.
+Symmetric codes leave one of four 2-bit codes unused. The format "midrise2" uses all: codes -1.5,
+-0.5, 0.5, 1.5 (a mid-rise quantizer, which has no level at 0; Gersho and Gray 1992, section 5.4).
+Its qmax is 1.5, and its codes are the halves.
 
 Weights come as rows, (output channels, weights per channel).
 """
@@ -19,7 +22,9 @@ from torch import Tensor
 
 
 class Format(NamedTuple):
-    """A number format: bits per weight and, of an integer, the largest code; a half-integer one where there is no code 0."""
+    """A number format: bits per weight and, of an integer, the largest code; a half-integer one
+    where there is no code 0.
+    """
 
     name: str
     bits: int
@@ -36,7 +41,10 @@ FORMATS = {
     )
 }
 STUDY_FORMATS = tuple(FORMATS)[:7]  # what the tables of the study choose from
-DEFAULT_FORMATS = (*STUDY_FORMATS, "midrise2")  # what `allocate` chooses from; the others serve `allocate_coded`
+DEFAULT_FORMATS = (
+    *STUDY_FORMATS,
+    "midrise2",
+)  # what `allocate` chooses from; the others serve `allocate_coded`
 FP16_MAX = torch.finfo(torch.float16).max
 COARSE = torch.logspace(0, math.log10(0.15), 14).tolist()
 FINE = (1, 0.95, 1.05, 0.98, 1.02, 1)
@@ -54,7 +62,9 @@ def get_format(name: str) -> Format:
 
 
 def least_absmax(f: Format) -> float:
-    """Smallest max |w| that a tensor may have to be stored in a format: below it, FP16 numbers or scales err by 3 % and more."""
+    """Smallest max |w| that a tensor may have to be stored in a format: below it, FP16 numbers or
+    scales err by 3 % and more.
+    """
     return 0.0 if f.bits == 32 else max(1, f.qmax) * 2**-20
 
 
@@ -65,21 +75,26 @@ def nearest_code(values: Tensor, qmax: float) -> Tensor:
 
 
 def absmax_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> Tensor:
-    """FP16 scales (R,) that give the largest absolute weight of each row the largest code; 1 for a row of zeros."""
+    """FP16 scales (R,) that give the largest absolute weight of each row the largest code; 1 for a
+    row of zeros.
+    """
     return _usable(rows.abs().amax(1) / qmax, qmax)
 
 
 def weighted_mse_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> Tensor:
     """FP16 scales (R,) of least sum over the row of F * (w - s * q)^2.
 
-    fisher: F, of the shape of `rows`, at least 0 (the Fisher values: the error is then the predicted damage);
-    without it, and for a row where all F are 0, every weight counts alike.
-    For given codes q the best scale is sum(F w q) / sum(F q^2), leaving sum(F w^2) - sum(F w q)^2 / sum(F q^2): that is
-    evaluated for the codes of 14 shares of the absmax scale, and around the best of them once more.
+    fisher: F, of the shape of `rows`, at least 0 (the Fisher values: the error is then the
+    predicted damage); without it, and for a row where all F are 0, every weight counts alike. For
+    given codes q the best scale is sum(F w q) / sum(F q^2), leaving sum(F w^2) - sum(F w q)^2 /
+    sum(F q^2): that is evaluated for the codes of 14 shares of the absmax scale, and around the
+    best of them once more.
     """
     size = max(1, BLOCK // rows.shape[1])
     shares = (None,) * len(rows.split(size)) if fisher is None else fisher.split(size)
-    return torch.cat([_least_squares(r, qmax, f) for r, f in zip(rows.split(size), shares, strict=True)])
+    return torch.cat(
+        [_least_squares(r, qmax, f) for r, f in zip(rows.split(size), shares, strict=True)]
+    )
 
 
 def unshrunk_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> Tensor:
@@ -87,11 +102,14 @@ def unshrunk_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> T
 
     `weighted_mse_scale`, moved twice to sum(F * w * (s * q - w)) = 0 for its codes q.
 
-    The scale of least error shrinks the row, since its error is orthogonal to q and not to w: as a whole and so coherently,
-    which at 2 and 3 bits changes the output by more than the diagonal of the Fisher information tells.
+    The scale of least error shrinks the row, since its error is orthogonal to q and not to w: as a
+    whole and so coherently, which at 2 and 3 bits changes the output by more than the diagonal of
+    the Fisher information tells.
     """
     scales = weighted_mse_scale(rows, qmax, fisher)[:, None].float()
-    weight = rows if fisher is None else torch.where(fisher.sum(1, keepdim=True) > 0, fisher, 1) * rows
+    weight = (
+        rows if fisher is None else torch.where(fisher.sum(1, keepdim=True) > 0, fisher, 1) * rows
+    )
     square = (weight * rows).sum(1, keepdim=True)
     for _ in range(2):
         along = nearest_code(rows / scales, qmax).mul_(weight).sum(1, keepdim=True)
@@ -99,25 +117,40 @@ def unshrunk_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> T
     return _usable(scales[:, 0], qmax)
 
 
-def grouped_scale(rule: ScaleRule, rows: Tensor, qmax: float, fisher: Tensor | None, group: int) -> Tensor:
-    """FP16 scales of a rule, one per row (R,), or one per group of so many consecutive weights, (R * C / group,)."""
+def grouped_scale(
+    rule: ScaleRule, rows: Tensor, qmax: float, fisher: Tensor | None, group: int
+) -> Tensor:
+    """FP16 scales of a rule, one per row (R,), or one per group of so many consecutive weights, (R
+    * C / group,).
+    """
     if group:
-        rows, fisher = rows.reshape(-1, group), None if fisher is None else fisher.reshape(-1, group)
+        rows, fisher = (
+            rows.reshape(-1, group),
+            None if fisher is None else fisher.reshape(-1, group),
+        )
     return rule(rows, qmax, fisher)
 
 
 def spread_scale(scales: Tensor, channels: int, group: int) -> Tensor:
     """Scales in FP32 as rounding takes them: one per row (R,), or of groups, one per weight (R, C)."""
-    return scales.float().view(channels, -1).repeat_interleave(group, 1) if group else scales.float()
+    return (
+        scales.float().view(channels, -1).repeat_interleave(group, 1) if group else scales.float()
+    )
 
 
 def encode(values: Tensor, scale: Tensor, qmax: float) -> Tensor:
     """Codes nearest to values / scale, shifted by qmax (0 is -qmax), uint8 or, beyond 255, int32."""
-    return nearest_code(values / scale, qmax).add_(qmax).to(torch.uint8 if qmax < 128 else torch.int32)
+    return (
+        nearest_code(values / scale, qmax).add_(qmax).to(torch.uint8 if qmax < 128 else torch.int32)
+    )
 
 
-def fake_quantize(rows: Tensor, f: Format, scale: ScaleRule, fisher: Tensor | None = None, group: int = 0) -> Tensor:
-    """The rows (R, C) as they are read after being stored in a format: what rounding leaves of them."""
+def fake_quantize(
+    rows: Tensor, f: Format, scale: ScaleRule, fisher: Tensor | None = None, group: int = 0
+) -> Tensor:
+    """The rows (R, C) as they are read after being stored in a format: what rounding leaves of
+    them.
+    """
     if not f.qmax:
         return rows.half().float() if f.bits == 16 else rows
     scales = spread_scale(grouped_scale(scale, rows, f.qmax, fisher, group), len(rows), group)
@@ -126,10 +159,11 @@ def fake_quantize(rows: Tensor, f: Format, scale: ScaleRule, fisher: Tensor | No
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes (n,) below 2**bits into bytes, without gaps: uint8 codes of 1 to 8 bits, or int32 codes of 16 bits.
+    """Pack codes (n,) below 2**bits into bytes, without gaps: uint8 codes of 1 to 8 bits, or int32
+    codes of 16 bits.
 
-    The codes are cut into planes of 8, 4, 2 and 1 bits (6 = 4 + 2, 3 = 2 + 1). A plane that holds k codes a byte puts codes
-    j, m + j, 2 m + j, ... into byte j of m = ceil(n / k).
+    The codes are cut into planes of 8, 4, 2 and 1 bits (6 = 4 + 2, 3 = 2 + 1). A plane that holds k
+    codes a byte puts codes j, m + j, 2 m + j, ... into byte j of m = ceil(n / k).
     """
     if bits == 16:
         return (codes - 2**15).to(torch.int16).view(torch.uint8)
@@ -154,7 +188,11 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     for width in _planes(bits):
         per_byte = 8 // width
         part = packed[start : start + -(-count // per_byte)]
-        plane = torch.cat([(part >> (i * width)) & (2**width - 1) for i in range(per_byte)])[:count] if width < 8 else part
+        plane = (
+            torch.cat([(part >> (i * width)) & (2**width - 1) for i in range(per_byte)])[:count]
+            if width < 8
+            else part
+        )
         codes = plane if codes is None else codes | (plane << shift)
         start, shift = start + len(part), shift + width
     return codes
@@ -175,7 +213,8 @@ def _planes(bits: int) -> list[int]:
 
 
 def _usable(scale: Tensor, qmax: float) -> Tensor:
-    # 2**-24 is the smallest FP16 number: below it a scale would become 0. Without a code 0 a row of zeros needs it.
+    # 2**-24 is the smallest FP16 number: below it a scale would become 0. Without a code 0 a row of
+    # zeros needs it.
     return torch.where(scale > 0, scale, 2**-24 if qmax % 1 else 1).clamp(2**-24, FP16_MAX).half()
 
 
@@ -190,8 +229,14 @@ def _least_squares(rows: Tensor, qmax: float, fisher: Tensor | None) -> Tensor:
     def improve(scale: Tensor) -> None:
         nonlocal best, gain
         codes = nearest_code(rows / scale, qmax)
-        cross, square = (weighted * codes).sum(1, keepdim=True), (codes.square_().mul_(weight)).sum(1, keepdim=True)
-        found = torch.where(square > 0, cross / square, scale), torch.where(square > 0, cross.square() / square, 0)
+        cross, square = (
+            (weighted * codes).sum(1, keepdim=True),
+            (codes.square_().mul_(weight)).sum(1, keepdim=True),
+        )
+        found = (
+            torch.where(square > 0, cross / square, scale),
+            torch.where(square > 0, cross.square() / square, 0),
+        )
         better = found[1] > gain
         best, gain = torch.where(better, found[0], best), torch.where(better, found[1], gain)
 

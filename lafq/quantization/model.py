@@ -1,10 +1,12 @@
 """A precision plan becomes a model of that size: a packed copy, its bytes, and its file.
 
-A plan names the parameters to be stored in less than FP32: `{name: format}`, or `{name: WeightSpec(...)}` where output
-channels differ or single weights are kept. Parameters outside the plan stay as they are, bit for bit.
+A plan names the parameters to be stored in less than FP32: `{name: format}`, or `{name:
+WeightSpec(...)}` where output channels differ or single weights are kept. Parameters outside the
+plan stay as they are, bit for bit.
 
-`quantize` copies any module; the planned weights then exist in stored form only, and are unpacked for each use, a layer at a
-time (a torch parametrization: whatever reads `layer.weight` gets the FP32 weight). `dequantize` trades that memory for speed.
+`quantize` copies any module; the planned weights then exist in stored form only, and are unpacked
+for each use, a layer at a time (a torch parametrization: whatever reads `layer.weight` gets the
+FP32 weight). `dequantize` trades that memory for speed.
 """
 
 import copy
@@ -20,14 +22,23 @@ from torch.nn.utils import parametrize
 
 from lafq.networks import unwrapped
 from lafq.quantization.channels import in_fp32, stored_bytes
-from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_names, check_plan, check_values
+from lafq.quantization.checks import (
+    channel_view,
+    check_curvature,
+    check_fisher,
+    check_names,
+    check_plan,
+    check_values,
+)
 from lafq.quantization.formats import MIB
 from lafq.quantization.plan import PLAIN, Entries, Recipe
 from lafq.quantization.quantized_weight import QuantizedWeight
 
 
 def nbytes(model: nn.Module, plan: Entries) -> int:
-    """Bytes that must be stored for the model under the plan: all parameters and persistent buffers, scales and masks."""
+    """Bytes that must be stored for the model under the plan: all parameters and persistent
+    buffers, scales and masks.
+    """
     model = unwrapped(model)
     check_plan(model, plan)
     rest = _nbytes(t for n, t in _tensors(model).items() if n not in plan)
@@ -41,10 +52,12 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
     Args:
         model: any network with FP32 weights; it is not changed.
         plan: the format of each planned parameter, by name.
-        recipe: how to round; None: as the plan says (`Plan.recipe`), or to the nearest code with `formats.absmax_scale`.
+        recipe: how to round; None: as the plan says (`Plan.recipe`), or to the nearest code with
+            `formats.absmax_scale`.
 
-    Raises ValueError as `check_plan`; for a plan that was made for other weights; for Fisher values of another shape or below 0,
-    a curvature of another shape, and weights that are NaN, infinite, or too large or too small for FP16.
+    Raises ValueError as `check_plan`; for a plan that was made for other weights; for Fisher values
+    of another shape or below 0, a curvature of another shape, and weights that are NaN, infinite,
+    or too large or too small for FP16.
 
     >>> from torch import nn
     >>> layer = nn.Linear(4, 2)
@@ -56,7 +69,9 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
     check_plan(model, plan)
     check_values(model, plan)
     if getattr(plan, "source", "") not in ("", weights_sha256(model)):
-        raise ValueError("the plan was made for other weights than this model's: allocate a plan for this model")
+        raise ValueError(
+            "the plan was made for other weights than this model's: allocate a plan for this model"
+        )
     scale, fisher, curvature = recipe or getattr(plan, "recipe", PLAIN)
     fisher, curvature = fisher or {}, curvature or {}
     check_curvature(model, curvature)
@@ -67,18 +82,27 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
             if name in fisher:
                 check_fisher(name, p, fisher[name])
             view = channel_view(model, name)
-            packed[name] = QuantizedWeight.of(p.detach(), plan[name], view, scale, fisher.get(name), curvature.get(name))
+            packed[name] = QuantizedWeight.of(
+                p.detach(), plan[name], view, scale, fisher.get(name), curvature.get(name)
+            )
     _warn_of_copies(model, packed)
     return with_quantized(model, packed)
 
 
 def _warn_of_copies(model: nn.Module, names: Iterable[str]) -> None:
-    """Name the buffers that hold the values of one of the named weights, as converters from other frameworks leave them."""
+    """Name the buffers that hold the values of one of the named weights, as converters from other
+    frameworks leave them.
+    """
     planned = [p for p in map(model.get_parameter, names) if p.ndim > 1]
-    copies = {n: b for n, b in model.named_buffers() if any(b.shape == p.shape and torch.equal(b, p) for p in planned)}
+    copies = {
+        n: b
+        for n, b in model.named_buffers()
+        if any(b.shape == p.shape and torch.equal(b, p) for p in planned)
+    }
     if copies:
         warnings.warn(
-            f"{len(copies)} buffers repeat quantized weights and stay in FP32 ({next(iter(copies))}, ...; "
+            f"{len(copies)} buffers repeat quantized weights and stay in FP32 "
+            f"({next(iter(copies))}, ...; "
             f"{_nbytes(copies.values()) / MIB:.2f} MiB): delete them",
             stacklevel=3,
         )
@@ -86,7 +110,8 @@ def _warn_of_copies(model: nn.Module, names: Iterable[str]) -> None:
 
 @torch.no_grad()
 def dequantize(packed: nn.Module) -> nn.Module:
-    """Turn a quantized copy, in place, into an ordinary model with the same weights in FP32; returns it.
+    """Turn a quantized copy, in place, into an ordinary model with the same weights in FP32;
+    returns it.
 
     >>> from torch import nn
     >>> layer = nn.Linear(4, 2)
@@ -106,13 +131,21 @@ def dequantize(packed: nn.Module) -> nn.Module:
 
 
 def _refuse_save_pretrained(*_: Any, **__: Any) -> None:
-    raise ValueError("save_pretrained would lose the quantized weights: write the model with lafq.save_quantized")
+    raise ValueError(
+        "save_pretrained would lose the quantized weights: write the model with lafq.save_quantized"
+    )
 
 
 def _give_own_class(module: nn.Module) -> None:
-    """A deepcopy shares the class that a parametrization made, and removing the parametrization changes that class."""
+    """A deepcopy shares the class that a parametrization made, and removing the parametrization
+    changes that class.
+    """
     shared = type(module)
-    content = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    content = {
+        name: value
+        for name, value in vars(shared).items()
+        if name not in ("__dict__", "__weakref__")
+    }
     module.__class__ = type(shared.__name__, shared.__bases__, content)
 
 
@@ -126,7 +159,9 @@ def weights_sha256(model: nn.Module) -> str:
     content = hashlib.sha256()
     for name, tensor in sorted(_tensors(model).items()):
         content.update(f"{name} {tuple(tensor.shape)} ".encode())
-        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        content.update(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        )
     return content.hexdigest()
 
 
@@ -149,8 +184,14 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers; a model's extra state need not be a tensor, and has no bytes here."""
-    return {name: state for name, state in unwrapped(model).state_dict().items() if isinstance(state, Tensor)}
+    """Parameters and persistent buffers; a model's extra state need not be a tensor, and has no
+    bytes here.
+    """
+    return {
+        name: state
+        for name, state in unwrapped(model).state_dict().items()
+        if isinstance(state, Tensor)
+    }
 
 
 def bits_per_weight(model: nn.Module, plan: Entries, names: Iterable[str]) -> float:
@@ -168,16 +209,20 @@ def kept_weights(model: nn.Module, plan: Entries, name: str) -> int:
 def with_quantized(model: nn.Module, packed: dict[str, QuantizedWeight]) -> nn.Module:
     """A copy of the model in which the named parameters are computed from their packed form."""
     parameters = dict(model.named_parameters())
-    # The copy takes an empty stand-in for each planned weight, so that the FP32 weights are never copied.
+    # The copy takes an empty stand-in for each planned weight, so that the FP32 weights are never
+    # copied.
     stand_ins = {
-        id(parameters[n]): nn.Parameter(torch.empty(0, device=next(p.buffers()).device), parameters[n].requires_grad)
+        id(parameters[n]): nn.Parameter(
+            torch.empty(0, device=next(p.buffers()).device), parameters[n].requires_grad
+        )
         for n, p in packed.items()
     }
     try:
         result = copy.deepcopy(model, stand_ins).eval()
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"the model cannot be copied ({error}): remove pruning, the old weight_norm or a kept activation from it first"
+            f"the model cannot be copied ({error}): remove pruning, the old weight_norm or a kept "
+            f"activation from it first"
         ) from error
     if packed and hasattr(result, "save_pretrained"):
         result.save_pretrained = _refuse_save_pretrained

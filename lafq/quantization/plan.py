@@ -1,4 +1,6 @@
-"""A quantization plan: the format of every planned parameter, and how the weights are rounded into it."""
+"""A quantization plan: the format of every planned parameter, and how the weights are rounded into
+it.
+"""
 
 from typing import NamedTuple
 
@@ -13,9 +15,11 @@ Entries = dict[str, str | WeightSpec]
 class Recipe(NamedTuple):
     """How weights are rounded.
 
-    scale: a rule of `formats`. fisher: by parameter name, Fisher values of its shape, which weight the error where the rule asks
-    for it. curvature: by parameter name, (C, C) or in blocks (B, S, S), for the C weights of an output channel; the weights named
-    are rounded with error feedback, the others to the nearest code.
+    scale: a rule of `formats`. fisher: by parameter name, Fisher values of its shape, which weight
+    the error where the rule asks
+    for it. curvature: by parameter name, (C, C) or in blocks (B, S, S), for the C weights of an
+    output channel; the weights named are rounded with error feedback, the others to the nearest
+    code.
     """
 
     scale: ScaleRule = absmax_scale
@@ -27,21 +31,27 @@ PLAIN = Recipe()
 
 
 class Plan(Entries):
-    """A dictionary {parameter: format or WeightSpec} that knows its rounding recipe and the weights that it was made for.
+    """A dictionary {parameter: format or WeightSpec} that knows its rounding recipe and the weights
+    that it was made for.
 
-    source: sha256 of these weights (`model.weights_sha256`), or "" for a plan that fits any weights of these names and shapes.
+    source: sha256 of these weights (`model.weights_sha256`), or "" for a plan that fits any weights
+    of these names and shapes.
     """
 
-    def __init__(self, entries: Entries | None = None, recipe: Recipe = PLAIN, source: str = "") -> None:
+    def __init__(
+        self, entries: Entries | None = None, recipe: Recipe = PLAIN, source: str = ""
+    ) -> None:
         super().__init__(entries or {})
         self.recipe, self.source = recipe, source
 
 
 def make_plan(keep_mask: dict[str, Tensor], format: str, keep_format: str = "fp32") -> Plan:
-    """Plan to store in `keep_format` the weights where the mask is True, and the others in `format`.
+    """Plan to store in `keep_format` the weights where the mask is True, and the others in
+    `format`.
 
-    keep_mask: by parameter name a boolean tensor, 0-dim for the whole tensor, (output channels,) for channels, or of the
-    weight's shape. A tensor kept whole in FP32 is left out of the plan; one quantized whole needs no mask.
+    keep_mask: by parameter name a boolean tensor, 0-dim for the whole tensor, (output channels,)
+    for channels, or of the weight's shape. A tensor kept whole in FP32 is left out of the plan; one
+    quantized whole needs no mask.
     """
     get_format(format), get_format(keep_format)
     plan = Plan()

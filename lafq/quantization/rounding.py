@@ -1,14 +1,15 @@
 """Round weights in order; later weights compensate for earlier errors.
 
-To second order an error dw of an output channel's weights does the damage c/2 * dw^T H dw, c its mean Fisher value and H the
-channels' common curvature (`sensitivity.estimate_sensitivity`). By its diagonal alone every weight goes to its nearest code. With
-H = U D U^T, U upper triangular with ones on its diagonal, it is a sum over weights, c/2 * D_k * (dw_k + sum_{j<k} U_jk dw_j)^2:
-the weights are rounded one after another, each to the code nearest to w_k - sum_{j<k} U_jk dw_j, which makes its term least
-(Chee et al. 2023, "QuIP", who show it to be what Frantar et al. 2023, "GPTQ", do with H^-1; the idea is that of
-Hassibi and Stork 1993, "Optimal Brain Surgeon").
+To second order an error dw of an output channel's weights does the damage c/2 * dw^T H dw, c its
+mean Fisher value and H the channels' common curvature (`sensitivity.estimate_sensitivity`). By its
+diagonal alone every weight goes to its nearest code. With H = U D U^T, U upper triangular with ones
+on its diagonal, it is a sum over weights, c/2 * D_k * (dw_k + sum_{j<k} U_jk dw_j)^2: the weights
+are rounded one after another, each to the code nearest to w_k - sum_{j<k} U_jk dw_j, which makes
+its term least (Chee et al. 2023, "QuIP", who show it to be what Frantar et al. 2023, "GPTQ", do
+with H^-1; the idea is that of Hassibi and Stork 1993, "Optimal Brain Surgeon").
 
-A curvature of three dimensions (B, S, S) stands for a block diagonal one: B blocks of S consecutive columns, which do not
-compensate for each other's errors.
+A curvature of three dimensions (B, S, S) stands for a block diagonal one: B blocks of S consecutive
+columns, which do not compensate for each other's errors.
 """
 
 from typing import NamedTuple
@@ -21,10 +22,11 @@ BLOCK = 128
 
 
 class Factor(NamedTuple):
-    """Of a curvature H: the order (C,) in which columns are rounded, and U (C, C) and D (C,) of H = U D U^T in that order.
+    """Of a curvature H: the order (C,) in which columns are rounded, and U (C, C) and D (C,) of H =
+    U D U^T in that order.
 
-    damping: what had been added to the diagonal of H, a number. Of blocks (B, S, S): order (B, S), upper (B, S, S), pivots (B, S)
-    and damping (B,).
+    damping: what had been added to the diagonal of H, a number. Of blocks (B, S, S): order (B, S),
+    upper (B, S, S), pivots (B, S) and damping (B,).
     """
 
     order: Tensor
@@ -37,8 +39,8 @@ def factor(curvature: Tensor) -> Factor:
     """The factor of H (C, C), or of each of its blocks (B, S, S), damped.
 
     Weights of large H_kk come first, while many are left to compensate for their errors.
-    With P the reversal of the order and P H P = L L^T, the columns of P L P over its diagonal are U.
-    Raises ValueError for an H that is not positive semidefinite.
+    With P the reversal of the order and P H P = L L^T, the columns of P L P over its diagonal are
+    U. Raises ValueError for an H that is not positive semidefinite.
     """
     if curvature.ndim == 3:
         return Factor(*map(torch.stack, zip(*map(factor, curvature), strict=True)))
@@ -50,23 +52,33 @@ def factor(curvature: Tensor) -> Factor:
     damped.diagonal().add_(damping)
     root, failed = torch.linalg.cholesky_ex(damped)
     if failed:
-        raise ValueError("a curvature is not positive semidefinite: give what estimate_sensitivity estimates")
+        raise ValueError(
+            "a curvature is not positive semidefinite: give what estimate_sensitivity estimates"
+        )
     diagonal = root.diagonal().clone()
     upper = root.div_(diagonal).to(curvature.dtype).flip(0, 1)
     return Factor(order, upper, diagonal.flip(0).square().to(curvature.dtype), damping)
 
 
-def round_with_error_feedback(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: Tensor | None = None) -> Tensor:
-    """Rows (R, C) whose integer weights lie on the grid of their row, scales[r] * (-qmax[r]..qmax[r]).
+def round_with_error_feedback(
+    values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: Tensor | None = None
+) -> Tensor:
+    """Rows (R, C) whose integer weights lie on the grid of their row, scales[r] *
+    (-qmax[r]..qmax[r]).
 
-    scales: (R,), or (R, C) where the weights of a row have several. qmax: (R,), 0 for a row that is not rounded, a half-integer
-    for one whose codes are halves. kept: boolean (R, C), weights that are not rounded; they take up errors of others as well.
+    scales: (R,), or (R, C) where the weights of a row have several. qmax: (R,), 0 for a row that is
+    not rounded, a half-integer
+    for one whose codes are halves. kept: boolean (R, C), weights that are not rounded; they take up
+    errors of others as well.
     """
     return rounded(values, scales, qmax, factor, kept)[0]
 
 
-def rounded(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What `round_with_error_feedback` returns, and dw^T H dw of each row, float64 (R,), for its change dw.
+def rounded(
+    values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `round_with_error_feedback` returns, and dw^T H dw of each row, float64 (R,), for its
+    change dw.
 
     The weights are rounded by the terms of that sum, so it comes without a product with H.
     """
@@ -74,19 +86,27 @@ def rounded(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: 
     if upper.ndim == 3:
         size = upper.shape[1]
         steps = scales[:, None].expand_as(values) if scales.ndim == 1 else scales
-        columns = zip(*(t.split(size, 1) for t in (values, steps, values if kept is None else kept)), strict=True)
+        columns = zip(
+            *(t.split(size, 1) for t in (values, steps, values if kept is None else kept)),
+            strict=True,
+        )
         blocks = zip(columns, map(Factor, *factor), strict=True)
         found = [rounded(v, s, qmax, own, kept if kept is None else k) for (v, s, k), own in blocks]
         return torch.cat([rows for rows, _ in found], 1), sum(quadratic for _, quadratic in found)
     free = None
     if kept is not None or bool((qmax == 0).any()):
-        free = (qmax == 0)[:, None].expand_as(values) if kept is None else kept | (qmax == 0)[:, None]
+        free = (
+            (qmax == 0)[:, None].expand_as(values) if kept is None else kept | (qmax == 0)[:, None]
+        )
         free = free[:, order].T.contiguous()
     # Columns as rows: what is worked on at a time then lies together in memory.
     exact, limit = values[:, order].T.contiguous(), qmax.to(values)
     wanted, half = exact.clone(), limit % 1
     scales = scales.expand(len(exact), -1) if scales.ndim == 1 else scales[:, order].T.contiguous()
-    halves, quadratic = bool(half.any()), torch.zeros(len(values), dtype=torch.float64, device=values.device)
+    halves, quadratic = (
+        bool(half.any()),
+        torch.zeros(len(values), dtype=torch.float64, device=values.device),
+    )
     for start in range(0, len(wanted), BLOCK):
         stop = min(start + BLOCK, len(wanted))
         errors, terms = values.new_empty(2, stop - start, len(values))
@@ -101,19 +121,26 @@ def rounded(values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: 
             torch.sub(exact[k], column, out=errors[k - start])
             wanted[k + 1 : stop].addr_(upper[k, k + 1 : stop], errors[k - start])
         wanted[stop:].addmm_(upper[start:stop, stop:].T, errors)
-        quadratic += pivots[start:stop].double() @ terms.double().square_() - damping * errors.double().square_().sum(0)
+        quadratic += pivots[
+            start:stop
+        ].double() @ terms.double().square_() - damping * errors.double().square_().sum(0)
     return wanted[order.argsort()].T, quadratic.clamp_min_(0)
 
 
 def damage(change: Tensor, fisher: Tensor, curvature: Tensor | None = None) -> Tensor:
-    """Predicted damage of each row (R,): half the squared error summed over the output, to second order.
+    """Predicted damage of each row (R,): half the squared error summed over the output, to second
+    order.
 
-    change, fisher: (R, C); curvature: (C, C) or (B, S, S), or None for the diagonal alone, 1/2 * sum(F * dw^2).
+    change, fisher: (R, C); curvature: (C, C) or (B, S, S), or None for the diagonal alone, 1/2 *
+    sum(F * dw^2).
     """
     if curvature is None:
         return 0.5 * (fisher * change.square()).double().sum(1)
     if curvature.ndim == 3:
-        parts = [((c @ h) * c).sum(1) for c, h in zip(change.split(curvature.shape[1], 1), curvature, strict=True)]
+        parts = [
+            ((c @ h) * c).sum(1)
+            for c, h in zip(change.split(curvature.shape[1], 1), curvature, strict=True)
+        ]
         return 0.5 * (fisher.mean(1) * torch.stack(parts).sum(0)).double().clamp_min(0)
     return 0.5 * (fisher.mean(1) * ((change @ curvature) * change).sum(1)).double().clamp_min(0)
 

@@ -1,8 +1,10 @@
-"""After rounding, fit the biases and norms, so that the output comes near the unquantized model's again.
+"""After rounding, fit the biases and norms, so that the output comes near the unquantized model's
+again.
 
-They are stored anyway, so this adds no storage. Rounding shifts each layer's output a little in the mean, which Nagel et
-al. (2019, "Data-free quantization", section 4.2) correct in closed form, a layer at a time. Here all of them are fitted together by
-gradient descent on the squared change of the whole network's output; Li et al. (2024, "Norm tweaking") fit norms block by block.
+They are stored anyway, so this adds no storage. Rounding shifts each layer's output a little in the
+mean, which Nagel et al. (2019, "Data-free quantization", section 4.2) correct in closed form, a
+layer at a time. Here all of them are fitted together by gradient descent on the squared change of
+the whole network's output; Li et al. (2024, "Norm tweaking") fit norms block by block.
 """
 
 from collections.abc import Iterable
@@ -20,38 +22,56 @@ WARMUP = 0.1  # share of the steps
 BATCH = 32
 
 
-def tune(model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ...] | Tensor], steps: int) -> nn.Module:
-    """Fit, in place, the biases and norms of a quantized copy of `model`; returns it. The quantized weights stay as they are.
+def tune(
+    model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ...] | Tensor], steps: int
+) -> nn.Module:
+    """Fit, in place, the biases and norms of a quantized copy of `model`; returns it. The quantized
+    weights stay as they are.
 
-    batches: arguments of the model (or its one argument), one batch per step of Adam (Kingma and Ba 2015), whose rate rises over
-    the first tenth of the steps and then falls linearly to zero. Both models run in evaluation mode. A vector that the plan
-    stores in one format is fitted and stored in it again; one that it stores in several stays as it is.
-    Raises ValueError for no steps, fewer batches than steps, nothing to fit, and a batch whose outputs are not finite; the copy is
-    then as it was.
+    batches: arguments of the model (or its one argument), one batch per step of Adam (Kingma and Ba
+    2015), whose rate rises over the first tenth of the steps and then falls linearly to zero. Both
+    models run in evaluation mode. A vector that the plan stores in one format is fitted and stored
+    in it again; one that it stores in several stays as it is. Raises ValueError for no steps, fewer
+    batches than steps, nothing to fit, and a batch whose outputs are not finite; the copy is then
+    as it was.
     """
     model, whole = unwrapped(model), packed
     packed = unwrapped(packed)
-    if steps < 1 or not any(p.ndim < 2 and _place(packed, name) is not None for name, p in model.named_parameters()):
+    if steps < 1 or not any(
+        p.ndim < 2 and _place(packed, name) is not None for name, p in model.named_parameters()
+    ):
         raise ValueError("tuning needs one step at least, and a model that has biases or norms")
     with evaluating(model, gradients=True):
         fitted = _fit(model, packed, batches, steps)
     with torch.no_grad():
         for name, value in fitted.items():
             place = _place(packed, name)
-            place.copy_((value.clamp(-FP16_MAX, FP16_MAX) if place.dtype == torch.float16 else value).view_as(place))
+            place.copy_(
+                (
+                    value.clamp(-FP16_MAX, FP16_MAX) if place.dtype == torch.float16 else value
+                ).view_as(place)
+            )
     return whole
 
 
-def _fit(model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ...] | Tensor], steps: int) -> dict[str, Tensor]:
+def _fit(
+    model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ...] | Tensor], steps: int
+) -> dict[str, Tensor]:
     """The fitted vectors, by name."""
     small = deepcopy(model).requires_grad_(False)
     with torch.no_grad():
         for name, p in small.named_parameters():
             p.copy_(_stored(packed, name))
-    free = {name: p.requires_grad_(True) for name, p in small.named_parameters() if p.ndim < 2 and _place(packed, name) is not None}
+    free = {
+        name: p.requires_grad_(True)
+        for name, p in small.named_parameters()
+        if p.ndim < 2 and _place(packed, name) is not None
+    }
     optimizer = torch.optim.Adam(free.values(), lr=PEAK)
     device, done, warm = next(model.parameters()).device, 0, max(1, round(WARMUP * steps))
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warm, (steps - i) / steps))
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warm, (steps - i) / steps)
+    )
     for batch in islice(batches, steps):
         arguments = arguments_of(batch, device)
         with torch.no_grad():
@@ -65,7 +85,10 @@ def _fit(model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ..
         rate.step()
         done += 1
     if done < steps:
-        raise ValueError(f"{steps} steps of tuning need as many batches, and there were {done}: give more batches or fewer steps")
+        raise ValueError(
+            f"{steps} steps of tuning need as many batches, and there were {done}: give more "
+            f"batches or fewer steps"
+        )
     return {name: value.detach() for name, value in free.items()}
 
 
@@ -75,7 +98,9 @@ def _stored(packed: nn.Module, name: str) -> Tensor:
 
 
 def _place(packed: nn.Module, name: str) -> Tensor | None:
-    """Where a quantized copy has a vector: its parameter, or its one stored part; None where it is stored in several."""
+    """Where a quantized copy has a vector: its parameter, or its one stored part; None where it is
+    stored in several.
+    """
     owner, _, own = name.rpartition(".")
     module = packed.get_submodule(owner)
     if own not in getattr(module, "parametrizations", {}):

@@ -12,8 +12,16 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """CPU cores that this process may use: of the machine, or fewer where its container limits them (cgroup, CPU_LIMIT)."""
-    limits = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
+    """CPU cores that this process may use: of the machine, or fewer where its container limits them
+    (cgroup, CPU_LIMIT).
+    """
+    limits = [
+        float(
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
+    ]
     if quota.is_file() and not (words := quota.read_text().split())[0].startswith("max"):
         limits.append(int(words[0]) / int(words[1]))
     if named := os.environ.get("CPU_LIMIT"):
@@ -22,9 +30,11 @@ def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 def compute_on(threads: int, device: str = "auto") -> torch.device:
-    """Fix the number of threads (fewer where there are fewer cores) and how FP32 is computed; choose the device.
+    """Fix the number of threads (fewer where there are fewer cores) and how FP32 is computed;
+    choose the device.
 
-    "auto": a CUDA GPU where one is visible. Raises ValueError for another device, RuntimeError when CUDA is asked for and absent.
+    "auto": a CUDA GPU where one is visible. Raises ValueError for another device, RuntimeError when
+    CUDA is asked for and absent.
     """
     if device not in DEVICES:
         raise ValueError(f"DEVICE is {device!r}: choose one of {', '.join(DEVICES)}")
@@ -41,7 +51,9 @@ def compute_on(threads: int, device: str = "auto") -> torch.device:
 
 
 def kind_of_machine() -> str:
-    """Processor, its vector instructions as torch uses them, threads and torch: what decides the last bits of an image."""
+    """Processor, its vector instructions as torch uses them, threads and torch: what decides the
+    last bits of an image.
+    """
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     words, cpuinfo = {}, Path("/proc/cpuinfo")
@@ -49,12 +61,22 @@ def kind_of_machine() -> str:
         name, _, value = line.partition(":")
         words.setdefault(name.strip(), value.strip())
     number = f"{words['cpu family']}/{words['model']}" if "cpu family" in words else ""
-    processor = " ".join(filter(None, (words.get("model name") or platform.processor() or platform.machine(), number)))
-    instructions = torch.backends.cpu.get_cpu_capability() + (" AMX" if "amx_tile" in words.get("flags", "").split() else "")
-    return f"{processor}, {instructions}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    processor = " ".join(
+        filter(
+            None, (words.get("model name") or platform.processor() or platform.machine(), number)
+        )
+    )
+    instructions = torch.backends.cpu.get_cpu_capability() + (
+        " AMX" if "amx_tile" in words.get("flags", "").split() else ""
+    )
+    return (
+        f"{processor}, {instructions}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
 
 
-def out_of_memory_error(batch: int, parameter: str, attempt: Callable[[int], object]) -> RuntimeError:
+def out_of_memory_error(
+    batch: int, parameter: str, attempt: Callable[[int], object]
+) -> RuntimeError:
     """The error for a batch that ran out of memory.
 
     It names the largest of batch / 2, batch / 4, ... with which attempt(size) runs now.
@@ -67,6 +89,10 @@ def out_of_memory_error(batch: int, parameter: str, attempt: Callable[[int], obj
             size //= 2
         else:
             return RuntimeError(
-                f"batches of {batch} images do not fit into the GPU's memory: set {parameter} to {size}, which fits"
+                f"batches of {batch} images do not fit into the GPU's memory: set {parameter} to "
+                f"{size}, which fits"
             )
-    return RuntimeError("not even one image fits into the GPU's memory beside what is there: free some of it, or set DEVICE to cpu")
+    return RuntimeError(
+        "not even one image fits into the GPU's memory beside what is there: free some of it, or "
+        "set DEVICE to cpu"
+    )

@@ -1,6 +1,8 @@
-"""The Fisher information of the diffusion model by weight tensor, timestep and block of samples (02_fisher).
+"""The Fisher information of the diffusion model by weight tensor, timestep and block of samples
+(02_fisher).
 
-Empirical, on noised digits; and Monte Carlo, on noised digits and on the states that the model's own reverse process visits.
+Empirical, on noised digits; and Monte Carlo, on noised digits and on the states that the model's
+own reverse process visits.
 """
 
 from collections.abc import Iterator
@@ -24,10 +26,11 @@ BLOCKS = 10
 class Fisher(NamedTuple):
     """by_weight: F of every weight, by parameter name, in the parameter's shape.
 
-    timesteps: mean F of a tensor within a timestep bin, one row per bin and tensor, columns `parameter, layer, weights,
-    t_low, t_high, fisher` (weights: their number in the tensor; t_high inclusive).
-    blocks: the same by block of samples (BLOCKS of each bin), so that intervals can resample them: columns `parameter, t_low,
-    block, samples, fisher`.
+    timesteps: mean F of a tensor within a timestep bin, one row per bin and tensor, columns
+    `parameter, layer, weights, t_low, t_high, fisher` (weights: their number in the tensor; t_high
+    inclusive).
+    blocks: the same by block of samples (BLOCKS of each bin), so that intervals can resample them:
+    columns `parameter, t_low, block, samples, fisher`.
     """
 
     by_weight: dict[str, Tensor]
@@ -36,11 +39,20 @@ class Fisher(NamedTuple):
 
 
 def fisher_by_timestep(
-    model: nn.Module, names: list[str], images: Tensor, *, samples: int, bins: int, seed: int, chunk: int | None = None
+    model: nn.Module,
+    names: list[str],
+    images: Tensor,
+    *,
+    samples: int,
+    bins: int,
+    seed: int,
+    chunk: int | None = None,
 ) -> Fisher:
-    """`empirical_fisher` of the noise prediction, `samples` draws spread evenly over `bins` bins of consecutive timesteps.
+    """`empirical_fisher` of the noise prediction, `samples` draws spread evenly over `bins` bins of
+    consecutive timesteps.
 
-    images: uint8 (N, 1, 32, 32), drawn from with replacement. Errors: those of `empirical_fisher` and `stratified_batches`.
+    images: uint8 (N, 1, 32, 32), drawn from with replacement. Errors: those of `empirical_fisher`
+    and `stratified_batches`.
     """
     batches = stratified_batches(images, samples, bins, seed, next(model.parameters()))
     found = empirical_fisher(model, names, batches, chunk)
@@ -48,35 +60,60 @@ def fisher_by_timestep(
 
 
 def fisher_kinds(
-    model: nn.Module, names: list[str], images: Tensor, *, samples: int, bins: int, seed: int, steps: int
+    model: nn.Module,
+    names: list[str],
+    images: Tensor,
+    *,
+    samples: int,
+    bins: int,
+    seed: int,
+    steps: int,
 ) -> pd.DataFrame:
-    """Monte Carlo Fisher information of noised digits, and of states of the reverse process: mean F of a tensor, by bin and block.
+    """Monte Carlo Fisher information of noised digits, and of states of the reverse process: mean F
+    of a tensor, by bin and block.
 
-    samples: of noised digits, spread evenly over `bins` bins of timesteps. Of the reverse process as many images, at one
-    timestep of each bin that `steps` sampling steps visit. A block has one backward pass.
-    Columns `kind, parameter, t_low, block, samples, fisher`.
+    samples: of noised digits, spread evenly over `bins` bins of timesteps. Of the reverse process
+    as many images, at one timestep of each bin that `steps` sampling steps visit. A block has one
+    backward pass. Columns `kind, parameter, t_low, block, samples, fisher`.
     """
     like, rows = next(model.parameters()), []
     sources = {
-        "Monte Carlo, noised digits": (pair for pair, _ in stratified_batches(images, samples, bins, seed, like)),
-        "Monte Carlo, states of the reverse process": _reverse_states(model, max(1, samples // bins), bins, seed, steps),
+        "Monte Carlo, noised digits": (
+            pair for pair, _ in stratified_batches(images, samples, bins, seed, like)
+        ),
+        "Monte Carlo, states of the reverse process": _reverse_states(
+            model, max(1, samples // bins), bins, seed, steps
+        ),
     }
     for kind, batches in sources.items():
         for x, t in batches:
             t_low = max(edge for edge in bin_edges(bins)[:-1] if edge <= t.min().item())
             parts = zip(x.tensor_split(BLOCKS), t.tensor_split(BLOCKS), strict=True)
             for block, part in enumerate(p for p in parts if len(p[0])):
-                found = monte_carlo_fisher(model, names, [part], seed=(seed * TIMESTEPS + t_low) * BLOCKS + block)
-                rows += [(kind, name, t_low, block, len(part[0]), f.mean().item()) for name, f in found.items()]
+                found = monte_carlo_fisher(
+                    model, names, [part], seed=(seed * TIMESTEPS + t_low) * BLOCKS + block
+                )
+                rows += [
+                    (kind, name, t_low, block, len(part[0]), f.mean().item())
+                    for name, f in found.items()
+                ]
     return pd.DataFrame(rows, columns=["kind", "parameter", "t_low", "block", "samples", "fisher"])
 
 
-def _reverse_states(model: nn.Module, images: int, bins: int, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _reverse_states(
+    model: nn.Module, images: int, bins: int, seed: int, steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(x_t, t) at the last timestep that the reverse process visits in each bin."""
     edges, visited = bin_edges(bins), trailing_timesteps(steps)
     last = {max(edge for edge in edges[:-1] if edge <= t): t for t in visited}
     streams = [generator(seed, i) for i in range(images)]
-    for t, x in tqdm(reverse_process(model, streams, steps), desc="reverse process", total=steps + 1, unit="step", leave=False):
+    for t, x in tqdm(
+        reverse_process(model, streams, steps),
+        desc="reverse process",
+        total=steps + 1,
+        unit="step",
+        leave=False,
+    ):
         if t in last.values():
             yield x, torch.full((len(x),), t, device=x.device)
 
@@ -89,7 +126,9 @@ def _by_timestep(found: EmpiricalFisher, bins: int) -> pd.DataFrame:
         for b, means in enumerate(found.by_batch)
         for name, mean in means.items()
     ]
-    return pd.DataFrame(rows, columns=["parameter", "layer", "weights", "t_low", "t_high", "fisher"])
+    return pd.DataFrame(
+        rows, columns=["parameter", "layer", "weights", "t_low", "t_high", "fisher"]
+    )
 
 
 def _by_block(found: EmpiricalFisher, bins: int) -> pd.DataFrame:

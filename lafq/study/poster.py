@@ -1,7 +1,7 @@
 """The published values as data, and the comparison of ours with them.
 
-Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information", poster, IEIE Symposium 2024, and the
-README of the authors' repository. The paper's "MB" are MiB (2**20 bytes).
+Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information", poster, IEIE
+Symposium 2024, and the README of the authors' repository. The paper's "MB" are MiB (2**20 bytes).
 """
 
 from typing import NamedTuple
@@ -19,7 +19,9 @@ TRAINING = {"steps": 14062, "peak": 2e-5, "dropout": 0.1, "ema_decay": 0.9999}
 
 
 class Published(NamedTuple):
-    """One published row; None where the source gives no value. fid is of `images` images; mem_mib in MiB."""
+    """One published row; None where the source gives no value. fid is of `images` images; mem_mib
+    in MiB.
+    """
 
     method: str
     threshold: str
@@ -33,7 +35,9 @@ class Published(NamedTuple):
 POSTER = (
     Published("baseline", "none", 59.3030, 1.7225, 134.20),
     Published("global", "one tau", 59.7148, 2.0846, 71.48),
-    Published("group", "three taus", 57.8034, 1.7356, None),  # the poster's memory is cut off after "134."
+    Published(
+        "group", "three taus", 57.8034, 1.7356, None
+    ),  # the poster's memory is cut off after "134."
     Published("mean_std", "mean -+ k*std", 55.5387, None, 81.56),
     Published("ratio", "0.30", 59.9, None, None, source="poster's plot"),
     Published("ratio", "0.32", 61.3, None, None, source="poster's plot"),
@@ -73,7 +77,14 @@ COLUMNS = [
     ),
     *(
         f"{name}{end}"
-        for metric in ("fid_inception", "is_inception", "kid_inception", "fid_mnist", "is_mnist", "kid_mnist")
+        for metric in (
+            "fid_inception",
+            "is_inception",
+            "kid_inception",
+            "fid_mnist",
+            "is_mnist",
+            "kid_mnist",
+        )
         for name in (metric, f"delta_{metric}")
         for end in ("", "_low", "_high")
     ),
@@ -82,16 +93,20 @@ COLUMNS = [
 
 
 def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
-    """Our rows (columns of `evaluate.evaluate`) beside the poster's: matched by method, and by ratio where it has one.
+    """Our rows (columns of `evaluate.evaluate`) beside the poster's: matched by method, and by
+    ratio where it has one.
 
-    FID and IS are the poster's (100 images); memory falls back on the README's where the poster has none.
+    FID and IS are the poster's (100 images); memory falls back on the README's where the poster has
+    none.
     """
     ours = table.assign(profile=profile)
     published = [_published(row.method, row.threshold, row.format) for row in ours.itertuples()]
     ours["fid_paper"] = [p.fid if p else None for p, _ in published]
     ours["is_paper"] = [p.inception_score if p else None for p, _ in published]
     ours["mem_paper_mib"] = [m for _, m in published]
-    ours[["fid_paper", "is_paper", "mem_paper_mib"]] = ours[["fid_paper", "is_paper", "mem_paper_mib"]].astype(float)
+    ours[["fid_paper", "is_paper", "mem_paper_mib"]] = ours[
+        ["fid_paper", "is_paper", "mem_paper_mib"]
+    ].astype(float)
     ours["mem_share_paper"] = ours["mem_paper_mib"] / BASELINE_MIB
     return ours.reindex(columns=COLUMNS)  # tables of earlier versions have fewer
 
@@ -100,7 +115,14 @@ def _published(method: str, threshold: str, low: str) -> tuple[Published | None,
     if (method, low) == ("uniform", "int8"):  # the uniform row that was published is FP16
         return None, None
     poster, readme = (
-        next((p for p in rows if p.method == method and (method != "ratio" or p.threshold == threshold)), None)
+        next(
+            (
+                p
+                for p in rows
+                if p.method == method and (method != "ratio" or p.threshold == threshold)
+            ),
+            None,
+        )
         for rows in (POSTER, README)
     )
     memory = next((p.mem_mib for p in (poster, readme) if p and p.mem_mib), None)

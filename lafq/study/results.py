@@ -27,7 +27,8 @@ def save_table(work: Workspace, name: str, table: pd.DataFrame) -> None:
 def load_table(work: Workspace, name: str) -> pd.DataFrame:
     """Read results/<profile>/<name>.csv; FileNotFoundError names the remedy when there is none.
 
-    `threshold` is text: a label in tables of rows ("tau=1.2e-05", "0.35"), a number in those of sizes.
+    `threshold` is text: a label in tables of rows ("tau=1.2e-05", "0.35"), a number in those of
+    sizes.
     """
     path = _existing(work, f"{name}.csv")
     return pd.read_csv(path, dtype={"threshold": str}, keep_default_na=False, na_values=[""])
@@ -50,8 +51,12 @@ def load_images(work: Workspace, name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def save_rows(work: Workspace, name: str, table: pd.DataFrame, images: dict[str, np.ndarray]) -> None:
-    """Write what `evaluate.evaluate` returned: the table, and the images unless they are kept in results/<profile>/samples."""
+def save_rows(
+    work: Workspace, name: str, table: pd.DataFrame, images: dict[str, np.ndarray]
+) -> None:
+    """Write what `evaluate.evaluate` returned: the table, and the images unless they are kept in
+    results/<profile>/samples.
+    """
     if work.keep:
         (work.results / f"{name}.npz").unlink(missing_ok=True)
     else:
@@ -59,21 +64,30 @@ def save_rows(work: Workspace, name: str, table: pd.DataFrame, images: dict[str,
     save_table(work, name, table)
 
 
-def load_rows(work: Workspace, name: str, with_baseline: bool = False) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Read what `save_rows` wrote, from where the images are, on request with the baseline of 01_train as the first row.
+def load_rows(
+    work: Workspace, name: str, with_baseline: bool = False
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Read what `save_rows` wrote, from where the images are, on request with the baseline of
+    01_train as the first row.
 
     Raises ValueError for a baseline of other images or sampling steps.
     """
     table = load_table(work, name)
     if not (work.results / f"{name}.npz").is_file() and samples.samples_folder(work).is_dir():
-        images = {row.sample: samples.stored_images(work, row.sample, row.n_images) for row in table.itertuples()}
+        images = {
+            row.sample: samples.stored_images(work, row.sample, row.n_images)
+            for row in table.itertuples()
+        }
     else:
         images = load_images(work, name)
     if with_baseline:
         baseline, its_images = load_rows(work, "01_baseline")
         for column in ("n_images", "steps"):
             if (theirs := baseline[column].iloc[0]) != (ours := table[column].iloc[0]):
-                raise ValueError(f"01_baseline has {column} {theirs}, {name} has {ours}: run 01_train with the same settings")
+                raise ValueError(
+                    f"01_baseline has {column} {theirs}, {name} has {ours}: run 01_train with the "
+                    f"same settings"
+                )
         table, images = pd.concat([baseline, table], ignore_index=True), its_images | images
     return table, images
 
@@ -96,7 +110,8 @@ def evaluate_rows(
 ) -> None:
     """Evaluate the candidates of a notebook and write its table, its images and their peak memory.
 
-    compared: those of the rows that go into paper_comparison.csv. The rest as in `evaluate.evaluate`.
+    compared: those of the rows that go into paper_comparison.csv. The rest as in
+    `evaluate.evaluate`.
     """
     table, images = evaluate(work, model, rows, sampling, inception_reference)
     save_rows(work, name, table, images)
@@ -114,18 +129,22 @@ def update(work: Workspace, name: str, rows: pd.DataFrame) -> None:
 
 
 def update_comparison(work: Workspace, rows: pd.DataFrame) -> pd.DataFrame:
-    """Put rows of `poster.compare` into results/<profile>/paper_comparison.csv in place of those of the same methods.
+    """Put rows of `poster.compare` into results/<profile>/paper_comparison.csv in place of those of
+    the same methods.
 
     Returns the rows as the file has them.
     """
     path = work.results / "paper_comparison.csv"
     if path.is_file():
         old = load_table(work, "paper_comparison")
-        # The file's own columns may be in another order, or fewer, where an earlier version wrote it.
+        # The file's own columns may be in another order, or fewer, where an earlier version wrote
+        # it.
         rows = pd.concat([old[~old["method"].isin(rows["method"])], rows])[list(rows.columns)]
     rows = rows.drop_duplicates(KEY, keep="last")
     order = [METHODS.index(m) for m in rows["method"]]
-    rows = rows.assign(order=order).sort_values(["order", "threshold", "format", "granularity"], kind="stable")
+    rows = rows.assign(order=order).sort_values(
+        ["order", "threshold", "format", "granularity"], kind="stable"
+    )
     save_table(work, "paper_comparison", rows.drop(columns="order"))
     return load_table(work, "paper_comparison")
 
@@ -135,25 +154,42 @@ def save_claims(work: Workspace, name: str, found: list[claims.Claim]) -> None:
     save_table(work, name, pd.DataFrame(found))
 
 
-def image_claims(work: Workspace, seed: int, inception_reference: int, rows: Sequence[str]) -> list[claims.Claim]:
+def image_claims(
+    work: Workspace, seed: int, inception_reference: int, rows: Sequence[str]
+) -> list[claims.Claim]:
     """C3, where its sweep is there, and C4, from these tables of rows with their images."""
     tables, images = zip(*(load_rows(work, name) for name in rows), strict=True)
     table = pd.concat(tables, ignore_index=True)
-    by = claims.judge({k: v for found in images for k, v in found.items()}, seed, load_inception(work, inception_reference))
+    by = claims.judge(
+        {k: v for found in images for k, v in found.items()},
+        seed,
+        load_inception(work, inception_reference),
+    )
     return [*claims.best_ratio(table, by), claims.layerwise_images(table, by)]
 
 
 def fisher_claims(work: Workspace, seed: int) -> list[claims.Claim]:
     """C1 and C2 on every kind of Fisher information that 02 has estimated."""
-    weights = load_table(work, "02_fisher").drop_duplicates("parameter").set_index("parameter")["weights"]
+    weights = (
+        load_table(work, "02_fisher").drop_duplicates("parameter").set_index("parameter")["weights"]
+    )
     blocks = load_table(work, "02_fisher_blocks")
     other = load_optional(work, "02_fisher_kinds")
-    kinds = {"empirical, noised digits": blocks} | (dict(iter(other.groupby("kind", sort=False))) if other is not None else {})
-    return [claim for kind, rows in kinds.items() for claim in claims.fisher_claims(rows, weights, kind, seed)]
+    kinds = {"empirical, noised digits": blocks} | (
+        dict(iter(other.groupby("kind", sort=False))) if other is not None else {}
+    )
+    return [
+        claim
+        for kind, rows in kinds.items()
+        for claim in claims.fisher_claims(rows, weights, kind, seed)
+    ]
 
 
 def _existing(work: Workspace, name: str) -> Path:
     path = work.results / name
     if not path.is_file():
-        raise FileNotFoundError(f"results/{work.profile}/{name} is missing: `make reproduce PROFILE={work.profile}` makes it")
+        raise FileNotFoundError(
+            f"results/{work.profile}/{name} is missing: `make reproduce PROFILE={work.profile}` "
+            f"makes it"
+        )
     return path

@@ -16,8 +16,9 @@ CPU = torch.device("cpu")
 class Workspace:
     """Where a profile has its tables, figures and images, and what computes them.
 
-    compute: whether tables are computed now, or loaded. keep: images are kept in results/<profile>/samples instead of in build/,
-    found by their provenance (`images.samples`). scheduler: address of a Dask scheduler whose workers draw images ("": none).
+    compute: whether tables are computed now, or loaded. keep: images are kept in
+    results/<profile>/samples instead of in build/, found by their provenance (`images.samples`).
+    scheduler: address of a Dask scheduler whose workers draw images ("": none).
     """
 
     profile: str
@@ -28,7 +29,8 @@ class Workspace:
 
     @classmethod
     def open(cls, profile: str, threads: int, device: str = "auto", **settings: bool | str) -> Self:
-        """Check the profile, fix the number of threads and choose the device ("auto": a CUDA GPU where one is visible).
+        """Check the profile, fix the number of threads and choose the device ("auto": a CUDA GPU
+        where one is visible).
 
         settings: compute, keep and scheduler.
         Raises ValueError for an unknown profile, RuntimeError when CUDA is asked for and absent.

@@ -41,16 +41,27 @@ def fisher(model):
 
 
 def damage(model, plan, fisher):
-    after = dict(dequantize(quantize(model, plan, Recipe(unshrunk_scale, fisher))).named_parameters())
-    return sum((0.5 * fisher[n] * (after[n] - model.get_parameter(n)).double().square()).sum().item() for n in fisher)
+    after = dict(
+        dequantize(quantize(model, plan, Recipe(unshrunk_scale, fisher))).named_parameters()
+    )
+    return sum(
+        (0.5 * fisher[n] * (after[n] - model.get_parameter(n)).double().square()).sum().item()
+        for n in fisher
+    )
 
 
 @pytest.mark.parametrize("granularity", ALLOCATED)
 def test_frontier_says_what_packing_does(model, fisher, granularity):
-    for name in ("Layer1.block1.conv1.weight", "Layer4.resample.weight", "Layer2.attention.qkv.weight"):
+    for name in (
+        "Layer1.block1.conv1.weight",
+        "Layer4.resample.weight",
+        "Layer2.attention.qkv.weight",
+    ):
         rows = channel_view(model, name)
         choices = pareto_front(model.get_parameter(name).detach(), fisher[name], rows, granularity)
-        assert all(a.nbytes < b.nbytes and a.damage > b.damage for a, b in itertools.pairwise(choices))
+        assert all(
+            a.nbytes < b.nbytes and a.damage > b.damage for a, b in itertools.pairwise(choices)
+        )
         for choice in choices[:: max(1, len(choices) // 8)]:
             assert choice.nbytes == stored_bytes(rows, choice.entry)
             found = damage(model, {name: choice.entry}, fisher)
@@ -76,7 +87,9 @@ def test_budget_is_kept_and_more_bytes_do_less_damage(model, fisher, granularity
 
 def test_finer_units_do_less_damage(model, fisher):
     damages = [
-        lafq.allocate(model, Sensitivity(fisher, {}), methods.mib_at(model, 4), granularity, progress=False).damage
+        lafq.allocate(
+            model, Sensitivity(fisher, {}), methods.mib_at(model, 4), granularity, progress=False
+        ).damage
         for granularity in ALLOCATED
     ]
     assert damages[0] > damages[1] >= damages[2] * (1 - 1e-3)
@@ -88,7 +101,9 @@ def lists(seed, parameters, choices):
     for _ in range(parameters):
         sizes = np.unique(g.integers(100, 5000, choices))
         damages = np.sort(np.exp(g.normal(0, 3, len(sizes))))[::-1]
-        found.append([StorageOption(int(n), float(d), "int4") for n, d in zip(sizes, damages, strict=True)])
+        found.append(
+            [StorageOption(int(n), float(d), "int4") for n, d in zip(sizes, damages, strict=True)]
+        )
     return found
 
 
@@ -99,17 +114,24 @@ def total(chosen, taken):
 
 
 def solve_milp(lists, budget):
-    """The optimum, by an integer program with a 0/1 variable for every choice (HiGHS through scipy)."""
+    """The optimum, by an integer program with a 0/1 variable for every choice (HiGHS through
+    scipy).
+    """
     owner = np.repeat(np.arange(len(lists)), [len(choices) for choices in lists])
     damage = np.array([c.damage for choices in lists for c in choices])
     size = np.array([[c.nbytes for choices in lists for c in choices]]) / budget
     one_each = sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
     constraints = [optimize.LinearConstraint(size, ub=1), optimize.LinearConstraint(one_each, 1, 1)]
-    # Scaled by what the fast way reaches, so that the solver's absolute tolerances are relative ones.
+    # Scaled by what the fast way reaches, so that the solver's absolute tolerances are relative
+    # ones.
     scale = total(lists, solver.local_search(lists, solver.knapsack_dp(lists, budget), budget))[0]
     costs = np.minimum(damage / scale, 10)
     found = optimize.milp(
-        costs, integrality=1, bounds=optimize.Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": 1e-6}
+        costs,
+        integrality=1,
+        bounds=optimize.Bounds(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": 1e-6},
     )
     assert found.success
     return [int(np.round(found.x[owner == i]).argmax()) for i in range(len(lists))]
@@ -124,7 +146,9 @@ def test_integer_program_is_the_optimum_and_the_fast_way_is_near(seed):
     assert total(small, solve_milp(small, budget))[0] == pytest.approx(best)
     large = lists(seed, 34, 7)
     for share in (0.2, 0.5, 0.8):
-        budget = share * sum(c[-1].nbytes for c in large) + (1 - share) * sum(c[0].nbytes for c in large)
+        budget = share * sum(c[-1].nbytes for c in large) + (1 - share) * sum(
+            c[0].nbytes for c in large
+        )
         fast = total(large, solver.local_search(large, solver.knapsack_dp(large, budget), budget))
         exact = total(large, solve_milp(large, budget))
         assert fast[1] <= budget
@@ -160,8 +184,14 @@ def test_other_networks():
     small = quantize(network, found)
     assert found.nbytes <= 6 * MIB
     assert small(torch.randn(1, 3, 32, 32)).shape == (1, 10)
-    vectors = [weight_spec(found.get(n, "fp32")).format for n, p in network.named_parameters() if p.ndim == 1]
-    assert {"fp16", "fp32"} >= {f for formats in vectors for f in ([formats] if isinstance(formats, str) else formats)}
+    vectors = [
+        weight_spec(found.get(n, "fp32")).format
+        for n, p in network.named_parameters()
+        if p.ndim == 1
+    ]
+    assert {"fp16", "fp32"} >= {
+        f for formats in vectors for f in ([formats] if isinstance(formats, str) else formats)
+    }
 
 
 def test_weights_without_fisher_information_cost_nothing(model):
@@ -174,9 +204,15 @@ def test_weights_without_fisher_information_cost_nothing(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"budget_mib": 0.01}, r"a budget of 0.01 MiB cannot be met: the smallest possible is 0\.\d{1,4} MiB"),
+        (
+            {"budget_mib": 0.01},
+            r"a budget of 0.01 MiB cannot be met: the smallest possible is 0\.\d{1,4} MiB",
+        ),
         ({"budget_mib": float("nan")}, "nan"),
-        ({"granularity": "layer"}, "unknown granularity 'layer': choose one of tensor, channel, mixed"),
+        (
+            {"granularity": "layer"},
+            "unknown granularity 'layer': choose one of tensor, channel, mixed",
+        ),
         ({"formats": ("int9", "fp32")}, "unknown format 'int9'"),
         ({"formats": ("int4",)}, "fp32 or fp16 among the formats"),
         ({"sensitivity": Sensitivity({}, {})}, "Fisher values of one parameter"),
@@ -185,20 +221,41 @@ def test_weights_without_fisher_information_cost_nothing(model):
             {"sensitivity": Sensitivity({"inp.weight": torch.ones(1)}, {})},
             r"Fisher values of inp.weight must be finite, of its shape \(8, 1, 3, 3\)",
         ),
-        ({"sensitivity": Sensitivity({"inp.weight": -torch.ones(8, 1, 3, 3)}, {})}, "none below 0 or NaN"),
-        ({"sensitivity": Sensitivity({"inp.weight": torch.full((8, 1, 3, 3), float("nan"))}, {})}, "none below 0 or NaN"),
+        (
+            {"sensitivity": Sensitivity({"inp.weight": -torch.ones(8, 1, 3, 3)}, {})},
+            "none below 0 or NaN",
+        ),
+        (
+            {
+                "sensitivity": Sensitivity(
+                    {"inp.weight": torch.full((8, 1, 3, 3), float("nan"))}, {}
+                )
+            },
+            "none below 0 or NaN",
+        ),
     ],
 )
 def test_bad_input(model, fisher, change, message):
     with pytest.raises(ValueError, match=message):
-        lafq.allocate(**{"model": model, "sensitivity": Sensitivity(fisher, {}), "budget_mib": 1.0, "progress": False, **change})
+        lafq.allocate(
+            **{
+                "model": model,
+                "sensitivity": Sensitivity(fisher, {}),
+                "budget_mib": 1.0,
+                "progress": False,
+                **change,
+            }
+        )
 
 
 def test_smallest_possible_size_is_the_one_named(model, fisher):
     with pytest.raises(ValueError, match="smallest possible") as error:
         lafq.allocate(model, Sensitivity(fisher, {}), 0.01, progress=False)
     named = float(str(error.value).split()[-2])
-    assert lafq.allocate(model, Sensitivity(fisher, {}), named + 1e-4, progress=False).nbytes <= (named + 1e-4) * MIB + 0.5
+    assert (
+        lafq.allocate(model, Sensitivity(fisher, {}), named + 1e-4, progress=False).nbytes
+        <= (named + 1e-4) * MIB + 0.5
+    )
 
 
 def test_thresholds_fill_the_budget(model, fisher):
@@ -210,7 +267,9 @@ def test_thresholds_fill_the_budget(model, fisher):
         size = nbytes(model, row.plan) / MIB
         assert 0.97 * methods.mib_at(model, row.bits) < size <= methods.mib_at(model, row.bits)
     ratio = next(r for r in rows if r.method == "ratio" and r.bits == 12)
-    kept = [p.keep_mask.float().mean().item() for n, p in ratio.plan.items() if n.startswith("Layer1")]
+    kept = [
+        p.keep_mask.float().mean().item() for n, p in ratio.plan.items() if n.startswith("Layer1")
+    ]
     assert 0 < np.mean(kept) < 1
 
 
@@ -219,7 +278,10 @@ def test_rules_are_compared_with_one_threshold_that_is_rounded_alike():
         methods.budget_candidate("ratio", "weight", 4.0, {}),
         methods.budget_candidate("ratio, error feedback", "weight", 4.0, {}),
     )
-    assert [methods.rule_beside(row) for row in rows] == [("global", 4.0), ("global, error feedback", 4.0)]
+    assert [methods.rule_beside(row) for row in rows] == [
+        ("global", 4.0),
+        ("global, error feedback", 4.0),
+    ]
 
 
 @pytest.mark.slow
@@ -240,11 +302,17 @@ def test_ratios_of_damages_are_paired(model, known):
     assert [claim.verdict for claim in rules.damage_claims(table.reset_index(), methods.FEEDBACK)]
 
 
-@pytest.mark.parametrize(("low", "high", "said"), [(2, 9, "contradicted"), (0.2, 0.9, "supported"), (0.5, 2, "inconclusive")])
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(2, 9, "contradicted"), (0.2, 0.9, "supported"), (0.5, 2, "inconclusive")],
+)
 def test_claims_about_rules_follow_from_their_intervals(low, high, said):
     rows = [{"method": f"{rule}, error feedback", "budget_bits": 4.0} for rule in rules.LAYERWISE]
     found = rules.damage_claims(
-        pd.DataFrame(rows).assign(over_global=(low + high) / 2, over_global_low=low, over_global_high=high), "error feedback"
+        pd.DataFrame(rows).assign(
+            over_global=(low + high) / 2, over_global_low=low, over_global_high=high
+        ),
+        "error feedback",
     )
     assert [claim.verdict for claim in found] == [said] * 3
 
@@ -264,7 +332,12 @@ def test_judged_rows_measure_the_plan(model, known):
     assert (table["damage_low"] <= table["damage"]).all()
     assert uniform["bits_per_weight"].round().tolist() == [2, 3, 4, 6, 8]
     mixed = table[table["granularity"] == "mixed"].set_index("method")["damage"]
-    assert mixed["allocator, all weights"] < mixed["allocator"] < mixed["allocator, nearest code"] < uniform["damage"].iloc[1]
+    assert (
+        mixed["allocator, all weights"]
+        < mixed["allocator"]
+        < mixed["allocator, nearest code"]
+        < uniform["damage"].iloc[1]
+    )
     sizes = table[table["granularity"] == "mixed"]["mem_mib"]
     assert sizes.between(0.98 * methods.mib_at(model, 4.0), methods.mib_at(model, 4.0)).all()
     before = scoring.held_out_outputs(model, 0, 20)
@@ -275,8 +348,12 @@ def test_judged_rows_measure_the_plan(model, known):
 def test_tuned_rows_are_the_allocators_with_less_damage(model, known):
     allocated = methods.allocated(model, known, [4.0], granularities=("mixed",))
     rows = methods.tuned(allocated, [4.0], steps=40)
-    assert [(r.method, r.granularity, r.bits, r.tuned) for r in rows] == [("allocator, tuned", "mixed", 4.0, 40)]
-    before = next(r for r in allocated if (r.method, r.granularity, r.bits) == ("allocator", "mixed", 4.0))
+    assert [(r.method, r.granularity, r.bits, r.tuned) for r in rows] == [
+        ("allocator, tuned", "mixed", 4.0, 40)
+    ]
+    before = next(
+        r for r in allocated if (r.method, r.granularity, r.bits) == ("allocator", "mixed", 4.0)
+    )
     table = budget.measure_candidates(model, [before, *rows], known, seed=0, digits=50)
     assert table["mem_mib"].nunique() == table["predicted"].nunique() == 1
     assert table["damage"][1] < table["damage"][0]
@@ -296,7 +373,13 @@ def test_points_and_allocations_by_every_prediction(model, known):
 
 
 def table(ratio, delta_high):
-    columns = {"granularity": "tensor", "damage_low": 0, "damage_high": 0, "fid_mnist_delta_high": np.nan, "n_images": 1000}
+    columns = {
+        "granularity": "tensor",
+        "damage_low": 0,
+        "damage_high": 0,
+        "fid_mnist_delta_high": np.nan,
+        "n_images": 1000,
+    }
     uniform = [
         {"method": m, "budget_bits": b, "damage": 2.0**-b, "mem_mib": b}
         for m in ("uniform", f"uniform, {methods.FEEDBACK}")
@@ -312,7 +395,11 @@ def table(ratio, delta_high):
             "mem_share": b / 32,
             "fid_mnist_delta_high": h,
         }
-        for b, d, h in ((2, 2.0**-2 * ratio, 99), (4, 2.0**-8 * ratio, delta_high), (8, 2.0**-8 * ratio, 0))
+        for b, d, h in (
+            (2, 2.0**-2 * ratio, 99),
+            (4, 2.0**-8 * ratio, delta_high),
+            (8, 2.0**-8 * ratio, 0),
+        )
     ]
     found = pd.DataFrame([columns | row for row in uniform + ours])
     over = found["damage"] / 2.0**-8
@@ -320,9 +407,14 @@ def table(ratio, delta_high):
 
 
 def test_the_summary_follows_from_the_table():
-    said = summaries.summary_sentences(table(0.3, 2), pd.DataFrame({"method": ["baseline"], "fid_mnist": [100.0]}))
+    said = summaries.summary_sentences(
+        table(0.3, 2), pd.DataFrame({"method": ["baseline"], "fid_mnist": [100.0]})
+    )
     assert "0.30 [0.20, 0.40] times" in said
-    assert "The smallest model whose whole FID-rise interval lies below 3.00 (3 % of FP32's FID; N =" in said
+    assert (
+        "The smallest model whose whole FID-rise interval lies below 3.00 (3 % of FP32's FID; N ="
+        in said
+    )
     assert "3 %" not in summaries.summary_sentences(table(0.3, 2), None)
 
 
@@ -335,7 +427,9 @@ def test_a_tuned_row_counts_for_the_rise_of_fid():
 
 
 def test_groups_are_chosen_where_they_do_less_damage():
-    """Channels whose weights differ in size from group to group; the plan keeps its budget and does the damage that it says."""
+    """Channels whose weights differ in size from group to group; the plan keeps its budget and does
+    the damage that it says.
+    """
     spread = torch.logspace(0, -2, 4).repeat_interleave(16)
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 32)
@@ -345,7 +439,9 @@ def test_groups_are_chosen_where_they_do_less_damage():
     plan = solver.allocate(layer, known, mib, progress=False)
     grouped = solver.allocate(layer, known, mib, progress=False, groups=(16, 48))
     assert grouped["weight"].group == 16 and "groups of 16" in grouped.report["formats"].iloc[0]
-    assert grouped.damage < 0.5 * plan.damage and max(plan.nbytes, grouped.nbytes) <= mib * MIB + 0.5
+    assert (
+        grouped.damage < 0.5 * plan.damage and max(plan.nbytes, grouped.nbytes) <= mib * MIB + 0.5
+    )
     assert damage(layer, grouped, known.fisher) == pytest.approx(grouped.damage, rel=1e-3)
     with pytest.raises(ValueError, match=r"groups are .*: give numbers of weights of at least 1"):
         solver.allocate(layer, known, mib, groups=(0,))

@@ -2,7 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from lafq import allocate, allocate_coded, dequantize, estimate_sensitivity, load_quantized, quantize, save_quantized
+from lafq import (
+    allocate,
+    allocate_coded,
+    dequantize,
+    estimate_sensitivity,
+    load_quantized,
+    quantize,
+    save_quantized,
+)
 from lafq.allocation import coded
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.checks import channel_view
@@ -16,17 +24,29 @@ from lafq.rng import generator
 def subject():
     """A network whose channels matter differently, its sensitivity, and fresh inputs."""
     torch.manual_seed(0)
-    layers = [nn.Conv2d(2, 96, 3, padding=1), nn.SiLU(), nn.Conv2d(96, 96, 3, padding=1), nn.SiLU(), nn.Conv2d(96, 2, 3, padding=1)]
+    layers = [
+        nn.Conv2d(2, 96, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(96, 96, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(96, 2, 3, padding=1),
+    ]
     model = nn.Sequential(*layers).eval()
     with torch.no_grad():
         model[2].weight.mul_(torch.logspace(-2, 0, 96)[:, None, None, None])
     batches = torch.randn(64, 2, 2, 12, 12, generator=generator(0))
-    return model, estimate_sensitivity(model, list(batches)), torch.randn(64, 2, 12, 12, generator=generator(1))
+    return (
+        model,
+        estimate_sensitivity(model, list(batches)),
+        torch.randn(64, 2, 12, 12, generator=generator(1)),
+    )
 
 
 def error(model, plan, fresh):
     with torch.no_grad():
-        return (dequantize(quantize(model, plan))(fresh) - model(fresh)).square().flatten(1).sum(1).mean().item() / 2
+        return (dequantize(quantize(model, plan))(fresh) - model(fresh)).square().flatten(1).sum(
+            1
+        ).mean().item() / 2
 
 
 @pytest.mark.parametrize("mib", [0.025, 0.04, 0.07])
@@ -59,15 +79,25 @@ def test_predicted_damage_is_that_of_the_stored_weights(subject):
 
 def test_a_larger_file_does_less_damage(subject):
     model, sensitivity, _ = subject
-    damages = [allocate_coded(model, sensitivity, mib, progress=False).damage for mib in (0.02, 0.03, 0.05, 0.08)]
+    damages = [
+        allocate_coded(model, sensitivity, mib, progress=False).damage
+        for mib in (0.02, 0.03, 0.05, 0.08)
+    ]
     assert damages == sorted(damages, reverse=True)
 
 
 def test_less_damage_than_fixed_formats_in_a_file_of_equal_bytes(subject, tmp_path):
-    """Both files are entropy-coded; at three bits per weight channels of fixed formats cannot take less than two."""
+    """Both files are entropy-coded; at three bits per weight channels of fixed formats cannot take
+    less than two.
+    """
     model, sensitivity, fresh = subject
     path = tmp_path / "fixed.safetensors"
-    fixed = allocate(model, sensitivity, nbytes(model, dict.fromkeys(sensitivity.fisher, "int3")) / MIB, progress=False)
+    fixed = allocate(
+        model,
+        sensitivity,
+        nbytes(model, dict.fromkeys(sensitivity.fisher, "int3")) / MIB,
+        progress=False,
+    )
     save_quantized(path, quantize(model, fixed), model, compress=True)
     free = allocate_coded(model, sensitivity, path.stat().st_size / MIB, progress=False)
     assert error(model, free, fresh) < 0.8 * error(model, fixed, fresh)
@@ -79,10 +109,14 @@ def test_codes_are_as_wide_as_their_channel_needs(subject):
     for name, stored in quantize(model, plan).named_parameters():
         assert name not in plan or stored.numel() == 0
     for name, entry in plan.items():
-        rows = channel_view(model, name).of(dequantize(quantize(model, plan)).get_parameter(name).detach())
+        rows = channel_view(model, name).of(
+            dequantize(quantize(model, plan)).get_parameter(name).detach()
+        )
         largest = (rows / entry.steps.float()[:, None]).round().abs().amax(1)
         for low, code in zip(entry.format, largest.tolist(), strict=True):
-            narrower = max((f.qmax for f in coded.INTEGERS if f.qmax < FORMATS[low].qmax), default=-1)
+            narrower = max(
+                (f.qmax for f in coded.INTEGERS if f.qmax < FORMATS[low].qmax), default=-1
+            )
             assert narrower < code <= FORMATS[low].qmax
 
 
@@ -97,7 +131,9 @@ def test_channels_that_do_not_matter_round_to_nothing(subject):
     model, sensitivity, _ = subject
     fisher = {n: f.clone() for n, f in sensitivity.fisher.items()}
     fisher["2.weight"][:5] = 0
-    small = dequantize(quantize(model, allocate_coded(model, Sensitivity(fisher, {}), 0.04, progress=False)))
+    small = dequantize(
+        quantize(model, allocate_coded(model, Sensitivity(fisher, {}), 0.04, progress=False))
+    )
     assert not small.get_parameter("2.weight")[:5].any()
     assert small.get_parameter("2.weight")[5:].any()
 
@@ -105,9 +141,18 @@ def test_channels_that_do_not_matter_round_to_nothing(subject):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"file_mib": 0.0005}, "a file of 0.0005.* MiB cannot be met: the smallest possible is 0.00"),
-        ({"sensitivity": Sensitivity({"0.bias": torch.ones(96)}, {})}, "Fisher values of one parameter with two dimensions"),
-        ({"sensitivity": Sensitivity({"0.weight": -torch.ones(96, 2, 3, 3)}, {})}, "none below 0 or NaN"),
+        (
+            {"file_mib": 0.0005},
+            "a file of 0.0005.* MiB cannot be met: the smallest possible is 0.00",
+        ),
+        (
+            {"sensitivity": Sensitivity({"0.bias": torch.ones(96)}, {})},
+            "Fisher values of one parameter with two dimensions",
+        ),
+        (
+            {"sensitivity": Sensitivity({"0.weight": -torch.ones(96, 2, 3, 3)}, {})},
+            "none below 0 or NaN",
+        ),
         (
             {"sensitivity": Sensitivity({"9.weight": torch.ones(1, 1)}, {})},
             "the Fisher values name '9.weight', which the model lacks",
@@ -118,4 +163,12 @@ def test_channels_that_do_not_matter_round_to_nothing(subject):
 def test_bad_input_is_one_sentence(subject, change, message):
     model, sensitivity, _ = subject
     with pytest.raises(ValueError, match=message):
-        allocate_coded(**{"model": model, "sensitivity": sensitivity, "file_mib": 0.04, "progress": False, **change})
+        allocate_coded(
+            **{
+                "model": model,
+                "sensitivity": sensitivity,
+                "file_mib": 0.04,
+                "progress": False,
+                **change,
+            }
+        )

@@ -25,15 +25,24 @@ def test_by_granularity():
         "Layer6.a": 50.0,
     }
     assert th.by_granularity(SCORES, "weight") == SCORES
-    by_channel = th.by_granularity({"a": SCORES["Layer1.b"], "b": SCORES["Layer1.b"]}, "channel", {"b": 1})
+    by_channel = th.by_granularity(
+        {"a": SCORES["Layer1.b"], "b": SCORES["Layer1.b"]}, "channel", {"b": 1}
+    )
     assert {n: s.tolist() for n, s in by_channel.items()} == {"a": [5.5, 7.5], "b": [6.0, 7.0]}
-    with pytest.raises(ValueError, match="unknown granularity 'row': choose one of tensor, channel, weight"):
+    with pytest.raises(
+        ValueError, match="unknown granularity 'row': choose one of tensor, channel, weight"
+    ):
         th.by_granularity(SCORES, "row")
 
 
 def test_global():
     keep = th.keep_global(SCORES, 7.0)
-    assert kept(keep) == {"Layer1.a": [0] * 4, "Layer1.b": [0, 0, 1, 1], "Layer4.a": [1, 1], "Layer6.a": [1, 0]}
+    assert kept(keep) == {
+        "Layer1.a": [0] * 4,
+        "Layer1.b": [0, 0, 1, 1],
+        "Layer4.a": [1, 1],
+        "Layer6.a": [1, 0],
+    }
     assert keep["Layer1.b"].shape == (2, 2)
 
 
@@ -54,10 +63,17 @@ def test_a_layer_in_no_group():
 
 def test_ratio_keeps_the_top_of_every_layer():
     keep = th.keep_ratio(SCORES, 0.5)
-    assert kept(keep) == {"Layer1.a": [0] * 4, "Layer1.b": [1] * 4, "Layer4.a": [0, 1], "Layer6.a": [1, 0]}
+    assert kept(keep) == {
+        "Layer1.a": [0] * 4,
+        "Layer1.b": [1] * 4,
+        "Layer4.a": [0, 1],
+        "Layer6.a": [1, 0],
+    }
 
 
-@pytest.mark.parametrize(("ratio", "count"), [(0, 0), (0.29, 29), (0.35, 35), (0.999, 99), (1, 100)])
+@pytest.mark.parametrize(
+    ("ratio", "count"), [(0, 0), (0.29, 29), (0.35, 35), (0.999, 99), (1, 100)]
+)
 def test_ratio_is_a_floor(ratio, count):
     keep = th.keep_ratio({"Layer1.a": torch.rand(100)}, ratio)
     assert keep["Layer1.a"].sum() == count
@@ -65,8 +81,20 @@ def test_ratio_is_a_floor(ratio, count):
 
 def test_ratio_of_tensors_and_ties():
     scores = {f"Layer1.{i}": torch.tensor(1.0) for i in range(5)}
-    assert [bool(m) for m in th.keep_ratio(scores, 0.40).values()] == [True, True, False, False, False]
-    assert [bool(m) for m in th.keep_ratio(scores, 0.38).values()] == [True, False, False, False, False]
+    assert [bool(m) for m in th.keep_ratio(scores, 0.40).values()] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert [bool(m) for m in th.keep_ratio(scores, 0.38).values()] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.01, math.nan])
@@ -81,13 +109,19 @@ def test_mean_std():
     keep = th.keep_global(th.standardized(SCORES), 0.5)
     assert kept(keep)["Layer1.b"] == (SCORES["Layer1.b"].flatten() >= tau).int().tolist()
     assert kept(th.keep_global(th.standardized(SCORES), -10))["Layer6.a"] == [1, 1]
-    assert kept(th.keep_global(th.standardized({"Layer1.a": torch.ones(3)}), 0.1))["Layer1.a"] == [0, 0, 0]
+    assert kept(th.keep_global(th.standardized({"Layer1.a": torch.ones(3)}), 0.1))["Layer1.a"] == [
+        0,
+        0,
+        0,
+    ]
 
 
 def test_thresholds_run_from_nothing_to_everything():
     few = th.threshold_grid(SCORES, 100)
     assert few[0] == math.inf
-    assert few[1:] == sorted({v for s in SCORES.values() for v in s.flatten().tolist()}, reverse=True)
+    assert few[1:] == sorted(
+        {v for s in SCORES.values() for v in s.flatten().tolist()}, reverse=True
+    )
     many = th.threshold_grid({"Layer1.a": torch.rand(1000)}, 10)
     assert len(many) == 11
     assert sum(m.sum() for m in th.keep_global(SCORES, few[0]).values()) == 0

@@ -36,7 +36,9 @@ def test_scripts_import_only_what_is_installed(path):
 
 
 def test_bytes_of_peers_are_codes_scales_zero_points_and_what_stays_fp32(script, tiny):
-    """A tensor of 4 bits with a scale per channel takes what lafq's INT4 takes; zero points take a code's bits each."""
+    """A tensor of 4 bits with a scale per channel takes what lafq's INT4 takes; zero points take a
+    code's bits each.
+    """
     peers = script("peers")
     weights = quantizable(tiny)
     shapes = {n: (4, _channels(tiny, n), 0) for n in weights}
@@ -48,7 +50,9 @@ def test_bytes_of_peers_are_codes_scales_zero_points_and_what_stays_fp32(script,
 
 
 def test_a_peer_is_judged_at_its_own_bytes(script, tiny, digits, monkeypatch, tmp_path):
-    """A library that rounds to uniform INT4 does the damage of uniform INT4, and the allocator less at these bytes."""
+    """A library that rounds to uniform INT4 does the damage of uniform INT4, and the allocator less
+    at these bytes.
+    """
     peers = script("peers")
     monkeypatch.setattr(peers, "load_model", lambda work, width: _copy(tiny))
     monkeypatch.setattr(peers, "mnist", lambda train: (digits, None))
@@ -59,7 +63,12 @@ def test_a_peer_is_judged_at_its_own_bytes(script, tiny, digits, monkeypatch, tm
     rounded = dequantize(quantize(tiny, dict.fromkeys(names, "int4")))
     rows = {n: (4, _channels(tiny, n), 0) for n in names}
     monkeypatch.setattr(
-        peers, "quantized_by", lambda *_: ({n: rounded.get_parameter(n).detach() for n in names}, {"version": "1", "stored": rows})
+        peers,
+        "quantized_by",
+        lambda *_: (
+            {n: rounded.get_parameter(n).detach() for n in names},
+            {"version": "1", "stored": rows},
+        ),
     )
     judge = peers.Judge(4)
     ours, theirs = judge.uniform(4), judge.of("x", 4)
@@ -87,7 +96,9 @@ def _channels(model, name):
     return weight.shape[1] if transposed else weight.shape[0]
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux"
+)
 def test_growth_measures_each_step(script):
     growth = script("growth")
     for step in growth.STEPS:
@@ -101,7 +112,11 @@ def test_terrain_plans_have_the_bytes_of_the_rows_beside_them(script, monkeypatc
     terrain = script("terrain")
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 1, 3, padding=1)
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 1, 3, padding=1),
     ).eval()
     batches = [(torch.randn(2, 1, 8, 8, generator=generator(i)),) for i in range(16)]
     known = estimate_sensitivity(model, batches)
@@ -110,11 +125,15 @@ def test_terrain_plans_have_the_bytes_of_the_rows_beside_them(script, monkeypatc
     monkeypatch.setattr(terrain, "TENTH", 0.3)
     made = {(method, format): make() for method, format, make in terrain.plans(model, known)}
     for low in terrain.UNIFORM:
-        assert nbytes(model, made["allocator", f"bytes of uniform {low}"]) <= nbytes(model, made["uniform", low])
+        assert nbytes(model, made["allocator", f"bytes of uniform {low}"]) <= nbytes(
+            model, made["uniform", low]
+        )
     kept = made["INT4, sensitive tensors FP16", "int4"]
     assert sorted(kept.values()) == ["fp16", "int4", "int4"]
     for low in ("int4", "int3"):
-        assert made[terrain.CODED, f"bytes of uniform {low}"].file_bytes <= nbytes(model, made["uniform", low])
+        assert made[terrain.CODED, f"bytes of uniform {low}"].file_bytes <= nbytes(
+            model, made["uniform", low]
+        )
 
 
 def test_terrain_decibels_and_character(script):
@@ -132,12 +151,20 @@ def test_terrain_decibels_and_character(script):
 
 
 def test_terrain_figure_names_its_numbers(script, monkeypatch):
-    """The figure needs the maps of FP32 and of three rows; its title has the decibels of two of them."""
+    """The figure needs the maps of FP32 and of three rows; its title has the decibels of two of
+    them.
+    """
     terrain, titles = script("terrain"), []
     rows = [dict(zip(("method", "format"), key, strict=True)) for key in terrain.DRAWN.values()]
     table = pd.DataFrame(rows).assign(mem_share=0.125, decibels=[float("nan"), 2.9, 42.9, 30.3])
-    drawn = {" ".join(key): torch.rand(terrain.SHOWN, 1, 128, 128) for key in terrain.DRAWN.values()}
-    monkeypatch.setattr(terrain.report, "save_figure", lambda work, name, figure, *_, **__: titles.append(figure.get_suptitle()))
+    drawn = {
+        " ".join(key): torch.rand(terrain.SHOWN, 1, 128, 128) for key in terrain.DRAWN.values()
+    }
+    monkeypatch.setattr(
+        terrain.report,
+        "save_figure",
+        lambda work, name, figure, *_, **__: titles.append(figure.get_suptitle()),
+    )
     terrain.draw(table, drawn)
     assert titles == ["Signal over error at INT4's bytes: 43 dB (allocator), 3 dB (uniform)"]
 
@@ -145,9 +172,13 @@ def test_terrain_figure_names_its_numbers(script, monkeypatch):
 def test_passes_are_measured_over_uniform(script):
     passes = script("passes")
     torch.manual_seed(0)
-    subject = passes.small([nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)], (16,))._replace(draws=1)
+    subject = passes.small([nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)], (16,))._replace(
+        draws=1
+    )
     table = passes.measured("x", subject, (1, 64))
     kinds = ["shrunk", "plain", "shrunk, 4 draws"]
-    assert table[["passes", "estimates"]].values.tolist() == [[count, kind] for count in (1, 64) for kind in kinds]
+    assert table[["passes", "estimates"]].values.tolist() == [
+        [count, kind] for count in (1, 64) for kind in kinds
+    ]
     assert table["over_uniform"].iloc[3] < 1.05
     assert (table["over_predicted"] > 0).all()

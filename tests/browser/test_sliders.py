@@ -1,4 +1,5 @@
-"""00_explore in JupyterLab, driven in headless Chromium: `make test-browser`, which installs Playwright.
+"""00_explore in JupyterLab, driven in headless Chromium: `make test-browser`, which installs
+Playwright.
 
 LAFQ_SCREENSHOTS names a folder for a picture of the page as it is in the end.
 """
@@ -17,7 +18,9 @@ import urllib3
 from lafq.study import paths
 from lafq.study.diffusion.weights import WEIGHTS
 
-playwright = pytest.importorskip("playwright.sync_api", reason="make test-browser installs Playwright")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="make test-browser installs Playwright"
+)
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
@@ -47,19 +50,36 @@ def page():
 
 @pytest.fixture
 def lab(tmp_path):
-    """The address of JupyterLab on this machine with a copy of the notebook, its results and settings in a folder of their own."""
+    """The address of JupyterLab on this machine with a copy of the notebook, its results and
+    settings in a folder of their own.
+    """
     (tmp_path / "notebooks").mkdir()
     shutil.copy(paths.NOTEBOOKS / "00_explore.ipynb", tmp_path / "notebooks")
     results = tmp_path / "output" / "results" / "mini"
     results.mkdir(parents=True)
     shutil.copy(paths.RESULTS / "mini" / WEIGHTS, results)
-    own = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    own = {
+        f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower())
+        for kind in ("CONFIG", "DATA", "RUNTIME")
+    }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"),
-        *("--ServerApp.port_retries=0", "--IdentityProvider.token=explore", f"--ServerApp.root_dir={tmp_path / 'notebooks'}"),
+        *(
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            "--no-browser",
+            "--allow-root",
+            "--ip=127.0.0.1",
+            f"--port={port}",
+        ),
+        *(
+            "--ServerApp.port_retries=0",
+            "--IdentityProvider.token=explore",
+            f"--ServerApp.root_dir={tmp_path / 'notebooks'}",
+        ),
     ]
     environment = os.environ | own | {"LAFQ_OUTPUT": str(tmp_path / "output")}
     with (tmp_path / "server.log").open("w") as log:
@@ -69,7 +89,9 @@ def lab(tmp_path):
         urllib3.PoolManager(retries=ANSWERS).request("GET", f"http://127.0.0.1:{port}/api")
         yield f"http://127.0.0.1:{port}/lab/tree/00_explore.ipynb?token=explore"
     except urllib3.exceptions.MaxRetryError:
-        pytest.fail("JupyterLab did not start:\n" + (tmp_path / "server.log").read_text(), pytrace=False)
+        pytest.fail(
+            "JupyterLab did not start:\n" + (tmp_path / "server.log").read_text(), pytrace=False
+        )
     finally:
         server.terminate()
         server.wait()
@@ -77,7 +99,9 @@ def lab(tmp_path):
 
 def bytes_of(page, image):
     source = image.get_attribute("src")
-    return page.evaluate("async (url) => Array.from(new Uint8Array(await (await fetch(url)).arrayBuffer()))", source)
+    return page.evaluate(
+        "async (url) => Array.from(new Uint8Array(await (await fetch(url)).arrayBuffer()))", source
+    )
 
 
 def test_a_moved_slider_changes_the_picture_and_the_bytes(page, lab):
@@ -86,7 +110,11 @@ def test_a_moved_slider_changes_the_picture_and_the_bytes(page, lab):
     page.locator(".jp-StatusBar-TextItem", has_text=re.compile(r"\| Idle$")).wait_for()
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
-    text, image, slider = page.locator(".widget-html-content"), page.locator("img.widget-image"), page.get_by_role("slider")
+    text, image, slider = (
+        page.locator(".widget-html-content"),
+        page.locator("img.widget-image"),
+        page.get_by_role("slider"),
+    )
     playwright.expect(text).to_contain_text("MiB stored", timeout=MINUTES)
     before, picture, source = text.inner_text(), bytes_of(page, image), image.get_attribute("src")
     slider.focus()

@@ -15,7 +15,9 @@ from lafq.study.diffusion.unet import quantizable
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double().eval()
+    return (
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double().eval()
+    )
 
 
 @pytest.fixture
@@ -38,13 +40,17 @@ def exact_empirical(model, names, inputs, target):
     total = {n: 0.0 for n in names}
     for x, y in zip(inputs, target, strict=True):
         loss = 0.5 * (model(x[None])[0] - y).square().sum()
-        for n, g in zip(names, torch.autograd.grad(loss, [model.get_parameter(n) for n in names]), strict=True):
+        for n, g in zip(
+            names, torch.autograd.grad(loss, [model.get_parameter(n) for n in names]), strict=True
+        ):
             total[n] = total[n] + g.square() / len(inputs)
     return total
 
 
 def test_true_fisher_is_unbiased(network, inputs):
-    """The mean over 4,000 passes is within five standard errors of diag(J^T J) for every weight, in float64."""
+    """The mean over 4,000 passes is within five standard errors of diag(J^T J) for every weight, in
+    float64.
+    """
     names = ["0.weight", "3.weight"]
     passes = 4000
     found = monte_carlo_fisher(network, names, itertools.repeat((inputs,), passes), seed=0)
@@ -66,7 +72,9 @@ def test_square_of_the_plain_batch_gradient_is_another_quantity(network, inputs)
 
 
 def test_unet_agrees_with_the_empirical_fisher_where_the_model_is_right(tiny, digits):
-    """A target drawn from the model's own Gaussian makes the empirical Fisher an estimate of the true one."""
+    """A target drawn from the model's own Gaussian makes the empirical Fisher an estimate of the
+    true one.
+    """
     names = list(quantizable(tiny))
     batches = list(noised_batches(digits, 64, seed=0, batch=4))
     true = monte_carlo_fisher(tiny, names, batches, seed=0)
@@ -82,7 +90,9 @@ def test_unet_agrees_with_the_empirical_fisher_where_the_model_is_right(tiny, di
 def test_repeats_and_leaves_the_model_as_it_was(tiny, digits):
     names = ["inp.weight"]
     before = {n: (p.clone(), p.requires_grad) for n, p in tiny.named_parameters()}
-    once, again = (monte_carlo_fisher(tiny, names, noised_batches(digits, 8, 0), 0) for _ in range(2))
+    once, again = (
+        monte_carlo_fisher(tiny, names, noised_batches(digits, 8, 0), 0) for _ in range(2)
+    )
     assert torch.equal(once["inp.weight"], again["inp.weight"])
     for n, p in tiny.named_parameters():
         assert torch.equal(p, before[n][0])

@@ -14,7 +14,9 @@ from lafq.rng import generator
 
 
 def gradients(passes, rows=6, columns=10, seed=0):
-    """Gradients (passes, rows, columns) whose channels share a curvature, and that curvature, of mean diagonal 1."""
+    """Gradients (passes, rows, columns) whose channels share a curvature, and that curvature, of
+    mean diagonal 1.
+    """
     g = generator(seed)
     root = torch.randn(columns, columns, generator=g, dtype=torch.float64).tril()
     true = root @ root.T
@@ -43,16 +45,22 @@ def test_shares_are_those_of_schaefer_and_strimmer():
     assert 0 < own < expected < 1
     assert share == pytest.approx(expected, rel=1e-9)
     assert found[off].numpy() == pytest.approx(((1 - expected) * mean)[off].numpy(), rel=1e-9)
-    assert found.diagonal().numpy() == pytest.approx(((1 - own) * mean.diagonal() + own).numpy(), rel=1e-9)
+    assert found.diagonal().numpy() == pytest.approx(
+        ((1 - own) * mean.diagonal() + own).numpy(), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("largest", [30, 5])
 def test_channels_take_turns(largest):
-    """With at most two of six channels in each pass, three passes of one gradient give what all channels give."""
+    """With at most two of six channels in each pass, three passes of one gradient give what all
+    channels give.
+    """
     drawn, _ = gradients(1)
     few, all_ = moments_of(drawn.repeat(3, 1, 1), largest, channels=2), moments_of(drawn, largest)
     assert torch.allclose(few.plain_curvature(), all_.plain_curvature(), rtol=1e-12)
-    assert not torch.allclose(moments_of(drawn, largest, channels=2).plain_curvature(), all_.plain_curvature(), rtol=0.1)
+    assert not torch.allclose(
+        moments_of(drawn, largest, channels=2).plain_curvature(), all_.plain_curvature(), rtol=0.1
+    )
 
 
 def test_fisher_values_shrink_towards_their_channel_and_tensor():
@@ -62,11 +70,15 @@ def test_fisher_values_shrink_towards_their_channel_and_tensor():
     found = moments_of(drawn).shrunk_squares(squares.sum(0)) / len(drawn)
     mean = squares.mean(0)
     channel, tensor = mean.mean(1, keepdim=True), mean.mean()
-    within = (squares.var(0) / len(drawn)).sum(1, keepdim=True) / (mean - channel).square().sum(1, keepdim=True)
+    within = (squares.var(0) / len(drawn)).sum(1, keepdim=True) / (mean - channel).square().sum(
+        1, keepdim=True
+    )
     across = (squares.mean(2).var(0) / len(drawn)).sum() / (channel - tensor).square().sum()
     within, across = within.clamp(max=1), across.clamp(max=1)
     level = (1 - across) * channel + across * tensor
-    assert found.numpy() == pytest.approx((level * ((1 - within) * mean / channel + within)).numpy(), rel=1e-9)
+    assert found.numpy() == pytest.approx(
+        (level * ((1 - within) * mean / channel + within)).numpy(), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("passes", [2, 4, 8, 16])
@@ -83,14 +95,20 @@ def test_shrunk_curvature_is_nearer_to_the_true_one(passes):
     assert torch.tensor(errors).mean(0).diff() > 0
 
 
-@pytest.mark.parametrize(("largest", "blocks", "size"), [(10, 1, 10), (9, 2, 5), (3, 5, 2), (1, 10, 1)])
+@pytest.mark.parametrize(
+    ("largest", "blocks", "size"), [(10, 1, 10), (9, 2, 5), (3, 5, 2), (1, 10, 1)]
+)
 def test_blocks_are_those_of_the_whole_curvature(largest, blocks, size):
-    """As few equal blocks as fit; they are diagonal blocks of the whole, and shrink by what their own entries say."""
+    """As few equal blocks as fit; they are diagonal blocks of the whole, and shrink by what their
+    own entries say.
+    """
     drawn, _ = gradients(20)
     whole, found = moments_of(drawn), moments_of(drawn, largest)
     shape = (size, size) if blocks == 1 else (blocks, size, size)
     assert found.curvature.shape == shape
-    expected = torch.stack([whole.plain_curvature()[i : i + size, i : i + size] for i in range(0, 10, size)])
+    expected = torch.stack(
+        [whole.plain_curvature()[i : i + size, i : i + size] for i in range(0, 10, size)]
+    )
     assert torch.allclose(found.plain_curvature().view(expected.shape), expected, rtol=1e-12)
     shrunk, share = found.shrunk_curvature()
     assert shrunk.shape == shape
@@ -104,7 +122,9 @@ def test_blocks_are_those_of_the_whole_curvature(largest, blocks, size):
 def test_a_plan_from_blocks_is_better_than_nearest_codes():
     """Of a convolution with more columns than `largest`; the whole curvature is better still."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
+    ).eval()
     fresh = torch.randn(64, 1, 8, 8, generator=generator(9))
     batches = [(torch.randn(4, 1, 8, 8, generator=generator(i)),) for i in range(64)]
     whole, blocks = (estimate_sensitivity(model, batches, largest=n) for n in (8192, 36))
@@ -115,7 +135,12 @@ def test_a_plan_from_blocks_is_better_than_nearest_codes():
     def error(curvature):
         recipe = Recipe(unshrunk_scale, whole.fisher, curvature)
         with torch.no_grad():
-            return (dequantize(quantize(model, plan, recipe))(fresh) - model(fresh)).square().mean().item()
+            return (
+                (dequantize(quantize(model, plan, recipe))(fresh) - model(fresh))
+                .square()
+                .mean()
+                .item()
+            )
 
     assert error(whole.curvature) < error(blocks.curvature) < error(None)
     mib = nbytes(model, plan) / MIB
@@ -123,7 +148,9 @@ def test_a_plan_from_blocks_is_better_than_nearest_codes():
 
 
 def test_damage_from_other_passes_is_what_is_measured():
-    """A plan of few passes: its own prediction is far too low, that from other passes within a third; the copy stays packed."""
+    """A plan of few passes: its own prediction is far too low, that from other passes within a
+    third; the copy stays packed.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 8)).eval()
 
@@ -131,11 +158,15 @@ def test_damage_from_other_passes_is_what_is_measured():
         return [(torch.randn(1, 24, generator=generator(seed, i)),) for i in range(count)]
 
     own = estimate_sensitivity(model, batches(4, 0), 0, shrink=False)
-    small = quantize(model, dict.fromkeys(own.fisher, "int4"), Recipe(unshrunk_scale, own.fisher, own.curvature))
+    small = quantize(
+        model, dict.fromkeys(own.fisher, "int4"), Recipe(unshrunk_scale, own.fisher, own.curvature)
+    )
     fresh = torch.randn(2000, 24, generator=generator(5))
     with torch.no_grad():
         measured = 0.5 * (small(fresh) - model(fresh)).square().sum(1).mean().item()
-    crossed = predicted_damage(model, small, estimate_sensitivity(model, batches(256, 1), 1, shrink=False))
+    crossed = predicted_damage(
+        model, small, estimate_sensitivity(model, batches(256, 1), 1, shrink=False)
+    )
     assert crossed == pytest.approx(measured, rel=0.35)
     assert predicted_damage(model, small, own) < 0.5 * measured
     assert resident_bytes(small) < resident_bytes(model)
@@ -144,7 +175,9 @@ def test_damage_from_other_passes_is_what_is_measured():
 
 
 def test_many_passes_are_hardly_shrunk():
-    shares = [moments_of(gradients(passes)[0]).shrunk_curvature()[1] for passes in (4, 32, 256, 2048)]
+    shares = [
+        moments_of(gradients(passes)[0]).shrunk_curvature()[1] for passes in (4, 32, 256, 2048)
+    ]
     assert shares == sorted(shares, reverse=True)
     assert shares[-1] < 0.01
 
@@ -154,7 +187,9 @@ def test_one_pass_lets_the_weights_of_a_tensor_count_alike():
     found = moments_of(drawn)
     squares = drawn[0].square()
     assert torch.equal(found.shrunk_curvature()[0], torch.eye(10, dtype=torch.float64))
-    assert found.shrunk_squares(squares).numpy() == pytest.approx(squares.mean().expand(6, 10).numpy())
+    assert found.shrunk_squares(squares).numpy() == pytest.approx(
+        squares.mean().expand(6, 10).numpy()
+    )
 
 
 def test_a_channel_without_gradient_keeps_none_when_the_others_are_known_well():
@@ -167,7 +202,13 @@ def test_a_channel_without_gradient_keeps_none_when_the_others_are_known_well():
 
 def conv():
     torch.manual_seed(0)
-    net = [nn.Conv2d(3, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 3, 3, padding=1)]
+    net = [
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(16, 3, 3, padding=1),
+    ]
     return nn.Sequential(*net), (3, 16, 16)
 
 
@@ -180,7 +221,8 @@ def test_one_pass_is_said_in_one_line():
     model, shape = linear()
     batches = list(torch.randn(2, 1, *shape, generator=generator(4)))
     with pytest.warns(
-        UserWarning, match="one pass says nothing about its noise, so all weights of a tensor count the same: give more"
+        UserWarning,
+        match="one pass says nothing about its noise, so all weights of a tensor count the same: give more",
     ):
         found = estimate_sensitivity(model, batches[:1])
     assert found.passes == 1 and found.noise == {"0.weight": 1.0, "2.weight": 1.0}
@@ -194,7 +236,9 @@ def test_one_pass_is_said_in_one_line():
 @pytest.mark.parametrize("make", [conv, linear])
 @pytest.mark.parametrize("passes", [1, 2, 8])
 def test_few_passes_give_a_plan_no_worse_than_uniform(make, passes):
-    """Measured on 128 fresh inputs; without shrinkage the same passes give a plan that is worse than uniform INT4."""
+    """Measured on 128 fresh inputs; without shrinkage the same passes give a plan that is worse
+    than uniform INT4.
+    """
     model, shape = make()
     fresh = torch.randn(128, *shape, generator=generator(9))
     batches = list(torch.randn(passes, 1, *shape, generator=generator(3)))
@@ -202,10 +246,17 @@ def test_few_passes_give_a_plan_no_worse_than_uniform(make, passes):
 
     def error(plan):
         with torch.no_grad():
-            return (dequantize(quantize(model, plan))(fresh) - model(fresh)).square().flatten(1).sum(1).mean().item() / 2
+            return (dequantize(quantize(model, plan))(fresh) - model(fresh)).square().flatten(
+                1
+            ).sum(1).mean().item() / 2
 
     plans = [
-        allocate(model, estimate_sensitivity(model, batches, shrink=shrink), nbytes(model, uniform) / MIB, progress=False)
+        allocate(
+            model,
+            estimate_sensitivity(model, batches, shrink=shrink),
+            nbytes(model, uniform) / MIB,
+            progress=False,
+        )
         for shrink in (True, False)
     ]
     shrunk, plain = map(error, plans)
@@ -227,19 +278,30 @@ def test_draws_of_a_pass_count_as_one_observation():
     off = ~torch.eye(10, dtype=torch.bool)
     expected = ((each.var(0) / 20)[off].sum() / each.mean(0)[off].square().sum()).item()
     assert share == pytest.approx(expected, rel=1e-9) and 0 < share < 1
-    assert curvature[off].numpy() == pytest.approx(((1 - expected) * each.mean(0))[off].numpy(), rel=1e-9)
+    assert curvature[off].numpy() == pytest.approx(
+        ((1 - expected) * each.mean(0))[off].numpy(), rel=1e-9
+    )
     assert found.passes == 20
 
 
 def test_draws_tell_more_of_few_batches():
-    """Distance to what 2,000 passes tell, over three sets of eight inputs; a model takes no draw fewer than one."""
+    """Distance to what 2,000 passes tell, over three sets of eight inputs; a model takes no draw
+    fewer than one.
+    """
     model, shape = conv()
     true = estimate_sensitivity(model, torch.randn(2000, 1, *shape, generator=generator(5)))
     error = {}
     for draws in (1, 4):
-        found = [estimate_sensitivity(model, torch.randn(8, 1, *shape, generator=generator(s)), s, draws=draws) for s in (6, 7, 8)]
+        found = [
+            estimate_sensitivity(
+                model, torch.randn(8, 1, *shape, generator=generator(s)), s, draws=draws
+            )
+            for s in (6, 7, 8)
+        ]
         for name in true.fisher:
-            error[draws, name] = sum((f.curvature[name] - true.curvature[name]).square().sum() for f in found)
+            error[draws, name] = sum(
+                (f.curvature[name] - true.curvature[name]).square().sum() for f in found
+            )
     assert all(error[4, n] < 0.8 * error[1, n] for n in true.fisher)
     with pytest.raises(ValueError, match="draws is 0: a pass needs one draw of noise or more"):
         estimate_sensitivity(model, torch.randn(1, 1, *shape), draws=0)

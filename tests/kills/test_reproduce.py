@@ -1,6 +1,8 @@
-"""`make test-kill`: `make reproduce PROFILE=smoke` killed at 20 seeded moments and resumed gives the bytes of an undisturbed run.
+"""`make test-kill`: `make reproduce PROFILE=smoke` killed at 20 seeded moments and resumed gives
+the bytes of an undisturbed run.
 
-A kill falls in one notebook, so the notebooks before it, which repeat to the byte, are not computed again for each kill.
+A kill falls in one notebook, so the notebooks before it, which repeat to the byte, are not computed
+again for each kill.
 """
 
 import os
@@ -22,7 +24,15 @@ FOLDERS = ("results/smoke", "figures/smoke")
 
 
 def start(root, verb, only=""):
-    command = [sys.executable, "-m", "tools.run", verb, "--profile", "smoke", *(["--only", only] if only else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.run",
+        verb,
+        "--profile",
+        "smoke",
+        *(["--only", only] if only else []),
+    ]
     # The notebooks shall import the copy's lafq, not the one that is installed.
     environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(root)}
     return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL)
@@ -38,9 +48,15 @@ def kill(process):
 
 
 def content(root):
-    """Bytes of each table, image file, weight file and figure; peak memory is a measurement and left out."""
+    """Bytes of each table, image file, weight file and figure; peak memory is a measurement and
+    left out.
+    """
     found = (path for folder in FOLDERS for path in (root / folder).rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): path.read_bytes() for path in found if "peak_memory" not in path.name}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in found
+        if "peak_memory" not in path.name
+    }
 
 
 @pytest.fixture(scope="session")

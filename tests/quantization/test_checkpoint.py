@@ -57,19 +57,28 @@ def test_count_file_and_resident_bytes_agree_at_the_papers_width(path, low):
 @pytest.mark.slow
 def test_sampling_from_packed_weights_takes_less_memory(path, tmp_path):
     model, other = UNet(64), tmp_path / "fp32.safetensors"
-    packed, full = saved(path, model, dict.fromkeys(quantizable(model), "int8")), saved(other, model, {})
+    packed, full = (
+        saved(path, model, dict.fromkeys(quantizable(model), "int8")),
+        saved(other, model, {}),
+    )
     with PeakMeter() as meter:
         saving = meter.mib(other, steps=2) - meter.mib(path, steps=2)
         # The order of the questions does not matter.
         with PeakMeter() as another:
             assert another.mib(path, steps=2) == pytest.approx(meter.mib(path, steps=2), abs=1)
-    # What is not saved of the stored bytes: one layer at a time is FP32, of at most 9 MiB, while it is used.
+    # What is not saved of the stored bytes: one layer at a time is FP32, of at most 9 MiB, while it
+    # is used.
     assert saving > 0.7 * (resident_bytes(full) - resident_bytes(packed)) / 2**20
 
 
 def test_measuring_a_file_that_is_none(path):
     path.write_text("no model")
-    with PeakMeter() as meter, pytest.raises(ValueError, match=r"measuring the memory of .*model.safetensors failed: .*is damaged"):
+    with (
+        PeakMeter() as meter,
+        pytest.raises(
+            ValueError, match=r"measuring the memory of .*model.safetensors failed: .*is damaged"
+        ),
+    ):
         meter.mib(path)
 
 
@@ -79,8 +88,19 @@ def test_metadata(tiny, path):
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["lafq"])
         assert file.get_tensor("Layer1.resample.weight/int4").dtype == torch.uint8
-    words = {"shape": [8, 4, 3, 3], "groups": 0, "formats": ["int4"], "kept": int(mask.sum()), "high": "fp16"}
-    assert about == {"format_version": 1, "width": 4, "source": weights_sha256(tiny), "plan": {"Layer1.resample.weight": words}}
+    words = {
+        "shape": [8, 4, 3, 3],
+        "groups": 0,
+        "formats": ["int4"],
+        "kept": int(mask.sum()),
+        "high": "fp16",
+    }
+    assert about == {
+        "format_version": 1,
+        "width": 4,
+        "source": weights_sha256(tiny),
+        "plan": {"Layer1.resample.weight": words},
+    }
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -159,7 +179,9 @@ def test_files_of_something_else(tiny, path):
     assert load_quantized(path, tiny, source=weights_sha256(tiny)).width == 4
     other = nn.Linear(2, 2)
     other.width = 4
-    with pytest.raises(ValueError, match=r"is of another model: weight is absent there, \(2, 2\) in the model"):
+    with pytest.raises(
+        ValueError, match=r"is of another model: weight is absent there, \(2, 2\) in the model"
+    ):
         load_quantized(path, other)
     io.save_tensors(path, {"a": torch.ones(1)}, sealed=True)
     with pytest.raises(ValueError, match="is no packed model"):

@@ -35,7 +35,9 @@ def test_codes_come_back_from_a_smaller_stream(low):
 
 
 def test_stream_is_near_the_entropy_of_the_codes():
-    """Three bits of entropy, of codes that are all alike; there is no table and no other side information."""
+    """Three bits of entropy, of codes that are all alike; there is no table and no other side
+    information.
+    """
     parts, codes = gaussian_codes("int8", 200_000, spread=2 / 127)
     counts = codes.unique(return_counts=True)[1].double() / len(codes)
     entropy = -(counts * counts.log2()).sum().item() * len(codes) / 8
@@ -80,7 +82,10 @@ def test_compressed_files_hold_the_same_model(tiny, tmp_path, name):
 def test_a_compressed_file_is_smaller(tmp_path):
     model = nn.Linear(256, 256)
     nn.init.normal_(model.weight, generator=generator(3))
-    packed, paths = quantize(model, {"weight": "int4"}), [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    packed, paths = (
+        quantize(model, {"weight": "int4"}),
+        [tmp_path / "a.safetensors", tmp_path / "b.safetensors"],
+    )
     for path, compress in zip(paths, (False, True), strict=True):
         save_quantized(path, packed, model, compress=compress)
     sizes = [path.stat().st_size for path in paths]
@@ -92,8 +97,13 @@ def test_codes_are_counted_as_they_are_stored(kept):
     """Kept weights leave their place out (a mask) or hold a 0 there (columns)."""
     view, weight = ChannelView((6, 400)), torch.randn(6, 400, generator=generator(4))
     mask = torch.rand(6, 400, generator=generator(5)) < kept
-    formats, steps = ("int4", "int4", "fp16", "int3", "int16", "int5"), torch.full((6,), 0.1, dtype=torch.float16)
-    stored = QuantizedWeight.of(weight, WeightSpec(formats, mask, "fp16", steps), view, absmax_scale, None)
+    formats, steps = (
+        ("int4", "int4", "fp16", "int3", "int16", "int5"),
+        torch.full((6,), 0.1, dtype=torch.float16),
+    )
+    stored = QuantizedWeight.of(
+        weight, WeightSpec(formats, mask, "fp16", steps), view, absmax_scale, None
+    )
     free = 400 - mask.sum(1) if kept == 0.5 else torch.full((6,), 400)
     assert ("mask" in dict(stored.named_buffers())) == (kept == 0.5)
     expected = {"int4": free[:2].sum(), "int3": free[3], "int5": free[5], "int16": free[4]}
@@ -103,14 +113,25 @@ def test_codes_are_counted_as_they_are_stored(kept):
 def test_given_steps_are_the_scales():
     view, weight = ChannelView((3, 50)), torch.randn(3, 50, generator=generator(6))
     steps = torch.tensor([0.5, 0.01, 0.0003], dtype=torch.float16)
-    stored = QuantizedWeight.of(weight, WeightSpec(("int5", "int16", "int16"), steps=steps), view, absmax_scale, None)
+    stored = QuantizedWeight.of(
+        weight, WeightSpec(("int5", "int16", "int16"), steps=steps), view, absmax_scale, None
+    )
     off = (stored(torch.empty(0)) - weight).abs()
     assert (off.amax(1) <= 0.5001 * steps.float()).all()
 
 
 @pytest.mark.parametrize(
-    "steps", [torch.ones(2, dtype=torch.float16), torch.ones(3), torch.tensor([1, 0, 1], dtype=torch.float16)], ids=repr
+    "steps",
+    [
+        torch.ones(2, dtype=torch.float16),
+        torch.ones(3),
+        torch.tensor([1, 0, 1], dtype=torch.float16),
+    ],
+    ids=repr,
 )
 def test_steps_that_do_not_fit_are_refused(steps):
-    with pytest.raises(ValueError, match="the steps of weight must be 3 FP16 numbers above 0, one per output channel"):
+    with pytest.raises(
+        ValueError,
+        match="the steps of weight must be 3 FP16 numbers above 0, one per output channel",
+    ):
         quantize(nn.Linear(4, 3), {"weight": WeightSpec("int4", steps=steps)})

@@ -25,7 +25,9 @@ def error(rows, scale, qmax, importance=1):
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 1000])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 def test_codes_come_back_from_dense_bytes(bits, count):
-    codes = torch.randint(2**bits, (count,), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    codes = torch.randint(
+        2**bits, (count,), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8
+    )
     packed = pack_bits(codes, bits)
     assert packed.dtype == torch.uint8
     assert packed.numel() == packed_bytes(formats.Format("x", bits, 1), count)
@@ -34,14 +36,23 @@ def test_codes_come_back_from_dense_bytes(bits, count):
 
 
 def test_layout_of_the_bytes():
-    assert pack_bits(torch.tensor([1, 2, 3, 4], dtype=torch.uint8), 4).tolist() == [1 | 3 << 4, 2 | 4 << 4]
-    assert pack_bits(torch.tensor([5, 6], dtype=torch.uint8), 3).tolist() == [1 | 2 << 2, 1 << 0 | 1 << 1]
+    assert pack_bits(torch.tensor([1, 2, 3, 4], dtype=torch.uint8), 4).tolist() == [
+        1 | 3 << 4,
+        2 | 4 << 4,
+    ]
+    assert pack_bits(torch.tensor([5, 6], dtype=torch.uint8), 3).tolist() == [
+        1 | 2 << 2,
+        1 << 0 | 1 << 1,
+    ]
 
 
 def test_levels():
-    assert {f.name: f.qmax for f in INTEGERS} == {f"int{b}": 2 ** (b - 1) - 1 for b in range(2, 9)} | {"midrise2": 1.5}
+    assert {f.name: f.qmax for f in INTEGERS} == {
+        f"int{b}": 2 ** (b - 1) - 1 for b in range(2, 9)
+    } | {"midrise2": 1.5}
     with pytest.raises(
-        ValueError, match="unknown format 'int9': choose one of fp32, fp16, int8, int6, int4, int3, int2, int7, int5"
+        ValueError,
+        match="unknown format 'int9': choose one of fp32, fp16, int8, int6, int4, int3, int2, int7, int5",
     ):
         get_format("int9")
 
@@ -64,24 +75,39 @@ def test_least_squares_is_near_the_best_of_a_fine_search(f):
     rows = torch.randn(6, 300, generator=g)
     importance = torch.rand(6, 300, generator=g) ** 8
     for weight in (None, importance):
-        found = error(rows, weighted_mse_scale(rows, f.qmax, weight), f.qmax, 1 if weight is None else weight)
+        found = error(
+            rows, weighted_mse_scale(rows, f.qmax, weight), f.qmax, 1 if weight is None else weight
+        )
         at_absmax = error(rows, absmax_scale(rows, f.qmax), f.qmax, 1 if weight is None else weight)
         shares = torch.linspace(0.05, 1.1, 1000)
-        every = [error(rows, rows.abs().amax(1) / f.qmax * s, f.qmax, 1 if weight is None else weight) for s in shares]
+        every = [
+            error(rows, rows.abs().amax(1) / f.qmax * s, f.qmax, 1 if weight is None else weight)
+            for s in shares
+        ]
         best = torch.stack(every).amin(0)
         assert (found <= at_absmax * 1.001).all()
         assert found.sum() <= best.sum() * 1.15
-    assert (error(rows, weighted_mse_scale(rows, 1), 1) < 0.7 * error(rows, absmax_scale(rows, 1), 1)).all()
+    assert (
+        error(rows, weighted_mse_scale(rows, 1), 1) < 0.7 * error(rows, absmax_scale(rows, 1), 1)
+    ).all()
 
 
 def test_four_levels_err_less_than_three():
-    """Gaussian weights: 0.1188 of the variance against 0.1902 (Max 1960, table II, uniform quantizers of 4 and 3 levels)."""
+    """Gaussian weights: 0.1188 of the variance against 0.1902 (Max 1960, table II, uniform
+    quantizers of 4 and 3 levels).
+    """
     rows = torch.randn(4, 20000, generator=torch.Generator().manual_seed(0))
     found = {low: FORMATS[low] for low in ("int2", "midrise2")}
-    errors = {low: (formats.fake_quantize(rows, f, weighted_mse_scale) - rows).square().mean().item() for low, f in found.items()}
+    errors = {
+        low: (formats.fake_quantize(rows, f, weighted_mse_scale) - rows).square().mean().item()
+        for low, f in found.items()
+    }
     assert errors["int2"] == pytest.approx(0.1902, rel=0.02)
     assert errors["midrise2"] == pytest.approx(0.1188, rel=0.02)
-    levels = (formats.fake_quantize(rows, found["midrise2"], absmax_scale)[0] / absmax_scale(rows, 1.5).float()[0]).unique()
+    levels = (
+        formats.fake_quantize(rows, found["midrise2"], absmax_scale)[0]
+        / absmax_scale(rows, 1.5).float()[0]
+    ).unique()
     assert levels.tolist() == pytest.approx([-1.5, -0.5, 0.5, 1.5])
 
 
@@ -96,7 +122,9 @@ def test_the_importance_decides():
     rows, importance = torch.tensor([[1.0, 10.0]]), torch.tensor([[1.0, 0.0]])
     assert weighted_mse_scale(rows, 1, importance).item() == 1
     assert absmax_scale(rows, 1).item() == 10
-    assert weighted_mse_scale(rows, 1, torch.zeros(1, 2)).item() == weighted_mse_scale(rows, 1).item()
+    assert (
+        weighted_mse_scale(rows, 1, torch.zeros(1, 2)).item() == weighted_mse_scale(rows, 1).item()
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -111,7 +139,9 @@ def test_unbiased_scales_shrink_rows_less(bits):
 
     assert (shrinking(weighted_mse_scale) > 0).all()
     assert shrinking(unshrunk_scale).abs().mean() < 0.6 * shrinking(weighted_mse_scale).mean()
-    assert torch.equal(unshrunk_scale(rows, f.qmax, torch.zeros_like(rows)), unshrunk_scale(rows, f.qmax))
+    assert torch.equal(
+        unshrunk_scale(rows, f.qmax, torch.zeros_like(rows)), unshrunk_scale(rows, f.qmax)
+    )
 
 
 @pytest.mark.parametrize("rule", [absmax_scale, weighted_mse_scale, unshrunk_scale])

@@ -32,8 +32,13 @@ def plans(model):
     names = list(weights)
     cycle = ["int2", "int3", "int4", "int6", "int8", "fp16", "fp32"]
     mixed = {n: tuple((cycle * channels(model, n))[: channels(model, n)]) for n in names}
-    scores = by_granularity({n: w.square() for n, w in weights.items()}, "channel", dict.fromkeys(TRANSPOSED, 1))
-    groups = {n: next(d for d in range(2, w.numel()) if channel_view(model, n).size[1] % d == 0) for n, w in weights.items()}
+    scores = by_granularity(
+        {n: w.square() for n, w in weights.items()}, "channel", dict.fromkeys(TRANSPOSED, 1)
+    )
+    groups = {
+        n: next(d for d in range(2, w.numel()) if channel_view(model, n).size[1] % d == 0)
+        for n, w in weights.items()
+    }
     return {
         "nothing": {},
         **{f: dict.fromkeys(names, f) for f in FORMATS if f != "int16"},
@@ -42,11 +47,20 @@ def plans(model):
         "channels by ratio": make_plan(keep_ratio(scores, 0.35), "int4", "fp16"),
         "weights fp16": make_plan(random_masks(model, 0.3), "fp16"),
         "weights int8": make_plan(random_masks(model, 0.3), "int8"),
-        "few weights": {n: WeightSpec("int3", m, "fp16") for n, m in random_masks(model, 0.02).items()},
-        "all of it": {n: WeightSpec(mixed[n], m, "fp16") for n, m in random_masks(model, 0.2).items()},
+        "few weights": {
+            n: WeightSpec("int3", m, "fp16") for n, m in random_masks(model, 0.02).items()
+        },
+        "all of it": {
+            n: WeightSpec(mixed[n], m, "fp16") for n, m in random_masks(model, 0.2).items()
+        },
         "groups": {n: WeightSpec(mixed[n], group=size) for n, size in groups.items()},
-        "groups and weights": {n: WeightSpec("int4", m, "fp16", group=groups[n]) for n, m in random_masks(model, 0.02).items()},
-        "bias and norm": dict.fromkeys([n for n, p in model.named_parameters() if p.ndim == 1], "fp16"),
+        "groups and weights": {
+            n: WeightSpec("int4", m, "fp16", group=groups[n])
+            for n, m in random_masks(model, 0.02).items()
+        },
+        "bias and norm": dict.fromkeys(
+            [n for n, p in model.named_parameters() if p.ndim == 1], "fp16"
+        ),
     }
 
 
@@ -59,12 +73,17 @@ def test_count_is_what_is_resident(tiny, name):
 @pytest.mark.parametrize("name", list(plans(UNet(4))))
 def test_unpacking_changes_no_image(tiny, name):
     packed = quantize(tiny, plans(tiny)[name])
-    x, t = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
+    x, t = (
+        torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([3, 700]),
+    )
     with torch.no_grad():
         before = packed(x, t)
         unpacked = dequantize(packed)
         assert torch.equal(before, unpacked(x, t))
-    assert {n: p.shape for n, p in unpacked.named_parameters()} == {n: p.shape for n, p in tiny.named_parameters()}
+    assert {n: p.shape for n, p in unpacked.named_parameters()} == {
+        n: p.shape for n, p in tiny.named_parameters()
+    }
     assert resident_bytes(unpacked) == resident_bytes(tiny)
 
 
@@ -79,9 +98,16 @@ def test_only_the_named_tensors_change_and_the_original_is_untouched(tiny):
 
 def test_the_packed_form_is_the_only_copy(tiny):
     packed = quantize(tiny, dict.fromkeys(quantizable(tiny), "int4"))
-    floats = [t for m in packed.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    floats = [
+        t
+        for m in packed.modules()
+        for t in (*m._parameters.values(), *m._buffers.values())
+        if t is not None
+    ]
     largest = max(t.numel() for t in floats if t.dtype == torch.float32 and t is not packed.times)
-    assert largest == max(p.numel() for n, p in tiny.named_parameters() if n not in quantizable(tiny))
+    assert largest == max(
+        p.numel() for n, p in tiny.named_parameters() if n not in quantizable(tiny)
+    )
     assert packed.Layer3.block1.conv1.weight.shape == tiny.Layer3.block1.conv1.weight.shape
 
 
@@ -100,22 +126,33 @@ def test_values_are_those_of_the_definition(tiny, low):
 def test_fp16_rounds_and_channels_go_their_own_way(tiny):
     w = tiny.Layer4.resample.weight.detach()
     low = tuple("fp16" if i % 2 else "int8" for i in range(w.shape[1]))
-    copied = dequantize(quantize(tiny, {"Layer4.resample.weight": WeightSpec(low)})).Layer4.resample.weight
+    copied = dequantize(
+        quantize(tiny, {"Layer4.resample.weight": WeightSpec(low)})
+    ).Layer4.resample.weight
     whole = dequantize(quantize(tiny, {"Layer4.resample.weight": "int8"})).Layer4.resample.weight
     assert torch.equal(copied[:, 1::2], w[:, 1::2].half().float())
     assert torch.equal(copied[:, ::2], whole[:, ::2])
 
 
 def test_a_group_is_rounded_like_a_channel_of_its_own():
-    """36 weights per channel in groups of 12, which are rows of a wider layer; groups that do not divide it are refused."""
+    """36 weights per channel in groups of 12, which are rows of a wider layer; groups that do not
+    divide it are refused.
+    """
     torch.manual_seed(0)
     layer, wide = torch.nn.Conv2d(4, 6, 3), torch.nn.Linear(12, 18)
     wide.weight.data = layer.weight.data.movedim(1, -1).reshape(18, 12)
-    found = dequantize(quantize(layer, {"weight": WeightSpec("int4", group=12)}, Recipe(formats.unshrunk_scale)))
+    found = dequantize(
+        quantize(layer, {"weight": WeightSpec("int4", group=12)}, Recipe(formats.unshrunk_scale))
+    )
     expected = dequantize(quantize(wide, {"weight": "int4"}, Recipe(formats.unshrunk_scale)))
     assert torch.equal(found.weight.movedim(1, -1).reshape(18, 12), expected.weight)
-    assert nbytes(layer, {"weight": WeightSpec("int4", group=12)}) == nbytes(layer, {"weight": "int4"}) + 2 * (18 - 6)
-    with pytest.raises(ValueError, match="weight has 36 weights per channel, so a group of 8 does not fit: give a divisor"):
+    assert nbytes(layer, {"weight": WeightSpec("int4", group=12)}) == nbytes(
+        layer, {"weight": "int4"}
+    ) + 2 * (18 - 6)
+    with pytest.raises(
+        ValueError,
+        match="weight has 36 weights per channel, so a group of 8 does not fit: give a divisor",
+    ):
         nbytes(layer, {"weight": WeightSpec("int4", group=8)})
 
 
@@ -125,7 +162,9 @@ def test_kept_weights_are_exact_and_do_not_stretch_the_scale(tiny, high, error, 
     name = "Layer3.block1.conv1.weight"
     mask = torch.zeros(tiny.get_parameter(name).numel(), dtype=torch.bool)
     mask[: len(mask) * share // 100] = True
-    mask = mask[torch.randperm(len(mask), generator=torch.Generator().manual_seed(0))].view(tiny.get_parameter(name).shape)
+    mask = mask[torch.randperm(len(mask), generator=torch.Generator().manual_seed(0))].view(
+        tiny.get_parameter(name).shape
+    )
     with torch.no_grad():
         tiny.get_parameter(name)[mask] += 1000.0
     w = tiny.get_parameter(name).detach()
@@ -146,7 +185,9 @@ def test_the_smaller_of_mask_and_indices_is_taken(tiny):
         with_mask = -(-w.numel() // 8) + -(-rest // 2)
         with_indices = 4 * w.shape[0] + 2 * kept + -(-w.numel() // 2)
         plain = nbytes(tiny, {}) - w.nbytes + 2 * w.shape[0] + 4 * kept
-        assert nbytes(tiny, {name: WeightSpec("int4", mask)}) == plain + min(with_mask, with_indices)
+        assert nbytes(tiny, {name: WeightSpec("int4", mask)}) == plain + min(
+            with_mask, with_indices
+        )
         sizes[share] = with_indices < with_mask
     assert set(sizes.values()) == {True, False}
 
@@ -167,12 +208,18 @@ def test_fisher_weighted_scales_err_less_where_it_counts(tiny):
 
 
 def test_whole_tensors_need_no_mask():
-    keep = {"a": torch.ones(3, dtype=torch.bool), "b": torch.zeros(3, dtype=torch.bool), "c": torch.tensor([[True, False]])}
+    keep = {
+        "a": torch.ones(3, dtype=torch.bool),
+        "b": torch.zeros(3, dtype=torch.bool),
+        "c": torch.tensor([[True, False]]),
+    }
     plan = make_plan(keep, "fp16")
     assert list(plan) == ["b", "c"]
     assert plan["b"] == "fp16"
     assert make_plan(keep, "int4", "fp16")["a"] == "fp16"
-    assert make_plan({"d": torch.tensor([True, False])}, "int4") == {"d": WeightSpec(("fp32", "int4"))}
+    assert make_plan({"d": torch.tensor([True, False])}, "int4") == {
+        "d": WeightSpec(("fp32", "int4"))
+    }
 
 
 def test_all_zero_channel(tiny):
@@ -185,30 +232,59 @@ def test_all_zero_channel(tiny):
 
 
 def weights_of(model, *kinds):
-    return [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, kinds or (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+    return [
+        f"{n}.weight"
+        for n, m in model.named_modules()
+        if isinstance(m, kinds or (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
+    ]
 
 
 def diffusers_unet():
     channels = (8, 16)
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    unet = UNet2DModel(16, 1, 1, block_out_channels=channels, layers_per_block=1, norm_num_groups=4, attention_head_dim=4, **blocks)
+    blocks = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    unet = UNet2DModel(
+        16,
+        1,
+        1,
+        block_out_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        **blocks,
+    )
     return unet, (torch.randn(2, 1, 16, 16), torch.tensor([1, 9])), lambda y: y.sample
 
 
 def decoder():
-    layers = [nn.Linear(6, 32), nn.Unflatten(1, (8, 2, 2)), nn.ConvTranspose2d(8, 12, 4, 2, 1, groups=2), nn.ReLU()]
+    layers = [
+        nn.Linear(6, 32),
+        nn.Unflatten(1, (8, 2, 2)),
+        nn.ConvTranspose2d(8, 12, 4, 2, 1, groups=2),
+        nn.ReLU(),
+    ]
     return nn.Sequential(*layers, nn.ConvTranspose2d(12, 3, 3)), (torch.randn(2, 6),), lambda y: y
 
 
 def transformer():
-    vit = torchvision.models.VisionTransformer(image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32)
-    nn.init.normal_(vit.heads.head.weight)  # zero in a new one: the output would not depend on the weights
+    vit = torchvision.models.VisionTransformer(
+        image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32
+    )
+    nn.init.normal_(
+        vit.heads.head.weight
+    )  # zero in a new one: the output would not depend on the weights
     return vit, (torch.randn(1, 3, 16, 16),), lambda y: y
 
 
 NETWORKS = {
     "diffusers UNet2DModel": diffusers_unet,
-    "torchvision resnet18": lambda: (torchvision.models.resnet18(weights=None), (torch.randn(1, 3, 64, 64),), lambda y: y),
+    "torchvision resnet18": lambda: (
+        torchvision.models.resnet18(weights=None),
+        (torch.randn(1, 3, 64, 64),),
+        lambda y: y,
+    ),
     "torchvision VisionTransformer": transformer,
     "grouped transposed convolutions": decoder,
 }
@@ -222,10 +298,16 @@ def test_any_network(network):
     names = weights_of(model)
     assert len(names) >= 3
     packed = quantize(model, dict.fromkeys(names, "int8"))
-    assert resident_bytes(packed) == nbytes(model, dict.fromkeys(names, "int8")) < 0.4 * resident_bytes(model)
+    assert (
+        resident_bytes(packed)
+        == nbytes(model, dict.fromkeys(names, "int8"))
+        < 0.4 * resident_bytes(model)
+    )
     with torch.no_grad():
         model.eval()
-        full, small, coarse = (read(m(*x)) for m in (model, packed, quantize(model, dict.fromkeys(names, "int2"))))
+        full, small, coarse = (
+            read(m(*x)) for m in (model, packed, quantize(model, dict.fromkeys(names, "int2")))
+        )
         assert torch.equal(read(dequantize(packed)(*x)), small)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert 0 < (small - full).norm() < 0.05 * full.norm()
@@ -235,7 +317,14 @@ def test_any_network(network):
 
 
 def test_rows_come_back():
-    for shape, groups in (((3, 4, 2, 5), 0), ((6, 4, 3, 3), 1), ((6, 4, 3, 3), 2), ((7, 5), 0), ((9,), 0), ((), 0)):
+    for shape, groups in (
+        ((3, 4, 2, 5), 0),
+        ((6, 4, 3, 3), 1),
+        ((6, 4, 3, 3), 2),
+        ((7, 5), 0),
+        ((9,), 0),
+        ((), 0),
+    ):
         w = torch.randn(shape)
         rows = ChannelView(shape, groups)
         assert rows.of(w).shape == rows.size
@@ -246,12 +335,27 @@ def test_rows_come_back():
     ("plan", "message"),
     [
         ({"Layer7.weight": "fp16"}, "'Layer7.weight', which the model lacks"),
-        ({"Layer1.resample.weight": "int9"}, "unknown format 'int9': choose one of fp32, fp16, int8"),
-        ({"Layer1.resample.weight": WeightSpec(("int4", "int1"))}, "has 2 formats|2 formats for the 8 output channels"),
+        (
+            {"Layer1.resample.weight": "int9"},
+            "unknown format 'int9': choose one of fp32, fp16, int8",
+        ),
+        (
+            {"Layer1.resample.weight": WeightSpec(("int4", "int1"))},
+            "has 2 formats|2 formats for the 8 output channels",
+        ),
         ({"Layer1.resample.weight": WeightSpec(("int1",) * 8)}, "unknown format 'int1'"),
-        ({"Layer1.resample.weight": WeightSpec("int8", torch.ones(3, dtype=torch.bool))}, r"of shape \(3,\)"),
-        ({"Layer1.resample.weight": WeightSpec("int8", torch.ones(8, 4, 3, 3))}, "is torch.float32 .* give one boolean per weight"),
-        ({"Layer1.resample.weight": WeightSpec("int4", torch.ones(8, 4, 3, 3) > 0, "int8")}, "kept weights cannot be int8"),
+        (
+            {"Layer1.resample.weight": WeightSpec("int8", torch.ones(3, dtype=torch.bool))},
+            r"of shape \(3,\)",
+        ),
+        (
+            {"Layer1.resample.weight": WeightSpec("int8", torch.ones(8, 4, 3, 3))},
+            "is torch.float32 .* give one boolean per weight",
+        ),
+        (
+            {"Layer1.resample.weight": WeightSpec("int4", torch.ones(8, 4, 3, 3) > 0, "int8")},
+            "kept weights cannot be int8",
+        ),
         ({"Layer1.resample.bias": "int8"}, "integers need two dimensions"),
     ],
 )
@@ -264,7 +368,11 @@ def test_bad_plan(tiny, plan, message):
 def test_parameters_that_cannot_be_planned():
     model = nn.Sequential(nn.Linear(0, 3), nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2).half())
     model[2].weight = model[1].weight
-    for name, message in (("0", "is empty, of shape"), ("1", "is shared with 2.weight"), ("3", r"call model.float\(\) first")):
+    for name, message in (
+        ("0", "is empty, of shape"),
+        ("1", "is shared with 2.weight"),
+        ("3", r"call model.float\(\) first"),
+    ):
         with pytest.raises(ValueError, match=message):
             quantize(model, {f"{name}.weight": "int8"})
 
@@ -281,11 +389,22 @@ def test_weights_beyond_fp16(tiny):
     with torch.no_grad():
         tiny.inp.weight[0] = 70000
     for low in ("fp16", "int8"):
-        with pytest.raises(ValueError, match=r"inp.weight holds weights beyond \+-65504, FP16's range"):
+        with pytest.raises(
+            ValueError, match=r"inp.weight holds weights beyond \+-65504, FP16's range"
+        ):
             quantize(tiny, {"inp.weight": low})
 
 
-@pytest.mark.parametrize("importance", [torch.ones(2), torch.full((4, 1, 3, 3), -1.0), torch.full((4, 1, 3, 3), float("nan"))])
+@pytest.mark.parametrize(
+    "importance",
+    [torch.ones(2), torch.full((4, 1, 3, 3), -1.0), torch.full((4, 1, 3, 3), float("nan"))],
+)
 def test_importance_that_does_not_fit(tiny, importance):
-    with pytest.raises(ValueError, match=r"the Fisher values of inp.weight must be finite, of its shape"):
-        quantize(tiny, {"inp.weight": "int4"}, Recipe(formats.weighted_mse_scale, {"inp.weight": importance}))
+    with pytest.raises(
+        ValueError, match=r"the Fisher values of inp.weight must be finite, of its shape"
+    ):
+        quantize(
+            tiny,
+            {"inp.weight": "int4"},
+            Recipe(formats.weighted_mse_scale, {"inp.weight": importance}),
+        )

@@ -1,4 +1,6 @@
-"""Plans of every kind for networks of every kind: what is counted is what is stored, and nothing is lost on the way."""
+"""Plans of every kind for networks of every kind: what is counted is what is stored, and nothing is
+lost on the way.
+"""
 
 from tempfile import TemporaryDirectory
 
@@ -18,7 +20,12 @@ sizes = st.integers(1, 5)
 
 @st.composite
 def layers(draw):
-    a, b, groups, kernel = draw(sizes), draw(sizes), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    a, b, groups, kernel = (
+        draw(sizes),
+        draw(sizes),
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 3)),
+    )
     kind = draw(st.sampled_from(["linear", "conv", "transposed", "conv1d"]))
     bias = draw(st.booleans())
     if kind == "linear":
@@ -31,9 +38,13 @@ def layers(draw):
 
 @st.composite
 def entries(draw, shape, channels, length):
-    formats = st.sampled_from([f for f in FORMATS if f != "int16"] if len(shape) > 1 else ["fp16", "fp32"])
+    formats = st.sampled_from(
+        [f for f in FORMATS if f != "int16"] if len(shape) > 1 else ["fp16", "fp32"]
+    )
     format = draw(st.one_of(formats, st.tuples(*[formats] * channels)))
-    group = draw(st.sampled_from([0, *(size for size in range(1, length + 1) if length % size == 0)]))
+    group = draw(
+        st.sampled_from([0, *(size for size in range(1, length + 1) if length % size == 0)])
+    )
     if draw(st.booleans()):
         return format if isinstance(format, str) and not group else WeightSpec(format, group=group)
     g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
@@ -46,7 +57,10 @@ def models_with_plans(draw):
     torch.manual_seed(draw(st.integers(0, 99)))
     model = nn.ModuleList(draw(st.lists(layers(), min_size=1, max_size=3)))
     names = draw(st.sets(st.sampled_from([n for n, _ in model.named_parameters()])))
-    plan = {n: draw(entries(tuple(model.get_parameter(n).shape), *channel_view(model, n).size)) for n in sorted(names)}
+    plan = {
+        n: draw(entries(tuple(model.get_parameter(n).shape), *channel_view(model, n).size))
+        for n in sorted(names)
+    }
     return model, plan
 
 
@@ -70,14 +84,26 @@ def test_bytes_reloading_and_errors_of_any_plan(found):
         view, entry = channel_view(model, name), plan[name]
         spec = entry if isinstance(entry, WeightSpec) else WeightSpec(entry)
         rows, off = view.of(before.detach()), view.of((after - before).detach()).abs()
-        kept = torch.zeros_like(rows, dtype=torch.bool) if spec.keep_mask is None else view.of(spec.keep_mask)
+        kept = (
+            torch.zeros_like(rows, dtype=torch.bool)
+            if spec.keep_mask is None
+            else view.of(spec.keep_mask)
+        )
         formats = (spec.format,) * view.size[0] if isinstance(spec.format, str) else spec.format
         for r, format in enumerate(map(get_format, formats)):
             rest = rows[r].masked_fill(kept[r], 0)
             # Half a step of the integers, or of FP16's 11 bits; a scale is an FP16 number itself.
-            step = rest.abs().max() / format.qmax * (1 + 2**-10) if format.qmax else 2**-11 * rest.abs() * (format.bits == 16)
+            step = (
+                rest.abs().max() / format.qmax * (1 + 2**-10)
+                if format.qmax
+                else 2**-11 * rest.abs() * (format.bits == 16)
+            )
             slack = format.qmax * 2**-11 * step if format.qmax else 0
             half = 0.5 * step + slack if format.qmax else step
-            assert (off[r][~kept[r]] <= (half + 1e-7 if format.qmax else half[~kept[r]] + 1e-7)).all()
+            assert (
+                off[r][~kept[r]] <= (half + 1e-7 if format.qmax else half[~kept[r]] + 1e-7)
+            ).all()
             precise = get_format(spec.keep_format).bits == 32
-            assert (off[r][kept[r]] <= (0 if precise else 2**-11 * rows[r][kept[r]].abs() + 1e-7)).all()
+            assert (
+                off[r][kept[r]] <= (0 if precise else 2**-11 * rows[r][kept[r]].abs() + 1e-7)
+            ).all()

@@ -25,7 +25,12 @@ def matrix(size, rank, seed=0):
 
 def problem(rows=5, columns=12, rank=24):
     values = torch.randn(rows, columns, generator=generator(1), dtype=torch.float64)
-    return values, values.abs().amax(1) / 3, torch.full((rows,), 3.0, dtype=torch.float64), matrix(columns, rank)
+    return (
+        values,
+        values.abs().amax(1) / 3,
+        torch.full((rows,), 3.0, dtype=torch.float64),
+        matrix(columns, rank),
+    )
 
 
 def nearest_code(values, scales, qmax):
@@ -43,7 +48,9 @@ def test_codes_without_a_zero_are_halves():
     values, scales, qmax, curvature = problem()
     qmax = torch.tensor([1.5, 3, 1.5, 3, 1.5], dtype=torch.float64)
     codes = round_with_error_feedback(values, scales, qmax, factor(curvature)) / scales[:, None]
-    assert torch.allclose((codes[::2].abs() - 0.5) % 1, torch.zeros(3, 12, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(
+        (codes[::2].abs() - 0.5) % 1, torch.zeros(3, 12, dtype=torch.float64), atol=1e-9
+    )
     assert codes[::2].abs().max() <= 1.5 + 1e-9
     assert torch.allclose(codes[1::2], codes[1::2].round(), atol=1e-9)
 
@@ -51,23 +58,34 @@ def test_codes_without_a_zero_are_halves():
 def test_uncorrelated_weights_go_to_their_nearest_code():
     values, scales, qmax, _ = problem()
     diagonal = torch.diag(torch.rand(12, generator=generator(2), dtype=torch.float64) + 0.1)
-    assert torch.equal(round_with_error_feedback(values, scales, qmax, factor(diagonal)), nearest_code(values, scales, qmax))
+    assert torch.equal(
+        round_with_error_feedback(values, scales, qmax, factor(diagonal)),
+        nearest_code(values, scales, qmax),
+    )
 
 
 def test_no_curvature_at_all_is_nearest_rounding():
     values, scales, qmax, _ = problem()
     assert torch.equal(
-        round_with_error_feedback(values, scales, qmax, factor(torch.zeros(12, 12, dtype=torch.float64))),
+        round_with_error_feedback(
+            values, scales, qmax, factor(torch.zeros(12, 12, dtype=torch.float64))
+        ),
         nearest_code(values, scales, qmax),
     )
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_weights_of_a_row_may_have_several_scales(blocks):
-    """Each weight on the grid of its own scale; and rows whose scales are equal are rounded as with one scale."""
+    """Each weight on the grid of its own scale; and rows whose scales are equal are rounded as with
+    one scale.
+    """
     values, scales, qmax, curvature = problem()
-    known = factor(curvature if blocks == 1 else torch.stack([matrix(4, 24, seed) for seed in range(blocks)]))
-    many = (scales[:, None] * torch.tensor([1.0, 1.0, 0.5, 2.0], dtype=torch.float64)).repeat_interleave(3, 1)
+    known = factor(
+        curvature if blocks == 1 else torch.stack([matrix(4, 24, seed) for seed in range(blocks)])
+    )
+    many = (
+        scales[:, None] * torch.tensor([1.0, 1.0, 0.5, 2.0], dtype=torch.float64)
+    ).repeat_interleave(3, 1)
     codes = round_with_error_feedback(values, many, qmax, known) / many
     assert torch.allclose(codes, codes.round(), atol=1e-9) and codes.abs().max() <= 3 + 1e-9
     same = round_with_error_feedback(values, scales[:, None].expand_as(values), qmax, known)
@@ -76,9 +94,13 @@ def test_weights_of_a_row_may_have_several_scales(blocks):
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_damage_comes_with_the_rounding(blocks):
-    """Against the product with the curvature, some weights kept, and a row that is not rounded at all."""
+    """Against the product with the curvature, some weights kept, and a row that is not rounded at
+    all.
+    """
     values, scales, qmax, curvature = problem(columns=12, rank=24)
-    curvature = curvature if blocks == 1 else torch.stack([matrix(4, 24, seed) for seed in range(blocks)])
+    curvature = (
+        curvature if blocks == 1 else torch.stack([matrix(4, 24, seed) for seed in range(blocks)])
+    )
     qmax[1] = 0
     kept = torch.rand(values.shape, generator=generator(4)) < 0.2
     rows, quadratic = rounded(values, scales, qmax, factor(curvature), kept)
@@ -88,13 +110,18 @@ def test_damage_comes_with_the_rounding(blocks):
 
 
 def test_first_error_is_made_good_as_well_as_it_can_be():
-    """With one weight rounded and the others free, the change of the others is the least squares one."""
+    """With one weight rounded and the others free, the change of the others is the least squares
+    one.
+    """
     values, _, _, curvature = problem(rows=1, rank=60)
     k = curvature.diagonal().argmax().item()
     kept = torch.ones(1, 12, dtype=torch.bool)
     kept[0, k] = False
     change = (
-        round_with_error_feedback(values, torch.ones(1).double(), torch.full((1,), 3.0).double(), factor(curvature), kept) - values
+        round_with_error_feedback(
+            values, torch.ones(1).double(), torch.full((1,), 3.0).double(), factor(curvature), kept
+        )
+        - values
     )[0]
     damped = curvature + 0.01 * curvature.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     others = [i for i in range(12) if i != k]
@@ -122,7 +149,10 @@ def test_blocks_stand_for_a_block_diagonal_curvature():
 @pytest.mark.parametrize(("rank", "share"), [(4, 0.3), (24, 0.9)])
 def test_correlated_weights_are_rounded_with_less_damage_than_nearest(rank, share):
     values, scales, qmax, curvature = problem(rows=40, rank=rank)
-    rounded = (round_with_error_feedback(values, scales, qmax, factor(curvature)), nearest_code(values, scales, qmax))
+    rounded = (
+        round_with_error_feedback(values, scales, qmax, factor(curvature)),
+        nearest_code(values, scales, qmax),
+    )
     ours, theirs = (damage(q - values, torch.ones_like(values), curvature).sum() for q in rounded)
     assert ours < share * theirs
 
@@ -142,9 +172,16 @@ def test_rows_without_levels_and_kept_weights_are_left_unrounded():
 def test_rows_do_not_see_each_other():
     values, scales, qmax, curvature = problem()
     alone = torch.cat(
-        [round_with_error_feedback(values[i : i + 1], scales[i : i + 1], qmax[i : i + 1], factor(curvature)) for i in range(5)]
+        [
+            round_with_error_feedback(
+                values[i : i + 1], scales[i : i + 1], qmax[i : i + 1], factor(curvature)
+            )
+            for i in range(5)
+        ]
     )
-    assert torch.allclose(round_with_error_feedback(values, scales, qmax, factor(curvature)), alone, atol=1e-12)
+    assert torch.allclose(
+        round_with_error_feedback(values, scales, qmax, factor(curvature)), alone, atol=1e-12
+    )
 
 
 def test_damage_of_a_diagonal_curvature_is_that_of_the_fisher_values():
@@ -156,7 +193,9 @@ def test_damage_of_a_diagonal_curvature_is_that_of_the_fisher_values():
 
 
 def test_curvature_of_a_kronecker_product_is_its_factor():
-    """y = A W x: the Gauss-Newton matrix of W is A^T A (x) E[x x^T], so H is E[x x^T] up to a factor, in float64."""
+    """y = A W x: the Gauss-Newton matrix of W is A^T A (x) E[x x^T], so H is E[x x^T] up to a
+    factor, in float64.
+    """
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 5, bias=False)).double()
     inputs = torch.randn(8, 4, dtype=torch.float64) @ torch.randn(4, 4, dtype=torch.float64)
@@ -171,7 +210,9 @@ def test_curvature_of_a_kronecker_product_is_its_factor():
 
 def test_fisher_is_that_of_true_fisher(tiny, digits):
     names = list(quantizable(tiny))
-    fisher, curvature, passes, *_ = estimate_sensitivity(tiny, noised_batches(digits, 16, 0), 0, names, shrink=False)
+    fisher, curvature, passes, *_ = estimate_sensitivity(
+        tiny, noised_batches(digits, 16, 0), 0, names, shrink=False
+    )
     assert passes == 2
     alone = monte_carlo_fisher(tiny, names, noised_batches(digits, 16, 0), 0)
     for n in names:
@@ -182,14 +223,18 @@ def test_fisher_is_that_of_true_fisher(tiny, digits):
 
 
 def test_predicted_damage_is_the_rise_of_a_linear_networks_error():
-    """One sample, one layer: 1/2 |J dw|^2 exactly, with F from the Jacobian and H the input's outer product."""
+    """One sample, one layer: 1/2 |J dw|^2 exactly, with F from the Jacobian and H the input's outer
+    product.
+    """
     torch.manual_seed(0)
     layer = nn.Conv2d(2, 3, 3, bias=False).double()
     x = torch.randn(1, 2, 3, 3, dtype=torch.float64)
     change = torch.randn(3, 2, 3, 3, dtype=torch.float64)
     moved = functional_call(layer, {"weight": layer.weight.detach() + change}, (x,))
     exact = 0.5 * (moved - layer(x)).square().sum().item()
-    jacobian = jacrev(lambda w: functional_call(layer, {"weight": w}, (x,)))(layer.weight.detach()).flatten(0, 3)
+    jacobian = jacrev(lambda w: functional_call(layer, {"weight": w}, (x,)))(
+        layer.weight.detach()
+    ).flatten(0, 3)
     rows = channel_view(layer, "weight")
     curvature = estimate_sensitivity(layer, [(x,)], 0, ["weight"], shrink=False).curvature
     found = damage(rows.of(change), rows.of(jacobian.square().sum(0)), curvature["weight"])
@@ -220,7 +265,9 @@ def test_allocation_predicts_what_pack_stores(trained_like, granularity):
     """The damage in the report is that of the weights as they are read back."""
     model, (fisher, curvature) = trained_like
     budget = 0.3 * nbytes(model, {}) / 2**20
-    found = solver.allocate(model, Sensitivity(fisher, curvature), budget, granularity, progress=False)
+    found = solver.allocate(
+        model, Sensitivity(fisher, curvature), budget, granularity, progress=False
+    )
     stored = quantizable(dequantize(quantize(model, found)))
     total = 0.0
     for n, w in quantizable(model).items():
@@ -231,16 +278,23 @@ def test_allocation_predicts_what_pack_stores(trained_like, granularity):
     assert found.damage < plain.damage
 
 
-@pytest.mark.parametrize("bad", [torch.ones(3, 3), torch.full((36, 36), float("nan"))], ids=["shape", "nan"])
+@pytest.mark.parametrize(
+    "bad", [torch.ones(3, 3), torch.full((36, 36), float("nan"))], ids=["shape", "nan"]
+)
 def test_curvature_that_does_not_fit_is_one_sentence(tiny, bad):
     name = "Layer1.block1.conv1.weight"
-    with pytest.raises(ValueError, match=r"the curvature of Layer1.block1.conv1.weight must be finite and of shape \(36, 36\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"the curvature of Layer1.block1.conv1.weight must be finite and of shape \(36, 36\)",
+    ):
         quantize(tiny, {name: "int4"}, Recipe(curvature={name: bad}))
 
 
 def test_every_layer_kind_keeps_its_shape_and_other_weights(digits):
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Flatten(), nn.LazyLinear(3))
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Flatten(), nn.LazyLinear(3)
+    )
     inputs = digits[:4, :, :6, :6].float() / 255
     network(inputs)
     names = ["0.weight", "1.weight", "3.weight"]
@@ -255,12 +309,16 @@ def test_every_layer_kind_keeps_its_shape_and_other_weights(digits):
 
 
 def test_kept_fp16_weights_that_take_up_errors_stay_finite():
-    """14,000 is rounded to 0; the kept weight, rounded last, takes up half of that error and would exceed FP16's range."""
+    """14,000 is rounded to 0; the kept weight, rounded last, takes up half of that error and would
+    exceed FP16's range.
+    """
     layer = nn.Linear(3, 1, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[65500.0, 30000, 14000]]))
     keep = torch.tensor([[True, False, False]])
     curvature = torch.full((3, 3), 0.5) + torch.diag(torch.tensor([0.4, 0.5, 0.5]))
     recipe = Recipe(absmax_scale, None, {"weight": curvature})
-    stored = dequantize(quantize(layer, {"weight": WeightSpec("int2", keep, "fp16")}, recipe)).weight
+    stored = dequantize(
+        quantize(layer, {"weight": WeightSpec("int2", keep, "fp16")}, recipe)
+    ).weight
     assert stored.tolist() == [[65504.0, 30000.0, 0.0]]

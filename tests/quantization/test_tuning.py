@@ -42,7 +42,9 @@ def test_output_comes_nearer_on_other_draws_at_the_same_bytes(tiny, plan, digits
 
 
 def test_a_shift_of_the_mean_is_taken_out_exactly():
-    """y = Wx + b of one constant input: rounding W moves the output by a constant, which the bias takes back."""
+    """y = Wx + b of one constant input: rounding W moves the output by a constant, which the bias
+    takes back.
+    """
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(6, 4)).eval()
     x = torch.randn(1, 6)
@@ -64,6 +66,8 @@ def test_the_same_draws_give_the_same_bytes(tiny, plan, digits, tmp_path):
 def test_too_few_batches_leave_the_copy_as_it_was(tiny, plan, digits):
     packed = quantize(tiny, plan)
     before = weights_sha256(packed)
-    with pytest.raises(ValueError, match="5 steps of tuning need as many batches, and there were 2"):
+    with pytest.raises(
+        ValueError, match="5 steps of tuning need as many batches, and there were 2"
+    ):
         tune(tiny, packed, islice(batches(digits, 5), 2), 5)
     assert weights_sha256(packed) == before

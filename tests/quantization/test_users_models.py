@@ -1,4 +1,6 @@
-"""What ordinary networks of other people do: modes, flags, tied and renamed weights, outputs of other types."""
+"""What ordinary networks of other people do: modes, flags, tied and renamed weights, outputs of
+other types.
+"""
 
 import copy
 
@@ -7,7 +9,14 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lafq import allocate, dequantize, estimate_sensitivity, load_quantized, quantize, save_quantized
+from lafq import (
+    allocate,
+    dequantize,
+    estimate_sensitivity,
+    load_quantized,
+    quantize,
+    save_quantized,
+)
 from lafq.fisher.empirical import empirical_fisher
 from lafq.quantization.channels import WeightSpec
 from lafq.quantization.model import nbytes, resident_bytes, weights_sha256
@@ -18,7 +27,14 @@ from lafq.quantization.tuning import tune
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(8 * 36, 4)
+    layers = (
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 4),
+    )
     return nn.Sequential(*layers).train()
 
 
@@ -29,10 +45,16 @@ def inputs():
 
 def trace(model):
     """All that a function may leave behind: state, modes and flags."""
-    return weights_sha256(model), [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    return (
+        weights_sha256(model),
+        [m.training for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+    )
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compiled", "data parallel"])
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, nn.DataParallel], ids=["compiled", "data parallel"]
+)
 def test_a_wrapped_model_is_named_and_stored_as_the_one_inside(network, inputs, wrap, tmp_path):
     network.eval()
     wrapped, path = wrap(network), tmp_path / "small.safetensors"
@@ -51,7 +73,8 @@ def test_a_wrapped_model_is_named_and_stored_as_the_one_inside(network, inputs, 
 def test_buffers_that_repeat_quantized_weights_are_named(network):
     network.register_buffer("again", network[0].weight.detach().clone())
     with pytest.warns(
-        UserWarning, match=r"1 buffers repeat quantized weights and stay in FP32 \(again, ...; 0.00 MiB\): delete them"
+        UserWarning,
+        match=r"1 buffers repeat quantized weights and stay in FP32 \(again, ...; 0.00 MiB\): delete them",
     ):
         small = quantize(network, {"0.weight": "int4"})
     assert torch.equal(small.again, network[0].weight)
@@ -64,7 +87,9 @@ def test_a_file_holds_weight_norm_beside_planned_weights(tmp_path):
     small, path = quantize(model, {"1.weight": "int4"}), tmp_path / "small.safetensors"
     save_quantized(path, small, model)
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    assert path.stat().st_size - header == resident_bytes(small) == nbytes(model, {"1.weight": "int4"})
+    assert (
+        path.stat().st_size - header == resident_bytes(small) == nbytes(model, {"1.weight": "int4"})
+    )
     x = torch.randn(1, 4, 9, 9)
     assert torch.equal(load_quantized(path, copy.deepcopy(model))(x), small(x))
 
@@ -99,7 +124,9 @@ def test_the_model_is_run_in_evaluation_mode_and_left_as_it_was(network, inputs,
         if run == "sensitivity":
             return estimate_sensitivity(model, inputs.split(8), seed=0).fisher["0.weight"]
         if run == "empirical":
-            return empirical_fisher(model, ["0.weight"], [(inputs, torch.zeros(32, 4))]).by_weight["0.weight"]
+            return empirical_fisher(model, ["0.weight"], [(inputs, torch.zeros(32, 4))]).by_weight[
+                "0.weight"
+            ]
         return tune(model, quantize(model, {"5.weight": "int4"}), inputs.split(8), steps=4)[5].bias
 
     with torch.no_grad():  # as a user's own evaluation script may have it around everything
@@ -111,7 +138,9 @@ def test_the_model_is_run_in_evaluation_mode_and_left_as_it_was(network, inputs,
 def test_dequantized_weights_can_be_trained_as_those_of_the_source(network):
     network[0].weight.requires_grad_(False)
     whole = dequantize(quantize(network, {"0.weight": "int8", "5.weight": "int8"}))
-    assert {n: p.requires_grad for n, p in whole.named_parameters()} == {n: p.requires_grad for n, p in network.named_parameters()}
+    assert {n: p.requires_grad for n, p in whole.named_parameters()} == {
+        n: p.requires_grad for n, p in network.named_parameters()
+    }
     whole(torch.randn(2, 3, 8, 8)).sum().backward()
     assert whole[5].weight.grad is not None
 
@@ -128,9 +157,14 @@ def test_a_batch_that_is_one_tensor_is_one_argument():
     torch.manual_seed(0)
     model, x = nn.Conv2d(1, 4, 3), torch.randn(8, 1, 6, 6)
     target = torch.zeros(8, 4, 4, 4)
-    bare, tuples = (empirical_fisher(model, ["weight"], [(a, target)]).by_weight["weight"] for a in (x, (x,)))
+    bare, tuples = (
+        empirical_fisher(model, ["weight"], [(a, target)]).by_weight["weight"] for a in (x, (x,))
+    )
     assert torch.equal(bare, tuples)
-    found = [estimate_sensitivity(model, batches, seed=0).fisher["weight"] for batches in (x.split(4), [(p,) for p in x.split(4)])]
+    found = [
+        estimate_sensitivity(model, batches, seed=0).fisher["weight"]
+        for batches in (x.split(4), [(p,) for p in x.split(4)])
+    ]
     assert torch.equal(*found)
 
 
@@ -151,7 +185,10 @@ class Output(nn.Module):
         (lambda y: {"sample": y}, "output is a dict: wrap the model"),
         (lambda y: (y,), "output is a tuple: wrap the model"),
         (lambda y: y.sum(), r"output has shape \(\) for 8 samples"),
-        (lambda y: y.T, r"output has shape \(4, 8\) for 8 samples: its first axis must be the batch"),
+        (
+            lambda y: y.T,
+            r"output has shape \(4, 8\) for 8 samples: its first axis must be the batch",
+        ),
     ],
 )
 def test_an_output_that_is_not_one_tensor_by_sample_is_refused(make, message):
@@ -160,7 +197,9 @@ def test_an_output_that_is_not_one_tensor_by_sample_is_refused(make, message):
 
 
 def test_a_target_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"output for one sample has shape \(4,\), the target \(1,\)"):
+    with pytest.raises(
+        ValueError, match=r"output for one sample has shape \(4,\), the target \(1,\)"
+    ):
         empirical_fisher(nn.Linear(4, 4), ["weight"], [(torch.randn(8, 4), torch.zeros(8, 1))])
 
 
@@ -170,11 +209,18 @@ def test_an_unused_parameter_has_no_fisher_information_and_can_be_allocated():
     sensitivity = estimate_sensitivity(model, torch.randn(64, 4).split(4))
     assert sensitivity.fisher["linear.weight"].min() > 0
     assert sensitivity.fisher["unused.weight"].eq(0).all()
-    plan = allocate(model, sensitivity, nbytes(model, dict.fromkeys(sensitivity.fisher, "int8")) / 2**20, progress=False)
+    plan = allocate(
+        model,
+        sensitivity,
+        nbytes(model, dict.fromkeys(sensitivity.fisher, "int8")) / 2**20,
+        progress=False,
+    )
     assert quantize(model, plan)(torch.randn(2, 4)).isfinite().all()
 
 
-@pytest.mark.parametrize("entry", ["fp32", WeightSpec(("fp16",) * 2 + ("fp32",) * 2)], ids=["fp32", "several formats"])
+@pytest.mark.parametrize(
+    "entry", ["fp32", WeightSpec(("fp16",) * 2 + ("fp32",) * 2)], ids=["fp32", "several formats"]
+)
 def test_a_vector_planned_otherwise_is_no_obstacle_to_tuning(network, inputs, entry):
     small = quantize(network, {"5.weight": "int2", "5.bias": entry})
     before = dequantize(copy.deepcopy(small))[5].bias.clone()
@@ -211,7 +257,11 @@ def test_what_cannot_be_tuned_is_one_sentence_and_leaves_the_copy_as_it_was(netw
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inside, self.middle, self.outside = nn.Linear(8, 16, bias=False), nn.Linear(16, 16), nn.Linear(8, 16, bias=False)
+        self.inside, self.middle, self.outside = (
+            nn.Linear(8, 16, bias=False),
+            nn.Linear(16, 16),
+            nn.Linear(8, 16, bias=False),
+        )
         self.outside.weight = self.inside.weight
 
     def forward(self, x):
@@ -288,8 +338,12 @@ def test_gradients_switched_off_by_the_caller_change_nothing(network, off, run):
         if run == "sensitivity":
             return estimate_sensitivity(network, [(x,)], seed=0).fisher["0.weight"]
         if run == "empirical":
-            return empirical_fisher(network, ["0.weight"], [((x,), torch.zeros(8, 4))]).by_weight["0.weight"]
-        return dict(tune(network, quantize(network, {"0.weight": "int4"}), [x], steps=1).named_parameters())["0.bias"].detach()
+            return empirical_fisher(network, ["0.weight"], [((x,), torch.zeros(8, 4))]).by_weight[
+                "0.weight"
+            ]
+        return dict(
+            tune(network, quantize(network, {"0.weight": "int4"}), [x], steps=1).named_parameters()
+        )["0.bias"].detach()
 
     expected = found()
     with off():
@@ -297,12 +351,17 @@ def test_gradients_switched_off_by_the_caller_change_nothing(network, off, run):
 
 
 @pytest.mark.parametrize(
-    "batch", [{"x": torch.ones(2, 3)}, (), ("text",), torch.tensor(1.0)], ids=["dict", "empty", "text", "scalar"]
+    "batch",
+    [{"x": torch.ones(2, 3)}, (), ("text",), torch.tensor(1.0)],
+    ids=["dict", "empty", "text", "scalar"],
 )
 def test_a_batch_of_another_kind_is_refused(batch):
     model = nn.Linear(3, 2)
     small = quantize(model, {"weight": "int4"})
-    for run in (lambda: estimate_sensitivity(model, [batch]), lambda: tune(model, small, [batch], steps=1)):
+    for run in (
+        lambda: estimate_sensitivity(model, [batch]),
+        lambda: tune(model, small, [batch], steps=1),
+    ):
         with pytest.raises(ValueError, match="give one tensor"):
             run()
 
@@ -344,7 +403,10 @@ def test_a_buffer_that_no_file_holds_is_named(tmp_path):
     assert load_quantized(path, build()).table.sum() == 4
     with torch.device("meta"):
         skeleton = build()
-    with pytest.raises(ValueError, match="table is a non-persistent buffer, which no file holds: build the model on the CPU"):
+    with pytest.raises(
+        ValueError,
+        match="table is a non-persistent buffer, which no file holds: build the model on the CPU",
+    ):
         load_quantized(path, skeleton)
 
 
@@ -358,9 +420,18 @@ def test_a_width_that_is_no_number_is_no_width(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"fisher": {"wieght": torch.ones(4, 4)}}, "the Fisher values name 'wieght', which the model lacks"),
-        ({"curvature": {"wieght": torch.eye(4)}}, "the curvature names 'wieght', which the model lacks"),
-        ({"fisher": {"weight": torch.full((4, 4), torch.inf)}}, "the Fisher values of weight must be finite"),
+        (
+            {"fisher": {"wieght": torch.ones(4, 4)}},
+            "the Fisher values name 'wieght', which the model lacks",
+        ),
+        (
+            {"curvature": {"wieght": torch.eye(4)}},
+            "the curvature names 'wieght', which the model lacks",
+        ),
+        (
+            {"fisher": {"weight": torch.full((4, 4), torch.inf)}},
+            "the Fisher values of weight must be finite",
+        ),
         ({"curvature": {"weight": -torch.eye(4)}}, "not positive semidefinite"),
     ],
     ids=["name of Fisher values", "name of a curvature", "infinite", "indefinite"],
@@ -381,7 +452,10 @@ def test_an_entry_that_is_no_format_is_refused(entry):
     [
         ([], "no batch was given"),
         (iter(()), "no batch was given"),
-        ([(torch.zeros(2, 4),)], "the Fisher information is zero everywhere: these batches give the output no gradient"),
+        (
+            [(torch.zeros(2, 4),)],
+            "the Fisher information is zero everywhere: these batches give the output no gradient",
+        ),
         ([(torch.full((2, 4), float("nan")),)], "the Fisher information of .* is not finite"),
     ],
     ids=["none", "used up", "no gradient", "nan"],
@@ -403,7 +477,9 @@ def test_batches_that_tell_nothing_are_refused(batches, message):
     ids=["estimate_sensitivity", "allocate", "quantize", "tune"],
 )
 def test_arguments_in_another_order_are_refused(call):
-    with pytest.raises(ValueError, match="stands in the place of the model: check the order of the arguments"):
+    with pytest.raises(
+        ValueError, match="stands in the place of the model: check the order of the arguments"
+    ):
         call(nn.Linear(4, 4), [(torch.randn(8, 4),)])
 
 

@@ -44,9 +44,16 @@ def test_variants_are_of_one_shape_and_leave_the_model_alone(tiny, values, digit
 
 
 def test_rank_correlation_and_kept_weights(values):
-    assert all(r == pytest.approx(1) for r in fisher_values.rank_correlation(values, {n: f**3 for n, f in values.items()}).values())
+    assert all(
+        r == pytest.approx(1)
+        for r in fisher_values.rank_correlation(
+            values, {n: f**3 for n, f in values.items()}
+        ).values()
+    )
     opposite = {n: -f for n, f in values.items()}
-    assert all(r == pytest.approx(-1) for r in fisher_values.rank_correlation(values, opposite).values())
+    assert all(
+        r == pytest.approx(-1) for r in fisher_values.rank_correlation(values, opposite).values()
+    )
     assert fisher_values.kept_in_common(values, opposite, 0.35) == 0
     g = torch.Generator().manual_seed(1)
     unrelated = {n: torch.rand(f.shape, generator=g) for n, f in values.items()}
@@ -62,10 +69,13 @@ def test_candidates_keep_the_ratio(values):
 def test_released_groups(tiny, values):
     table = fisher_values.released_groups(tiny, values).set_index("group")
     weights = [w for n, w in quantizable(tiny).items() if n.startswith("Layer6")]
-    assert table.loc["Layer6", "tau"] == pytest.approx(torch.cat([w.flatten() for w in weights]).square().mean().item())
+    assert table.loc["Layer6", "tau"] == pytest.approx(
+        torch.cat([w.flatten() for w in weights]).square().mean().item()
+    )
     assert table["tensors"].sum() == 34
     assert table["highest_score"].max() == 1
-    # Values near 1/2 over the largest mean: all tensors score above the mean of the squared weights.
+    # Values near 1/2 over the largest mean: all tensors score above the mean of the squared
+    # weights.
     assert (table["tensors_kept"] == table["tensors"]).all()
 
 
@@ -96,8 +106,12 @@ def test_protocol_choices():
     worse = worse // 2
     seen = features(mnist(train=False)[0][:500])
     reference = Reference(seen, fid_features_to_statistics(seen))
-    eye = protocol.FeatureExtractor(features, reference, (reference, Reference(seen, fid_features_to_statistics(2 * seen))))
-    table = protocol.protocol_choices({"pixels": eye}, real, worse, other, seed=0).set_index("choice")
+    eye = protocol.FeatureExtractor(
+        features, reference, (reference, Reference(seen, fid_features_to_statistics(2 * seen)))
+    )
+    table = protocol.protocol_choices({"pixels": eye}, real, worse, other, seed=0).set_index(
+        "choice"
+    )
     assert len(table) == 4
     untouched = table[table.index.str.contains("R1")].iloc[0]
     assert untouched["released"] == 0
@@ -115,7 +129,11 @@ def test_protocol_choices():
 def test_floor_goes_down_with_n_and_its_extrapolation_near_nothing():
     g = torch.Generator().manual_seed(0)
     other = torch.randn(5000, 16, generator=g)
-    table = noise_floor.floor(torch.randn(5000, 16, generator=g), Reference(other, fid_features_to_statistics(other)), seed=0)
+    table = noise_floor.floor(
+        torch.randn(5000, 16, generator=g),
+        Reference(other, fid_features_to_statistics(other)),
+        seed=0,
+    )
     fid = table[table["metric"] == "fid"].set_index("n")
     assert fid["mean"].is_monotonic_decreasing
     assert abs(fid.loc[math.inf, "mean"]) < 0.1 * fid.loc[100, "mean"]
@@ -128,4 +146,6 @@ def test_fresh_network_is_untrained_and_seeded(tiny):
     a, b = fisher_values.fresh_network(tiny, 1), fisher_values.fresh_network(tiny, 1)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert isinstance(a, UNet)
-    assert not pd.Series([torch.equal(p, q) for p, q in zip(a.parameters(), tiny.parameters(), strict=True)]).all()
+    assert not pd.Series(
+        [torch.equal(p, q) for p, q in zip(a.parameters(), tiny.parameters(), strict=True)]
+    ).all()

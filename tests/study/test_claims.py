@@ -14,13 +14,17 @@ WEIGHTS = pd.Series({f"{layer}.{i}": 10 + i for layer in LAYERS for i in range(3
 
 
 def blocks(early, front, noise=0.0):
-    """Fisher values times `early` below t = 500 and times `front` in Layers 1 and 2; blocks differ by log-normal noise."""
+    """Fisher values times `early` below t = 500 and times `front` in Layers 1 and 2; blocks differ
+    by log-normal noise.
+    """
     g, rows = np.random.default_rng(0), []
     for t in BINS:
         for block in range(BLOCKS):
             wobble = np.exp(noise * g.standard_normal() - noise**2 / 2)
             for name in WEIGHTS.index:
-                fisher = wobble * (early if t < 500 else 1) * (front if name[:6] in claims.FRONT else 1)
+                fisher = (
+                    wobble * (early if t < 500 else 1) * (front if name[:6] in claims.FRONT else 1)
+                )
                 rows.append({"parameter": name, "t_low": t, "block": block, "fisher": fisher})
     return pd.DataFrame(rows)
 
@@ -50,7 +54,10 @@ def test_c1_and_c2_are_exact_without_noise():
     assert found["C2 share"].measured == pytest.approx(7 * 2 / (7 * 2 + 4))
     assert "33.3% of the weights" in found["C2 share"].quantity
     assert [found[c].verdict for c in ("C2", "C2 share")] == ["supported"] * 2
-    assert [fisher_claims(1, 1.5)[c].verdict for c in ("C2", "C2 share")] == ["supported", "contradicted"]
+    assert [fisher_claims(1, 1.5)[c].verdict for c in ("C2", "C2 share")] == [
+        "supported",
+        "contradicted",
+    ]
 
 
 def test_blocks_are_resampled_for_all_tensors_at_once():
@@ -73,14 +80,20 @@ def ratio_rows(inside, outside, formats=("fp16",)):
         for i, r in enumerate(poster.RATIOS):
             best = poster.BEST_RATIOS[0] <= r <= poster.BEST_RATIOS[1]
             images[f"{low}{i}"] = digits(inside if best else outside, seed=i)
-            key = {"method": "ratio", "threshold": f"{r:.2f}", "format": low, "granularity": "weight"}
+            key = {
+                "method": "ratio",
+                "threshold": f"{r:.2f}",
+                "format": low,
+                "granularity": "weight",
+            }
             rows.append(key | {"sample": f"{low}{i}"})
     return pd.DataFrame(rows), images
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("inside", "outside", "expected"), [(5, 60, "supported"), (60, 5, "contradicted"), (20, 20, "inconclusive")]
+    ("inside", "outside", "expected"),
+    [(5, 60, "supported"), (60, 5, "contradicted"), (20, 20, "inconclusive")],
 )
 def test_c3_on_images(inside, outside, expected):
     table, images = ratio_rows(inside, outside)
@@ -89,13 +102,18 @@ def test_c3_on_images(inside, outside, expected):
     assert claim.low < claim.measured < claim.high
     assert "FP16, single weights kept; MNIST features, N = 60" in claim.quantity
     if expected == "supported":
-        assert claim.note == "the best ratio is one of 0.35-0.40 in 100% of resamples (by chance: 38%)"
+        assert (
+            claim.note == "the best ratio is one of 0.35-0.40 in 100% of resamples (by chance: 38%)"
+        )
 
 
 def made_up(values, spread, margin=0.0, seed=0):
     """A judge whose rows have these FIDs and independent normal draws around them."""
     draws = np.random.default_rng(seed).standard_normal((len(values), 1000)) * spread
-    by_sample = {k: Scored({"fid": v}, {"fid": v + torch.from_numpy(d)}) for (k, v), d in zip(values.items(), draws, strict=True)}
+    by_sample = {
+        k: Scored({"fid": v}, {"fid": v + torch.from_numpy(d)})
+        for (k, v), d in zip(values.items(), draws, strict=True)
+    }
     return Judge(by_sample.__getitem__, "fid", "made up", margin)
 
 
@@ -120,7 +138,9 @@ def test_c3_by_the_margin(gain, spread, margin, expected):
 
 
 def test_c3_is_corrected_for_the_number_of_formats():
-    """Two formats: the one with p between 0.025 and 0.05 alone would be supported, and is not beside another test."""
+    """Two formats: the one with p between 0.025 and 0.05 alone would be supported, and is not
+    beside another test.
+    """
     table, _ = ratio_rows(0, 0, ("fp16", "int8"))
     inside = table["threshold"].astype(float).between(*poster.BEST_RATIOS)
     gain = inside * np.where(table["format"] == "fp16", 0.0, 1.55)
@@ -140,7 +160,12 @@ def test_c3_needs_ratios_on_both_sides():
 
 @pytest.mark.parametrize(
     ("change", "spread", "expected"),
-    [(-3, 0.2, "supported"), (3, 0.2, "contradicted"), (0, 0.2, "effect under 1 FID"), (0, 3, "inconclusive")],
+    [
+        (-3, 0.2, "supported"),
+        (3, 0.2, "contradicted"),
+        (0, 0.2, "effect under 1 FID"),
+        (0, 3, "inconclusive"),
+    ],
 )
 def test_c4_compares_rows_of_equal_bytes(change, spread, expected):
     columns = ["method", "threshold", "format", "granularity", "mem_mib", "sample"]
@@ -152,4 +177,7 @@ def test_c4_compares_rows_of_equal_bytes(change, spread, expected):
     by = made_up({"u": 60.0, "g": 60.0 + change, "x": 0.0}, spread, margin=1.0)
     claim = claims.layerwise_images(pd.DataFrame(rows, columns=columns), by)
     assert claim.verdict == expected
-    assert "group a, INT8 by weight (4.10 MiB) minus FID of uniform FP16 (4.00 MiB; made up)" in claim.quantity
+    assert (
+        "group a, INT8 by weight (4.10 MiB) minus FID of uniform FP16 (4.00 MiB; made up)"
+        in claim.quantity
+    )

@@ -7,7 +7,13 @@ from lafq.study.device import compute_on, cores
 
 @pytest.mark.parametrize(
     ("quota", "limit", "expected"),
-    [("max 100000", None, 8), ("150000 100000", None, 1), ("50000 100000", None, 1), ("400000 100000", "2.5", 2), (None, None, 8)],
+    [
+        ("max 100000", None, 8),
+        ("150000 100000", None, 1),
+        ("50000 100000", None, 1),
+        ("400000 100000", "2.5", 2),
+        (None, None, 8),
+    ],
 )
 def test_cores_are_those_of_the_container(tmp_path, monkeypatch, quota, limit, expected):
     monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: set(range(8)))

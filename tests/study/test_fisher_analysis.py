@@ -44,17 +44,23 @@ def test_float64_is_the_loop_over_single_samples(tiny, digits):
 
 
 def test_bins_are_stratified_and_average_to_the_whole(tiny, digits):
-    fisher = fisher_by_timestep(tiny, ["Layer1.block1.conv1.weight"], digits, samples=40, bins=20, seed=0)
+    fisher = fisher_by_timestep(
+        tiny, ["Layer1.block1.conv1.weight"], digits, samples=40, bins=20, seed=0
+    )
     rows = fisher.timesteps
     assert len(rows) == 20
     assert rows["t_low"].tolist() == list(range(0, 1000, 50))
     assert rows["t_high"].iloc[-1] == 999
-    assert rows["fisher"].mean() == pytest.approx(fisher.by_weight["Layer1.block1.conv1.weight"].mean().item(), rel=1e-4)
+    assert rows["fisher"].mean() == pytest.approx(
+        fisher.by_weight["Layer1.block1.conv1.weight"].mean().item(), rel=1e-4
+    )
 
 
 def test_repeats_and_does_not_depend_on_the_chunk(tiny, digits):
     def run(chunk):
-        return fisher_by_timestep(tiny, list(quantizable(tiny)), digits, samples=8, bins=2, seed=0, chunk=chunk).by_weight
+        return fisher_by_timestep(
+            tiny, list(quantizable(tiny)), digits, samples=8, bins=2, seed=0, chunk=chunk
+        ).by_weight
 
     once, again, other = run(4), run(4), run(1)
     assert all(torch.equal(once[n], again[n]) for n in once)
@@ -101,7 +107,11 @@ def test_blocks_average_to_the_bins(tiny, digits):
     counts = found.blocks.groupby(["parameter", "t_low"])["samples"].agg(["size", "sum"])
     assert (counts["size"] == 10).all()
     assert (counts["sum"] == 25).all()
-    total = found.blocks.assign(sum=found.blocks["fisher"] * found.blocks["samples"]).groupby(["parameter", "t_low"])["sum"].sum()
+    total = (
+        found.blocks.assign(sum=found.blocks["fisher"] * found.blocks["samples"])
+        .groupby(["parameter", "t_low"])["sum"]
+        .sum()
+    )
     expected = found.timesteps.set_index(["parameter", "t_low"])["fisher"]
     assert np.allclose(total / 25, expected.loc[total.index], rtol=1e-5)
 
@@ -115,7 +125,9 @@ def test_kinds_of_fisher_information(tiny, digits):
     }
     assert (found["fisher"] > 0).all()
     assert sorted(found["t_low"].unique()) == [0, 250, 500, 750]
-    pd.testing.assert_frame_equal(found, fisher_kinds(tiny, names, digits, samples=20, bins=4, seed=0, steps=8))
+    pd.testing.assert_frame_equal(
+        found, fisher_kinds(tiny, names, digits, samples=20, bins=4, seed=0, steps=8)
+    )
 
 
 def test_the_last_state_of_the_reverse_process_is_the_image(tiny):

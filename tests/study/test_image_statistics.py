@@ -22,7 +22,9 @@ def test_ink_digits_and_the_two_terms_of_fid():
     assert table.loc[REAL, "fid_mnist"] < table.loc["FP32", "fid_mnist"]
     assert torch.isnan(torch.tensor(table.loc[REAL, "class_changed"]))
     features, _ = metrics.mnist_features(network, sets["FP32"])
-    distance = (features.double().mean(0) - torch.as_tensor(reference.statistics["mu"])).square().sum()
+    distance = (
+        (features.double().mean(0) - torch.as_tensor(reference.statistics["mu"])).square().sum()
+    )
     assert table.loc["FP32", "mean_term"] == pytest.approx(distance.item())
     assert table.loc["FP32", "mean_term"] + table.loc["FP32", "covariance_term"] == pytest.approx(
         metrics.fid(features, reference), rel=1e-9
@@ -30,7 +32,14 @@ def test_ink_digits_and_the_two_terms_of_fid():
 
 
 def test_each_set_has_the_damage_of_its_model():
-    rows = [("uniform", "tensor", 4.02, 1.0), ("uniform, error feedback", "tensor", 4.02, 2.0), ("global", "weight", 6.0, 3.0)]
+    rows = [
+        ("uniform", "tensor", 4.02, 1.0),
+        ("uniform, error feedback", "tensor", 4.02, 2.0),
+        ("global", "weight", 6.0, 3.0),
+    ]
     budget = pd.DataFrame(rows, columns=["method", "granularity", "budget_bits", "damage"])
-    table = with_damage(pd.DataFrame({"images": ["FP32", "uniform INT4", "global, 6 bits per weight", REAL]}), budget)
+    table = with_damage(
+        pd.DataFrame({"images": ["FP32", "uniform INT4", "global, 6 bits per weight", REAL]}),
+        budget,
+    )
     assert table["damage"].fillna(0).tolist() == [0.0, 1.0, 3.0, 0.0]

@@ -28,8 +28,22 @@ def test_the_posters_best_ratio_is_in_its_best_range():
 
 
 def ours(method, threshold, low="fp16"):
-    numbers = {"kept_share": 0.1, "mem_mib": 4.0, "mem_share": 0.5, "fid_mnist": 9.0, "is_mnist": 8.0, "kid_mnist": 0.1}
-    row = {"method": method, "threshold": threshold, "format": low, "granularity": "tensor", "fid_inception": 60.0, "n_images": 100}
+    numbers = {
+        "kept_share": 0.1,
+        "mem_mib": 4.0,
+        "mem_share": 0.5,
+        "fid_mnist": 9.0,
+        "is_mnist": 8.0,
+        "kid_mnist": 0.1,
+    }
+    row = {
+        "method": method,
+        "threshold": threshold,
+        "format": low,
+        "granularity": "tensor",
+        "fid_inception": 60.0,
+        "n_images": 100,
+    }
     return pd.DataFrame([dict.fromkeys(poster.COLUMNS, 0.0) | row | numbers])
 
 
@@ -62,6 +76,10 @@ def test_published_ratio_sizes():
 
 
 def test_changes_by_format_and_reached_sizes():
-    table = pd.concat([ours("baseline", "none", "fp32"), ours("global", "tau=1").assign(fid_mnist=9.5)])
+    table = pd.concat(
+        [ours("baseline", "none", "fp32"), ours("global", "tau=1").assign(fid_mnist=9.5)]
+    )
     assert "fp16 +0.500 (1 row)" in sentences.changes_by_format(table)
-    assert "fp16 by tensor 50.0% (10.0% of the weights stay FP32)" in sentences.reached_sizes(table, "global", 0.533)
+    assert "fp16 by tensor 50.0% (10.0% of the weights stay FP32)" in sentences.reached_sizes(
+        table, "global", 0.533
+    )

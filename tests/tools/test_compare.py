@@ -21,21 +21,40 @@ def kept(sandbox):
 def test_equal_tables(kept, capsys):
     results.save_table(SMOKE, "06_new", ROWS)
     assert compare.report(SMOKE)
-    assert capsys.readouterr().out == ("reproduced: 3 of 3 rows of 2 tables within the declared tolerance, 1 of 1 verdicts equal\n")
+    assert capsys.readouterr().out == (
+        "reproduced: 3 of 3 rows of 2 tables within the declared tolerance, 1 of 1 verdicts equal\n"
+    )
 
 
 def test_what_another_machine_changes_is_within_the_tolerance(kept):
-    results.save_table(SMOKE, "03_global", ROWS.assign(fid_mnist=[90.015, 91.0], sample=["other", "names"]))
+    results.save_table(
+        SMOKE, "03_global", ROWS.assign(fid_mnist=[90.015, 91.0], sample=["other", "names"])
+    )
     assert not compare.compared(SMOKE)[1]
 
 
 @pytest.mark.parametrize(
     ("name", "table", "said", "line"),
     [
-        ("03_global", ROWS.assign(fid_mnist=[90.0, 91.2]), "2 of 3 rows", "03_global, row 2: fid_mnist 91.2 (before: 91)"),
-        ("03_global", ROWS.assign(method=["a", "c"]), "2 of 3 rows", "03_global, row 2: method c (before: b)"),
+        (
+            "03_global",
+            ROWS.assign(fid_mnist=[90.0, 91.2]),
+            "2 of 3 rows",
+            "03_global, row 2: fid_mnist 91.2 (before: 91)",
+        ),
+        (
+            "03_global",
+            ROWS.assign(method=["a", "c"]),
+            "2 of 3 rows",
+            "03_global, row 2: method c (before: b)",
+        ),
         ("03_global", ROWS[:1], "1 of 3 rows", "03_global: other rows or columns than before"),
-        ("claims", CLAIMS.assign(verdict="inconclusive"), "0 of 1 verdicts", "claims, row 1: verdict inconclusive"),
+        (
+            "claims",
+            CLAIMS.assign(verdict="inconclusive"),
+            "0 of 1 verdicts",
+            "claims, row 1: verdict inconclusive",
+        ),
     ],
     ids=["number", "word", "row gone", "verdict"],
 )

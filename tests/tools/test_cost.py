@@ -49,9 +49,17 @@ def test_rows_counted_are_the_rows_sampled():
 
 def test_the_estimate_names_what_was_selected_and_grows_with_it():
     parameters = check("smoke", {}, notebooks())
-    assert "02_fisher" in (said := cost.estimate("smoke", parameters, ["02_fisher"])) and "05_ratio_sweep" not in said
-    more = cost.work(parameters | {"IMAGES": 400, "TRAIN": True}), cost.work(parameters | {"TRAIN": False})
-    assert all(more[0][name] > more[1][name] for name in ("01_train", "03_global", "05_ratio_sweep"))
+    assert (
+        "02_fisher" in (said := cost.estimate("smoke", parameters, ["02_fisher"]))
+        and "05_ratio_sweep" not in said
+    )
+    more = (
+        cost.work(parameters | {"IMAGES": 400, "TRAIN": True}),
+        cost.work(parameters | {"TRAIN": False}),
+    )
+    assert all(
+        more[0][name] > more[1][name] for name in ("01_train", "03_global", "05_ratio_sweep")
+    )
 
 
 def test_published_rows_counted_are_those_made(tiny):
@@ -66,17 +74,24 @@ def test_images_that_are_kept_count_for_the_estimate(tiny, sandbox):
     save_tensors(SMOKE.results / "ema.safetensors", dict(tiny.named_parameters()), width=4)
     provenance = {"weights": weights_sha256(tiny), "rule": "baseline"}
     samples.cached_samples(SMOKE, tiny, samples.Sampling(3, 2, 0, 2), provenance=provenance)
-    samples.cached_samples(SMOKE, tiny, samples.Sampling(3, 2, 0, 2), provenance=provenance | {"weights": "other"})
+    samples.cached_samples(
+        SMOKE, tiny, samples.Sampling(3, 2, 0, 2), provenance=provenance | {"weights": "other"}
+    )
     assert cost.kept_flop(SMOKE, 4) == 3 * 2 * cost.forward_flop(4)
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(90, "90 s"), (600, "10 minutes"), (9000, "2 hours"), (400000, "5 days")])
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(90, "90 s"), (600, "10 minutes"), (9000, "2 hours"), (400000, "5 days")]
+)
 def test_durations_are_spoken(seconds, said):
     assert cost.spoken(seconds) == said
 
 
 def test_a_batch_too_large_for_the_gpu_names_the_one_that_fits():
-    with pytest.raises(RuntimeError, match="batches of 8 images do not fit into the GPU's memory: set SAMPLING_BATCH to 2"):
+    with pytest.raises(
+        RuntimeError,
+        match="batches of 8 images do not fit into the GPU's memory: set SAMPLING_BATCH to 2",
+    ):
         ddpm.sample(TooSmall(), 8, 2, seed=0)
     assert ddpm.sample(TooSmall(), 8, 2, seed=0, batch_size=2).shape == (8, 1, 32, 32)
     model = TooSmall()
@@ -84,7 +99,9 @@ def test_a_batch_too_large_for_the_gpu_names_the_one_that_fits():
     optimizer = torch.optim.AdamW(model.parameters())
     images = torch.zeros(9, 1, 32, 32, dtype=torch.uint8)
     steps = training.train(model, training.ema_of(model, 0.9), optimizer, images, 1, **settings)
-    with pytest.raises(RuntimeError, match=r"batches of 8 images .* set TRAINING's batch_size to 2, which fits"):
+    with pytest.raises(
+        RuntimeError, match=r"batches of 8 images .* set TRAINING's batch_size to 2, which fits"
+    ):
         next(steps)
 
 

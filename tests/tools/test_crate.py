@@ -21,7 +21,9 @@ def test_each_entity_is_described_once_and_each_file_is_there():
     graph = crate.crate()["@graph"]
     described = [entity["@id"] for entity in graph]
     assert len(described) == len(set(described))
-    referred = set().union(*(ids(list(entity.values())) for entity in graph)) - {"https://w3id.org/ro/crate/1.1"}
+    referred = set().union(*(ids(list(entity.values())) for entity in graph)) - {
+        "https://w3id.org/ro/crate/1.1"
+    }
     assert referred <= set(described)
     files = [entity["@id"] for entity in graph if "File" in entity["@type"]]
     assert len(files) > 40

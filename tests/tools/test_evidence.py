@@ -23,7 +23,9 @@ SMOKE = Workspace("smoke")
 
 
 def claims(name, values):
-    return pd.DataFrame([{"claim": name, "paper": "said", "quantity": "a number", "measured": v} for v in values])
+    return pd.DataFrame(
+        [{"claim": name, "paper": "said", "quantity": "a number", "measured": v} for v in values]
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,9 @@ def test_interval_over_training_runs_is_students():
     expected = stats.ttest_1samp(values, 0).confidence_interval()
     assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
     ratio = replicates.over_runs(claims("C1", [math.exp(v) for v in values])).iloc[0]
-    assert (ratio["low"], ratio["high"]) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
+    assert (ratio["low"], ratio["high"]) == pytest.approx(
+        (math.exp(expected.low), math.exp(expected.high))
+    )
 
 
 def test_one_training_run_has_no_interval():
@@ -65,7 +69,9 @@ def fewer(monkeypatch):
 @pytest.fixture
 def smoke(sandbox, tiny):
     save_tensors(SMOKE.results / weights.WEIGHTS, dict(tiny.named_parameters()), width=4)
-    fisher = fisher_by_timestep(tiny, list(quantizable(tiny)), mnist(train=True)[0], samples=20, bins=20, seed=0)
+    fisher = fisher_by_timestep(
+        tiny, list(quantizable(tiny)), mnist(train=True)[0], samples=20, bins=20, seed=0
+    )
     weights.save_fisher(SMOKE, fisher.by_weight, 4)
 
 
@@ -73,7 +79,12 @@ def smoke(sandbox, tiny):
 def test_rows_have_blocks_and_claims(smoke):
     found = evidence.rows("smoke", images=40)
     rows = found["rows"]
-    assert rows["method"].value_counts().to_dict() == {"baseline": 1, "uniform": 1, "group": 1, "ratio": 2}
+    assert rows["method"].value_counts().to_dict() == {
+        "baseline": 1,
+        "uniform": 1,
+        "group": 1,
+        "ratio": 2,
+    }
     assert (rows["blocks"] == 10).all()
     assert rows["block_delta_fid_mnist"][0] == 0
     assert (rows["block_fid_mnist_sd"] > rows["block_delta_fid_mnist_sd"]).all()
@@ -115,7 +126,10 @@ def test_steps_that_are_there_are_left_alone(sandbox, monkeypatch, capsys):
     made = []
 
     def step(name):
-        return lambda profile: made.append(name) or {name: pd.DataFrame({"x": [1]}), f"{name}_more": pd.DataFrame({"x": [2]})}
+        return lambda profile: (
+            made.append(name)
+            or {name: pd.DataFrame({"x": [1]}), f"{name}_more": pd.DataFrame({"x": [2]})}
+        )
 
     monkeypatch.setattr(evidence, "STEPS", {name: step(name) for name in ("first", "second")})
     results.save_table(SMOKE, "first", pd.DataFrame({"x": [0]}))
@@ -143,15 +157,29 @@ def test_budget_rows_join_those_of_06(smoke, tiny, monkeypatch):
     found = evidence.budgets("smoke", images=20)["budget"]
     assert found["method"].tolist()[0] == "baseline"
     assert set(found["method"]) == {
-        *("baseline", "uniform", "allocator", "allocator, tuned", "allocator, nearest code", "allocator, all weights"),
+        *(
+            "baseline",
+            "uniform",
+            "allocator",
+            "allocator, tuned",
+            "allocator, nearest code",
+            "allocator, all weights",
+        ),
         *("global", "group", "ratio", "magnitude", "random"),
     }
     known = methods.measured_sensitivity(tiny, 20, seed=0)
     allocated = methods.allocated(tiny, known, list(evidence.ALLOCATED), granularities=("mixed",))
     rows = [*methods.uniform(tiny, known), *allocated, *methods.tuned(allocated, [4.0], 2)]
-    table = summaries.with_fid(budget.measure_candidates(tiny, rows, known, seed=0, digits=10), found)
+    table = summaries.with_fid(
+        budget.measure_candidates(tiny, rows, known, seed=0, digits=10), found
+    )
     joined = table[table["n_images"] == 20]
-    assert len(joined) == (~found["method"].isin(["baseline", "global", "group", "ratio", "magnitude", "random"])).sum()
+    assert (
+        len(joined)
+        == (
+            ~found["method"].isin(["baseline", "global", "group", "ratio", "magnitude", "random"])
+        ).sum()
+    )
     assert joined["fid_mnist_delta"].notna().all()
 
 
@@ -163,7 +191,10 @@ def test_fresh_rows_and_their_claims(smoke, tiny):
         *(f"{rule}, {methods.FEEDBACK}" for rule in ("global", "group", "ratio")),
     ]
     assert (found["fresh"]["n_images"] == 20).all()
-    assert found["fresh_claims"]["quantity"].str.contains("minus that of global").tolist() == [True, True]
+    assert found["fresh_claims"]["quantity"].str.contains("minus that of global").tolist() == [
+        True,
+        True,
+    ]
 
 
 @pytest.mark.slow
@@ -180,7 +211,9 @@ def test_rows_at_the_bytes_of_int4_and_their_claim(smoke):
     ]
     int4 = table[table["format"] == "int4"]["mem_mib"].item()
     assert (table[table["granularity"].isin(["mixed", "weight"])]["mem_mib"] <= int4 + 1e-6).all()
-    assert found["int4_claims"]["quantity"].str.contains("width 4, the bytes of INT4").tolist() == [True]
+    assert found["int4_claims"]["quantity"].str.contains("width 4, the bytes of INT4").tolist() == [
+        True
+    ]
 
 
 @pytest.mark.slow
@@ -194,21 +227,35 @@ def test_damages_go_on_from_the_sensitivity_that_was_kept(smoke, monkeypatch):
         *(f"{rule}, {methods.FEEDBACK}" for rule in methods.RULES),
     }
     assert (table["damage_low"] <= table["damage"]).all()
-    with_files = table["method"].isin(["uniform", "allocator", methods.CODED]) & (table["budget_bits"] < evidence.FILES_BELOW)
+    with_files = table["method"].isin(["uniform", "allocator", methods.CODED]) & (
+        table["budget_bits"] < evidence.FILES_BELOW
+    )
     assert table.loc[with_files, "file_mib"].notna().all()
     assert table.loc[table["method"].isin(methods.RULES), "file_mib"].isna().all()
     monkeypatch.setattr(methods, "measured_sensitivity", None)
-    pd.testing.assert_frame_equal(evidence.damages("smoke")["damages"].drop(columns="peak_mib"), table.drop(columns="peak_mib"))
+    pd.testing.assert_frame_equal(
+        evidence.damages("smoke")["damages"].drop(columns="peak_mib"),
+        table.drop(columns="peak_mib"),
+    )
 
 
 def test_two_steps_are_made_at_the_posters_size(sandbox, monkeypatch):
     made = []
     names = ("noise_floor", "evidence_int4", "evidence_damages", "evidence_rows")
-    monkeypatch.setattr(evidence, "STEPS", {name: lambda profile, name=name: made.append((profile, name)) or {} for name in names})
+    monkeypatch.setattr(
+        evidence,
+        "STEPS",
+        {name: lambda profile, name=name: made.append((profile, name)) or {} for name in names},
+    )
     for profile in ("smoke", "paper"):
         monkeypatch.setattr("sys.argv", ["evidence", "--profile", profile])
         assert evidence.main() == 0
-    assert made == [("smoke", "noise_floor"), ("smoke", "evidence_rows"), ("paper", "evidence_int4"), ("paper", "evidence_damages")]
+    assert made == [
+        ("smoke", "noise_floor"),
+        ("smoke", "evidence_rows"),
+        ("paper", "evidence_int4"),
+        ("paper", "evidence_damages"),
+    ]
 
 
 def test_without_the_published_images_one_line_says_so(sandbox, monkeypatch, capsys):

@@ -1,4 +1,6 @@
-"""kill -9 in the middle of training, sampling and the tables: the run that goes on gives the bytes of an undisturbed one."""
+"""kill -9 in the middle of training, sampling and the tables: the run that goes on gives the bytes
+of an undisturbed one.
+"""
 
 import os
 import signal
@@ -9,7 +11,8 @@ import pytest
 
 from lafq.study import paths
 
-# For each folder=n a fork that kills itself at its n-th rename of a file, with that file still under its temporary name.
+# For each folder=n a fork that kills itself at its n-th rename of a file, with that file still
+# under its temporary name.
 CHILD = """
 import os, pathlib, signal, sys
 import torch
@@ -56,9 +59,16 @@ MOMENTS = {"training": 2, "sampling": 7, "tables": 10}
 
 
 def run(moments):
-    command = [sys.executable, "-c", CHILD, *(f"{folder}={last}" for folder, last in moments.items())]
+    command = [
+        sys.executable,
+        "-c",
+        CHILD,
+        *(f"{folder}={last}" for folder, last in moments.items()),
+    ]
     environment = {**os.environ, "TQDM_DISABLE": "1"}
-    done = subprocess.run(command, cwd=paths.ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=paths.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     return [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status")]
 
 

@@ -34,8 +34,14 @@ def lafq_run(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["reproduce", "--profile", "huge"], "unknown profile 'huge': choose one of mini, paper, smoke"),
-        (["reproduce", "--profile", "smoke", "--set", "IMAGE=3"], "unknown parameter IMAGE: the notebooks declare"),
+        (
+            ["reproduce", "--profile", "huge"],
+            "unknown profile 'huge': choose one of mini, paper, smoke",
+        ),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "IMAGE=3"],
+            "unknown parameter IMAGE: the notebooks declare",
+        ),
         (
             ["reproduce", "--profile", "smoke", "--set", "IMAGES=0"],
             "IMAGES (images per row) is wrong: 0 is less than the minimum of 2",
@@ -44,12 +50,22 @@ def lafq_run(*arguments):
             ["reproduce", "--profile", "smoke", "--set", "IMAGES=abc"],
             "IMAGES (images per row) is wrong: 'abc' is not of type 'integer'",
         ),
-        (["reproduce", "--profile", "smoke", "--set", "IMAGES=2.5"], "2.5 is not of type 'integer'"),
-        (["reproduce", "--profile", "smoke", "--set", "IMAGES=true"], "True is not of type 'integer'"),
-        (["reproduce", "--profile", "smoke", "--set", "SAMPLING_STEPS=1001"], "1001 is greater than the maximum of 1000"),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "IMAGES=2.5"],
+            "2.5 is not of type 'integer'",
+        ),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "IMAGES=true"],
+            "True is not of type 'integer'",
+        ),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "SAMPLING_STEPS=1001"],
+            "1001 is greater than the maximum of 1000",
+        ),
         (
             ["reproduce", "--profile", "smoke", "--set", "RATIOS=[0.3, 1.2]"],
-            "RATIOS (ratios of the weights that each layer keeps) is wrong at 1: 1.2 is greater than the maximum of 1",
+            "RATIOS (ratios of the weights that each layer keeps) is wrong at 1: 1.2 is greater "
+            "than the maximum of 1",
         ),
         (
             ["reproduce", "--profile", "smoke", "--set", "RATIOS=[]"],
@@ -65,15 +81,25 @@ def lafq_run(*arguments):
         ),
         (
             ["reproduce", "--profile", "smoke", "--set", "PUBLISHED={steps: 0, ratios: [0.3]}"],
-            "PUBLISHED (steps and ratios of the published rows) is wrong at steps: 0 is less than the minimum of 1",
+            "PUBLISHED (steps and ratios of the published rows) is wrong at steps: 0 is less than "
+            "the minimum of 1",
         ),
         (
             ["reproduce", "--profile", "smoke", "--set", "DEVICE=gpu"],
             "DEVICE (what computes) is wrong: 'gpu' is not one of ['auto', 'cpu', 'cuda']",
         ),
-        (["reproduce", "--profile", "smoke", "--set", "IMAGES"], "--set 'IMAGES' is not NAME=VALUE"),
-        (["reproduce", "--profile", "smoke", "--set", "RATIOS=["], "--set 'RATIOS=[' is not NAME=VALUE"),
-        (["reproduce", "--profile", "../profiles/smoke"], "unknown profile '../profiles/smoke': choose one of mini, paper, smoke"),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "IMAGES"],
+            "--set 'IMAGES' is not NAME=VALUE",
+        ),
+        (
+            ["reproduce", "--profile", "smoke", "--set", "RATIOS=["],
+            "--set 'RATIOS=[' is not NAME=VALUE",
+        ),
+        (
+            ["reproduce", "--profile", "../profiles/smoke"],
+            "unknown profile '../profiles/smoke': choose one of mini, paper, smoke",
+        ),
         (["resume", "--profile", "smoke", "--only", "99"], "no notebook's name begins with '99'"),
     ],
 )
@@ -90,14 +116,20 @@ def test_every_parameter_has_a_type_and_a_description():
     assert names == set(run.SCHEMA["properties"])
     assert all("description" in schema for schema in run.SCHEMA["properties"].values())
     for profile in ("smoke", "mini", "paper"):
-        assert not list(run.Draft202012Validator(run.SCHEMA).iter_errors(profile_parameters(profile)))
+        assert not list(
+            run.Draft202012Validator(run.SCHEMA).iter_errors(profile_parameters(profile))
+        )
 
 
 def run_notebook(folder, source):
     """Reproduce with one notebook in the place of 01_train, whose second cell is `source`."""
     parameters = nbformat.v4.new_code_cell("COMPUTE = False", metadata={"tags": ["parameters"]})
     notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(source)])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     (folder / "notebooks").mkdir()
     nbformat.write(notebook, folder / "notebooks" / "01_train.ipynb")
     # A shell starts a background command with SIGINT ignored, which its children inherit.
@@ -116,7 +148,12 @@ sys.exit(run.main())
 """
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     return subprocess.run(
-        [sys.executable, "-c", program], cwd=paths.ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        cwd=paths.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -130,7 +167,10 @@ threading.Event().wait()
 """
     done = run_notebook(tmp_path, source)
     assert done.returncode == 130
-    assert done.stderr == "\ninterrupted: what was finished is kept, and `make resume` goes on from here\n"
+    assert (
+        done.stderr
+        == "\ninterrupted: what was finished is kept, and `make resume` goes on from here\n"
+    )
     assert not psutil.pid_exists(int((tmp_path / "notebooks" / "pid").read_text()))
 
 
@@ -138,7 +178,9 @@ threading.Event().wait()
 def test_a_dead_notebook_process_names_memory_and_resume(tmp_path):
     done = run_notebook(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     assert done.returncode == 1
-    assert done.stderr.startswith("stopped: the notebook's process died, most likely for want of memory")
+    assert done.stderr.startswith(
+        "stopped: the notebook's process died, most likely for want of memory"
+    )
     assert done.stderr.endswith("then `make resume` goes on from here\n")
     assert len(done.stderr.splitlines()) == 1
 
@@ -172,7 +214,9 @@ def cached_samples(monkeypatch):
 
 
 def evaluate(model, candidates, **changes):
-    return evaluation.evaluate(SMOKE, model, candidates, samples.Sampling(3, 2, 0)._replace(**changes))
+    return evaluation.evaluate(
+        SMOKE, model, candidates, samples.Sampling(3, 2, 0)._replace(**changes)
+    )
 
 
 @pytest.mark.slow
@@ -234,14 +278,19 @@ def test_paper_without_its_weights_refuses_in_one_sentence(sandbox, monkeypatch,
     assert run.main() == 1
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 1
-    assert "results/paper/ema.safetensors are missing: give a file that has them with WEIGHTS=path, or train them anew" in said
+    assert (
+        "results/paper/ema.safetensors are missing: give a file that has them with WEIGHTS=path, "
+        "or train them anew" in said
+    )
     assert "with TRAIN=1, 7 hours on this machine" in said
     assert not paths.BUILD.exists()
 
 
 def weights_file(path, width=4, **changes):
     training = profile_parameters("smoke")["TRAINING"] | changes
-    weights.save_tensors(path, dict(UNet(width).named_parameters()), width=width, seed=0, **training)
+    weights.save_tensors(
+        path, dict(UNet(width).named_parameters()), width=width, seed=0, **training
+    )
 
 
 def test_weights_are_taken_from_a_path(sandbox):
@@ -254,12 +303,19 @@ def test_weights_are_taken_from_a_path(sandbox):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"width": 8}, "trained with width=8, profile smoke has 4"), ({"steps": 7}, "trained with steps=7, profile smoke has 12")],
+    [
+        ({"width": 8}, "trained with width=8, profile smoke has 4"),
+        ({"steps": 7}, "trained with steps=7, profile smoke has 12"),
+    ],
 )
 def test_weights_of_another_width_or_training_are_refused(sandbox, changes, message):
     weights_file(sandbox / "own.safetensors", **changes)
-    with pytest.raises(ValueError, match=f"{message}: give the weights of this profile with WEIGHTS=path"):
-        weights.take_weights(SMOKE, sandbox / "own.safetensors", 4, 0, profile_parameters("smoke")["TRAINING"])
+    with pytest.raises(
+        ValueError, match=f"{message}: give the weights of this profile with WEIGHTS=path"
+    ):
+        weights.take_weights(
+            SMOKE, sandbox / "own.safetensors", 4, 0, profile_parameters("smoke")["TRAINING"]
+        )
     assert not (SMOKE.results / weights.WEIGHTS).exists()
 
 
@@ -270,7 +326,9 @@ def test_a_bad_plan_stops_before_sampling(sandbox, cached_samples, tiny):
     with pytest.raises(ValueError, match="0 images asked for"):
         evaluate(tiny, [good], images=0)
     with pytest.raises(ValueError, match=r"ratio 1.2 is outside \[0, 1\]"):
-        threshold_rows.ratio_candidates({n: w**2 for n, w in quantizable(tiny).items()}, [0.3, 1.2], [], ["fp16"])
+        threshold_rows.ratio_candidates(
+            {n: w**2 for n, w in quantizable(tiny).items()}, [0.3, 1.2], [], ["fp16"]
+        )
     assert not cached_samples
 
 
@@ -293,7 +351,9 @@ def test_sizes_counted_are_those_of_the_plans(tiny, low, granularity):
     scores = by_granularity({n: w.square() for n, w in quantizable(tiny).items()}, granularity)
     table = threshold_rows.size_sweep(tiny, scores, low, granularity, 20)
     made = [make_plan(keep_global(scores, cut), low) for cut in table["threshold"]]
-    pd.testing.assert_frame_equal(table[["kept_share", "mem_mib", "mem_share"]], sizes(tiny, made), check_exact=True)
+    pd.testing.assert_frame_equal(
+        table[["kept_share", "mem_mib", "mem_share"]], sizes(tiny, made), check_exact=True
+    )
 
 
 def test_missing_and_foreign_weights(sandbox):
@@ -313,7 +373,9 @@ def test_fisher_of_other_weights_is_refused(sandbox):
     weights.save_fisher(SMOKE, {"a": torch.ones(2)}, 4)
     assert weights.load_fisher(SMOKE, 4)["a"].tolist() == [1, 1]
     weights.save_tensors(path, dict(UNet(4).named_parameters()), width=4)
-    with pytest.raises(ValueError, match=r"fisher.safetensors was made with weights=.* run 02_fisher"):
+    with pytest.raises(
+        ValueError, match=r"fisher.safetensors was made with weights=.* run 02_fisher"
+    ):
         weights.load_fisher(SMOKE, 4)
 
 
@@ -330,16 +392,30 @@ def test_set_up_refuses():
 def test_gather_replaces_only_the_methods_it_is_given(sandbox):
     def row(method, threshold, fid):
         return pd.DataFrame(
-            [{"profile": "smoke", "method": method, "threshold": threshold, "format": "fp16", "granularity": "t", "fid": fid}]
+            [
+                {
+                    "profile": "smoke",
+                    "method": method,
+                    "threshold": threshold,
+                    "format": "fp16",
+                    "granularity": "t",
+                    "fid": fid,
+                }
+            ]
         )
 
     results.update_comparison(SMOKE, row("ratio", "0.35", 1.0))
     results.update_comparison(SMOKE, row("baseline", "none", 2.0))
     table = results.update_comparison(SMOKE, row("ratio", "0.40", 3.0))
-    assert table[["method", "threshold", "fid"]].to_numpy().tolist() == [["baseline", "none", 2.0], ["ratio", "0.40", 3.0]]
+    assert table[["method", "threshold", "fid"]].to_numpy().tolist() == [
+        ["baseline", "none", 2.0],
+        ["ratio", "0.40", 3.0],
+    ]
     # A file of an earlier version: its columns are in another order.
     results.save_table(SMOKE, "paper_comparison", table[table.columns[::-1]].assign(gone=1))
-    assert list(results.update_comparison(SMOKE, row("ratio", "0.40", 3.0)).columns) == list(table.columns)
+    assert list(results.update_comparison(SMOKE, row("ratio", "0.40", 3.0)).columns) == list(
+        table.columns
+    )
 
 
 def test_tables_and_images_come_back(sandbox):

@@ -11,7 +11,10 @@ from tools import shipping
 
 SMOKE = Workspace("smoke", keep=True)
 SAMPLING = samples.Sampling(20, 2, 0, 10)
-MADE = {"rounding": "error feedback, unshrunk scales", "fisher": {"kind": "Monte Carlo", "samples": 20, "seed": 0}}
+MADE = {
+    "rounding": "error feedback, unshrunk scales",
+    "fisher": {"kind": "Monte Carlo", "samples": 20, "seed": 0},
+}
 
 
 @pytest.fixture
@@ -36,7 +39,9 @@ def test_the_packed_file_is_the_row_that_was_measured(sandbox, tiny, known, monk
 
 def test_packed_weights_never_stand_in_for_the_trained_ones(sandbox, tiny):
     save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, {}), tiny)
-    with pytest.raises(FileNotFoundError, match=r"ema.safetensors is missing: run 01_train with TRAIN=1"):
+    with pytest.raises(
+        FileNotFoundError, match=r"ema.safetensors is missing: run 01_train with TRAIN=1"
+    ):
         weights.load_model(SMOKE, 4)
 
 

@@ -36,7 +36,11 @@ def made(tiny, sandbox, monkeypatch):
     for name, rows in tables.items():
         results.save_rows(SMOKE, name, *evaluation.evaluate(SMOKE, tiny, rows, SAMPLING))
     # The same row with more images.
-    results.save_rows(SMOKE, "evidence_int4", *evaluation.evaluate(SMOKE, tiny, [baseline], SAMPLING._replace(images=12)))
+    results.save_rows(
+        SMOKE,
+        "evidence_int4",
+        *evaluation.evaluate(SMOKE, tiny, [baseline], SAMPLING._replace(images=12)),
+    )
     save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, plan), tiny)
     return sandbox / "weights.safetensors"
 
@@ -51,14 +55,19 @@ def test_all_that_is_right_holds(made, monkeypatch, capsys):
     assert [holds for holds, _ in found] == [True] * 9 + [None]
     assert "8 images drawn again at 2 steps differ by 0 of 255" in found[5][1]
     without = list(verify.checks(SMOKE, None))
-    assert next(line for holds, line in without if holds is None) == "rows drawn from the FP32 weights: give them with WEIGHTS=path"
+    assert (
+        next(line for holds, line in without if holds is None)
+        == "rows drawn from the FP32 weights: give them with WEIGHTS=path"
+    )
     monkeypatch.setattr("sys.argv", ["tools.verify", "--profile", "smoke"])
     assert verify.main() == 0
     assert capsys.readouterr().out.endswith("verify, profile smoke: all that was checked holds\n")
 
 
 @pytest.mark.slow
-def test_a_changed_number_a_damaged_file_and_other_weights_are_found(made, tiny, monkeypatch, capsys):
+def test_a_changed_number_a_damaged_file_and_other_weights_are_found(
+    made, tiny, monkeypatch, capsys
+):
     table = results.load_table(SMOKE, "03_global")
     results.save_table(SMOKE, "03_global", table.assign(fid_mnist=table["fid_mnist"] + 0.1))
     assert ["03_global.csv" in line for line in lines(*verify.checks(SMOKE, None))] == [True]
@@ -66,7 +75,10 @@ def test_a_changed_number_a_damaged_file_and_other_weights_are_found(made, tiny,
     with torch.no_grad():
         tiny.out2.weight.mul_(0.5)
     save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, {}), tiny)
-    assert ["packed weights: 8 images drawn again" in line for line in lines(*verify.checks(SMOKE, None))] == [True]
+    assert [
+        "packed weights: 8 images drawn again" in line
+        for line in lines(*verify.checks(SMOKE, None))
+    ] == [True]
     next(samples.samples_folder(SMOKE).iterdir()).write_bytes(b"")
     monkeypatch.setattr("sys.argv", ["tools.verify", "--profile", "smoke"])
     assert verify.main() == 1

@@ -1,7 +1,8 @@
-"""What the released code's choices move in the Fisher values and the weights they keep (07_audit), each taken alone.
+"""What the released code's choices move in the Fisher values and the weights they keep (07_audit),
+each taken alone.
 
-This is our own writing of what the authors' public code does; where it leaves something open, the docstring says how it
-is read here.
+This is our own writing of what the authors' public code does; where it leaves something open, the
+docstring says how it is read here.
 """
 
 import copy
@@ -31,9 +32,11 @@ def fresh_network(model: UNet, seed: int) -> UNet:
 
 
 def reconstruction_fisher(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Squared gradient of the mean of (model(z, 1) - z)^2 for one image, batch 1 (R3), by parameter name.
+    """Squared gradient of the mean of (model(z, 1) - z)^2 for one image, batch 1 (R3), by parameter
+    name.
 
-    z is the noise-free sqrt(abar_1) * x0 of the uint8 image (1, 32, 32), our reading of "a noise-free trajectory".
+    z is the noise-free sqrt(abar_1) * x0 of the uint8 image (1, 32, 32), our reading of "a
+    noise-free trajectory".
     """
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     z = ALPHA_BAR[1].sqrt().float() * unit_interval(image[None]).to(next(model.parameters()).device)
@@ -42,15 +45,23 @@ def reconstruction_fisher(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     return {n: gradient[n].square() for n in quantizable(model)}
 
 
-def variants(model: UNet, fisher: dict[str, Tensor], images: Tensor, samples: int, seed: int) -> dict[str, dict[str, Tensor]]:
-    """Fisher values (on the CPU) under each choice alone, the project's own first; images uint8 (N, 1, 32, 32)."""
+def variants(
+    model: UNet, fisher: dict[str, Tensor], images: Tensor, samples: int, seed: int
+) -> dict[str, dict[str, Tensor]]:
+    """Fisher values (on the CPU) under each choice alone, the project's own first; images uint8 (N,
+    1, 32, 32).
+    """
     names, fresh = list(quantizable(model)), fresh_network(model, seed)
     together = reconstruction_fisher(fresh, images[0])
     found = {
         "this project": fisher,
-        "untrained network (R2)": fisher_by_timestep(fresh, names, images, samples=samples, bins=20, seed=seed).by_weight,
+        "untrained network (R2)": fisher_by_timestep(
+            fresh, names, images, samples=samples, bins=20, seed=seed
+        ).by_weight,
         "loss against the input, one image, t = 1 (R3)": reconstruction_fisher(model, images[0]),
-        "one sample instead of many": fisher_by_timestep(model, names, images, samples=1, bins=1, seed=seed).by_weight,
+        "one sample instead of many": fisher_by_timestep(
+            model, names, images, samples=1, bins=1, seed=seed
+        ).by_weight,
         "weight tensor as the unit (R4)": {n: f.mean().expand_as(f) for n, f in fisher.items()},
         "all of these, as released": {n: f.mean().expand_as(f) for n, f in together.items()},
     }
@@ -58,25 +69,41 @@ def variants(model: UNet, fisher: dict[str, Tensor], images: Tensor, samples: in
 
 
 def rank_correlation(ours: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
-    """Spearman's rank correlation of the values of all weights of each layer (NaN where all are equal)."""
+    """Spearman's rank correlation of the values of all weights of each layer (NaN where all are
+    equal).
+    """
     theirs = by_layer(other)
-    return {layer: _spearman(_flat(parts), _flat(theirs[layer])) for layer, parts in by_layer(ours).items()}
+    return {
+        layer: _spearman(_flat(parts), _flat(theirs[layer]))
+        for layer, parts in by_layer(ours).items()
+    }
 
 
 def rank_table(ours: dict[str, Tensor], found: dict[str, dict[str, Tensor]]) -> pd.DataFrame:
     """`rank_correlation` of every choice: columns choice and the layers."""
-    return pd.DataFrame({c: rank_correlation(ours, values) for c, values in found.items()}).T.rename_axis("choice").reset_index()
+    return (
+        pd.DataFrame({c: rank_correlation(ours, values) for c, values in found.items()})
+        .T.rename_axis("choice")
+        .reset_index()
+    )
 
 
 def kept_in_common(ours: dict[str, Tensor], other: dict[str, Tensor], ratio: float) -> float:
-    """Of the weights that the ratio rule keeps by the first values, the share that it keeps by the second ones too."""
+    """Of the weights that the ratio rule keeps by the first values, the share that it keeps by the
+    second ones too.
+    """
     first, second = keep_ratio(ours, ratio), keep_ratio(other, ratio)
-    return sum(int((first[n] & second[n]).sum()) for n in first) / sum(int(m.sum()) for m in first.values())
+    return sum(int((first[n] & second[n]).sum()) for n in first) / sum(
+        int(m.sum()) for m in first.values()
+    )
 
 
-def fisher_choices(model: UNet, found: dict[str, dict[str, Tensor]], ratio: float, seed: int) -> pd.DataFrame:
-    """One row per choice: mean rank correlation with ours over the layers, kept weights in common, and the rise of the held-out
-    denoising loss when the ratio rule on these values sends the other single weights to INT8 and to INT4."""
+def fisher_choices(
+    model: UNet, found: dict[str, dict[str, Tensor]], ratio: float, seed: int
+) -> pd.DataFrame:
+    """One row per choice: mean rank correlation with ours over the layers, kept weights in common,
+    and the rise of the held-out denoising loss when the ratio rule on these values sends the other
+    single weights to INT8 and to INT4."""
     ours = found["this project"]
     losses = scoring.held_out_losses(model, seed)
     rows = []
@@ -88,7 +115,11 @@ def fisher_choices(model: UNet, found: dict[str, dict[str, Tensor]], ratio: floa
         }
         for low in ("int8", "int4"):
             plan = make_plan(keep_ratio(values, ratio), low)
-            rise = (scoring.held_out_losses(dequantize(quantize(model, plan)), seed) - losses).mean().item()
+            rise = (
+                (scoring.held_out_losses(dequantize(quantize(model, plan)), seed) - losses)
+                .mean()
+                .item()
+            )
             row[f"delta_loss_{low}"] = rise
         rows.append(row)
     return pd.DataFrame(rows)
@@ -97,15 +128,23 @@ def fisher_choices(model: UNet, found: dict[str, dict[str, Tensor]], ratio: floa
 def candidates(found: dict[str, dict[str, Tensor]], ratio: float, low: str) -> list[Candidate]:
     """The ratio rule on the Fisher values of every choice, to sample and score."""
     return [
-        Candidate("ratio", f"{ratio:.2f}, {name}", low, "weight", make_plan(keep_ratio(values, ratio), low))
+        Candidate(
+            "ratio",
+            f"{ratio:.2f}, {name}",
+            low,
+            "weight",
+            make_plan(keep_ratio(values, ratio), low),
+        )
         for name, values in found.items()
     ]
 
 
 def released_groups(model: nn.Module, fisher: dict[str, Tensor]) -> pd.DataFrame:
-    """R5: a group's threshold is the mean of its squared weights; a tensor's score its mean Fisher value over the largest one.
+    """R5: a group's threshold is the mean of its squared weights; a tensor's score its mean Fisher
+    value over the largest one.
 
-    One row per group: the threshold, the lowest and highest score, and how many of its tensors the rule keeps.
+    One row per group: the threshold, the lowest and highest score, and how many of its tensors the
+    rule keeps.
     """
     means = {n: f.mean().item() for n, f in fisher.items()}
     scores = {n: m / max(means.values()) for n, m in means.items()}
@@ -115,20 +154,27 @@ def released_groups(model: nn.Module, fisher: dict[str, Tensor]) -> pd.DataFrame
         tau = torch.cat([w.flatten() for w in weights.values()]).square().mean().item()
         own = [scores[n] for n in weights]
         rows.append((group, tau, min(own), max(own), sum(s >= tau for s in own), len(own)))
-    return pd.DataFrame(rows, columns=["group", "tau", "lowest_score", "highest_score", "tensors_kept", "tensors"])
+    return pd.DataFrame(
+        rows, columns=["group", "tau", "lowest_score", "highest_score", "tensors_kept", "tensors"]
+    )
 
 
 @torch.no_grad()
 def clamped(model: UNet, fisher: dict[str, Tensor], k: float) -> tuple[UNet, pd.DataFrame]:
-    """R5: the mean/std rule limits the weights themselves to mean -+ k * std of their layer's Fisher values.
+    """R5: the mean/std rule limits the weights themselves to mean -+ k * std of their layer's
+    Fisher values.
 
-    Returns a copy so treated, and by layer the limits and the share of its weights that they change.
+    Returns a copy so treated, and by layer the limits and the share of its weights that they
+    change.
     """
     result, rows = copy.deepcopy(model), []
     parameters = dict(result.named_parameters())
     for layer, parts in by_layer(fisher).items():
         values = torch.cat([f.flatten() for f in parts.values()]).double()
-        low, high = (values.mean() - k * values.std()).item(), (values.mean() + k * values.std()).item()
+        low, high = (
+            (values.mean() - k * values.std()).item(),
+            (values.mean() + k * values.std()).item(),
+        )
         weights = [parameters[n] for n in parts]
         outside = sum(int(((w < low) | (w > high)).sum()) for w in weights)
         rows.append((layer, low, high, outside / sum(w.numel() for w in weights)))
@@ -140,7 +186,9 @@ def clamped(model: UNet, fisher: dict[str, Tensor], k: float) -> tuple[UNet, pd.
 def clamped_losses(model: UNet, limited: UNet, seed: int) -> pd.DataFrame:
     """One row: the denoising loss on held-out digits as trained and with limited weights."""
     models = {"as trained": model, "limited": limited}
-    return pd.DataFrame([{name: scoring.held_out_losses(m, seed).mean().item() for name, m in models.items()}])
+    return pd.DataFrame(
+        [{name: scoring.held_out_losses(m, seed).mean().item() for name, m in models.items()}]
+    )
 
 
 def _flat(layer: dict[str, Tensor]) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""What FID and KID show of real against real digits, and of the unquantized model, at every number of images."""
+"""What FID and KID show of real against real digits, and of the unquantized model, at every number
+of images.
+"""
 
 from typing import Any
 
@@ -23,36 +25,63 @@ INCEPTION_REFERENCE = 2000
 
 
 def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
-    """FID and KID of disjoint blocks of N of the features (M, d) against the reference: columns metric, n, mean, sd, blocks.
+    """FID and KID of disjoint blocks of N of the features (M, d) against the reference: columns
+    metric, n, mean, sd, blocks.
 
-    The row with n = inf is FID extrapolated to infinite N from the mean FID of N >= 200 (`bootstrap.fid_at_infinity`).
+    The row with n = inf is FID extrapolated to infinite N from the mean FID of N >= 200
+    (`bootstrap.fid_at_infinity`).
     """
     order = torch.randperm(len(features), generator=generator(seed))
     rows = []
     for n in (n for n in SIZES if n <= len(features)):
-        blocks = torch.stack([order[i * n : (i + 1) * n] for i in range(min(BLOCKS, len(features) // n))])
+        blocks = torch.stack(
+            [order[i * n : (i + 1) * n] for i in range(min(BLOCKS, len(features) // n))]
+        )
         for metric, draws in (("fid", bootstrap.fid_bootstrap), ("kid", bootstrap.kid_bootstrap)):
             values = draws(reference, blocks)(features)
-            rows.append((metric, n, values.mean().item(), values.std().item() if len(blocks) > 1 else np.nan, len(blocks)))
+            rows.append(
+                (
+                    metric,
+                    n,
+                    values.mean().item(),
+                    values.std().item() if len(blocks) > 1 else np.nan,
+                    len(blocks),
+                )
+            )
     table = pd.DataFrame(rows, columns=["metric", "n", "mean", "sd", "blocks"])
     line = table[(table["metric"] == "fid") & (table["n"] >= EXTRAPOLATED_FROM)]
     beyond = bootstrap.fid_at_infinity(line["n"], line["mean"])
-    return pd.concat([table, pd.DataFrame([("fid", np.inf, beyond, np.nan, 1)], columns=table.columns)], ignore_index=True)
+    return pd.concat(
+        [table, pd.DataFrame([("fid", np.inf, beyond, np.nan, 1)], columns=table.columns)],
+        ignore_index=True,
+    )
 
 
 def noise_floor(parameters: dict[str, Any]) -> pd.DataFrame:
-    """`floor` of real held-out digits and of the unquantized model's images, on MNIST and Inception features.
+    """`floor` of real held-out digits and of the unquantized model's images, on MNIST and Inception
+    features.
 
-    The references are 5,000 digits, for Inception 2,000 (none where the profile has no Inception columns)."""
-    p, work = parameters, Workspace.open(parameters["PROFILE"], parameters["THREADS"], parameters["DEVICE"])
+    The references are 5,000 digits, for Inception 2,000 (none where the profile has no Inception
+    columns)."""
+    p, work = (
+        parameters,
+        Workspace.open(parameters["PROFILE"], parameters["THREADS"], parameters["DEVICE"]),
+    )
     sampling = Sampling(p["CHECK_IMAGES"], p["SAMPLING_STEPS"], p["SEED"])
     generated = cached_samples(work, load_model(work, p["WIDTH"]), sampling).images
     digits = mnist(train=False)[0][HELD_OUT]
     network = classifier.load()
     sets = (("real", digits), ("generated", generated))
     reference = metrics.mnist_reference(network)
-    seen = [("MNIST", images, metrics.mnist_features(network, x)[0], reference) for images, x in sets]
+    seen = [
+        ("MNIST", images, metrics.mnist_features(network, x)[0], reference) for images, x in sets
+    ]
     if eye := load_inception(work, INCEPTION_REFERENCE if p["INCEPTION_REFERENCE"] else 0):
         seen += [("Inception", images, eye.extract(x)[0], eye.reference) for images, x in sets]
-    tables = [floor(f, reference, p["SEED"]).assign(features=name, images=images) for name, images, f, reference in seen]
-    return pd.concat(tables, ignore_index=True)[["features", "images", "metric", "n", "mean", "sd", "blocks"]]
+    tables = [
+        floor(f, reference, p["SEED"]).assign(features=name, images=images)
+        for name, images, f, reference in seen
+    ]
+    return pd.concat(tables, ignore_index=True)[
+        ["features", "images", "metric", "n", "mean", "sd", "blocks"]
+    ]

@@ -1,8 +1,10 @@
-"""The images that the authors published, scored by our metrics and compared with those of their own unquantized model.
+"""The images that the authors published, scored by our metrics and compared with those of their own
+unquantized model.
 
-The images stand in the authors' public repository (github.com/doeunyy/ewha-laqfi, commit 7e9838e2). They are not copied here:
-`make evidence PUBLISHED=path` reads a clone of that repository, or an npz file with the arrays of SETS, and writes both tables of
-results/published. The real digits are training digits 100-4,999 for Inception features, test digits 0-4,999 for the classifier's.
+The images stand in the authors' public repository (github.com/doeunyy/ewha-laqfi, commit 7e9838e2).
+They are not copied here: `make evidence PUBLISHED=path` reads a clone of that repository, or an npz
+file with the arrays of SETS, and writes both tables of results/published. The real digits are
+training digits 100-4,999 for Inception features, test digits 0-4,999 for the classifier's.
 """
 
 from functools import partial
@@ -25,7 +27,8 @@ from lafq.tensors import atomic_write
 
 FOLDER = paths.RESULTS / "published"
 UNQUANTIZED = "FP32"
-# By the name of its array: what a set is, its folder in the authors' repository, and its number of images.
+# By the name of its array: what a set is, its folder in the authors' repository, and its number of
+# images.
 SETS = {
     "fp32": (UNQUANTIZED, "generated_images", 5000),
     "whole": ("uniform FP16", "quant_whole", 5000),
@@ -37,17 +40,25 @@ SETS = {
 REAL = slice(100, 5000)
 SIZES = (100, 1000)
 PERMUTATIONS = 1999
-README = (UNQUANTIZED, "ratio 0.25")  # the sets whose FID the authors' README has: first, and against 28x28 digits as well (R6)
+README = (
+    UNQUANTIZED,
+    "ratio 0.25",
+)  # the sets whose FID the authors' README has: first, and against 28x28 digits as well (R6)
 UNPADDED = "Inception, real digits 28x28"
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The published images by what they are (SETS), uint8 (N, 1, 32, 32), from a clone of the authors' repository or an npz file.
+    """The published images by what they are (SETS), uint8 (N, 1, 32, 32), from a clone of the
+    authors' repository or an npz file.
 
-    Raises FileNotFoundError when there is nothing at `path`, ValueError when a set is missing or has another number of images.
+    Raises FileNotFoundError when there is nothing at `path`, ValueError when a set is missing or
+    has another number of images.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: give a clone of the authors' repository, or an npz file of their images")
+        raise FileNotFoundError(
+            f"{path} is not there: give a clone of the authors' repository, or an npz file of "
+            f"their images"
+        )
     if path.is_file():
         with np.load(path) as file:
             arrays = {name: file[name] for name in SETS if name in file}
@@ -57,14 +68,18 @@ def read(path: Path) -> dict[str, Tensor]:
     for name, (words, folder, count) in SETS.items():
         if name not in arrays or len(arrays[name]) != count:
             raise ValueError(
-                f"{path} has {len(arrays.get(name, ()))} images of the set {name} ({folder}), not {count}: is it the right commit?"
+                f"{path} has {len(arrays.get(name, ()))} images of the set {name} ({folder}), not "
+                f"{count}: is it the right commit?"
             )
         found[words] = torch.from_numpy(arrays[name])[:, None]
     return found
 
 
-def scores(features: Tensor, logits: Tensor | None, reference: Reference, seed: int) -> pd.DataFrame:
-    """FID, KID and (from logits) IS of features (M, d): mean and standard deviation over disjoint blocks of N, and of all of them.
+def scores(
+    features: Tensor, logits: Tensor | None, reference: Reference, seed: int
+) -> pd.DataFrame:
+    """FID, KID and (from logits) IS of features (M, d): mean and standard deviation over disjoint
+    blocks of N, and of all of them.
 
     Columns n, blocks, fid, fid_sd, kid, kid_sd, is, is_sd.
     """
@@ -80,18 +95,25 @@ def scores(features: Tensor, logits: Tensor | None, reference: Reference, seed: 
             values["is"] = bootstrap.inception_score_bootstrap(blocks)(logits)
         row = {"n": n, "blocks": count}
         for name, found in values.items():
-            row |= {name: found.mean().item(), f"{name}_sd": found.std().item() if count > 1 else float("nan")}
+            row |= {
+                name: found.mean().item(),
+                f"{name}_sd": found.std().item() if count > 1 else float("nan"),
+            }
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def compared(features: dict[str, Tensor], classes: dict[str, Tensor], seed: int) -> pd.DataFrame:
-    """Every set against the unquantized one, and as a control two halves of the unquantized one against each other.
+    """Every set against the unquantized one, and as a control two halves of the unquantized one
+    against each other.
 
     features: (N, d) by set; classes: predicted digits (N,). Columns:
-    fid_to_fp32: FID between up to 2,500 images of the set and the second half of the unquantized one;
-    kid_p: permutation test of the squared MMD that KID estimates (Gretton et al. 2012, "A kernel two-sample test");
-    classes_p: chi-squared test of the predicted digits; *_holm: corrected for the number of sets and both tests;
+    fid_to_fp32: FID between up to 2,500 images of the set and the second half of the unquantized
+    one;
+    kid_p: permutation test of the squared MMD that KID estimates (Gretton et al. 2012, "A kernel
+    two-sample test");
+    classes_p: chi-squared test of the predicted digits; *_holm: corrected for the number of sets
+    and both tests;
     digit, share, share_fp32: the digit whose share differs most.
     """
     order = torch.randperm(len(features[UNQUANTIZED]), generator=generator(seed))
@@ -102,26 +124,44 @@ def compared(features: dict[str, Tensor], classes: dict[str, Tensor], seed: int)
     for name, found in features.items():
         control = name == UNQUANTIZED
         one, other = (found[first], half) if control else (found, features[UNQUANTIZED])
-        digits = [classes[name][first] if control else classes[name], classes[UNQUANTIZED][second if control else order]]
+        digits = [
+            classes[name][first] if control else classes[name],
+            classes[UNQUANTIZED][second if control else order],
+        ]
         counts = torch.stack([torch.bincount(d, minlength=10) for d in digits]).numpy()
         shares = counts / counts.sum(1, keepdims=True)
         most = int(abs(shares[0] - shares[1]).argmax())
         kid, p = mmd_test(one, other, seed)
-        row = {"set": f"{name}, one half against the other" if control else name, "images": len(one), "images_fp32": len(other)}
-        row |= {"fid_to_fp32": metrics.fid(one[: len(half)], statistics), "kid_to_fp32": kid, "kid_p": p}
+        row = {
+            "set": f"{name}, one half against the other" if control else name,
+            "images": len(one),
+            "images_fp32": len(other),
+        }
+        row |= {
+            "fid_to_fp32": metrics.fid(one[: len(half)], statistics),
+            "kid_to_fp32": kid,
+            "kid_p": p,
+        }
         row |= {"classes_p": chi2_contingency(counts[:, counts.sum(0) > 0]).pvalue}
         rows.append(row | {"digit": most, "share": shares[0, most], "share_fp32": shares[1, most]})
     table = pd.DataFrame(rows)
     # The control tests no set, so it stays out of the correction.
     tested = table.index[1:]
     corrected = holm([*table.loc[tested, "kid_p"], *table.loc[tested, "classes_p"]])
-    for name, part in (("kid_p", corrected[: len(tested)]), ("classes_p", corrected[len(tested) :])):
+    for name, part in (
+        ("kid_p", corrected[: len(tested)]),
+        ("classes_p", corrected[len(tested) :]),
+    ):
         table.loc[tested, f"{name}_holm"] = part
     return table
 
 
-def mmd_test(x: Tensor, y: Tensor, seed: int, permutations: int = PERMUTATIONS) -> tuple[float, float]:
-    """The unbiased squared MMD of features (n, d) and (m, d) under KID's kernel, and its permutation p value."""
+def mmd_test(
+    x: Tensor, y: Tensor, seed: int, permutations: int = PERMUTATIONS
+) -> tuple[float, float]:
+    """The unbiased squared MMD of features (n, d) and (m, d) under KID's kernel, and its
+    permutation p value.
+    """
     pooled = torch.cat([x, y]).double()
     kernel = (pooled @ pooled.T).div_(pooled.shape[1]).add_(1).pow_(3).fill_diagonal_(0)
     n, m = len(x), len(y)
@@ -139,25 +179,46 @@ def mmd_test(x: Tensor, y: Tensor, seed: int, permutations: int = PERMUTATIONS) 
 
 
 def measure(path: Path, seed: int) -> None:
-    """Read the published images and write results/published/compared.csv and scores.csv; Inception's rows come set by set."""
+    """Read the published images and write results/published/compared.csv and scores.csv;
+    Inception's rows come set by set.
+    """
     images = read(path)
     network = classifier.load()
     seen = {name: metrics.mnist_features(network, x) for name, x in images.items()}
-    _save("compared", compared({n: f for n, (f, _) in seen.items()}, {n: z.argmax(1) for n, (_, z) in seen.items()}, seed))
+    _save(
+        "compared",
+        compared(
+            {n: f for n, (f, _) in seen.items()},
+            {n: z.argmax(1) for n, (_, z) in seen.items()},
+            seed,
+        ),
+    )
     reference = metrics.mnist_reference(network)
-    tables = [scores(*seen[name], reference, seed).assign(features="MNIST", set=name) for name in images]
+    tables = [
+        scores(*seen[name], reference, seed).assign(features="MNIST", set=name) for name in images
+    ]
     _save_scores(tables)
     extractor, line = inception.load()
     print(line)
     if extractor:
-        features = partial(metrics.kept_inception_features, extractor, folder=paths.BUILD / "inception")
+        features = partial(
+            metrics.kept_inception_features, extractor, folder=paths.BUILD / "inception"
+        )
         real = mnist(train=True)[0][REAL]
         reference = Reference.of(features(real)[0])
         for name in sorted(images, key=lambda name: name not in README):
-            tables.append(scores(*features(images[name]), reference, seed).assign(features="Inception", set=name))
+            tables.append(
+                scores(*features(images[name]), reference, seed).assign(
+                    features="Inception", set=name
+                )
+            )
             if name in README:
                 unpadded = Reference.of(features(real[:, :, 2:-2, 2:-2])[0])
-                tables.append(scores(*features(images[name]), unpadded, seed).assign(features=UNPADDED, set=name))
+                tables.append(
+                    scores(*features(images[name]), unpadded, seed).assign(
+                        features=UNPADDED, set=name
+                    )
+                )
             _save_scores(tables)
             print(f"{name}: scored on Inception features", flush=True)
 
@@ -166,13 +227,19 @@ def load(name: str) -> pd.DataFrame:
     """The table `scores` or `compared`; FileNotFoundError names what makes it."""
     path = FOLDER / f"{name}.csv"
     if not path.is_file():
-        raise FileNotFoundError(f"results/published/{name}.csv is missing: `make evidence PUBLISHED=path` makes it")
+        raise FileNotFoundError(
+            f"results/published/{name}.csv is missing: `make evidence PUBLISHED=path` makes it"
+        )
     return pd.read_csv(path)
 
 
 def fid_noise(images: int = 100) -> float:
-    """Standard deviation of Inception FID over blocks of so many of the unquantized model's published images."""
-    rows = load("scores").query(f"features == 'Inception' and set == '{UNQUANTIZED}' and n == {images}")
+    """Standard deviation of Inception FID over blocks of so many of the unquantized model's
+    published images.
+    """
+    rows = load("scores").query(
+        f"features == 'Inception' and set == '{UNQUANTIZED}' and n == {images}"
+    )
     return rows["fid_sd"].item()
 
 
@@ -187,6 +254,12 @@ def _save(name: str, table: pd.DataFrame) -> None:
 
 
 def _pictures(folder: Path) -> np.ndarray:
-    """The PNG files below a folder as grey images (N, 32, 32), in the order of the numbers in their names."""
+    """The PNG files below a folder as grey images (N, 32, 32), in the order of the numbers in their
+    names.
+    """
     files = sorted(folder.rglob("*.png"), key=lambda path: (len(path.stem), path.stem))
-    return np.stack([np.asarray(Image.open(path).convert("L")) for path in files]) if files else np.empty((0, 32, 32), np.uint8)
+    return (
+        np.stack([np.asarray(Image.open(path).convert("L")) for path in files])
+        if files
+        else np.empty((0, 32, 32), np.uint8)
+    )

@@ -1,7 +1,8 @@
-"""06_budget: every method at every budget, the damage that was predicted and the damage that was measured.
+"""06_budget: every method at every budget, the damage that was predicted and the damage that was
+measured.
 
-The unit of all damages here is the mean squared change of the output per pixel; half the squared error summed over the 1,024
-pixels, which the Fisher information is of, is 512 times that.
+The unit of all damages here is the mean squared change of the output per pixel; half the squared
+error summed over the 1,024 pixels, which the Fisher information is of, is 512 times that.
 """
 
 import math
@@ -27,25 +28,51 @@ from lafq.study.images.samples import Sampling, cached_samples
 from lafq.study.workspace import Workspace
 
 HALF_PIXELS = 512
-FRESH, FRESH_SEED = 1000, 100  # the first held-out digit, and what is added to the seed of the noise
+FRESH, FRESH_SEED = (
+    1000,
+    100,
+)  # the first held-out digit, and what is added to the seed of the noise
 IMAGES = 7
 COLUMNS = [
-    *("method", "granularity", "budget_bits", "budget_mib", "mem_mib", "mem_share", "bits_per_weight", "predicted"),
+    *(
+        "method",
+        "granularity",
+        "budget_bits",
+        "budget_mib",
+        "mem_mib",
+        "mem_share",
+        "bits_per_weight",
+        "predicted",
+    ),
     *("damage", "damage_low", "damage_high", "delta_loss"),
-    *("over_int8", "over_int8_low", "over_int8_high", "over_global", "over_global_low", "over_global_high"),
+    *(
+        "over_int8",
+        "over_int8_low",
+        "over_int8_high",
+        "over_global",
+        "over_global_low",
+        "over_global_high",
+    ),
 ]
 
 
 def measure_candidates(
-    model: nn.Module, rows: list[Candidate], validation: Sensitivity, seed: int, digits: int, fresh: bool = False
+    model: nn.Module,
+    rows: list[Candidate],
+    validation: Sensitivity,
+    seed: int,
+    digits: int,
+    fresh: bool = False,
 ) -> pd.DataFrame:
-    """Bytes, predicted and measured damage of every row, columns as COLUMNS; measured on so many held-out digits.
+    """Bytes, predicted and measured damage of every row, columns as COLUMNS; measured on so many
+    held-out digits.
 
-    validation: from other draws than the plans were made from, since on the draws that it was fitted to a plan looks better than it
-    is; damage is predicted from these. The prediction knows nothing of tuning. fresh: on digits and noise that no setting of
-    the allocator was chosen on (FRESH).
-    over_int8 and over_global are ratios of two damages, paired over the digits: to uniform INT8, and of a threshold rule to one
-    threshold for all at the same bytes and with the same rounding.
+    validation: from other draws than the plans were made from, since on the draws that it was
+    fitted to a plan looks better than it is; damage is predicted from these. The prediction knows
+    nothing of tuning. fresh: on digits and noise that no setting of the allocator was chosen on
+    (FRESH). over_int8 and over_global are ratios of two damages, paired over the digits: to uniform
+    INT8, and of a threshold rule to one threshold for all at the same bytes and with the same
+    rounding.
     """
     noise, first = (seed + FRESH_SEED, FRESH) if fresh else (seed, 0)
     outputs, full = scoring.held_out_outputs(model, noise, digits, first), nbytes(model, {})
@@ -60,23 +87,42 @@ def measure_candidates(
             "budget_bits": round(row.bits, 3),
             "budget_mib": mib_at(model, row.bits),
         }
-        stored = {"mem_mib": size / MIB, "mem_share": size / full, "bits_per_weight": bits_of(model, row.plan)}
-        damages = {"predicted": predicted_damage(model, small, validation) / HALF_PIXELS} | scoring.output_mse(own, rise, seed)
+        stored = {
+            "mem_mib": size / MIB,
+            "mem_share": size / full,
+            "bits_per_weight": bits_of(model, row.plan),
+        }
+        damages = {
+            "predicted": predicted_damage(model, small, validation) / HALF_PIXELS
+        } | scoring.output_mse(own, rise, seed)
         found.append(key | stored | damages)
-    int8 = [own for (method, bits, _), own in errors.items() if method == "uniform" and 8 <= bits < 16]
+    int8 = [
+        own for (method, bits, _), own in errors.items() if method == "uniform" and 8 <= bits < 16
+    ]
     for row, numbers in zip(rows, found, strict=True):
         own = errors[row.method, row.bits, row.granularity]
-        references = {"over_int8": int8[0] if int8 else None, "over_global": errors.get((*rule_beside(row), row.granularity))}
+        references = {
+            "over_int8": int8[0] if int8 else None,
+            "over_global": errors.get((*rule_beside(row), row.granularity)),
+        }
         for name, reference in references.items():
-            ratio = (math.nan,) * 3 if reference is None else scoring.ratio_of_means(own, reference, seed)
+            ratio = (
+                (math.nan,) * 3
+                if reference is None
+                else scoring.ratio_of_means(own, reference, seed)
+            )
             numbers |= dict(zip((name, f"{name}_low", f"{name}_high"), ratio, strict=True))
     return pd.DataFrame(found)[COLUMNS]
 
 
-def coded_files(work: Workspace, model: nn.Module, rows: list[Candidate], seed: int) -> pd.DataFrame:
-    """Of every row the MiB of its entropy-coded file, header included, and peak MiB of sampling a digit from it.
+def coded_files(
+    work: Workspace, model: nn.Module, rows: list[Candidate], seed: int
+) -> pd.DataFrame:
+    """Of every row the MiB of its entropy-coded file, header included, and peak MiB of sampling a
+    digit from it.
 
-    Columns method, granularity, budget_bits, file_mib, peak_mib; peaks repeat to a few tenths, so they are whole MiB.
+    Columns method, granularity, budget_bits, file_mib, peak_mib; peaks repeat to a few tenths, so
+    they are whole MiB.
     """
     found = []
     with TemporaryDirectory() as folder, PeakMeter(work.device) as meter:
@@ -84,17 +130,28 @@ def coded_files(work: Workspace, model: nn.Module, rows: list[Candidate], seed: 
         for row in tqdm(rows, desc="entropy-coded files", unit="row", leave=False):
             save_quantized(path, quantized(model, row, seed), model, compress=True)
             size = path.stat().st_size / MIB
-            found.append((row.method, row.granularity, round(row.bits, 3), size, round(meter.mib(path))))
-    return pd.DataFrame(found, columns=["method", "granularity", "budget_bits", "file_mib", "peak_mib"])
+            found.append(
+                (row.method, row.granularity, round(row.bits, 3), size, round(meter.mib(path)))
+            )
+    return pd.DataFrame(
+        found, columns=["method", "granularity", "budget_bits", "file_mib", "peak_mib"]
+    )
 
 
-def bits_by_tensor(model: nn.Module, fisher: dict[str, Tensor], rows: list[Candidate], granularity: str = "mixed") -> pd.DataFrame:
+def bits_by_tensor(
+    model: nn.Module, fisher: dict[str, Tensor], rows: list[Candidate], granularity: str = "mixed"
+) -> pd.DataFrame:
     """Bits per weight of every weight tensor in the allocator's candidates of a granularity.
 
     Columns budget_bits, parameter, fisher (the tensor's mean), bits_per_weight.
     """
     found = [
-        (round(row.bits, 3), name, fisher[name].mean().item(), bits_per_weight(model, row.plan, [name]))
+        (
+            round(row.bits, 3),
+            name,
+            fisher[name].mean().item(),
+            bits_per_weight(model, row.plan, [name]),
+        )
         for row in rows
         if row.method == "allocator" and row.granularity == granularity
         for name in quantizable(model)
@@ -103,21 +160,34 @@ def bits_by_tensor(model: nn.Module, fisher: dict[str, Tensor], rows: list[Candi
 
 
 def images(
-    work: Workspace, model: nn.Module, rows: list[Candidate], bits: list[float], steps: int, seed: int
+    work: Workspace,
+    model: nn.Module,
+    rows: list[Candidate],
+    bits: list[float],
+    steps: int,
+    seed: int,
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """A few images of the unquantized model and of the allocator's plans (granularity mixed) for these bits, from the same noise.
+    """A few images of the unquantized model and of the allocator's plans (granularity mixed) for
+    these bits, from the same noise.
 
     Returns one row per model, columns KEY, mem_mib, sample, and uint8 images (7, 32, 32) by sample.
     """
     chosen = [
-        row for b in bits for row in rows if row.method == "allocator" and row.granularity == "mixed" and abs(row.bits - b) < 1e-6
+        row
+        for b in bits
+        for row in rows
+        if row.method == "allocator" and row.granularity == "mixed" and abs(row.bits - b) < 1e-6
     ]
     models = {"32 bits": (model, {})}
-    models |= {f"{row.bits:g} bits": (dequantize(quantized(model, row, seed)), row.plan) for row in chosen}
+    models |= {
+        f"{row.bits:g} bits": (dequantize(quantized(model, row, seed)), row.plan) for row in chosen
+    }
     found, samples = [], {}
     for name, (own, plan) in models.items():
         key, generated, _ = cached_samples(work, own, Sampling(IMAGES, steps, seed), name)
         samples[key] = generated[:, 0].numpy()
         method, low = ("allocator", "mixed") if plan else ("baseline", "fp32")
         found.append((method, name, low, low, nbytes(model, plan) / MIB, key))
-    return pd.DataFrame(found, columns=["method", "threshold", "format", "granularity", "mem_mib", "sample"]), samples
+    return pd.DataFrame(
+        found, columns=["method", "threshold", "format", "granularity", "mem_mib", "sample"]
+    ), samples

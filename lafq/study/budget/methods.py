@@ -1,4 +1,6 @@
-"""The plans of 06_budget: uniform formats, the allocator's (tuned or not), and threshold rules at the same bytes."""
+"""The plans of 06_budget: uniform formats, the allocator's (tuned or not), and threshold rules at
+the same bytes.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,23 +35,34 @@ def budget_candidate(method: str, granularity: str, bits: float, plan: Plan) -> 
     return Candidate(method, f"{bits:.3f}", "bits", granularity, plan, bits=bits)
 
 
-def measured_sensitivity(model: nn.Module, samples: int, seed: int, channels: int | None = None) -> Sensitivity:
-    """Sensitivity of all weights, the input and output convolutions' too, from so many noised training digits.
+def measured_sensitivity(
+    model: nn.Module, samples: int, seed: int, channels: int | None = None
+) -> Sensitivity:
+    """Sensitivity of all weights, the input and output convolutions' too, from so many noised
+    training digits.
 
-    Not shrunk, and with all output channels in every pass: with so many passes that changes the damage little
-    (results/benchmarks/passes.csv), and the tables of `make evidence`, which take hours, were made so.
+    Not shrunk, and with all output channels in every pass: with so many passes that changes the
+    damage little (results/benchmarks/passes.csv), and the tables of `make evidence`, which take
+    hours, were made so.
     """
     batches = noised_batches(mnist(train=True)[0], samples, seed)
     return estimate_sensitivity(model, batches, seed, shrink=False, channels=channels)
 
 
 def made(samples: int, seed: int) -> dict[str, Any]:
-    """What the provenance of images says of plans that are made from `measured_sensitivity` and rounded with error feedback."""
-    return {"rounding": "error feedback, unshrunk scales", "fisher": {"kind": "Monte Carlo", "samples": samples, "seed": seed}}
+    """What the provenance of images says of plans that are made from `measured_sensitivity` and
+    rounded with error feedback.
+    """
+    return {
+        "rounding": "error feedback, unshrunk scales",
+        "fisher": {"kind": "Monte Carlo", "samples": samples, "seed": seed},
+    }
 
 
 def mib_at(model: nn.Module, bits: float) -> float:
-    """MiB of the whole model when the weights of the six layers take this many bits each, the rest FP32."""
+    """MiB of the whole model when the weights of the six layers take this many bits each, the rest
+    FP32.
+    """
     weights = sum(w.numel() for w in quantizable(model).values())
     return (nbytes(model, {}) - 4 * weights + bits * weights / 8) / MIB
 
@@ -60,12 +73,19 @@ def bits_of(model: nn.Module, plan: Plan) -> float:
 
 
 def uniform(model: nn.Module, calibration: Sensitivity) -> list[Candidate]:
-    """All weights in one format: rounded as everywhere, and with the allocator's scales and error feedback."""
+    """All weights in one format: rounded as everywhere, and with the allocator's scales and error
+    feedback.
+    """
     plans = {low: Plan(dict.fromkeys(quantizable(model), low)) for low in (*INTEGERS, "fp16")}
-    found = [budget_candidate("uniform", "tensor", bits_of(model, plan), plan) for plan in plans.values()]
+    found = [
+        budget_candidate("uniform", "tensor", bits_of(model, plan), plan) for plan in plans.values()
+    ]
     recipe = Recipe(unshrunk_scale, calibration.fisher, calibration.curvature)
     return found + [
-        budget_candidate(f"uniform, {FEEDBACK}", "tensor", bits_of(model, plans[f]), Plan(plans[f], recipe)) for f in INTEGERS
+        budget_candidate(
+            f"uniform, {FEEDBACK}", "tensor", bits_of(model, plans[f]), Plan(plans[f], recipe)
+        )
+        for f in INTEGERS
     ]
 
 
@@ -82,11 +102,15 @@ def allocated(
     A budget below the smallest possible size is left out, and a line says so.
     """
     rows, layers = [], {name: calibration.fisher[name] for name in quantizable(model)}
-    methods = [("allocator", granularity, layers, calibration.curvature) for granularity in granularities]
+    methods = [
+        ("allocator", granularity, layers, calibration.curvature) for granularity in granularities
+    ]
     varied = {NEAREST: (layers, None), ALL_WEIGHTS: (calibration.fisher, calibration.curvature)}
     methods += [(method, "mixed", *varied[method]) for method in ablations]
     for method, granularity, fisher, curvature in methods:
-        frontiers = solver.frontiers_of(model, fisher, granularity, STUDY_FORMATS, curvature=curvature)
+        frontiers = solver.frontiers_of(
+            model, fisher, granularity, STUDY_FORMATS, curvature=curvature
+        )
         recipe = Recipe(unshrunk_scale, calibration.fisher, curvature)
         for b in bits:
             try:
@@ -99,7 +123,8 @@ def allocated(
 
 
 def coded(model: nn.Module, calibration: Sensitivity, bits: list[float]) -> list[Candidate]:
-    """The steps that `allocate_coded` chooses for all weights, in files of as many bytes as `mib_at` counts for these bits.
+    """The steps that `allocate_coded` chooses for all weights, in files of as many bytes as
+    `mib_at` counts for these bits.
 
     A budget below the smallest possible file is left out, and a line says so.
     """
@@ -115,24 +140,39 @@ def coded(model: nn.Module, calibration: Sensitivity, bits: list[float]) -> list
 
 
 def beside_coded(rows: list[Candidate]) -> list[Candidate]:
-    """The rows that the coded ones are compared with: uniform formats, and the allocator that has all weights to choose from."""
+    """The rows that the coded ones are compared with: uniform formats, and the allocator that has
+    all weights to choose from.
+    """
     methods = ("uniform", f"uniform, {FEEDBACK}", ALL_WEIGHTS)
     return [row for row in rows if row.method in methods and row.bits < 10]
 
 
 def tuned(rows: list[Candidate], bits: list[float], steps: int) -> list[Candidate]:
-    """The allocator's rows of granularity "mixed" at these budgets, with biases and norms tuned for so many steps."""
-    chosen = [row for row in rows if row.method == "allocator" and row.granularity == "mixed" and row.bits in bits]
+    """The allocator's rows of granularity "mixed" at these budgets, with biases and norms tuned for
+    so many steps.
+    """
+    chosen = [
+        row
+        for row in rows
+        if row.method == "allocator" and row.granularity == "mixed" and row.bits in bits
+    ]
     return [row._replace(method="allocator, tuned", tuned=steps) for row in chosen]
 
 
 def thresholds(
-    model: nn.Module, calibration: Sensitivity, bits: list[float], seed: int, rules: Sequence[str] = RULES
+    model: nn.Module,
+    calibration: Sensitivity,
+    bits: list[float],
+    seed: int,
+    rules: Sequence[str] = RULES,
 ) -> list[Candidate]:
-    """The poster's four rules, and the same with magnitude or random scores: single weights kept, up to the same bytes.
+    """The poster's four rules, and the same with magnitude or random scores: single weights kept,
+    up to the same bytes.
 
-    What is not kept goes to the largest integer format below the budget, what is kept stays FP16 (FP32 where even all FP16 fits).
-    Every plan comes twice: with the usual scales and nearest codes, and rounded as the allocator's plans are (FEEDBACK).
+    What is not kept goes to the largest integer format below the budget, what is kept stays FP16
+    (FP32 where even all FP16 fits).
+    Every plan comes twice: with the usual scales and nearest codes, and rounded as the allocator's
+    plans are (FEEDBACK).
     """
     g, fisher = generator(seed), {name: calibration.fisher[name] for name in quantizable(model)}
     scores = {
@@ -155,18 +195,27 @@ def thresholds(
 
 
 def rule_beside(row: Candidate) -> tuple[str, float]:
-    """Method and budget of the row that a threshold rule is compared with: one threshold for all, rounded alike."""
+    """Method and budget of the row that a threshold rule is compared with: one threshold for all,
+    rounded alike.
+    """
     _, comma, rounding = row.method.partition(", ")
     return f"global{comma}{rounding}", row.bits
 
 
-def at_bytes(model: nn.Module, scores: dict[str, Tensor], low: str, high: str, budget_mib: float) -> Plan:
-    """Keep as `high` the single weights of highest score, as many as fit in the budget, and send the others to `low`."""
+def at_bytes(
+    model: nn.Module, scores: dict[str, Tensor], low: str, high: str, budget_mib: float
+) -> Plan:
+    """Keep as `high` the single weights of highest score, as many as fit in the budget, and send
+    the others to `low`.
+    """
     values = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True).values
     fits, too_many = 0, len(values)
     while too_many - fits > len(values) / 2**16:
         count = (fits + too_many) // 2
-        if nbytes(model, make_plan(keep_global(scores, values[count].item()), low, high)) <= budget_mib * MIB:
+        if (
+            nbytes(model, make_plan(keep_global(scores, values[count].item()), low, high))
+            <= budget_mib * MIB
+        ):
             fits = count
         else:
             too_many = count
@@ -175,7 +224,9 @@ def at_bytes(model: nn.Module, scores: dict[str, Tensor], low: str, high: str, b
 
 
 def _rank_in_layer(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of every weight the share of its layer's weights with lower Fisher values: a threshold on these is the ratio rule."""
+    """Of every weight the share of its layer's weights with lower Fisher values: a threshold on
+    these is the ratio rule.
+    """
     result = {}
     for layer in by_layer(fisher).values():
         flat = torch.cat([f.flatten() for f in layer.values()]).cpu()

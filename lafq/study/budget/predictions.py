@@ -1,4 +1,5 @@
-"""What predicts the damage of quantizing a tensor: Fisher information times rounding error, beside what it must beat.
+"""What predicts the damage of quantizing a tensor: Fisher information times rounding error, beside
+what it must beat.
 
 Weights go to their nearest code here, with `formats.unshrunk_scale` scales.
 """
@@ -27,13 +28,26 @@ from lafq.study.images.candidates import Candidate
 PROXIES = ("curvature x error", "Fisher x error", "rounding error", "Fisher", "magnitude", "random")
 
 
-def by_tensor(model: nn.Module, calibration: Sensitivity, formats: tuple[str, ...], seed: int, digits: int) -> pd.DataFrame:
-    """One tensor at a time in one format, the rest FP32: measured damage beside what would predict it.
+def by_tensor(
+    model: nn.Module, calibration: Sensitivity, formats: tuple[str, ...], seed: int, digits: int
+) -> pd.DataFrame:
+    """One tensor at a time in one format, the rest FP32: measured damage beside what would predict
+    it.
 
     Columns parameter, format, nbytes, measured, and the predictions of PROXIES.
     """
-    outputs, weights, found, g = scoring.held_out_outputs(model, seed, digits), quantizable(model), [], generator(seed, 2)
-    for name, low in tqdm([(n, f) for n in weights for f in formats], desc="one tensor at a time", unit="plan", leave=False):
+    outputs, weights, found, g = (
+        scoring.held_out_outputs(model, seed, digits),
+        quantizable(model),
+        [],
+        generator(seed, 2),
+    )
+    for name, low in tqdm(
+        [(n, f) for n in weights for f in formats],
+        desc="one tensor at a time",
+        unit="plan",
+        leave=False,
+    ):
         view = channel_view(model, name)
         w, f = view.of(weights[name]), view.of(calibration.fisher[name])
         change = fake_quantize(w, get_format(low), unshrunk_scale, f) - w
@@ -45,7 +59,10 @@ def by_tensor(model: nn.Module, calibration: Sensitivity, formats: tuple[str, ..
                 "format": low,
                 "nbytes": stored_bytes(view, low),
                 "measured": scoring.output_errors(small, outputs, seed)[0].mean().item(),
-                "curvature x error": damage(change, f, calibration.curvature[name].to(f)).sum().item() / HALF_PIXELS,
+                "curvature x error": damage(change, f, calibration.curvature[name].to(f))
+                .sum()
+                .item()
+                / HALF_PIXELS,
                 "Fisher x error": damage(change, f).sum().item() / HALF_PIXELS,
                 "rounding error": change.square().sum().item(),
                 "Fisher": f.mean().item() * step,
@@ -57,35 +74,55 @@ def by_tensor(model: nn.Module, calibration: Sensitivity, formats: tuple[str, ..
 
 
 def rank_correlations(points: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rank correlation of every prediction with the measured damage, over all formats and within each."""
+    """Spearman's rank correlation of every prediction with the measured damage, over all formats
+    and within each.
+    """
     found = {"all formats": points} | dict(iter(points.groupby("format", sort=False)))
-    table = {name: [rows[p].corr(rows["measured"], method="spearman") for p in PROXIES] for name, rows in found.items()}
+    table = {
+        name: [rows[p].corr(rows["measured"], method="spearman") for p in PROXIES]
+        for name, rows in found.items()
+    }
     return pd.DataFrame(table, index=list(PROXIES)).rename_axis("prediction").reset_index()
 
 
 def best_predictors(ranks: pd.DataFrame, rows: pd.DataFrame) -> str:
-    """What predicts damage, from `rank_correlations` and from the measured damage of the plans of `allocate_by_proxy`."""
+    """What predicts damage, from `rank_correlations` and from the measured damage of the plans of
+    `allocate_by_proxy`.
+    """
     within = ranks.set_index("prediction").drop(columns="all formats")
     by = {name: f"{within.loc[name].min():.2f} to {within.loc[name].max():.2f}" for name in PROXIES}
     over = rows.set_index("method")["damage"] / rows.set_index("method")["damage"]["by measured"]
     ranks_well = within.loc["Fisher x error"].min() > 0.95
     return (
-        f"**Fisher information times squared rounding error {'ranks' if ranks_well else 'does not rank'} weight tensors by their "
-        f"damage.** Its rank correlation with the measured damage is {by['Fisher x error']} within a format. Fisher information "
-        f"alone has {by['Fisher']}, magnitude {by['magnitude']}. Each score also chose formats ({rows['budget_bits'].iloc[0]:g} "
-        f"bits per weight). Formats by Fisher information times error do {over['by Fisher x error']:.1f} times the damage of "
+        f"**Fisher information times squared rounding error "
+        f"{'ranks' if ranks_well else 'does not rank'} weight tensors by their "
+        f"damage.** Its rank correlation with the measured damage is {by['Fisher x error']} within "
+        f"a format. Fisher information "
+        f"alone has {by['Fisher']}, magnitude {by['magnitude']}. Each score also chose formats "
+        f"({rows['budget_bits'].iloc[0]:g} "
+        f"bits per weight). Formats by Fisher information times error do "
+        f"{over['by Fisher x error']:.1f} times the damage of "
         f"formats by measured damage; by magnitude, {over['by magnitude']:.0f} times."
     )
 
 
-def allocate_by_proxy(model: nn.Module, points: pd.DataFrame, bits: float, calibration: Sensitivity) -> list[Candidate]:
-    """The same allocation (granularity "tensor") by every prediction of `by_tensor`, and by the measurement itself."""
+def allocate_by_proxy(
+    model: nn.Module, points: pd.DataFrame, bits: float, calibration: Sensitivity
+) -> list[Candidate]:
+    """The same allocation (granularity "tensor") by every prediction of `by_tensor`, and by the
+    measurement itself.
+    """
     rows = []
     for proxy in (*PROXIES, "measured"):
         frontiers = {}
         for name, own in points.groupby("parameter", sort=False):
-            choices = [StorageOption(int(n), d, f) for n, d, f in own[["nbytes", proxy, "format"]].itertuples(index=False)]
+            choices = [
+                StorageOption(int(n), d, f)
+                for n, d, f in own[["nbytes", proxy, "format"]].itertuples(index=False)
+            ]
             frontiers[name] = undominated(choices)
-        plan = solver.solve_budget(model, frontiers, mib_at(model, bits), recipe=Recipe(unshrunk_scale, calibration.fisher))
+        plan = solver.solve_budget(
+            model, frontiers, mib_at(model, bits), recipe=Recipe(unshrunk_scale, calibration.fisher)
+        )
         rows.append(budget_candidate(f"by {proxy}", "tensor", bits, plan))
     return rows

@@ -1,4 +1,6 @@
-"""Do thresholds by layer beat one threshold for the whole model, at equal bytes and with equal rounding?"""
+"""Do thresholds by layer beat one threshold for the whole model, at equal bytes and with equal
+rounding?
+"""
 
 import numpy as np
 import pandas as pd
@@ -17,28 +19,45 @@ SAID = "several thresholds are better than one for all"
 
 
 def rules_at_equal_bytes(table: pd.DataFrame, rounding: str) -> pd.DataFrame:
-    """Damage of every threshold rule over that of one threshold for all, by budget; rows of `budget.measure_candidates`.
+    """Damage of every threshold rule over that of one threshold for all, by budget; rows of
+    `budget.measure_candidates`.
 
-    rounding: the end of the methods' names, "" for nearest codes. One row per rule, one column per budget, intervals in brackets.
+    rounding: the end of the methods' names, "" for nearest codes. One row per rule, one column per
+    budget, intervals in brackets.
     """
-    ours = table["method"].str.endswith(rounding) if rounding else ~table["method"].str.contains(",")
+    ours = (
+        table["method"].str.endswith(rounding) if rounding else ~table["method"].str.contains(",")
+    )
     rows = table[ours & table["over_global"].notna()]
     cells = [over_global(row) for _, row in rows.iterrows()]
-    cells = np.where(rows["method"].str.startswith("global"), [f"1 (damage {d:.1e})" for d in rows["damage"]], cells)
+    cells = np.where(
+        rows["method"].str.startswith("global"),
+        [f"1 (damage {d:.1e})" for d in rows["damage"]],
+        cells,
+    )
     named = rows.assign(rule=rows["method"].str.split(",").str[0], cell=cells)
     named["budget"] = [f"{bits:g} bits per weight" for bits in named["budget_bits"]]
     found = named.pivot(index="rule", columns="budget", values="cell")
-    return found.loc[named["rule"].unique(), named["budget"].unique()].rename_axis(columns=None).reset_index()
+    return (
+        found.loc[named["rule"].unique(), named["budget"].unique()]
+        .rename_axis(columns=None)
+        .reset_index()
+    )
 
 
 def over_global(row: pd.Series) -> str:
     """A row's damage over that of one threshold, with its interval."""
-    value, low, high = (f"{v:,.0f}" if v >= 10 else f"{v:.1f}" for v in row[[f"over_global{end}" for end in ("", "_low", "_high")]])
+    value, low, high = (
+        f"{v:,.0f}" if v >= 10 else f"{v:.1f}"
+        for v in row[[f"over_global{end}" for end in ("", "_low", "_high")]]
+    )
     return f"{value} [{low}, {high}]"
 
 
 def damage_claims(table: pd.DataFrame, rounding: str) -> list[Claim]:
-    """Damage of every layer-wise rule over that of the global one, rounded alike, at RATE bits per weight."""
+    """Damage of every layer-wise rule over that of the global one, rounded alike, at RATE bits per
+    weight.
+    """
     at_rate = table[np.isclose(table["budget_bits"], RATE)].set_index("method")
     found = []
     for rule, words in LAYERWISE.items():
@@ -51,13 +70,20 @@ def damage_claims(table: pd.DataFrame, rounding: str) -> list[Claim]:
 
 
 def image_claims(
-    table: pd.DataFrame, images: dict[str, np.ndarray], seed: int, size: str = f"{RATE:g} bits per weight"
+    table: pd.DataFrame,
+    images: dict[str, np.ndarray],
+    seed: int,
+    size: str = f"{RATE:g} bits per weight",
 ) -> list[Claim]:
-    """FID of every layer-wise rule's row minus that of the global one; the table's rows are rounded alike and of equal bytes.
+    """FID of every layer-wise rule's row minus that of the global one; the table's rows are rounded
+    alike and of equal bytes.
 
     size: these bytes, in words.
     """
-    by, samples = judge(images, seed, None), table.assign(rule=table["method"].str.split(",").str[0]).set_index("rule")["sample"]
+    by, samples = (
+        judge(images, seed, None),
+        table.assign(rule=table["method"].str.split(",").str[0]).set_index("rule")["sample"],
+    )
     whole, found = by.scored(samples["global"]), []
     for rule in (rule for rule in LAYERWISE if rule in samples):
         own = by.scored(samples[rule])

@@ -1,6 +1,7 @@
 """The paper's diffusion model: U-Net, noise schedule, training, sampling and MNIST.
 
-It may import the root files of lafq alone; importing it makes torchvision importable beside a CPU-only torch.
+It may import the root files of lafq alone; importing it makes torchvision importable beside a
+CPU-only torch.
 """
 
 from importlib.util import find_spec
@@ -10,10 +11,12 @@ import torch
 
 
 def _torchvision_operators() -> torch.library.Library | None:
-    """Declare torchvision's two native operators where its own library cannot be loaded, before it is first imported.
+    """Declare torchvision's two native operators where its own library cannot be loaded, before it
+    is first imported.
 
-    The published torchvision wheel beside a CPU-only torch cannot load its library, and then fails on import although
-    nothing here calls these operators. Where the library loads it brings them itself, and this does nothing more.
+    The published torchvision wheel beside a CPU-only torch cannot load its library, and then fails
+    on import although nothing here calls these operators. Where the library loads it brings them
+    itself, and this does nothing more.
     """
     folder = Path(find_spec("torchvision").submodule_search_locations[0])
     try:

@@ -1,4 +1,5 @@
-"""DDPM: ancestral sampling with per-image noise (Ho et al. 2020); the noise schedule is in `noising`.
+"""DDPM: ancestral sampling with per-image noise (Ho et al. 2020); the noise schedule is in
+`noising`.
 
 Timestep t = 0 is the cleanest, t = 999 is almost pure noise.
 """
@@ -25,9 +26,11 @@ def trailing_timesteps(steps: int) -> list[int]:
 
 
 def ancestral_step(x: Tensor, eps: Tensor, noise: Tensor, t: int, t_next: int) -> Tensor:
-    """One draw from p(x_{t_next} | x_t), posterior variance, x0 not clipped; t_next = -1 ends the chain (no noise).
+    """One draw from p(x_{t_next} | x_t), posterior variance, x0 not clipped; t_next = -1 ends the
+    chain (no noise).
 
-    Source: Ho et al. 2020, equations 6, 7 and 15, for a strided subset of the timesteps. All tensors (B, 1, 32, 32).
+    Source: Ho et al. 2020, equations 6, 7 and 15, for a strided subset of the timesteps. All
+    tensors (B, 1, 32, 32).
     """
     abar, abar_next = ALPHA_BAR[t].item(), ALPHA_BAR[t_next].item() if t_next >= 0 else 1.0
     alpha = abar / abar_next
@@ -37,12 +40,15 @@ def ancestral_step(x: Tensor, eps: Tensor, noise: Tensor, t: int, t_next: int) -
     return mean + variance**0.5 * noise
 
 
-def reverse_process(model: nn.Module, streams: list[torch.Generator], steps: int) -> Iterator[tuple[int, Tensor]]:
-    """The states of the reverse process: (t, x_t) for each of `steps` timesteps from 999 down, then (-1, x_0).
+def reverse_process(
+    model: nn.Module, streams: list[torch.Generator], steps: int
+) -> Iterator[tuple[int, Tensor]]:
+    """The states of the reverse process: (t, x_t) for each of `steps` timesteps from 999 down, then
+    (-1, x_0).
 
-    streams: one CPU generator per image, which gives its start and its noise. x_t: (images, 1, 32, 32), on the model's device.
-    Raises ValueError for a number of steps out of range, RuntimeError, naming the size that fits, for a
-    batch that does not fit into the device's memory.
+    streams: one CPU generator per image, which gives its start and its noise. x_t: (images, 1, 32,
+    32), on the model's device. Raises ValueError for a number of steps out of range, RuntimeError,
+    naming the size that fits, for a batch that does not fit into the device's memory.
     """
     timesteps, device = trailing_timesteps(steps), next(model.parameters()).device
 
@@ -59,21 +65,29 @@ def reverse_process(model: nn.Module, streams: list[torch.Generator], steps: int
         try:
             eps = predict(x, t)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory_error(len(x), "SAMPLING_BATCH", lambda size, x=x, t=t: predict(x[:size], t)) from error
+            raise out_of_memory_error(
+                len(x), "SAMPLING_BATCH", lambda size, x=x, t=t: predict(x[:size], t)
+            ) from error
         x = ancestral_step(x, eps, draw() if t_next >= 0 else torch.zeros_like(x), t, t_next)
     yield -1, x
 
 
 @torch.inference_mode()
 def sample(
-    model: nn.Module, images: int, steps: int, seed: int, batch_size: int = 100, label: str = "sampling", first: int = 0
+    model: nn.Module,
+    images: int,
+    steps: int,
+    seed: int,
+    batch_size: int = 100,
+    label: str = "sampling",
+    first: int = 0,
 ) -> Tensor:
-    """Generate the images first, ..., first + images - 1 from the model as it is (pass the EMA weights).
+    """Generate the images first, ..., first + images - 1 from the model as it is (pass the EMA
+    weights).
 
-    Image i depends on (seed, i) alone, so that two models, or two batch sizes, see the same noise. `label` stands beside the
-    progress bar.
-    The model's weights are put into channels-last order, in place; their values stay.
-    Returns uint8 (images, 1, 32, 32): clamped to [0, 1] and rounded.
+    Image i depends on (seed, i) alone, so that two models, or two batch sizes, see the same noise.
+    `label` stands beside the progress bar. The model's weights are put into channels-last order, in
+    place; their values stay. Returns uint8 (images, 1, 32, 32): clamped to [0, 1] and rounded.
     Raises ValueError for no images, and the errors of `reverse_process`.
     """
     if images < 1:
@@ -81,9 +95,14 @@ def sample(
     model = model.to(memory_format=torch.channels_last)
     batches, done = range(first, first + images, batch_size), []
     trailing_timesteps(steps)  # raises for a wrong number of steps before the progress bar opens
-    with evaluating(model), tqdm(total=len(batches) * steps, desc=label, unit="step", leave=False) as bar:
+    with (
+        evaluating(model),
+        tqdm(total=len(batches) * steps, desc=label, unit="step", leave=False) as bar,
+    ):
         for start in batches:
-            streams = [generator(seed, i) for i in range(start, min(start + batch_size, first + images))]
+            streams = [
+                generator(seed, i) for i in range(start, min(start + batch_size, first + images))
+            ]
             for t, x in reverse_process(model, streams, steps):
                 bar.update(t >= 0)
                 last = x

@@ -26,7 +26,11 @@ def mnist(train: bool, root: Path = paths.DATA) -> tuple[Tensor, Tensor]:
     Raises FileNotFoundError or ValueError naming the archive that is missing or damaged.
     """
     split = "train" if train else "t10k"
-    images, labels = (_read(root / "MNIST" / "raw" / name, md5) for name, md5 in MNIST.resources if name.startswith(split))
+    images, labels = (
+        _read(root / "MNIST" / "raw" / name, md5)
+        for name, md5 in MNIST.resources
+        if name.startswith(split)
+    )
     return F.pad(images.view(-1, 1, 28, 28), (2, 2, 2, 2)), labels.long()
 
 

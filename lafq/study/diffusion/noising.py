@@ -1,6 +1,7 @@
 """The noise schedule, and noised digits in batches.
 
-x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with beta_t linear from 1e-4 to 0.02 over 1,000 steps (Ho et al. 2020).
+x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with beta_t linear from 1e-4 to 0.02 over 1,000 steps
+(Ho et al. 2020).
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ BATCH = 8
 def unit_interval(images: Tensor) -> Tensor:
     """uint8 images -> float32 in [0, 1], the model's range; ValueError for images of another dtype."""
     if images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8 (0 to 255), these are {images.dtype}: convert them first")
+        raise ValueError(
+            f"images must be uint8 (0 to 255), these are {images.dtype}: convert them first"
+        )
     return images.float() / 255
 
 
@@ -30,8 +33,12 @@ def add_noise(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
 
-def noised_batches(images: Tensor, samples: int, seed: int, batch: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x_t, t) of `samples` uint8 images (N, 1, 32, 32), drawn with replacement, t spread evenly over all timesteps."""
+def noised_batches(
+    images: Tensor, samples: int, seed: int, batch: int = BATCH
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x_t, t) of `samples` uint8 images (N, 1, 32, 32), drawn with replacement, t spread evenly
+    over all timesteps.
+    """
     g = generator(seed)
     times = (torch.arange(samples) * TIMESTEPS // samples)[torch.randperm(samples, generator=g)]
     for t in tqdm(times.split(batch), desc="noised digits", unit="batch", leave=False):
@@ -47,13 +54,16 @@ def bin_edges(bins: int) -> list[int]:
 def stratified_batches(
     images: Tensor, samples: int, bins: int, seed: int, like: Tensor
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-    """((x_t, t), noise) of every timestep bin: `samples` draws spread evenly over the bins, t uniform within its bin.
+    """((x_t, t), noise) of every timestep bin: `samples` draws spread evenly over the bins, t
+    uniform within its bin.
 
-    images: uint8 (N, 1, 32, 32), drawn from with replacement. like: a tensor of the device and dtype wanted.
-    Raises ValueError for fewer samples than bins, or a number of bins out of range.
+    images: uint8 (N, 1, 32, 32), drawn from with replacement. like: a tensor of the device and
+    dtype wanted. Raises ValueError for fewer samples than bins, or a number of bins out of range.
     """
     if not 1 <= bins <= TIMESTEPS or samples < bins:
-        raise ValueError(f"{samples} samples over {bins} timestep bins: give every bin at least one sample")
+        raise ValueError(
+            f"{samples} samples over {bins} timestep bins: give every bin at least one sample"
+        )
     edges = bin_edges(bins)
 
     def batches() -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:

@@ -1,4 +1,5 @@
-"""Training: noise-prediction loss, AdamW, an exponential moving average of the weights, and checkpoints.
+"""Training: noise-prediction loss, AdamW, an exponential moving average of the weights, and
+checkpoints.
 
 Source: Ho et al. 2020, algorithm 1; the paper's own settings are in notebooks/profiles/paper.yaml.
 """
@@ -20,7 +21,9 @@ from lafq.tensors import load_tensors, save_tensors
 
 
 def ema_of(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of a model's weights; the decay warms up as (1 + n) / (10 + n) to `decay`."""
+    """Exponential moving average of a model's weights; the decay warms up as (1 + n) / (10 + n) to
+    `decay`.
+    """
 
     def update(ema: list[Tensor], current: list[Tensor], n: Tensor) -> None:
         torch._foreach_lerp_(ema, current, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
@@ -48,11 +51,14 @@ def train(
     seed: int,
     bf16: bool,
 ) -> Iterator[tuple[int, float]]:
-    """Run steps `start`..`steps` - 1 of noise-prediction training, yielding (step, loss) after each.
+    """Run steps `start`..`steps` - 1 of noise-prediction training, yielding (step, loss) after
+    each.
 
-    The loss is the mean over batch and pixels of (eps - eps_theta(x_t, t))^2, t uniform in 0..999. The draws of a step
-    come from (seed, step), so a run continued from a checkpoint is the run that was never interrupted.
-    images: uint8 (N, 1, 32, 32). bf16: bfloat16 autocast of the forward pass; weights and loss stay FP32.
+    The loss is the mean over batch and pixels of (eps - eps_theta(x_t, t))^2, t uniform in 0..999.
+    The draws of a step come from (seed, step), so a run continued from a checkpoint is the run that
+    was never interrupted.
+    images: uint8 (N, 1, 32, 32). bf16: bfloat16 autocast of the forward pass; weights and loss stay
+    FP32.
     """
     device = next(model.parameters()).device
     model.train()
@@ -62,7 +68,9 @@ def train(
         chosen = torch.randint(len(images), (batch_size,), generator=g)
         t = torch.randint(TIMESTEPS, (batch_size,), generator=g).to(device)
         noise = torch.randn(batch_size, 1, 32, 32, generator=g).to(device)
-        x = add_noise(unit_interval(images[chosen]).to(device), t, noise).to(memory_format=torch.channels_last)
+        x = add_noise(unit_interval(images[chosen]).to(device), t, noise).to(
+            memory_format=torch.channels_last
+        )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, peak, steps, warmup, decay)
         optimizer.zero_grad()
@@ -70,7 +78,9 @@ def train(
             loss = _backward(model, x, t, noise, bf16)
         except torch.OutOfMemoryError as error:
             fitting = out_of_memory_error(
-                batch_size, "TRAINING's batch_size", lambda n, b=(x, t, noise): _backward(model, *(v[:n] for v in b), bf16)
+                batch_size,
+                "TRAINING's batch_size",
+                lambda n, b=(x, t, noise): _backward(model, *(v[:n] for v in b), bf16),
             )
             raise fitting from error
         optimizer.step()
@@ -98,12 +108,13 @@ def fit(
     compile: bool = False,
     **settings: Any,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Train from scratch, or on from `checkpoint` if there is one, and return the EMA weights and every step's loss.
+    """Train from scratch, or on from `checkpoint` if there is one, and return the EMA weights and
+    every step's loss.
 
-    The checkpoint is rewritten every `every` steps and kept; `settings` are those of `train`. compile: with torch.compile, which
-    takes a C++ compiler, is faster and rounds differently. A run may be prolonged
-    (other `steps`) as long as its learning rate has not begun to fall.
-    Raises ValueError when the checkpoint belongs to other settings.
+    The checkpoint is rewritten every `every` steps and kept; `settings` are those of `train`.
+    compile: with torch.compile, which takes a C++ compiler, is faster and rounds differently. A run
+    may be prolonged (other `steps`) as long as its learning rate has not begun to fall. Raises
+    ValueError when the checkpoint belongs to other settings.
     """
     record = {
         "width": model.width,
@@ -137,21 +148,30 @@ def _checked(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -
     done = len(tensors["loss"])
     if steps != metadata["steps"] and done > min(steps, metadata["steps"]) - decay:
         raise ValueError(
-            f"{checkpoint} is {done} steps into a run of {metadata['steps']}, past where {steps} steps would "
+            f"{checkpoint} is {done} steps into a run of {metadata['steps']}, past where {steps} "
+            f"steps would "
             "have changed the learning rate: delete it to train anew"
         )
     return tensors
 
 
-def _state(model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW, losses: list[float]) -> dict[str, Tensor]:
+def _state(
+    model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW, losses: list[float]
+) -> dict[str, Tensor]:
     state = {"loss": torch.tensor(losses, dtype=torch.float64)}
     for name, p in model.named_parameters():
         moments = optimizer.state[p]
-        state |= {f"model/{name}": p.detach(), f"m/{name}": moments["exp_avg"], f"v/{name}": moments["exp_avg_sq"]}
+        state |= {
+            f"model/{name}": p.detach(),
+            f"m/{name}": moments["exp_avg"],
+            f"v/{name}": moments["exp_avg_sq"],
+        }
     return state | {f"ema/{n}": p.detach() for n, p in ema.module.named_parameters()}
 
 
-def _restore(state: dict[str, Tensor], model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW) -> None:
+def _restore(
+    state: dict[str, Tensor], model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW
+) -> None:
     done = torch.tensor(float(len(state["loss"])))
     with torch.no_grad():
         ema.n_averaged.fill_(int(done))
@@ -160,4 +180,8 @@ def _restore(state: dict[str, Tensor], model: nn.Module, ema: AveragedModel, opt
             q.copy_(state[f"ema/{name}"])
             # The fused kernel walks memory, so the moments need the strides of the parameter.
             moments = {k: torch.empty_like(p).copy_(state[f"{k}/{name}"]) for k in ("m", "v")}
-            optimizer.state[p] = {"step": done.to(p.device, copy=True), "exp_avg": moments["m"], "exp_avg_sq": moments["v"]}
+            optimizer.state[p] = {
+                "step": done.to(p.device, copy=True),
+                "exp_avg": moments["m"],
+                "exp_avg_sq": moments["v"],
+            }

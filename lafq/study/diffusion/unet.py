@@ -1,8 +1,10 @@
 """The Simple Diffusion Model of the paper: a U-Net of six layers (stages) at any width W.
 
-Input and output are (B, 1, 32, 32). With W = 64 it has the paper's 35,178,689 parameters (134.20 MiB in FP32).
+Input and output are (B, 1, 32, 32). With W = 64 it has the paper's 35,178,689 parameters (134.20
+MiB in FP32).
 
-Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information" (IEIE 2024), model section.
+Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information" (IEIE 2024), model
+section.
 """
 
 import math
@@ -23,7 +25,9 @@ def time_table(channels: int, timesteps: int = TIMESTEPS) -> Tensor:
 
     It is made on the CPU even under `torch.device("meta")`: no file stores it.
     """
-    frequency = torch.exp(torch.arange(0, channels, 2, device="cpu") * (-math.log(10000.0) / channels))
+    frequency = torch.exp(
+        torch.arange(0, channels, 2, device="cpu") * (-math.log(10000.0) / channels)
+    )
     angle = torch.arange(timesteps, device="cpu")[:, None] * frequency
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
@@ -40,14 +44,18 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x: (B, C, H, W), embedding: (B, at least C), of which the first C are added -> (B, C, H, W)."""
+        """x: (B, C, H, W), embedding: (B, at least C), of which the first C are added -> (B, C, H,
+        W).
+        """
         x = x + embedding[:, : x.shape[1], None, None]
         h = self.dropout(self.conv1(F.relu(self.norm1(x))))
         return x + self.conv2(F.relu(self.norm2(h)))
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the pixels of (B, C, H, W); neither norm nor residual, as in the paper."""
+    """Multi-head self-attention over the pixels of (B, C, H, W); neither norm nor residual, as in
+    the paper.
+    """
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -59,18 +67,29 @@ class Attention(nn.Module):
         """x: (B, C, H, W) -> (B, C, H, W)."""
         b, c, h, w = x.shape
         tokens = x.flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        # Not in bfloat16, also under autocast: with heads this narrow its CPU kernel is two to three times slower.
+        q, k, v = (
+            self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        )
+        # Not in bfloat16, also under autocast: with heads this narrow its CPU kernel is two to
+        # three times slower.
         dtype = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype)).transpose(1, 2).reshape(b, h * w, c)
+            y = (
+                F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype))
+                .transpose(1, 2)
+                .reshape(b, h * w, c)
+            )
         return self.out(y).transpose(1, 2).reshape(b, c, h, w)
 
 
 class Stage(nn.Module):
-    """One "layer" of the paper: residual block, attention where marked, residual block, resampling convolution."""
+    """One "layer" of the paper: residual block, attention where marked, residual block, resampling
+    convolution.
+    """
 
-    def __init__(self, channels: int, groups: int, heads: int | None, down: bool, dropout: float) -> None:
+    def __init__(
+        self, channels: int, groups: int, heads: int | None, down: bool, dropout: float
+    ) -> None:
         super().__init__()
         self.block1 = ResidualBlock(channels, groups, dropout)
         self.attention = Attention(channels, heads) if heads else nn.Identity()
@@ -82,7 +101,9 @@ class Stage(nn.Module):
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) -> the resampled output and the output before resampling (the skip connection)."""
+        """(B, C, H, W) -> the resampled output and the output before resampling (the skip
+        connection).
+        """
         x = self.block2(self.attention(self.block1(x, embedding)), embedding)
         return self.resample(x), x
 
@@ -101,7 +122,10 @@ class UNet(nn.Module):
     def __init__(self, width: int = 64, dropout: float = 0.1) -> None:
         super().__init__()
         if width < 4 or width % 2:
-            raise ValueError(f"width {width} cannot be built: choose an even number of at least 4 (the paper's is 64)")
+            raise ValueError(
+                f"width {width} cannot be built: choose an even number of at least 4 (the paper's "
+                f"is 64)"
+            )
         self.width = width
         self.register_buffer("times", time_table(8 * width), persistent=False)
         self.inp = nn.Conv2d(1, width, 3, padding=1)
@@ -113,7 +137,9 @@ class UNet(nn.Module):
         self.out2 = nn.Conv2d(2 * width, 1, 1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: (B, 1, 32, 32), t: (B,) whole numbers in 0..999 (0 = clean) -> predicted noise (B, 1, 32, 32)."""
+        """x: (B, 1, 32, 32), t: (B,) whole numbers in 0..999 (0 = clean) -> predicted noise (B, 1,
+        32, 32).
+        """
         embedding = self.times[t]
         x = self.inp(x)
         skips = []
@@ -133,5 +159,7 @@ def layer_of(parameter: str) -> str | None:
 
 
 def quantizable(model: nn.Module) -> dict[str, Tensor]:
-    """The weight tensors (not biases, not norms) of the six layers, by name, in the order of the network."""
+    """The weight tensors (not biases, not norms) of the six layers, by name, in the order of the
+    network.
+    """
     return {n: p.detach() for n, p in model.named_parameters() if p.ndim > 1 and layer_of(n)}

@@ -1,8 +1,10 @@
-"""00_explore: one setting of rule, amount, granularity and format -> its plan, bytes, kept weights, predicted damage and digits.
+"""00_explore: one setting of rule, amount, granularity and format -> its plan, bytes, kept weights,
+predicted damage and digits.
 
-Sensitivity is estimated on the spot from few digits, so no file of another notebook is needed. Damage is predicted from other
-digits than the plan and its rounding are made from: on its own few draws an allocation would look three times better than it is.
-`panel` draws an outcome and ties it to sliders.
+Sensitivity is estimated on the spot from few digits, so no file of another notebook is needed.
+Damage is predicted from other digits than the plan and its rounding are made from: on its own few
+draws an allocation would look three times better than it is. `panel` draws an outcome and ties it
+to sliders.
 """
 
 import math
@@ -16,7 +18,14 @@ from torch import Tensor, nn
 from lafq.allocation.allocate import frontiers_of, solve_budget
 from lafq.allocation.pareto import StorageOption
 from lafq.allocation.prediction import predicted_damage
-from lafq.allocation.rules import GRANULARITIES, by_granularity, keep_global, keep_ratio, relative_to_group, standardized
+from lafq.allocation.rules import (
+    GRANULARITIES,
+    by_granularity,
+    keep_global,
+    keep_ratio,
+    relative_to_group,
+    standardized,
+)
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
@@ -43,9 +52,10 @@ LOW = [name for name in STUDY_FORMATS if name != "fp32"]
 class Setting(NamedTuple):
     """What the sliders say.
 
-    amount: the share of the weights, channels or tensors that is kept in FP32 (of "ratio": of each layer's); of the allocator the
-    size, as a share of FP32's bytes. granularity: "tensor", "channel" or "weight" (of the allocator: channels, and single weights
-    in FP16). format: of what is not kept; the allocator chooses its formats itself.
+    amount: the share of the weights, channels or tensors that is kept in FP32 (of "ratio": of each
+    layer's); of the allocator the size, as a share of FP32's bytes. granularity: "tensor",
+    "channel" or "weight" (of the allocator: channels, and single weights in FP16). format: of what
+    is not kept; the allocator chooses its formats itself.
     """
 
     rule: str = "ratio"
@@ -57,9 +67,9 @@ class Setting(NamedTuple):
 class Subject(NamedTuple):
     """What is explored: a model, its sensitivity, and how digits are drawn from it.
 
-    calibration: what plans and rounding are made from; validation: from other digits, what damage is predicted from. digits: of
-    the FP32 model, uint8 (N, 32, 32). int8: predicted damage of uniform INT8. fronts: of the allocator, by granularity, filled in
-    as they are asked for.
+    calibration: what plans and rounding are made from; validation: from other digits, what damage
+    is predicted from. digits: of the FP32 model, uint8 (N, 32, 32). int8: predicted damage of
+    uniform INT8. fronts: of the allocator, by granularity, filled in as they are asked for.
     """
 
     work: Workspace
@@ -75,9 +85,10 @@ class Subject(NamedTuple):
 class Outcome(NamedTuple):
     """What a setting leads to.
 
-    threshold: in words; nbytes: stored, of the whole model; kept: share of the six layers' weights in FP32; damage: predicted
-    mean squared change of the output per pixel; by_tensor: columns parameter, layer, kept_share, bits_per_weight; digits: uint8
-    (N, 32, 32), from the same noise as the subject's.
+    threshold: in words; nbytes: stored, of the whole model; kept: share of the six layers' weights
+    in FP32; damage: predicted mean squared change of the output per pixel; by_tensor: columns
+    parameter, layer, kept_share, bits_per_weight; digits: uint8 (N, 32, 32), from the same noise as
+    the subject's.
     """
 
     setting: Setting
@@ -91,39 +102,68 @@ class Outcome(NamedTuple):
 
 
 def subject(work: Workspace, width: int, sampling: Sampling, samples: int) -> Subject:
-    """The trained model of a profile, explored with few digits; prints what its sensitivity is estimated from.
+    """The trained model of a profile, explored with few digits; prints what its sensitivity is
+    estimated from.
 
     Raises FileNotFoundError without weights, ValueError for numbers out of range.
     """
     model = load_model(work, width)
     if samples < 1:
-        raise ValueError(f"Fisher information from {samples} digits was asked for: at least one is needed")
+        raise ValueError(
+            f"Fisher information from {samples} digits was asked for: at least one is needed"
+        )
     others = -(-samples // 2)
-    print(f"true Fisher information: from {samples} digits; damage: from {others} other digits (10_damage uses more)")
-    found = [measured_sensitivity(model, n, sampling.seed + i) for i, n in enumerate((samples, others))]
+    print(
+        f"true Fisher information: from {samples} digits; damage: from {others} other digits "
+        f"(10_damage uses more)"
+    )
+    found = [
+        measured_sensitivity(model, n, sampling.seed + i) for i, n in enumerate((samples, others))
+    ]
     return subject_of(work, model, *found, sampling)
 
 
-def subject_of(work: Workspace, model: nn.Module, calibration: Sensitivity, validation: Sensitivity, sampling: Sampling) -> Subject:
+def subject_of(
+    work: Workspace,
+    model: nn.Module,
+    calibration: Sensitivity,
+    validation: Sensitivity,
+    sampling: Sampling,
+) -> Subject:
     """The subject of a model whose sensitivity is at hand."""
     digits = cached_samples(work, model, sampling).images[:, 0].numpy()
     int8 = dequantize(quantize(model, dict.fromkeys(quantizable(model), "int8")))
     return Subject(
-        work, model, calibration, validation, sampling, digits, predicted_damage(model, int8, validation) / HALF_PIXELS, {}
+        work,
+        model,
+        calibration,
+        validation,
+        sampling,
+        digits,
+        predicted_damage(model, int8, validation) / HALF_PIXELS,
+        {},
     )
 
 
 def plan_of(subject: Subject, setting: Setting) -> tuple[str, Plan]:
     """The threshold in words, and the plan; the allocator's is rounded with error feedback.
 
-    Raises ValueError, in one sentence, for a setting that no slider can have, and for a size that the allocator cannot meet.
+    Raises ValueError, in one sentence, for a setting that no slider can have, and for a size that
+    the allocator cannot meet.
     """
     model, (rule, amount, granularity, format) = subject.model, setting
-    for name, value, known in (("rule", rule, RULES), ("granularity", granularity, GRANULARITIES), ("format", format, LOW)):
+    for name, value, known in (
+        ("rule", rule, RULES),
+        ("granularity", granularity, GRANULARITIES),
+        ("format", format, LOW),
+    ):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
     if not 0 <= amount <= 1:
-        raise ValueError(f"amount {amount} is outside [0, 1]: it is the share that is kept, or the share of FP32's bytes")
+        raise ValueError(
+            f"amount {amount} is outside [0, 1]: it is the share that is kept, or the share of "
+            f"FP32's bytes"
+        )
     fisher = {name: subject.calibration.fisher[name] for name in quantizable(model)}
     if rule != "allocator":
         axes = {n: 1 for n in fisher if channel_view(model, n).groups}
@@ -132,19 +172,29 @@ def plan_of(subject: Subject, setting: Setting) -> tuple[str, Plan]:
     granularity = "mixed" if granularity == "weight" else granularity
     if granularity not in subject.fronts:
         curvature = subject.calibration.curvature
-        subject.fronts[granularity] = frontiers_of(model, fisher, granularity, STUDY_FORMATS, False, curvature=curvature)
+        subject.fronts[granularity] = frontiers_of(
+            model, fisher, granularity, STUDY_FORMATS, False, curvature=curvature
+        )
     recipe, budget = (
         Recipe(unshrunk_scale, subject.calibration.fisher, subject.calibration.curvature),
         amount * nbytes(model, {}) / MIB,
     )
-    return f"size at most {amount:.1%} of FP32", solve_budget(model, subject.fronts[granularity], budget, recipe=recipe)
+    return f"size at most {amount:.1%} of FP32", solve_budget(
+        model, subject.fronts[granularity], budget, recipe=recipe
+    )
 
 
 def kept(scores: dict[str, Tensor], rule: str, share: float) -> tuple[str, dict[str, Tensor]]:
-    """The threshold of a rule that keeps this share of the scores (more where scores are equal), in words and as `keep` masks."""
+    """The threshold of a rule that keeps this share of the scores (more where scores are equal), in
+    words and as `keep` masks.
+    """
     if rule == "ratio":
         return f"ratio = {share:.3g}", keep_ratio(scores, share)
-    name, relative = {"global": ("tau", dict), "group": ("factor", relative_to_group), "mean_std": ("k", standardized)}[rule]
+    name, relative = {
+        "global": ("tau", dict),
+        "group": ("factor", relative_to_group),
+        "mean_std": ("k", standardized),
+    }[rule]
     scores = relative(scores)
     values = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True).values
     count = math.floor(share * len(values) + 1e-9)
@@ -164,9 +214,16 @@ def outcome(subject: Subject, setting: Setting) -> Outcome:
 
 
 def by_tensor(model: nn.Module, plan: Plan) -> pd.DataFrame:
-    """Share of the weights that a plan leaves in FP32, and stored bits per weight, of every weight tensor."""
+    """Share of the weights that a plan leaves in FP32, and stored bits per weight, of every weight
+    tensor.
+    """
     found = [
-        (name, layer_of(name), kept_weights(model, plan, name) / w.numel(), bits_per_weight(model, plan, [name]))
+        (
+            name,
+            layer_of(name),
+            kept_weights(model, plan, name) / w.numel(),
+            bits_per_weight(model, plan, [name]),
+        )
         for name, w in quantizable(model).items()
     ]
     return pd.DataFrame(found, columns=["parameter", "layer", "kept_share", "bits_per_weight"])

@@ -14,11 +14,32 @@ from lafq.study.workspace import Workspace
 
 SHOWN = [
     *("method", "threshold", "format", "granularity", "kept_share", "mem_mib", "mem_share"),
-    *("fid_mnist", "delta_fid_mnist", "is_mnist", "fid_inception", "delta_fid_inception", "psnr", "class_changed"),
+    *(
+        "fid_mnist",
+        "delta_fid_mnist",
+        "is_mnist",
+        "fid_inception",
+        "delta_fid_inception",
+        "psnr",
+        "class_changed",
+    ),
 ]
 DIGITS = {
-    **dict.fromkeys(("mem_mib", "fid_mnist", "is_mnist", "is_inception", "fid_inception", "fid_paper", "is_paper"), "{:.2f}"),
-    **dict.fromkeys(("kept_share", "mem_share", "mem_share_paper", "kid_mnist", "kid_inception"), "{:.3f}"),
+    **dict.fromkeys(
+        (
+            "mem_mib",
+            "fid_mnist",
+            "is_mnist",
+            "is_inception",
+            "fid_inception",
+            "fid_paper",
+            "is_paper",
+        ),
+        "{:.2f}",
+    ),
+    **dict.fromkeys(
+        ("kept_share", "mem_share", "mem_share_paper", "kid_mnist", "kid_inception"), "{:.3f}"
+    ),
     **dict.fromkeys(("delta_fid_mnist", "delta_fid_inception", "fid_mnist_delta"), "{:+.3f}"),
     **dict.fromkeys(("predicted", "damage"), "{:.2e}"),
     "psnr": "{:.1f} dB",
@@ -31,22 +52,37 @@ WITH_INTERVAL = ("fid_mnist", "delta_fid_mnist", "delta_fid_inception", "delta_l
 def note(table: pd.DataFrame) -> str:
     """The sentence over every table of rows: N, sampling, reference sets and padding."""
     images, steps = table["n_images"].iloc[0], table["steps"].iloc[0]
-    seen = re.search(r"Inception: (\d+)", " ".join(table["reference"])) if "reference" in table else None
+    seen = (
+        re.search(r"Inception: (\d+)", " ".join(table["reference"]))
+        if "reference" in table
+        else None
+    )
     count = REFERENCE.stop - REFERENCE.start
     inception = (
-        f" (Inception: {'the same digits' if int(seen[1]) == count else f'the first {int(seen[1]):,} of them'})" if seen else ""
+        f" (Inception: "
+        f"{'the same digits' if int(seen[1]) == count else f'the first {int(seen[1]):,} of them'})"
+        if seen
+        else ""
     )
     return (
-        f"N = {images} images per row, {steps:,} sampling steps, the same noise in every row. FID compares with test digits "
+        f"N = {images} images per row, {steps:,} sampling steps, the same noise in every row. FID "
+        f"compares with test digits "
         f'{REFERENCE.start:,}-{REFERENCE.stop - 1:,}{inception}; all images are 32x32. "mnist": features of our MNIST '
-        "classifier. IS uses MNIST features (the poster's: Inception). class_changed: share of images whose digit changes for "
-        "this classifier. psnr: against FP32's images. kept_share: share of weights kept in FP32. delta_: difference from FP32. "
-        "MiB = 2**20 bytes. In brackets: 95 % intervals at this N, paired bootstrap over the images (1,000 resamples)."
+        "classifier. IS uses MNIST features (the poster's: Inception). class_changed: share of "
+        "images whose digit changes for "
+        "this classifier. psnr: against FP32's images. kept_share: share of weights kept in FP32. "
+        "delta_: difference from FP32. "
+        "MiB = 2**20 bytes. In brackets: 95 % intervals at this N, paired bootstrap over the "
+        "images (1,000 resamples)."
     )
 
 
-def format_table(table: pd.DataFrame, columns: list[str], with_interval: tuple[str, ...] = WITH_INTERVAL) -> pd.DataFrame:
-    """Columns of a table as text: rounded, the 95 % interval in brackets where there is one, "" for no value."""
+def format_table(
+    table: pd.DataFrame, columns: list[str], with_interval: tuple[str, ...] = WITH_INTERVAL
+) -> pd.DataFrame:
+    """Columns of a table as text: rounded, the 95 % interval in brackets where there is one, "" for
+    no value.
+    """
     result = table[columns].copy()
     for name in columns:
         if name not in DIGITS:
@@ -55,7 +91,9 @@ def format_table(table: pd.DataFrame, columns: list[str], with_interval: tuple[s
         result[name] = [write(v) if pd.notna(v) else "" for v in table[name]]
         if name in with_interval:
             ends = zip(result[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
-            result[name] = [f"{text} [{write(low)}, {write(high)}]" if text else "" for text, low, high in ends]
+            result[name] = [
+                f"{text} [{write(low)}, {write(high)}]" if text else "" for text, low, high in ends
+            ]
     return result
 
 
@@ -66,15 +104,25 @@ def tidy(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def damages_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `budget.measure_candidates` as it is shown, intervals in brackets; the rounding stands in every name."""
+    """A table of `budget.measure_candidates` as it is shown, intervals in brackets; the rounding
+    stands in every name.
+    """
     columns = ["method", "budget_bits", "mem_mib", "mem_share", "damage", "fid_mnist_delta"]
     known = [c for c in columns if c in table and not table[c].isna().all()]
-    return format_table(named_by_rounding(table), known, with_interval=("damage", "fid_mnist_delta"))
+    return format_table(
+        named_by_rounding(table), known, with_interval=("damage", "fid_mnist_delta")
+    )
 
 
 def with_rounding(method: str) -> str:
-    """A method of 06_budget with its rounding: uniform formats and rules go to the nearest code unless it says more."""
-    return method if "," in method or method.startswith(("allocator", "by ")) else f"{method}, nearest code"
+    """A method of 06_budget with its rounding: uniform formats and rules go to the nearest code
+    unless it says more.
+    """
+    return (
+        method
+        if "," in method or method.startswith(("allocator", "by "))
+        else f"{method}, nearest code"
+    )
 
 
 def named_by_rounding(table: pd.DataFrame) -> pd.DataFrame:
@@ -83,21 +131,51 @@ def named_by_rounding(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def coded_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of 11_files as they are shown: file and resident MiB side by side, damage also over uniform INT8's."""
-    columns = ["method", "granularity", "budget_bits", "file_mib", "mem_mib", "damage", "over_int8", "fid_mnist_delta"]
-    fixed, coded = table["method"] == "allocator, all weights", table["method"] == "allocator, entropy-coded"
+    """Rows of 11_files as they are shown: file and resident MiB side by side, damage also over
+    uniform INT8's.
+    """
+    columns = [
+        "method",
+        "granularity",
+        "budget_bits",
+        "file_mib",
+        "mem_mib",
+        "damage",
+        "over_int8",
+        "fid_mnist_delta",
+    ]
+    fixed, coded = (
+        table["method"] == "allocator, all weights",
+        table["method"] == "allocator, entropy-coded",
+    )
     plain = (table["method"] == "uniform") & (table["budget_bits"] < 8)
-    shown = table[~plain & ~(fixed & ~table["budget_bits"].isin([3.0, 4.0, 6.0])) & ~(coded & (table["budget_bits"] > 4))]
+    shown = table[
+        ~plain
+        & ~(fixed & ~table["budget_bits"].isin([3.0, 4.0, 6.0]))
+        & ~(coded & (table["budget_bits"] > 4))
+    ]
     known = [c for c in columns if not shown[c].isna().all()]
-    shown = shown.assign(file_mib=shown["file_mib"].map("{:.2f}".format), over_int8=shown["over_int8"].map("{:.2g}".format))
-    return format_table(named_by_rounding(shown), known, with_interval=("damage", "fid_mnist_delta"))
+    shown = shown.assign(
+        file_mib=shown["file_mib"].map("{:.2f}".format),
+        over_int8=shown["over_int8"].map("{:.2g}".format),
+    )
+    return format_table(
+        named_by_rounding(shown), known, with_interval=("damage", "fid_mnist_delta")
+    )
 
 
 def at_posters_size(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of evidence_damages as they are shown: of the uniform formats and the rules one rounding each."""
+    """Rows of evidence_damages as they are shown: of the uniform formats and the rules one rounding
+    each.
+    """
     columns = ["method", "granularity", "budget_bits", "mem_mib", "file_mib", "damage", "over_int8"]
-    uniform, ruled = table["method"] == "uniform", table["method"].str.endswith(FEEDBACK) & table["over_global"].notna()
-    shown = table[(uniform & (table["budget_bits"] < 9)) | table["method"].isin(["allocator", CODED]) | ruled]
+    uniform, ruled = (
+        table["method"] == "uniform",
+        table["method"].str.endswith(FEEDBACK) & table["over_global"].notna(),
+    )
+    shown = table[
+        (uniform & (table["budget_bits"] < 9)) | table["method"].isin(["allocator", CODED]) | ruled
+    ]
     digits = {"file_mib": "{:.2f}", "over_int8": "{:.2g}"}
     text = {c: [f.format(v) if pd.notna(v) else "" for v in shown[c]] for c, f in digits.items()}
     return format_table(named_by_rounding(shown.assign(**text)), columns, with_interval=("damage",))
@@ -107,11 +185,20 @@ def coded_bytes(work: Workspace, table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `coded_shown` with their file, resident and peak MiB side by side."""
     key, sizes = ["method", "granularity", "budget_bits"], ["file_mib", "mem_mib", "peak_mib"]
     shown = coded_shown(table).merge(named_by_rounding(load_table(work, "11_peak_memory")), on=key)
-    return shown[["method", "budget_bits", *sizes, *(c for c in ("over_int8", "fid_mnist_delta") if c in shown)]]
+    return shown[
+        [
+            "method",
+            "budget_bits",
+            *sizes,
+            *(c for c in ("over_int8", "fid_mnist_delta") if c in shown),
+        ]
+    ]
 
 
 def comparison(work: Workspace, *methods: str) -> pd.DataFrame:
-    """Rows of paper_comparison.csv as they are shown: of some methods (all without any), of the ratios `listed` ones."""
+    """Rows of paper_comparison.csv as they are shown: of some methods (all without any), of the
+    ratios `listed` ones.
+    """
     table = load_table(work, "paper_comparison")
     table = listed(table[table["method"].isin(methods or METHODS)]).reset_index(drop=True)
     features = "mnist" if table["fid_inception"].isna().all() else "inception"
@@ -120,13 +207,16 @@ def comparison(work: Workspace, *methods: str) -> pd.DataFrame:
 
 
 def listed(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that the poster's table lists: of the ratios 0.35, 0.38 and 0.40, with single weights kept."""
+    """The rows that the poster's table lists: of the ratios 0.35, 0.38 and 0.40, with single
+    weights kept.
+    """
     ratio = table["threshold"].isin(["0.35", "0.38", "0.40"]) & (table["granularity"] == "weight")
     return table[(table["method"] != "ratio") | ratio]
 
 
 def by_steps(*compared: pd.DataFrame) -> pd.DataFrame:
-    """FID and its difference from FP32 (Inception features) of the rows that all these tables have, one pair of columns per table.
+    """FID and its difference from FP32 (Inception features) of the rows that all these tables have,
+    one pair of columns per table.
 
     Each table has one number of sampling steps, which its columns name.
     """
@@ -134,15 +224,24 @@ def by_steps(*compared: pd.DataFrame) -> pd.DataFrame:
     for table in compared:
         shown = format_table(table, [*KEY, "fid_inception", "delta_fid_inception"])
         steps = f"{table['steps'].iloc[0]:,} steps"
-        names = {"fid_inception": f"FID, {steps}", "delta_fid_inception": f"difference from FP32, {steps}"}
+        names = {
+            "fid_inception": f"FID, {steps}",
+            "delta_fid_inception": f"difference from FP32, {steps}",
+        }
         found = found.merge(shown.rename(columns=names), on=KEY)
     return found
 
 
 def three_rows(table: pd.DataFrame, method: str, threshold: str = "") -> pd.DataFrame:
-    """FP32, uniform INT8, and the first INT8 row of a method on single weights: the rows whose images are drawn."""
+    """FP32, uniform INT8, and the first INT8 row of a method on single weights: the rows whose
+    images are drawn.
+    """
     int8 = table[table["format"] == "int8"]
-    ours = int8[(int8["method"] == method) & (int8["granularity"] == "weight") & int8["threshold"].str.startswith(threshold)]
+    ours = int8[
+        (int8["method"] == method)
+        & (int8["granularity"] == "weight")
+        & int8["threshold"].str.startswith(threshold)
+    ]
     kinds = table[table["method"] == "baseline"], int8[int8["method"] == "uniform"], ours
     return pd.concat([rows.iloc[:1] for rows in kinds], ignore_index=True)
 
@@ -169,8 +268,14 @@ def rules_shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def evidence_claims(work: Workspace) -> pd.DataFrame | None:
-    """The claims with more images and over other training runs, as they are shown; None where `make evidence` made neither."""
-    names = [n for n in ("evidence_rows_claims", "evidence_runs_over") if load_optional(work, n) is not None]
+    """The claims with more images and over other training runs, as they are shown; None where `make
+    evidence` made neither.
+    """
+    names = [
+        n
+        for n in ("evidence_rows_claims", "evidence_runs_over")
+        if load_optional(work, n) is not None
+    ]
     if not names:
         return None
     shown = pd.concat([claims_shown(work, name) for name in names], ignore_index=True)
@@ -178,7 +283,9 @@ def evidence_claims(work: Workspace) -> pd.DataFrame | None:
 
 
 def peaks(work: Workspace, table: pd.DataFrame) -> pd.DataFrame:
-    """Peak memory of sampling from each row's file beside the bytes that it stores; a measurement, which may differ by 1 MiB."""
+    """Peak memory of sampling from each row's file beside the bytes that it stores; a measurement,
+    which may differ by 1 MiB.
+    """
     found = table[[*KEY, "mem_mib"]].merge(load_table(work, "peak_memory"), on=KEY)
     return format_table(found, [*KEY, "mem_mib", "peak_mib"])
 
@@ -194,7 +301,9 @@ def fisher_by_layer(timesteps: pd.DataFrame) -> pd.DataFrame:
 
 
 def group_table(means: dict[str, dict[str, float]]) -> pd.DataFrame:
-    """Mean Fisher value of each group, one column per granularity: tau of a group is the factor times this."""
+    """Mean Fisher value of each group, one column per granularity: tau of a group is the factor
+    times this.
+    """
     return pd.DataFrame(means).rename_axis("group").reset_index()
 
 

@@ -1,4 +1,5 @@
-"""Candidates are quantized, sampled and scored: features, metrics, bootstrap intervals, kept images, Dask and peak memory.
+"""Candidates are quantized, sampled and scored: features, metrics, bootstrap intervals, kept
+images, Dask and peak memory.
 
 It may import `allocation` and what that may, and `diffusion`.
 """

@@ -1,9 +1,11 @@
 """Error bars: a paired bootstrap over images, with an interval freed of the bootstrap's own bias.
 
-FID and IS of N images depend on N, and a resample, which repeats images, behaves as fewer of them: its FID lies far above
-the value. So the draws are centred: with value v, draws b and their mean m the interval is [v - (q97.5 - m), v - (q2.5 - m)]
-(the basic bootstrap of Davison and Hinkley 1997, section 5.2, less the bias m - v). It speaks of the expected value
-at this N. Where N is below the number of features it is wider than it need be (a test measures both on Gaussians).
+FID and IS of N images depend on N, and a resample, which repeats images, behaves as fewer of them:
+its FID lies far above
+the value. So the draws are centred: with value v, draws b and their mean m the interval is [v -
+(q97.5 - m), v - (q2.5 - m)] (the basic bootstrap of Davison and Hinkley 1997, section 5.2, less the
+bias m - v). It speaks of the expected value at this N. Where N is below the number of features it
+is wider than it need be (a test measures both on Gaussians).
 
 A difference from the baseline is taken resample by resample, on the same indices for both.
 """
@@ -25,7 +27,9 @@ Draws = Callable[[Tensor], Tensor]
 
 
 def resamples(images: int, seed: int, count: int = RESAMPLES) -> Tensor:
-    """Indices (count, images) drawn with replacement from 0..images - 1, the same ones for an equal seed."""
+    """Indices (count, images) drawn with replacement from 0..images - 1, the same ones for an equal
+    seed.
+    """
     return torch.randint(images, (count, images), generator=generator(seed, images))
 
 
@@ -33,16 +37,20 @@ def interval(value: float, draws: Tensor) -> tuple[float, float]:
     """The centred 95 % interval of a value with its bootstrap draws (count,)."""
     tail = (1 - LEVEL) / 2
     # A resample of one image alone, which a handful of images gives at times, has no KID.
-    low, high = torch.nanquantile(draws.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.nanquantile(
+        draws.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    ).tolist()
     centre = draws.double().nanmean().item()
     return value - (high - centre), value - (low - centre)
 
 
 def fid_bootstrap(reference: Reference, indices: Tensor) -> Draws:
-    """FID against the reference, resample by resample: a function of features (N, d) that gives (count,).
+    """FID against the reference, resample by resample: a function of features (N, d) that gives
+    (count,).
 
-    With S the reference's covariance and Y the features times S^(1/2), the trace of (C S)^(1/2) is the sum of the singular
-    values of the centred Y / sqrt(N - 1); they come from the smaller of the N x N and d x d products.
+    With S the reference's covariance and Y the features times S^(1/2), the trace of (C S)^(1/2) is
+    the sum of the singular values of the centred Y / sqrt(N - 1); they come from the smaller of the
+    N x N and d x d products.
     """
     mean = torch.as_tensor(reference.statistics["mu"]).double()
     covariance = torch.as_tensor(reference.statistics["sigma"]).double()
@@ -73,7 +81,8 @@ def fid_bootstrap(reference: Reference, indices: Tensor) -> Draws:
 
 
 def kid_bootstrap(reference: Reference, indices: Tensor) -> Draws:
-    """Unbiased squared MMD (cubic kernel) against the whole reference: a function of features (N, d) that gives (count,).
+    """Unbiased squared MMD (cubic kernel) against the whole reference: a function of features (N,
+    d) that gives (count,).
 
     Pairs of one image with itself, which a resample contains, are left out.
     """
@@ -112,8 +121,10 @@ def mean_bootstrap(indices: Tensor) -> Draws:
 
 
 def fid_at_infinity(sizes: Sequence[int], fids: Sequence[float]) -> float:
-    """FID extrapolated to infinite N: the intercept of a line through the FID of `sizes` images over 1 / N.
+    """FID extrapolated to infinite N: the intercept of a line through the FID of `sizes` images
+    over 1 / N.
 
-    Source: Chong and Forsyth 2020, "Effectively Unbiased FID and Inception Score and Where to Find Them".
+    Source: Chong and Forsyth 2020, "Effectively Unbiased FID and Inception Score and Where to Find
+    Them".
     """
     return float(np.polyfit(1 / np.asarray(sizes), np.asarray(fids), 1)[1])

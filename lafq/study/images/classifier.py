@@ -1,7 +1,9 @@
-"""The MNIST feature extractor: a small convolutional classifier of 32x32 digits, shipped in results/classifier.
+"""The MNIST feature extractor: a small convolutional classifier of 32x32 digits, shipped in
+results/classifier.
 
-`python -m lafq.study.images.classifier` trains it anew and writes the weights and a record (test accuracy, sha256, seed).
-FID and KID use its 128 features before the last layer, the inception score its ten logits.
+`python -m lafq.study.images.classifier` trains it anew and writes the weights and a record (test
+accuracy, sha256, seed). FID and KID use its 128 features before the last layer, the inception score
+its ten logits.
 """
 
 import json
@@ -31,9 +33,15 @@ class Classifier(nn.Module):
         layers: list[nn.Module] = []
         for channels_in, channels in ((1, 16), (16, 32), (32, 64)):
             for c in (channels_in, channels):
-                layers += [nn.Conv2d(c, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(c, channels, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(channels),
+                    nn.ReLU(),
+                ]
             layers.append(nn.MaxPool2d(2))
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, FEATURES), nn.ReLU())
+        self.body = nn.Sequential(
+            *layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, FEATURES), nn.ReLU()
+        )
         self.head = nn.Linear(FEATURES, 10)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,11 +51,16 @@ class Classifier(nn.Module):
 
 
 def load(folder: Path = FOLDER) -> Classifier:
-    """The shipped classifier in evaluation mode; ValueError when its file is not the one that was recorded."""
+    """The shipped classifier in evaluation mode; ValueError when its file is not the one that was
+    recorded.
+    """
     path = folder / "classifier.safetensors"
     tensors, _ = load_tensors(path, MADE_BY)
     if sha256(path) != json.loads((folder / "classifier.json").read_text())["sha256"]:
-        raise ValueError(f"{path} is not the file that classifier.json describes: restore it, or run {MADE_BY} again")
+        raise ValueError(
+            f"{path} is not the file that classifier.json describes: restore it, or run {MADE_BY} "
+            f"again"
+        )
     model = Classifier()
     model.load_state_dict(tensors)
     return model.eval()
@@ -61,7 +74,9 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
 
 
 def train(epochs: int = 6, batch_size: int = 128, peak: float = 4e-3, seed: int = 0) -> Classifier:
-    """Train on the 60,000 training digits, slightly shifted and turned, with AdamW and a one-cycle learning rate."""
+    """Train on the 60,000 training digits, slightly shifted and turned, with AdamW and a one-cycle
+    learning rate.
+    """
     torch.manual_seed(seed)
     images, labels = mnist(train=True)
     model = Classifier().to(memory_format=torch.channels_last).train()

@@ -1,8 +1,10 @@
-"""Image quality through torch-fidelity: FID, KID and IS on MNIST features and, as far as its weights are there, on Inception's.
+"""Image quality through torch-fidelity: FID, KID and IS on MNIST features and, as far as its
+weights are there, on Inception's.
 
-Both sides are 32x32 (real digits zero-padded as the generated ones are). The reference set is the first 5,000 test
-digits for MNIST features; for Inception as many of them as the profile says. IS is over one split; KID takes 100
-subsets of min(N, 1,000) images, from a fixed seed. Features are what is compared, whichever network they come from.
+Both sides are 32x32 (real digits zero-padded as the generated ones are). The reference set is the
+first 5,000 test digits for MNIST features; for Inception as many of them as the profile says. IS is
+over one split; KID takes 100 subsets of min(N, 1,000) images, from a fixed seed. Features are what
+is compared, whichever network they come from.
 """
 
 import hashlib
@@ -13,7 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_fid import (
+    KEY_METRIC_FID,
+    fid_features_to_statistics,
+    fid_statistics_to_metric,
+)
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from tqdm import tqdm
@@ -46,28 +52,45 @@ _REFERENCES: dict[str, Reference] = {}
 
 @torch.inference_mode()
 def mnist_features(classifier: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, 1, 32, 32) -> features (N, 128) and logits (N, 10) of the shipped classifier."""
+    """uint8 images (N, 1, 32, 32) -> features (N, 128) and logits (N, 10) of the shipped
+    classifier.
+    """
     _check(images, (32, 32))
     pairs = [classifier(unit_interval(batch)) for batch in images.split(500)]
     return torch.cat([f for f, _ in pairs]), torch.cat([z for _, z in pairs])
 
 
 @torch.inference_mode()
-def inception_features(extractor: FeatureExtractorInceptionV3, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """uint8 images (N, 1, 32, 32) -> pool features (N, 2048), and logits (N, 1008) where the weights have the last layer.
+def inception_features(
+    extractor: FeatureExtractorInceptionV3, images: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """uint8 images (N, 1, 32, 32) -> pool features (N, 2048), and logits (N, 1008) where the
+    weights have the last layer.
 
     The grey value is repeated in the three colours.
     """
     _check(images)
-    batches = tqdm(images.split(INCEPTION_BATCH), desc="Inception features", unit="batch", leave=False)
-    features, logits = zip(*(extractor(batch.expand(-1, 3, -1, -1)) for batch in batches), strict=True)
+    batches = tqdm(
+        images.split(INCEPTION_BATCH), desc="Inception features", unit="batch", leave=False
+    )
+    features, logits = zip(
+        *(extractor(batch.expand(-1, 3, -1, -1)) for batch in batches), strict=True
+    )
     return torch.cat(features), torch.cat(logits) if inception.has_logits(extractor) else None
 
 
 def _check(images: Tensor, size: tuple[int, int] | None = None) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1 or (size and images.shape[2:] != size):
+    if (
+        images.dtype != torch.uint8
+        or images.ndim != 4
+        or images.shape[1] != 1
+        or (size and images.shape[2:] != size)
+    ):
         wanted = "H, W" if size is None else "{}, {}".format(*size)
-        raise ValueError(f"images must be uint8 (N, 1, {wanted}), these are {images.dtype} of shape {tuple(images.shape)}")
+        raise ValueError(
+            f"images must be uint8 (N, 1, {wanted}), these are {images.dtype} of shape "
+            f"{tuple(images.shape)}"
+        )
 
 
 def mnist_reference(classifier: Classifier) -> Reference:
@@ -79,10 +102,14 @@ def mnist_reference(classifier: Classifier) -> Reference:
     return _REFERENCES[key]
 
 
-def inception_reference(extractor: FeatureExtractorInceptionV3, images: int, cache: Path, padded: bool = True) -> Reference:
-    """The first `images` reference digits seen by Inception; their features are computed once and kept in `cache`.
+def inception_reference(
+    extractor: FeatureExtractorInceptionV3, images: int, cache: Path, padded: bool = True
+) -> Reference:
+    """The first `images` reference digits seen by Inception; their features are computed once and
+    kept in `cache`.
 
-    padded: whether the digits have their zero padding to 32x32, as the generated images have, or are 28x28.
+    padded: whether the digits have their zero padding to 32x32, as the generated images have, or
+    are 28x28.
     """
     digits = mnist(train=False)[0][REFERENCE][:images]
     if len(digits) < images:
@@ -92,8 +119,12 @@ def inception_reference(extractor: FeatureExtractorInceptionV3, images: int, cac
     return Reference.of(kept_inception_features(extractor, digits, cache)[0])
 
 
-def kept_inception_features(extractor: FeatureExtractorInceptionV3, images: Tensor, folder: Path) -> tuple[Tensor, Tensor | None]:
-    """`inception_features`, kept in `folder` by the images and the weights: thousands of images take minutes."""
+def kept_inception_features(
+    extractor: FeatureExtractorInceptionV3, images: Tensor, folder: Path
+) -> tuple[Tensor, Tensor | None]:
+    """`inception_features`, kept in `folder` by the images and the weights: thousands of images
+    take minutes.
+    """
     images_sha256 = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     path = folder / f"{images_sha256[:16]}.{weights_sha256(extractor)[:12]}.safetensors"
     if not path.is_file():
@@ -104,11 +135,15 @@ def kept_inception_features(extractor: FeatureExtractorInceptionV3, images: Tens
 
 
 def fid(features: Tensor, reference: Reference) -> float:
-    """Frechet distance between Gaussians fitted to the features (N, d) and to the reference; at least two images."""
+    """Frechet distance between Gaussians fitted to the features (N, d) and to the reference; at
+    least two images.
+    """
     if len(features) < 2:
         raise ValueError("FID needs at least two images")
     if not torch.isfinite(features).all():
-        raise ValueError("the features of the images are not finite: the network that computes them is damaged")
+        raise ValueError(
+            "the features of the images are not finite: the network that computes them is damaged"
+        )
     statistics = fid_features_to_statistics(features)
     return fid_statistics_to_metric(statistics, reference.statistics, verbose=False)[KEY_METRIC_FID]
 
@@ -117,12 +152,19 @@ def kid(features: Tensor, reference: Reference) -> float:
     """Unbiased squared MMD, cubic polynomial kernel, between the features (N, d) and the reference."""
     size = min(len(features), len(reference.features), 1000)
     return kid_features_to_metric(
-        features, reference.features, kid_subsets=100, kid_subset_size=size, rng_seed=KID_SEED, verbose=False
+        features,
+        reference.features,
+        kid_subsets=100,
+        kid_subset_size=size,
+        rng_seed=KID_SEED,
+        verbose=False,
     )[KEY_METRIC_KID_MEAN]
 
 
 def inception_score(logits: Tensor) -> float:
-    """exp of the mean KL divergence between p(y|x) and p(y), over one split, from logits (N, classes)."""
+    """exp of the mean KL divergence between p(y|x) and p(y), over one split, from logits (N,
+    classes).
+    """
     return isc_features_to_metric(logits, splits=1)[KEY_METRIC_ISC_MEAN]
 
 

@@ -10,12 +10,20 @@ from lafq.study.diffusion.noising import ALPHA_BAR, BETAS, add_noise
 
 
 def scheduler(**settings):
-    return DDPMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=False, timestep_spacing="trailing", **settings)
+    return DDPMScheduler(
+        1000, 1e-4, 0.02, "linear", clip_sample=False, timestep_spacing="trailing", **settings
+    )
 
 
 def test_forward_process_is_diffusers():
-    x0, noise, t = torch.rand(4, 1, 32, 32), torch.randn(4, 1, 32, 32), torch.tensor([0, 10, 500, 999])
-    torch.testing.assert_close(add_noise(x0, t, noise), scheduler().add_noise(x0, noise, t), rtol=1e-4, atol=1e-5)
+    x0, noise, t = (
+        torch.rand(4, 1, 32, 32),
+        torch.randn(4, 1, 32, 32),
+        torch.tensor([0, 10, 500, 999]),
+    )
+    torch.testing.assert_close(
+        add_noise(x0, t, noise), scheduler().add_noise(x0, noise, t), rtol=1e-4, atol=1e-5
+    )
     assert ALPHA_BAR[0] == pytest.approx(1 - 1e-4)
 
 
@@ -23,7 +31,8 @@ def test_forward_process_is_diffusers():
 def test_one_reverse_trajectory_is_diffusers(steps):
     theirs = scheduler(variance_type="fixed_small")
     torch.testing.assert_close(theirs.betas, BETAS.float(), rtol=1e-6, atol=0)
-    # Both in float64: in float32 alone 1 - abar has lost its digits near t = 0, and rounding adds up over 1,000 steps.
+    # Both in float64: in float32 alone 1 - abar has lost its digits near t = 0, and rounding adds
+    # up over 1,000 steps.
     theirs.betas, theirs.alphas, theirs.alphas_cumprod = BETAS, 1 - BETAS, ALPHA_BAR
     theirs.set_timesteps(steps)
     timesteps = trailing_timesteps(steps)
@@ -34,7 +43,11 @@ def test_one_reverse_trajectory_is_diffusers(steps):
         t_next = timesteps[i + 1] if i + 1 < steps else -1
         eps = 0.9 * torch.tanh(ours) + 0.05
         state = g.get_state()
-        noise = torch.randn(ours.shape, generator=g, dtype=torch.float64) if t_next >= 0 else torch.zeros_like(ours)
+        noise = (
+            torch.randn(ours.shape, generator=g, dtype=torch.float64)
+            if t_next >= 0
+            else torch.zeros_like(ours)
+        )
         ours = ancestral_step(ours, eps, noise, t, t_next)
         g.set_state(state)
         other = theirs.step(eps, t, other, generator=g).prev_sample

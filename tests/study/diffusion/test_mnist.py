@@ -32,7 +32,9 @@ def archives(tmp_path):
 
 def test_missing_archive(archives):
     (archives / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"train-labels-idx1-ubyte.gz is missing: restore it"):
+    with pytest.raises(
+        FileNotFoundError, match=r"train-labels-idx1-ubyte.gz is missing: restore it"
+    ):
         mnist(train=True, root=archives.parent.parent)
 
 
@@ -53,7 +55,11 @@ def test_extracted_files_beside_the_archives_are_not_read(archives):
 def test_processes_that_read_at_once_leave_no_file(archives):
     before = sorted(archives.iterdir())
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: mnist(train=False, root=archives.parent.parent)[0].sum().item(), range(4)))
+        found = list(
+            pool.map(
+                lambda _: mnist(train=False, root=archives.parent.parent)[0].sum().item(), range(4)
+            )
+        )
     assert len(set(found)) == 1
     assert sorted(archives.iterdir()) == before
 

@@ -73,7 +73,15 @@ def test_learning_rate():
 def test_compile_is_a_setting_of_the_checkpoint(digits, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(UNet, "compile", lambda self: compiled.append(self))
-    fit(model := UNet(4), digits, tmp_path / "c.safetensors", steps=2, ema_decay=0.9, compile=True, **SETTINGS)
+    fit(
+        model := UNet(4),
+        digits,
+        tmp_path / "c.safetensors",
+        steps=2,
+        ema_decay=0.9,
+        compile=True,
+        **SETTINGS,
+    )
     assert compiled == [model]
     with pytest.raises(ValueError, match="made with compile=True, not False"):
         fit(UNet(4), digits, tmp_path / "c.safetensors", steps=2, ema_decay=0.9, **SETTINGS)

@@ -19,14 +19,18 @@ def paper_model():
 
 
 def test_width_64_is_the_papers_model(paper_model):
-    assert {n: sum(p.numel() for p in getattr(paper_model, n).parameters()) for n in LAYERS} == PAPER
+    assert {
+        n: sum(p.numel() for p in getattr(paper_model, n).parameters()) for n in LAYERS
+    } == PAPER
     total = sum(p.numel() for p in paper_model.parameters())
     assert total == 35_178_689
     assert round(total * 4 / 2**20, 2) == 134.20
 
 
 def test_all_stage_weights_in_fp16_are_the_posters_67_70(paper_model):
-    halved = sum(p.numel() for n, p in paper_model.named_parameters() if layer_of(n) and n.endswith("weight"))
+    halved = sum(
+        p.numel() for n, p in paper_model.named_parameters() if layer_of(n) and n.endswith("weight")
+    )
     assert round((35_178_689 * 4 - halved * 2) / 2**20, 2) == 67.70
 
 

@@ -9,11 +9,23 @@ from lafq.study.figures import benchmarks
 @pytest.fixture
 def peers():
     """Two libraries and uniform formats at two numbers of bits; one library fails at 2 bits."""
-    rows = [(benchmarks.OURS, "", 4, 0.5), ("x", "1.0", 4, 0.25), ("x", "1.0", 2, 0.125), ("y", "2.0", 4, 0.75)]
-    table = pd.DataFrame(rows, columns=["library", "version", "bits", "over_all"]).assign(width=16, mem_share=0.125, damage=1e-3)
+    rows = [
+        (benchmarks.OURS, "", 4, 0.5),
+        ("x", "1.0", 4, 0.25),
+        ("x", "1.0", 2, 0.125),
+        ("y", "2.0", 4, 0.75),
+    ]
+    table = pd.DataFrame(rows, columns=["library", "version", "bits", "over_all"]).assign(
+        width=16, mem_share=0.125, damage=1e-3
+    )
     table = table.assign(over_all_low=table["over_all"] / 2, over_all_high=table["over_all"] * 2)
-    table = table.assign(**{f"over_shared{end}": table[f"over_all{end}"] * 2 for end in ("", "_low", "_high")}, error="")
-    failed = pd.DataFrame([{"library": "y", "bits": 2, "width": 16, "damage": math.nan, "error": "ValueError: no"}])
+    table = table.assign(
+        **{f"over_shared{end}": table[f"over_all{end}"] * 2 for end in ("", "_low", "_high")},
+        error="",
+    )
+    failed = pd.DataFrame(
+        [{"library": "y", "bits": 2, "width": 16, "damage": math.nan, "error": "ValueError: no"}]
+    )
     return pd.concat([table, failed], ignore_index=True)
 
 
@@ -28,7 +40,10 @@ def test_peers_are_shown_by_library_and_bits(peers):
 
 def test_the_worst_comparison_and_failures_are_named(peers):
     said = benchmarks.peers_sentence(peers)
-    assert said.startswith("In 3 comparisons at equal bytes the allocator does at most 0.75 times (y, 4 bits, width 16) the damage")
+    assert said.startswith(
+        "In 3 comparisons at equal bytes the allocator does at most 0.75 times (y, 4 bits, width "
+        "16) the damage"
+    )
     assert "The maximum is 1.5 times (y, 4 bits, width 16) if it may quantize only" in said
     assert said.endswith("What failed: y, 2 bits, width 16: ValueError: no.")
     assert "What failed" not in benchmarks.peers_sentence(peers[peers["error"] == ""])
@@ -61,22 +76,58 @@ def test_blocks_and_running_are_shown_rounded():
         "pass_ratio": 2.345,
         "damage": 1.234e-6,
     }
-    shown = benchmarks.blocks_table(pd.DataFrame([row | {"over_whole": 1.0149, "over_whole_low": 0.99, "over_whole_high": 1.04}]))
-    assert shown.iloc[0].tolist() == [64, 1152, "all", "1,234", "2.3", "1.23e-06", "1.01 [0.99, 1.04]"]
-    row = {"width": 16, "model": "int8", "mem_mib": 2.178, "damage": 6.24e-6, "time_batch_1": 1.234, "time_batch_100": 1.0}
-    assert benchmarks.running_table(pd.DataFrame([row])).iloc[0].tolist() == [16, "int8", "2.18", "6.2e-06", "1.23", "1.00"]
+    shown = benchmarks.blocks_table(
+        pd.DataFrame(
+            [row | {"over_whole": 1.0149, "over_whole_low": 0.99, "over_whole_high": 1.04}]
+        )
+    )
+    assert shown.iloc[0].tolist() == [
+        64,
+        1152,
+        "all",
+        "1,234",
+        "2.3",
+        "1.23e-06",
+        "1.01 [0.99, 1.04]",
+    ]
+    row = {
+        "width": 16,
+        "model": "int8",
+        "mem_mib": 2.178,
+        "damage": 6.24e-6,
+        "time_batch_1": 1.234,
+        "time_batch_100": 1.0,
+    }
+    assert benchmarks.running_table(pd.DataFrame([row])).iloc[0].tolist() == [
+        16,
+        "int8",
+        "2.18",
+        "6.2e-06",
+        "1.23",
+        "1.00",
+    ]
 
 
 def test_where_groups_pay_is_counted():
     rows = [("midrise2", "channel", 0.6, None, None), ("int2", "channel", 1.0, None, None)]
     rows += [("int2", "64", 0.5, 3.0, 12.0), ("int2", "32", 0.9, 0.5, 0.9)]
-    table = pd.DataFrame(rows, columns=["format", "group", "damage", "decibels", "decibels_per_bit"]).assign(bits_per_weight=2.0)
-    allocated = {"format": "allocator, bytes of int4", "group": "any", "damage": 0.2, "decibels": 1.0, "bits_per_weight": 4.0}
+    table = pd.DataFrame(
+        rows, columns=["format", "group", "damage", "decibels", "decibels_per_bit"]
+    ).assign(bits_per_weight=2.0)
+    allocated = {
+        "format": "allocator, bytes of int4",
+        "group": "any",
+        "damage": 0.2,
+        "decibels": 1.0,
+        "bits_per_weight": 4.0,
+    }
     allocated |= {"over": 0.8, "over_low": 0.7, "over_high": 0.9}
     table = pd.concat([table, pd.DataFrame([allocated])], ignore_index=True)
     said = benchmarks.groups_sentence(table)
     assert said.startswith("At 2 bits, four levels do 0.60 times the damage of three.")
     assert "more than 6 dB per extra bit in 1 of 2 rows (int2 in groups of 64)" in said
     assert benchmarks.groups_table(table)["decibels"].tolist() == ["", "", "+3.0", "+0.5", "+1.0"]
-    assert said.endswith("divided by its damage without groups: 0.80 [0.70, 0.90] at the bytes of int4.")
+    assert said.endswith(
+        "divided by its damage without groups: 0.80 [0.70, 0.90] at the bytes of int4."
+    )
     assert list(benchmarks.groups_table(table))[-1] == "bits_per_weight"

@@ -31,7 +31,10 @@ def subject(digits, tmp_path_factory):
     torch.manual_seed(0)
     model = UNet(4).eval()
     calibration, validation = (
-        estimate_sensitivity(model, noised_batches(digits, 16, seed=i), i, list(quantizable(model)), shrink=False) for i in (0, 1)
+        estimate_sensitivity(
+            model, noised_batches(digits, 16, seed=i), i, list(quantizable(model)), shrink=False
+        )
+        for i in (0, 1)
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "BUILD", tmp_path_factory.mktemp("build"))
@@ -44,8 +47,13 @@ def test_bytes_are_those_of_the_packed_model(subject, rule, granularity):
     found = explore.outcome(subject, Setting(rule, 0.4, granularity, "int4"))
     packed = quantize(subject.model, found.plan)
     assert found.nbytes == nbytes(subject.model, found.plan) == resident_bytes(packed)
-    bits = sum(found.by_tensor["bits_per_weight"] * [w.numel() for w in quantizable(subject.model).values()])
-    rest = sum(p.nbytes for n, p in subject.model.named_parameters() if n not in subject.calibration.fisher)
+    bits = sum(
+        found.by_tensor["bits_per_weight"]
+        * [w.numel() for w in quantizable(subject.model).values()]
+    )
+    rest = sum(
+        p.nbytes for n, p in subject.model.named_parameters() if n not in subject.calibration.fisher
+    )
     assert bits / 8 + rest == pytest.approx(found.nbytes)
 
 
@@ -57,7 +65,9 @@ def test_everything_kept_is_the_unquantized_model(subject):
         assert found.plan == {}
         assert (found.digits == expected).all()
         assert (found.kept, found.damage, found.nbytes) == (1, 0, nbytes(subject.model, {}))
-    assert (explore.outcome(subject, Setting("ratio", 0, "tensor", "int2")).digits != expected).any()
+    assert (
+        explore.outcome(subject, Setting("ratio", 0, "tensor", "int2")).digits != expected
+    ).any()
 
 
 def test_predicted_damage_is_the_sum_over_all_channels(subject):
@@ -67,9 +77,13 @@ def test_predicted_damage_is_the_sum_over_all_channels(subject):
         values, fisher = rows.of(w), rows.of(subject.validation.fisher[name]).double()
         scale = (values.abs().amax(1, keepdim=True) / 7).half().float()
         off = (values - (values / scale).round().clamp(-7, 7) * scale).double()
-        together = torch.einsum("rc,cd,rd->r", off, subject.validation.curvature[name].double(), off)
+        together = torch.einsum(
+            "rc,cd,rd->r", off, subject.validation.curvature[name].double(), off
+        )
         expected += (fisher.mean(1) * together).sum().item() / 1024
-    assert explore.outcome(subject, Setting("global", 0, "tensor", "int4")).damage == pytest.approx(expected, rel=1e-4)
+    assert explore.outcome(subject, Setting("global", 0, "tensor", "int4")).damage == pytest.approx(
+        expected, rel=1e-4
+    )
     assert subject.int8 < expected
 
 
@@ -86,26 +100,53 @@ def test_the_share_asked_for_is_kept(subject, rule, granularity):
         assert kept == math.floor(0.3 * units + 1e-9)
     if rule == "group":
         factor = float(words.split()[-1])
-        mean_of = {layer: m for group, m in thresholds.group_means(scores).items() for layer in thresholds.GROUPS[group]}
+        mean_of = {
+            layer: m
+            for group, m in thresholds.group_means(scores).items()
+            for layer in thresholds.GROUPS[group]
+        }
         own = {n: s >= factor * mean_of[n.split(".")[0]] for n, s in scores.items()}
         # The threshold is written with three digits: a few may lie between.
-        assert sum(int((own[n] != keep[n]).sum()) for n in keep) <= 0.01 * sum(k.numel() for k in keep.values()) + 1
+        assert (
+            sum(int((own[n] != keep[n]).sum()) for n in keep)
+            <= 0.01 * sum(k.numel() for k in keep.values()) + 1
+        )
 
 
 def test_equal_settings_give_equal_pictures(subject):
     setting = Setting("mean_std", 0.2, "channel", "int3")
-    pictures = [panel.png(subject, explore.outcome(subject, s)) for s in (setting, setting, setting._replace(amount=0.6))]
+    pictures = [
+        panel.png(subject, explore.outcome(subject, s))
+        for s in (setting, setting, setting._replace(amount=0.6))
+    ]
     assert pictures[0] == pictures[1] != pictures[2]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rule": "best"}, "unknown rule 'best': choose one of global, group, mean_std, ratio, allocator"),
-        ({"granularity": "layer"}, "unknown granularity 'layer': choose one of tensor, channel, weight"),
-        ({"format": "int1"}, "unknown format 'int1': choose one of fp16, int8, int6, int4, int3, int2"),
-        ({"amount": 1.2}, "amount 1.2 is outside [0, 1]: it is the share that is kept, or the share of FP32's bytes"),
-        ({"amount": math.nan}, "amount nan is outside [0, 1]: it is the share that is kept, or the share of FP32's bytes"),
+        (
+            {"rule": "best"},
+            "unknown rule 'best': choose one of global, group, mean_std, ratio, allocator",
+        ),
+        (
+            {"granularity": "layer"},
+            "unknown granularity 'layer': choose one of tensor, channel, weight",
+        ),
+        (
+            {"format": "int1"},
+            "unknown format 'int1': choose one of fp16, int8, int6, int4, int3, int2",
+        ),
+        (
+            {"amount": 1.2},
+            "amount 1.2 is outside [0, 1]: it is the share that is kept, or the share of FP32's "
+            "bytes",
+        ),
+        (
+            {"amount": math.nan},
+            "amount nan is outside [0, 1]: it is the share that is kept, or the share of FP32's "
+            "bytes",
+        ),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_sentence(subject, change, message):
@@ -116,7 +157,10 @@ def test_a_setting_that_cannot_be_is_one_sentence(subject, change, message):
 def test_the_allocator_keeps_to_the_size_and_names_the_smallest(subject):
     subject = subject._replace(fronts={})
     full = nbytes(subject.model, {})
-    sizes = [explore.outcome(subject, Setting("allocator", share, "channel")).nbytes / full for share in (0.3, 0.5)]
+    sizes = [
+        explore.outcome(subject, Setting("allocator", share, "channel")).nbytes / full
+        for share in (0.3, 0.5)
+    ]
     assert 0.2 < sizes[0] <= 0.3 < sizes[1] <= 0.5
     with pytest.raises(ValueError, match="cannot be met: the smallest possible is"):
         explore.outcome(subject, Setting("allocator", 0.01, "channel"))
@@ -169,10 +213,14 @@ def test_no_widget_is_written_to_a_notebook(tmp_path):
     path = tmp_path / "x.ipynb"
     seen = nbformat.v4.new_output("display_data", {"image/png": "", "text/plain": "figure"})
     widget = nbformat.v4.new_output(
-        "execute_result", {notebooks.WIDGET: {"model_id": "1"}, "text/plain": "VBox()"}, execution_count=1
+        "execute_result",
+        {notebooks.WIDGET: {"model_id": "1"}, "text/plain": "VBox()"},
+        execution_count=1,
     )
     cell = nbformat.v4.new_code_cell("x", outputs=[seen, widget], execution_count=1)
-    notebooks.clean(path, nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"state": {}}}))
+    notebooks.clean(
+        path, nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"state": {}}})
+    )
     notebook = nbformat.read(path, as_version=4)
     assert notebook.cells[0].outputs == [seen]
     assert "widgets" not in notebook.metadata
@@ -182,5 +230,7 @@ def test_the_explorer_runs_last_and_costs_what_is_counted():
     names = [path.stem for path in notebooks.notebooks()]
     assert (names[0], names[-1]) == ("01_train", notebooks.EXPLORER)
     declared = papermill.inspect_notebook(str(paths.NOTEBOOKS / "00_explore.ipynb"))
-    samples, digits, steps = (int(declared[name]["default"]) for name in ("FEW_SAMPLES", "FEW_DIGITS", "FEW_STEPS"))
+    samples, digits, steps = (
+        int(declared[name]["default"]) for name in ("FEW_SAMPLES", "FEW_DIGITS", "FEW_STEPS")
+    )
     assert 3 * samples * 3 // 2 + 2 * digits * steps == cost.EXPLORED

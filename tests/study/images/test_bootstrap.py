@@ -12,7 +12,10 @@ from lafq.study.images.metrics import Reference
 
 def gaussians(count, dimensions, seed, shift=0.2):
     spread = torch.linspace(0.5, 2, dimensions)
-    return torch.randn(count, dimensions, generator=torch.Generator().manual_seed(seed)) * spread + shift
+    return (
+        torch.randn(count, dimensions, generator=torch.Generator().manual_seed(seed)) * spread
+        + shift
+    )
 
 
 def reference(dimensions):
@@ -27,15 +30,21 @@ def everything(n):
 @pytest.mark.parametrize(("n", "d"), [(40, 16), (300, 16), (100, 128)])
 def test_a_resample_of_everything_is_the_value(n, d):
     other, x = reference(d), gaussians(n, d, 0)
-    assert iv.fid_bootstrap(other, everything(n))(x).item() == pytest.approx(metrics.fid(x, other), rel=1e-5)
+    assert iv.fid_bootstrap(other, everything(n))(x).item() == pytest.approx(
+        metrics.fid(x, other), rel=1e-5
+    )
 
 
 def test_kid_and_inception_score_of_everything_are_the_values():
     other, x = reference(8), gaussians(400, 8, 0, shift=0.5)
     # torch-fidelity averages over 100 subsets of the reference, here it is taken whole.
-    assert iv.kid_bootstrap(other, everything(400))(x).item() == pytest.approx(metrics.kid(x, other), rel=0.05)
+    assert iv.kid_bootstrap(other, everything(400))(x).item() == pytest.approx(
+        metrics.kid(x, other), rel=0.05
+    )
     logits = torch.randn(50, 10, generator=torch.Generator().manual_seed(0)) * 3
-    assert iv.inception_score_bootstrap(everything(50))(logits).item() == pytest.approx(metrics.inception_score(logits), rel=1e-5)
+    assert iv.inception_score_bootstrap(everything(50))(logits).item() == pytest.approx(
+        metrics.inception_score(logits), rel=1e-5
+    )
 
 
 def test_a_resample_scores_as_the_repeated_images_do():
@@ -46,23 +55,32 @@ def test_a_resample_scores_as_the_repeated_images_do():
 
 
 def coverage(n, d, trials):
-    """Shares of the trials whose centred, and whose plain percentile, interval holds the expected FID at this N."""
+    """Shares of the trials whose centred, and whose plain percentile, interval holds the expected
+    FID at this N.
+    """
     other = reference(d)
-    expected = torch.tensor([metrics.fid(gaussians(n, d, 10**4 + i), other) for i in range(200)]).mean().item()
+    expected = (
+        torch.tensor([metrics.fid(gaussians(n, d, 10**4 + i), other) for i in range(200)])
+        .mean()
+        .item()
+    )
     hits, plain = 0, 0
     for i in range(trials):
         x = gaussians(n, d, i)
         draws = iv.fid_bootstrap(other, iv.resamples(n, seed=i, count=300))(x)
         low, high = iv.interval(metrics.fid(x, other), draws)
         hits += low <= expected <= high
-        low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        low, high = torch.quantile(
+            draws, torch.tensor([0.025, 0.975], dtype=torch.float64)
+        ).tolist()
         plain += low <= expected <= high
     return hits / trials, plain / trials
 
 
 @pytest.mark.slow
 def test_intervals_cover_the_expected_value():
-    # 95 % of 100 trials has a standard deviation of 2.2 %; the percentile interval misses on account of its bias.
+    # 95 % of 100 trials has a standard deviation of 2.2 %; the percentile interval misses on
+    # account of its bias.
     centred, plain = coverage(100, 16, trials=100)
     assert centred >= 0.88
     assert plain < centred
@@ -74,7 +92,10 @@ def test_intervals_cover_the_expected_value():
 
 def test_intervals_cover_a_paired_difference():
     other, n, trials = reference(16), 100, 60
-    pairs = [(gaussians(n, 16, i), gaussians(n, 16, i) + 0.02 * gaussians(n, 16, i + 10**5)) for i in range(trials + 200)]
+    pairs = [
+        (gaussians(n, 16, i), gaussians(n, 16, i) + 0.02 * gaussians(n, 16, i + 10**5))
+        for i in range(trials + 200)
+    ]
     deltas = [metrics.fid(b, other) - metrics.fid(a, other) for a, b in pairs]
     expected = sum(deltas[trials:]) / 200
     hits, widths = 0, []
@@ -107,9 +128,9 @@ def test_other_images_have_another_class_and_a_known_psnr():
     row = scoring.paired_change(torch.ones(5), torch.ones(5), other, digits[labels == 1][:10], 0)
     assert row["class_changed"] == pytest.approx(0.5)
     faint = torch.full((4, 1, 32, 32), 26, dtype=torch.uint8)
-    assert scoring.paired_change(torch.ones(5), torch.ones(5), faint, torch.zeros_like(faint), 0)["psnr"] == pytest.approx(
-        20 * math.log10(255 / 26), abs=1e-4
-    )
+    assert scoring.paired_change(torch.ones(5), torch.ones(5), faint, torch.zeros_like(faint), 0)[
+        "psnr"
+    ] == pytest.approx(20 * math.log10(255 / 26), abs=1e-4)
 
 
 def test_a_handful_of_images_has_intervals():
@@ -120,7 +141,10 @@ def test_a_handful_of_images_has_intervals():
 
 
 def test_damage_is_of_the_scale_it_says(tiny):
-    black, white = torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.full((4, 1, 32, 32), 255, dtype=torch.uint8)
+    black, white = (
+        torch.zeros(4, 1, 32, 32, dtype=torch.uint8),
+        torch.full((4, 1, 32, 32), 255, dtype=torch.uint8),
+    )
     losses = torch.rand(50, generator=torch.Generator().manual_seed(0))
     row = scoring.paired_change(losses + 0.1, losses, white, black, 0)
     assert (row["rmse"], row["psnr"]) == (1, 0)
@@ -145,7 +169,9 @@ def test_torchmetrics_agrees():
             return metrics.mnist_features(network, x)[0]
 
     for count in (100, 1000):
-        theirs = FrechetInceptionDistance(feature=Features(), input_img_size=(1, 32, 32)).set_dtype(torch.float64)
+        theirs = FrechetInceptionDistance(feature=Features(), input_img_size=(1, 32, 32)).set_dtype(
+            torch.float64
+        )
         theirs.update(images[:5000], real=True)
         theirs.update(images[HELD_OUT][:count], real=False)
         features, _ = metrics.mnist_features(network, images[HELD_OUT][:count])

@@ -34,7 +34,13 @@ def on(cluster, **settings):
 
 
 def plans_of(model):
-    return [{}, *(dict.fromkeys(quantizable(model), low) for low in ("fp16", "int8", "int4", "int3", "int2"))]
+    return [
+        {},
+        *(
+            dict.fromkeys(quantizable(model), low)
+            for low in ("fp16", "int8", "int4", "int3", "int2")
+        ),
+    ]
 
 
 @pytest.mark.slow
@@ -51,13 +57,17 @@ def test_rows_are_the_same_bytes_on_a_cluster(two_workers, sandbox, tiny, monkey
 
 
 @pytest.mark.slow
-def test_images_kept_by_recipe_are_the_same_files_on_a_cluster(two_workers, sandbox, tiny, monkeypatch):
+def test_images_kept_by_recipe_are_the_same_files_on_a_cluster(
+    two_workers, sandbox, tiny, monkeypatch
+):
     drawn, rows = DRAWN._replace(batch=2), threshold_rows.uniform(tiny)
     here, _ = evaluation.evaluate(Workspace("smoke", keep=True), tiny, rows, drawn)
     first = {path.name: samples.read(path) for path in samples.samples_folder(SMOKE).iterdir()}
     monkeypatch.setattr(paths, "RESULTS", sandbox / "elsewhere")
     there, _ = evaluation.evaluate(on(two_workers, keep=True), tiny, rows, drawn)
-    pd.testing.assert_frame_equal(here.drop(columns="same_machine"), there.drop(columns="same_machine"), check_exact=True)
+    pd.testing.assert_frame_equal(
+        here.drop(columns="same_machine"), there.drop(columns="same_machine"), check_exact=True
+    )
     for path in samples.samples_folder(SMOKE).iterdir():
         images, record = samples.read(path)
         assert np.array_equal(images, first[path.name][0])
@@ -84,7 +94,9 @@ def test_a_killed_worker_loses_no_row(two_workers, sandbox, tiny, monkeypatch):
     assert len(machines) == 1
     assert kept.keys() == {samples.sample_key(model, *DRAWN[:3]) for model in expected}
     for model in expected:
-        assert np.array_equal(kept[samples.sample_key(model, *DRAWN[:3])], samples.sample(model, *DRAWN[:3]).numpy())
+        assert np.array_equal(
+            kept[samples.sample_key(model, *DRAWN[:3])], samples.sample(model, *DRAWN[:3]).numpy()
+        )
 
 
 def test_a_worker_of_other_software_is_refused(two_workers, sandbox, tiny, monkeypatch):
@@ -105,11 +117,17 @@ def test_no_half_open_client_is_left(address, monkeypatch):
     monkeypatch.setattr(cluster, "REACH", 1)
     with pytest.raises(ValueError, match=f"no Dask scheduler answers at '{address}'"):
         cluster.connect(address)
-    assert not [found for found in gc.get_objects() if type(found) is Client and found.status == "connecting"]
+    assert not [
+        found
+        for found in gc.get_objects()
+        if type(found) is Client and found.status == "connecting"
+    ]
 
 
 class Silent(socketserver.BaseRequestHandler):
-    """A service that takes a connection and says nothing, as a dashboard does to a client of another protocol."""
+    """A service that takes a connection and says nothing, as a dashboard does to a client of
+    another protocol.
+    """
 
     def handle(self):
         while self.request.recv(1024):
@@ -134,7 +152,9 @@ def test_a_worker_is_no_scheduler(two_workers):
 
 def test_a_scheduler_without_workers_is_named():
     with (
-        LocalCluster(n_workers=0, dashboard_address=":0", processes=False, protocol="tcp://") as empty,
+        LocalCluster(
+            n_workers=0, dashboard_address=":0", processes=False, protocol="tcp://"
+        ) as empty,
         pytest.raises(ValueError, match="has no workers: start some"),
     ):
         cluster.connect(empty.scheduler_address)

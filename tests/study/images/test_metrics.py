@@ -22,7 +22,9 @@ def gaussian_reference(mean, scale, n=20_000, d=4):
 
 def test_fid_of_known_gaussians():
     features = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(1)) * 3
-    assert metrics.fid(features, gaussian_reference(2.0, 1.0)) == pytest.approx(4 * 2**2 + 4 * (3 - 1) ** 2, rel=0.02)
+    assert metrics.fid(features, gaussian_reference(2.0, 1.0)) == pytest.approx(
+        4 * 2**2 + 4 * (3 - 1) ** 2, rel=0.02
+    )
 
 
 @pytest.mark.slow
@@ -45,7 +47,9 @@ def test_fid_needs_two_images():
 @pytest.mark.slow
 def test_classifier_is_as_accurate_as_recorded(network):
     record = json.loads((classifier.FOLDER / "classifier.json").read_text())
-    assert classifier.accuracy(network, *mnist(train=False)) == pytest.approx(record["test_accuracy"], abs=2e-4)
+    assert classifier.accuracy(network, *mnist(train=False)) == pytest.approx(
+        record["test_accuracy"], abs=2e-4
+    )
     assert record["test_accuracy"] >= 0.993
 
 
@@ -79,9 +83,14 @@ class Registered(FeatureExtractorBase):
 
 def test_torch_fidelity_from_images_agrees(network):
     images = mnist(train=False)[0]
-    ours = metrics.mnist_metrics(*metrics.mnist_features(network, images[HELD_OUT][:60]), metrics.mnist_reference(network))
+    ours = metrics.mnist_metrics(
+        *metrics.mnist_features(network, images[HELD_OUT][:60]), metrics.mnist_reference(network)
+    )
     torch_fidelity.register_feature_extractor("lafq-mnist", Registered)
-    rgb = [torch.utils.data.TensorDataset(x.expand(-1, 3, -1, -1)) for x in (images[HELD_OUT][:60], images[:5000])]
+    rgb = [
+        torch.utils.data.TensorDataset(x.expand(-1, 3, -1, -1))
+        for x in (images[HELD_OUT][:60], images[:5000])
+    ]
 
     class Plain(torch.utils.data.Dataset):
         def __init__(self, inner):
@@ -97,20 +106,42 @@ def test_torch_fidelity_from_images_agrees(network):
         input1=Plain(rgb[0]),
         input2=Plain(rgb[1]),
         feature_extractor="lafq-mnist",
-        **{"fid": True, "isc": True, "kid": True, "isc_splits": 1, "kid_subset_size": 60, "kid_subsets": 100},
-        **{"rng_seed": metrics.KID_SEED, "cuda": False, "cache": False, "verbose": False, "save_cpu_ram": True},
+        **{
+            "fid": True,
+            "isc": True,
+            "kid": True,
+            "isc_splits": 1,
+            "kid_subset_size": 60,
+            "kid_subsets": 100,
+        },
+        **{
+            "rng_seed": metrics.KID_SEED,
+            "cuda": False,
+            "cache": False,
+            "verbose": False,
+            "save_cpu_ram": True,
+        },
     )
     assert ours["fid_mnist"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
     assert ours["is_mnist"] == pytest.approx(theirs["inception_score_mean"], rel=1e-3)
-    assert ours["kid_mnist"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-2, abs=1e-4)
+    assert ours["kid_mnist"] == pytest.approx(
+        theirs["kernel_inception_distance_mean"], rel=1e-2, abs=1e-4
+    )
 
 
 def test_real_digits_score_well_and_noise_badly(network):
     reference = metrics.mnist_reference(network)
-    real = metrics.mnist_metrics(*metrics.mnist_features(network, mnist(train=False)[0][HELD_OUT][:500]), reference)
-    noise = torch.randint(256, (500, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    real = metrics.mnist_metrics(
+        *metrics.mnist_features(network, mnist(train=False)[0][HELD_OUT][:500]), reference
+    )
+    noise = torch.randint(
+        256, (500, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     assert real["is_mnist"] > 9
-    assert metrics.mnist_metrics(*metrics.mnist_features(network, noise), reference)["fid_mnist"] > 10 * real["fid_mnist"]
+    assert (
+        metrics.mnist_metrics(*metrics.mnist_features(network, noise), reference)["fid_mnist"]
+        > 10 * real["fid_mnist"]
+    )
 
 
 def test_no_inception_weights_is_said_in_one_line(monkeypatch, tmp_path):
@@ -151,16 +182,24 @@ def test_a_source_that_breaks_in_any_way_gives_way_to_the_next(monkeypatch, tmp_
     assert "download failed (KeyError)" in line
     images = mnist(train=False)[0][:2]
     # Normalization is folded into the convolutions: the same network up to the last digits.
-    found, expected = (metrics.inception_features(network, images)[0] for network in (extractor, whole.eval()))
+    found, expected = (
+        metrics.inception_features(network, images)[0] for network in (extractor, whole.eval())
+    )
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_wheels_network_becomes_torch_fidelitys(monkeypatch):
     torch.manual_seed(0)
     network = inception._Inception()
-    state = {k: torch.rand_like(v) * 0.1 for k, v in network.state_dict().items() if v.is_floating_point()}
+    state = {
+        k: torch.rand_like(v) * 0.1
+        for k, v in network.state_dict().items()
+        if v.is_floating_point()
+    }
     theirs = {}
-    for i, key in enumerate(k.removesuffix(".conv.weight") for k in state if k.endswith(".conv.weight")):
+    for i, key in enumerate(
+        k.removesuffix(".conv.weight") for k in state if k.endswith(".conv.weight")
+    ):
         state[f"{key}.bn.weight"] = torch.ones_like(state[f"{key}.bn.bias"])
         theirs[f"net.layer_{i}.weight"] = state[f"{key}.conv.weight"]
         for name, ours in (("beta", "bias"), ("mean", "running_mean"), ("var", "running_var")):
@@ -179,7 +218,10 @@ def test_the_wheels_network_becomes_torch_fidelitys(monkeypatch):
 @pytest.mark.slow
 def test_inception_score_where_the_weights_have_the_last_layer():
     torch.manual_seed(0)
-    extractor, images = inception._build(inception._Inception().state_dict()), mnist(train=False)[0][:6]
+    extractor, images = (
+        inception._build(inception._Inception().state_dict()),
+        mnist(train=False)[0][:6],
+    )
     assert inception.has_logits(extractor)
     features, logits = metrics.inception_features(extractor, images)
     assert logits.shape == (6, 1008)
@@ -190,18 +232,32 @@ def test_inception_score_where_the_weights_have_the_last_layer():
     assert "is_inception" not in score(images, (features, None)).values
 
 
-@pytest.mark.skipif(not (paths.BUILD / "inception" / "default_1.pt").is_file(), reason="Inception weights not fetched yet")
+@pytest.mark.skipif(
+    not (paths.BUILD / "inception" / "default_1.pt").is_file(),
+    reason="Inception weights not fetched yet",
+)
 def test_inception_tells_digits_from_noise():
-    extractor = inception._build(inception._from_torchscript((paths.BUILD / "inception" / "default_1.pt").read_bytes()))
+    extractor = inception._build(
+        inception._from_torchscript((paths.BUILD / "inception" / "default_1.pt").read_bytes())
+    )
     images = mnist(train=False)[0]
-    noise = torch.randint(256, (16, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    first, second, other = (metrics.inception_features(extractor, x)[0].mean(0) for x in (images[:16], images[16:32], noise))
+    noise = torch.randint(
+        256, (16, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    first, second, other = (
+        metrics.inception_features(extractor, x)[0].mean(0)
+        for x in (images[:16], images[16:32], noise)
+    )
     assert (first - other).norm() > 3 * (first - second).norm()
 
 
 @pytest.mark.parametrize(
     "images",
-    [torch.rand(4, 1, 32, 32), torch.zeros(4, 32, 32, dtype=torch.uint8), torch.zeros(4, 1, 28, 28, dtype=torch.uint8)],
+    [
+        torch.rand(4, 1, 32, 32),
+        torch.zeros(4, 32, 32, dtype=torch.uint8),
+        torch.zeros(4, 1, 28, 28, dtype=torch.uint8),
+    ],
     ids=["float", "no channel", "28x28"],
 )
 def test_images_of_another_kind_are_refused(images):

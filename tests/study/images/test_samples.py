@@ -39,8 +39,14 @@ def rows(tiny, sandbox, monkeypatch):
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
     weights.save_fisher(SMOKE, fisher, 4, **FISHER)
     sizes = threshold_rows.size_sweep(tiny, fisher, "int8", "weight", 20)
-    swept = threshold_rows.candidates_at("global", "tau", threshold_rows.nearest_size(sizes, 0.5), {"weight": fisher})
-    return [*threshold_rows.uniform(tiny), *swept, *threshold_rows.ratio_candidates(fisher, [0.35], [0.0, 1.0], ["int8"])]
+    swept = threshold_rows.candidates_at(
+        "global", "tau", threshold_rows.nearest_size(sizes, 0.5), {"weight": fisher}
+    )
+    return [
+        *threshold_rows.uniform(tiny),
+        *swept,
+        *threshold_rows.ratio_candidates(fisher, [0.35], [0.0, 1.0], ["int8"]),
+    ]
 
 
 def evaluate(tiny, rows):
@@ -64,7 +70,10 @@ def test_keys_are_what_they_were(tiny, rows):
         "kept": "fp32",
         "fisher": {"kind": "empirical", "samples": 2000, "bins": 20, "seed": 0},
     }
-    keys = [samples.row_key(provenance, Sampling(100, steps=100, seed=0, batch=25)) for provenance in provenances]
+    keys = [
+        samples.row_key(provenance, Sampling(100, steps=100, seed=0, batch=25))
+        for provenance in provenances
+    ]
     assert keys == KEYS
     other = [Sampling(100, *draw) for draw in ((1000, 0, 25), (100, 1, 25), (100, 0, 50))]
     assert len({samples.row_key(provenances[0], draw) for draw in other} | {keys[0]}) == 4
@@ -73,7 +82,9 @@ def test_keys_are_what_they_were(tiny, rows):
 def test_committed_images_are_named_by_their_recipe():
     for path in (paths.ROOT / "results" / "paper" / "samples").glob("*.npz"):
         images, record = samples.read(path)
-        key = samples.row_key(record["recipe"], Sampling(100, record["steps"], record["seed"], record["batch"]))
+        key = samples.row_key(
+            record["recipe"], Sampling(100, record["steps"], record["seed"], record["batch"])
+        )
         first = int(path.stem[17:22])
         assert path.stem == f"{key}_{first:05d}-{first + len(images) - 1:05d}"
 
@@ -91,22 +102,38 @@ def test_a_plan_that_treats_all_weights_alike_is_the_uniform_row_or_the_baseline
 @pytest.mark.slow
 def test_images_are_kept_in_batches_and_found_again(tiny, rows, monkeypatch):
     table, images = evaluate(tiny, rows)
-    assert all(name.name[16:] in ("_00000-00001.npz", "_00002-00003.npz", "_00004-00004.npz") for name in files())
-    assert np.array_equal(images[table["sample"][0]], samples.stored_images(SMOKE, table["sample"][0], 5))
+    assert all(
+        name.name[16:] in ("_00000-00001.npz", "_00002-00003.npz", "_00004-00004.npz")
+        for name in files()
+    )
+    assert np.array_equal(
+        images[table["sample"][0]], samples.stored_images(SMOKE, table["sample"][0], 5)
+    )
     by_weights, same = evaluation.evaluate(SMOKE, tiny, rows, DRAW)
     pd.testing.assert_frame_equal(table.drop(columns="sample"), by_weights.drop(columns="sample"))
-    assert all(np.array_equal(images[a], same[b]) for a, b in zip(table["sample"], by_weights["sample"], strict=True))
+    assert all(
+        np.array_equal(images[a], same[b])
+        for a, b in zip(table["sample"], by_weights["sample"], strict=True)
+    )
     results.save_rows(KEEPING, "x", table, images)
     assert not (SMOKE.results / "x.npz").exists()
-    assert all(np.array_equal(images[key], found) for key, found in results.load_rows(SMOKE, "x")[1].items())
+    assert all(
+        np.array_equal(images[key], found)
+        for key, found in results.load_rows(SMOKE, "x")[1].items()
+    )
     monkeypatch.setattr(samples, "sample", None)
     pd.testing.assert_frame_equal(table, evaluate(tiny, rows)[0])
-    with pytest.raises(FileNotFoundError, match=r"6 images of row .* are needed, .* has 5: `make reproduce PROFILE=smoke`"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"6 images of row .* are needed, .* has 5: `make reproduce PROFILE=smoke`",
+    ):
         samples.stored_images(SMOKE, table["sample"][0], 6)
 
 
 def test_where_images_go_is_for_the_profile_to_say(tiny, rows):
-    """KEEP=False beside a folder of kept images: the images go to the npz file, and come from there."""
+    """KEEP=False beside a folder of kept images: the images go to the npz file, and come from
+    there.
+    """
     table, images = evaluate(tiny, rows)
     results.save_rows(KEEPING, "x", table, images)
     by_weights, same = evaluation.evaluate(SMOKE, tiny, rows, DRAW)
@@ -118,14 +145,22 @@ def test_where_images_go_is_for_the_profile_to_say(tiny, rows):
 
 def test_a_baseline_of_other_sampling_is_refused(tiny, rows):
     for name, steps in (("01_baseline", 2), ("same", 2), ("other", 3)):
-        results.save_rows(SMOKE, name, *evaluation.evaluate(SMOKE, tiny, rows[:1], DRAW._replace(steps=steps)))
+        results.save_rows(
+            SMOKE, name, *evaluation.evaluate(SMOKE, tiny, rows[:1], DRAW._replace(steps=steps))
+        )
     assert len(results.load_rows(SMOKE, "same", with_baseline=True)[0]) == 2
-    with pytest.raises(ValueError, match="01_baseline has steps 2, other has 3: run 01_train with the same settings"):
+    with pytest.raises(
+        ValueError,
+        match="01_baseline has steps 2, other has 3: run 01_train with the same settings",
+    ):
         results.load_rows(SMOKE, "other", with_baseline=True)
 
 
 def test_files_that_begin_with_the_same_image_are_not_read_twice(tiny, sandbox):
-    longer = {n: samples.cached_samples(KEEPING, tiny, DRAW._replace(images=n), provenance={"rule": "x"}) for n in (3, 5)}
+    longer = {
+        n: samples.cached_samples(KEEPING, tiny, DRAW._replace(images=n), provenance={"rule": "x"})
+        for n in (3, 5)
+    }
     key = longer[5].key
     assert key == longer[3].key
     names = [path.name[16:] for path in files()]
@@ -137,7 +172,10 @@ def test_another_batch_size_draws_anew(tiny, sandbox):
     """Without KEEP the key does not name the batch, and the last bits depend on it."""
     for batch in (2, 5):
         assert len(samples.cached_samples(SMOKE, tiny, DRAW._replace(batch=batch)).images) == 5
-    assert sorted(path.name for path in (SMOKE.build / "samples").iterdir()) == ["batch-2", "batch-5"]
+    assert sorted(path.name for path in (SMOKE.build / "samples").iterdir()) == [
+        "batch-2",
+        "batch-5",
+    ]
 
 
 CHILD = """
@@ -162,7 +200,9 @@ samples.cached_samples(Workspace("smoke"), UNet(4).eval(), Sampling(40, 20, 0, 2
 @pytest.mark.slow
 def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox, monkeypatch):
     command = [sys.executable, "-c", CHILD, str(paths.RESULTS)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"}) as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"}
+    ) as child:
         for _ in range(3):
             child.stdout.readline()
         child.send_signal(signal.SIGKILL)
@@ -174,7 +214,9 @@ def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox
         (clone / "smoke" / "samples" / name).write_bytes(content)
     monkeypatch.setattr(paths, "RESULTS", clone)
     drawn = []
-    monkeypatch.setattr(samples, "sample", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k))
+    monkeypatch.setattr(
+        samples, "sample", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k)
+    )
     arguments = (SMOKE, tiny, Sampling(40, 20, 0, 2))
     resumed = samples.cached_samples(*arguments, provenance={"rule": "killed"})
     assert len(drawn) == 20 - len(finished)
@@ -201,9 +243,15 @@ def cut(path):
     ("damage", "message"),
     [
         (cut, "is damaged"),
-        (lambda path: rewrite(path, images=np.zeros((2, 1, 32, 32), np.uint8)), "its images are not those recorded"),
+        (
+            lambda path: rewrite(path, images=np.zeros((2, 1, 32, 32), np.uint8)),
+            "its images are not those recorded",
+        ),
         (lambda path: rewrite(path, seed=1), "holds the images of another row"),
-        (lambda path: rewrite(path, drawn_from="0" * 64), "from other weights than its provenance gives now"),
+        (
+            lambda path: rewrite(path, drawn_from="0" * 64),
+            "from other weights than its provenance gives now",
+        ),
     ],
     ids=["cut", "other images", "other draw", "other weights"],
 )
@@ -213,7 +261,9 @@ def test_a_bad_file_is_one_sentence_and_once_deleted_is_drawn_anew(tiny, rows, d
     before = {path: path.read_bytes() for path in files()}
     bad = files()[0]
     damage(bad)
-    with pytest.raises(ValueError, match=f"{bad.name} .*{message}.* delete it, and the next run draws"):
+    with pytest.raises(
+        ValueError, match=f"{bad.name} .*{message}.* delete it, and the next run draws"
+    ):
         evaluate(tiny, rows[:1])
     bad.unlink()
     pd.testing.assert_frame_equal(table, evaluate(tiny, rows[:1])[0])
@@ -228,7 +278,9 @@ def test_weights_that_flipped_on_another_machine_find_their_images_and_the_row_s
             rewrite(path, drawn_from="0" * 64, machine="another processor")
     again, _ = evaluate(tiny, rows[2:3])
     assert not again["same_machine"].any()
-    pd.testing.assert_frame_equal(table.drop(columns="same_machine"), again.drop(columns="same_machine"))
+    pd.testing.assert_frame_equal(
+        table.drop(columns="same_machine"), again.drop(columns="same_machine")
+    )
 
 
 def test_a_full_disk_loses_nothing(tiny, rows, monkeypatch):
@@ -241,7 +293,9 @@ def test_a_full_disk_loses_nothing(tiny, rows, monkeypatch):
         write(*args, **kwargs)
 
     monkeypatch.setattr(np, "savez_compressed", full_at_the_second)
-    with pytest.raises(OSError, match=r"No space left on device.*make room.*the files already there are unchanged"):
+    with pytest.raises(
+        OSError, match=r"No space left on device.*make room.*the files already there are unchanged"
+    ):
         evaluate(tiny, rows[:1])
     assert len(files()) == 1
     table, _ = evaluate(tiny, rows[:1])
