@@ -1,7 +1,7 @@
 import pytest
 
 from lafq.study.figures import report
-from tools.notebooks import profile_parameters
+from lafq.study.workspace import profile_parameters
 
 
 @pytest.mark.parametrize("profile", ["mini", "paper"])
