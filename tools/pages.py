@@ -4,6 +4,7 @@ Text between `<!-- NAME -->` and `<!-- /NAME -->` in a page, or in a Markdown ce
 is docs/blocks/NAME.md.j2 rendered by Jinja2.
 """
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -14,9 +15,15 @@ import nbformat
 import numpy as np
 import pandas as pd
 
-from lafq.study import paths
+from lafq.quantization.formats import MIB
+from lafq.study import paths, poster
+from lafq.study.audit import published_images
+from lafq.study.budget.summaries import bits_of_equal_damage
+from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.figures import text
-from lafq.tensors import atomic_write
+from lafq.study.workspace import profile_parameters
+from lafq.tensors import atomic_write, sha256
+from tools.notebooks import notebooks
 
 BLOCKS = paths.ROOT / "docs" / "blocks"
 README, CARD = paths.ROOT / "README.md", paths.ROOT / "results" / "MODEL_CARD.md"
@@ -31,18 +38,44 @@ def _table(name: str) -> pd.DataFrame:
     path = paths.RESULTS / f"{name}.csv"
     if not path.is_file():
         raise ValueError(f"there is no table {name} in results/")
-    return pd.read_csv(path, dtype={"setting": str}, keep_default_na=True)
+    return pd.read_csv(path, dtype={"setting": str})
 
 
-def rows(name: str, **where: Any) -> pd.DataFrame:
-    """Rows of results/<name>.csv whose columns have these values (or one of a list of values)."""
-    table = _table(name)
+def rows(name: str | list[str], **where: Any) -> pd.DataFrame:
+    """Rows of results/<name>.csv (of several: joined) whose columns have these values, or one of a
+    list of values.
+    """
+    names = [name] if isinstance(name, str) else name
+    table = pd.concat([_table(n) for n in names], ignore_index=True)
     for column, value in where.items():
         if isinstance(value, float):
             table = table[np.isclose(table[column], value)]
         else:
             table = table[table[column].isin(value if isinstance(value, list) else [value])]
     return table
+
+
+def poster_rows(name: str) -> pd.DataFrame:
+    """Rows of a table beside the poster's values (`poster.compare`)."""
+    return poster.compare(rows(name), name.partition("/")[0])
+
+
+def record(name: str) -> dict[str, Any]:
+    """The record results/<name>.json."""
+    return json.loads((paths.RESULTS / f"{name}.json").read_text())
+
+
+def file(name: str) -> dict[str, Any]:
+    """Bytes, MiB and sha256 of a file in results/."""
+    path = paths.RESULTS / name
+    size = path.stat().st_size
+    return {"bytes": size, "mib": size / MIB, "sha256": sha256(path)}
+
+
+def exponent(table: pd.DataFrame, column: str, by: str) -> float:
+    """How a column grows with `by`: the slope of the logarithms between its two largest values."""
+    (x1, y1), (x2, y2) = np.log(table.nlargest(2, by)[[by, column]].to_numpy())
+    return float((y1 - y2) / (x1 - x2))
 
 
 def row(name: str, **where: Any) -> pd.Series:
@@ -62,13 +95,15 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"to": text.write, "percent": lambda x: f"{x:.1%}"}
+    helpers = (rows, row, poster_rows, record, file, exponent, text.interval, text.table, text.markdown)
+    environment.globals |= {helper.__name__: helper for helper in (*helpers, text.holds, text.name)}
     environment.globals |= {
-        "rows": rows,
-        "row": row,
-        "interval": text.interval,
-        "table": text.table,
-        "markdown": text.markdown,
-        "holds": text.holds,
+        "parameters": profile_parameters,
+        "poster": poster,
+        "fid_noise": published_images.fid_noise,
+        "reference": REFERENCE,
+        "bits_of_equal_damage": bits_of_equal_damage,
+        "notebooks": [path.stem for path in notebooks()],
     }
     return environment
 
