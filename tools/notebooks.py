@@ -9,7 +9,7 @@ import nbformat
 import papermill
 import yaml
 
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.workspace import Workspace
 from lafq.tensors import atomic_write
 
@@ -20,7 +20,7 @@ QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
 
 def profile_parameters(profile: str) -> dict[str, Any]:
     """The parameters of a profile; ValueError, naming the known ones, for an unknown profile."""
-    known = {path.stem: path for path in sorted(paths.PROFILES.glob("*.yaml"))}
+    known = {path.stem: path for path in sorted(workspace.PROFILES.glob("*.yaml"))}
     if profile not in known:
         raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
     return {
@@ -51,13 +51,15 @@ def notebooks(only: str = "", profile: str = "") -> list[Path]:
     names none).
     """
     every = sorted(
-        paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
+        workspace.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
         key=lambda path: (path.stem == EXPLORER, path.name),
     )
     found = [path for path in every if path.name.startswith(only)]
     if profile and not only:
         profile_parameters(profile)
-        chosen = yaml.safe_load((paths.PROFILES / f"{profile}.yaml").read_text()).get("notebooks")
+        chosen = yaml.safe_load((workspace.PROFILES / f"{profile}.yaml").read_text()).get(
+            "notebooks"
+        )
         found = [path for path in every if not chosen or path.stem in chosen]
     if not found:
         raise ValueError(

@@ -26,7 +26,7 @@ from jsonschema import Draft202012Validator
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.diffusion import weights
 from lafq.study.images import cluster
 from lafq.study.workspace import Workspace
@@ -101,7 +101,7 @@ def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool 
             "stderr_file": sys.stderr,
             "extra_arguments": QUIET_KERNEL,
         }
-        papermill.execute_notebook(path, output, used, cwd=paths.NOTEBOOKS, **streams)
+        papermill.execute_notebook(path, output, used, cwd=workspace.NOTEBOOKS, **streams)
         clean(output)
         seconds, peak = time.monotonic() - start, _peak_mib()
         _update(work.results / "record.json", path.stem, used)
@@ -234,7 +234,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Check what is asked for, remember it for `resume`, and execute it."""
     overrides = dict(_override(item) for item in arguments.set)
     asked = {"profile": arguments.profile, "overrides": overrides, "only": arguments.only}
-    last = paths.BUILD / LAST
+    last = workspace.BUILD / LAST
     if arguments.verb == "resume" and last.is_file() and not any(asked.values()):
         try:
             asked = json.loads(last.read_text())

@@ -13,7 +13,7 @@ import torch
 from lafq.allocation.rules import by_granularity, keep_global
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import make_plan
-from lafq.study import paths, results, threshold_rows
+from lafq.study import results, threshold_rows, workspace
 from lafq.study.diffusion import weights
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images import evaluate as evaluation
@@ -28,7 +28,7 @@ SMOKE = Workspace("smoke")
 
 def lafq_run(*arguments):
     command = [sys.executable, "-m", "tools.run", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=workspace.ROOT, check=False)
 
 
 @pytest.mark.parametrize(
@@ -137,10 +137,10 @@ def run_notebook(folder, source):
 import signal, sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from lafq.study import paths
+from lafq.study import workspace
 from tools import run
 folder = Path({str(folder)!r})
-paths.NOTEBOOKS, paths.RESULTS, paths.BUILD = folder / "notebooks", folder / "results", folder / "build"
+workspace.NOTEBOOKS, workspace.RESULTS, workspace.BUILD = folder / "notebooks", folder / "results", folder / "build"
 run.check = lambda *_: {{"COMPUTE": True, "TRAIN": False}}
 run.cost.estimate = lambda *_: "estimate"
 sys.argv = ["tools.run", "reproduce", "--profile", "smoke", "--only", "01"]
@@ -149,7 +149,7 @@ sys.exit(run.main())
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     return subprocess.run(
         [sys.executable, "-c", program],
-        cwd=paths.ROOT,
+        cwd=workspace.ROOT,
         env=environment,
         capture_output=True,
         text=True,
@@ -186,8 +186,8 @@ def test_a_dead_notebook_process_names_memory_and_resume(tmp_path):
 
 
 def test_a_damaged_record_of_the_last_run(sandbox, monkeypatch, capsys):
-    (paths.BUILD / run.LAST).parent.mkdir(parents=True)
-    (paths.BUILD / run.LAST).write_text("{")
+    (workspace.BUILD / run.LAST).parent.mkdir(parents=True)
+    (workspace.BUILD / run.LAST).write_text("{")
     monkeypatch.setattr(sys, "argv", ["tools.run", "resume"])
     assert run.main() == 1
     assert "last_run.json is damaged: delete it" in capsys.readouterr().err
@@ -243,7 +243,7 @@ def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cache
 def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypatch):
     rows = [Candidate("baseline", "none", "fp32", "none", {}), *threshold_rows.uniform(tiny)]
     whole, _ = evaluate(tiny, rows)
-    shutil.rmtree(paths.BUILD)
+    shutil.rmtree(workspace.BUILD)
     calls = []
 
     def killed_at_the_third(*args, **kwargs):
@@ -283,7 +283,7 @@ def test_paper_without_its_weights_refuses_in_one_sentence(sandbox, monkeypatch,
         "or train them anew" in said
     )
     assert "with TRAIN=1, 7 hours on this machine" in said
-    assert not paths.BUILD.exists()
+    assert not workspace.BUILD.exists()
 
 
 def weights_file(path, width=4, **changes):
@@ -412,7 +412,7 @@ def test_gather_replaces_only_the_methods_it_is_given(sandbox):
         ["ratio", "0.40", 3.0],
     ]
     # A file of an earlier version: its columns are in another order.
-    results.save_table(SMOKE, "paper_comparison", table[table.columns[::-1]].assign(gone=1))
+    workspace.save_table(SMOKE, "paper_comparison", table[table.columns[::-1]].assign(gone=1))
     assert list(results.update_comparison(SMOKE, row("ratio", "0.40", 3.0)).columns) == list(
         table.columns
     )
@@ -425,4 +425,4 @@ def test_tables_and_images_come_back(sandbox):
     pd.testing.assert_frame_equal(table, loaded)
     assert images["a"].shape == (2, 32, 32)
     with pytest.raises(FileNotFoundError, match="make reproduce PROFILE=smoke"):
-        results.load_table(SMOKE, "y")
+        workspace.load_table(SMOKE, "y")
