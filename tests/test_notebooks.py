@@ -5,6 +5,7 @@ import nbformat
 import pytest
 
 from lafq.study import workspace
+from lafq.study.workspace import profile_parameters
 from tools import notebooks, publishing
 
 NOTEBOOKS = notebooks.notebooks()
@@ -39,7 +40,7 @@ def used(path):
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
 def test_every_parameter_of_a_profile_is_declared_where_it_is_used(profile):
-    parameters = notebooks.profile_parameters(profile.stem)
+    parameters = profile_parameters(profile.stem)
     declared = {path.stem: set(notebooks.declared(path)) for path in NOTEBOOKS}
     assert parameters["PROFILE"] == profile.stem
     assert not set(parameters) - set().union(*declared.values())
@@ -48,14 +49,14 @@ def test_every_parameter_of_a_profile_is_declared_where_it_is_used(profile):
 
 
 def test_profiles_name_the_same_parameters():
-    names = {profile.stem: set(notebooks.profile_parameters(profile.stem)) for profile in PROFILES}
+    names = {profile.stem: set(profile_parameters(profile.stem)) for profile in PROFILES}
     assert names["mini"] == names["paper"] == names["smoke"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_committed_defaults_are_minis_or_where_mini_does_not_run_it_papers(path):
     runs = path in notebooks.notebooks(profile="mini")
-    mini = notebooks.profile_parameters("mini" if runs else "paper")
+    mini = profile_parameters("mini" if runs else "paper")
     values = {
         name: ast.literal_eval(text)
         for name, text in notebooks.declared(path).items()
@@ -121,7 +122,7 @@ def test_paper_stands_beside_mini_with_its_own_values_and_links():
             for name, text in notebooks.declared(path).items()
             if name != "TRAINING"
         }
-        expected = notebooks.profile_parameters("paper")
+        expected = profile_parameters("paper")
         assert {n: v for n, v in ours.items() if n in expected} == {
             n: expected[n] for n in ours if n in expected
         }

@@ -17,9 +17,9 @@ from lafq.study import poster, workspace
 from lafq.study.diffusion import weights
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images.candidates import KEY, Candidate, kept_share
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import load_tensors
-from tools import notebooks, readme, summary
+from tools import readme, summary
 
 MINI = Workspace("mini")
 
@@ -226,7 +226,7 @@ def test_a_new_threshold_rule_as_contributing_shows_it(tiny):
 
 def test_shipped_weights_are_those_of_the_profile():
     _, metadata = load_tensors(workspace.RESULTS / "mini" / weights.WEIGHTS, "01_train")
-    mini = notebooks.profile_parameters("mini")
+    mini = profile_parameters("mini")
     assert metadata == mini["TRAINING"] | {"width": mini["WIDTH"], "seed": mini["SEED"]}
 
 

@@ -32,9 +32,8 @@ from lafq.study.images import classifier, metrics
 from lafq.study.images.candidates import BASELINE
 from lafq.study.images.evaluate import evaluate, evaluate_large
 from lafq.study.images.samples import Sampling, cached_samples, weights_sha256
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import load_tensors, save_tensors
-from tools.notebooks import open_workspace, profile_parameters
 
 IMAGES, DESCRIBED, SHOWN = 1000, 200, 16
 ALLOCATED, RULE_BITS = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
@@ -59,7 +58,7 @@ def rows(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     claims at that N.
     """
     p = profile_parameters(profile)
-    work = open_workspace(p)
+    work = Workspace.of(p)
     model, fisher = load_model(work, p["WIDTH"]), load_fisher(work, p["WIDTH"])
     claimed = replicates.claimed_rows(model, fisher, p["THRESHOLDS"])
     table, samples = evaluate_large(
@@ -89,7 +88,7 @@ def budgets(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     tuned too), threshold rules.
     """
     p = profile_parameters(profile)
-    work = open_workspace(p)
+    work = Workspace.of(p)
     model = load_model(work, p["WIDTH"])
     known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
     allocated = methods.allocated(model, known, list(ALLOCATED), granularities=("mixed",))
@@ -118,7 +117,7 @@ def fresh(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     never used before.
     """
     p = profile_parameters(profile)
-    work = open_workspace(p)
+    work = Workspace.of(p)
     model, seed = load_model(work, p["WIDTH"]), p["SEED"] + budget.FRESH_SEED
     known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
     allocated = methods.allocated(model, known, [rules.RATE], ("mixed",), ablations=())
@@ -137,7 +136,7 @@ def fresh(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
 def coded(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     """FID of entropy-coded files of 06_budget, from the noise of the other rows."""
     p = profile_parameters(profile)
-    work = open_workspace(p)
+    work = Workspace.of(p)
     model = load_model(work, p["WIDTH"])
     known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
     rows = [
@@ -157,7 +156,7 @@ def at_int4_bytes(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]
     the noise of the other tables.
     """
     p = profile_parameters(profile)
-    work = open_workspace(p)
+    work = Workspace.of(p)
     model, seed, samples = load_model(work, p["WIDTH"]), p["SEED"], p["TRUE_FISHER_SAMPLES"]
     known = methods.measured_sensitivity(model, samples, seed)
     same = threshold_rows.uniform(model, ("int8", "int4"))
@@ -204,7 +203,7 @@ def damages(profile: str) -> dict[str, pd.DataFrame]:
     digits never used before.
     """
     p = profile_parameters(profile)
-    work = open_workspace(p)
+    work = Workspace.of(p)
     model, seed, samples = load_model(work, p["WIDTH"]), p["SEED"], p["TRUE_FISHER_SAMPLES"]
     known, other = (sensitivity(work, model, samples, s) for s in (seed, seed + 1))
     rows = [
@@ -227,7 +226,7 @@ def described(profile: str, images: int = DESCRIBED) -> dict[str, pd.DataFrame]:
     and two rules at 6 bits.
     """
     p = profile_parameters(profile)
-    work, sampling = open_workspace(p), Sampling(images, p["SAMPLING_STEPS"], p["SEED"])
+    work, sampling = Workspace.of(p), Sampling(images, p["SAMPLING_STEPS"], p["SEED"])
     model = load_model(work, p["WIDTH"])
     known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
     chosen = {

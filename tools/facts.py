@@ -8,10 +8,10 @@ from lafq.study import poster, workspace
 from lafq.study.diffusion.unet import UNet
 from lafq.study.diffusion.weights import PACKED, WEIGHTS
 from lafq.study.figures import sentences
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import load_tensors, sha256
 from tools import cost, shipping
-from tools.notebooks import notebooks, profile_parameters
+from tools.notebooks import notebooks
 
 
 def markdown(table: pd.DataFrame) -> str:

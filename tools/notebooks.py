@@ -10,37 +10,12 @@ import papermill
 import yaml
 
 from lafq.study import workspace
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import profile_parameters
 from lafq.tensors import atomic_write
 
 EXPLORER = "00_explore"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
-
-
-def profile_parameters(profile: str) -> dict[str, Any]:
-    """The parameters of a profile; ValueError, naming the known ones, for an unknown profile."""
-    known = {path.stem: path for path in sorted(workspace.PROFILES.glob("*.yaml"))}
-    if profile not in known:
-        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
-    return {
-        name: value
-        for name, value in yaml.safe_load(known[profile].read_text()).items()
-        if name.isupper()
-    }
-
-
-def open_workspace(parameters: dict[str, Any]) -> Workspace:
-    """The workspace that a profile's parameters describe, which computes."""
-    p = parameters
-    return Workspace.open(
-        p["PROFILE"],
-        p["THREADS"],
-        p["DEVICE"],
-        compute=True,
-        keep=p["KEEP"],
-        scheduler=p["SCHEDULER"],
-    )
 
 
 def notebooks(only: str = "", profile: str = "") -> list[Path]:

@@ -12,9 +12,8 @@ from lafq.study.audit import published_images
 from lafq.study.budget import predictions, summaries
 from lafq.study.figures import audit_tables, sentences
 from lafq.study.images.candidates import BASELINE
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import atomic_write
-from tools.notebooks import profile_parameters
 
 MARKS = re.compile(r"(<!-- result -->\n).*?(<!-- /result -->)", flags=re.DOTALL)
 

@@ -17,10 +17,10 @@ import nbformat
 from nbclient import NotebookClient
 
 from lafq.study import workspace
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import atomic_write
 from tools import openings
-from tools.notebooks import EXPLORER, QUIET_KERNEL, clean, declared, notebooks, profile_parameters
+from tools.notebooks import EXPLORER, QUIET_KERNEL, clean, declared, notebooks
 
 PAPER = "paper"
 MAIN_TABLE = {"01_train": "01_baseline"}

@@ -29,10 +29,10 @@ from papermill.exceptions import PapermillExecutionError
 from lafq.study import workspace
 from lafq.study.diffusion import weights
 from lafq.study.images import cluster
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import atomic_write, remove_leftovers
 from tools import compare, cost
-from tools.notebooks import QUIET_KERNEL, clean, declared, notebooks, profile_parameters
+from tools.notebooks import QUIET_KERNEL, clean, declared, notebooks
 from tools.publishing import publish, published
 
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")

@@ -24,8 +24,7 @@ from lafq.study.images import scoring
 from lafq.study.images.candidates import BASELINE, Candidate
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.samples import Sampling
-from lafq.study.workspace import Workspace
-from tools.notebooks import open_workspace, profile_parameters
+from lafq.study.workspace import Workspace, profile_parameters
 
 SHIPPED_MIB = 13.0
 OTHER_NOISE = 1
@@ -81,7 +80,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         p = profile_parameters(args.profile)
-        work = open_workspace(p)
+        work = Workspace.of(p)
         model = load_model(work, p["WIDTH"])
         samples, seed = p["TRUE_FISHER_SAMPLES"], p["SEED"]
         known = methods.measured_sensitivity(model, samples, seed, CHANNELS)

@@ -26,9 +26,8 @@ from lafq.study.diffusion import weights
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images import classifier, metrics, samples
-from lafq.study.workspace import Workspace, compute_on
+from lafq.study.workspace import Workspace, compute_on, profile_parameters
 from tools import compare
-from tools.notebooks import profile_parameters
 
 PACKED_IMAGES, IMAGES = 8, 4
 # Another processor, or other kernels on the same one, computes other last bits. Scores of equal

@@ -10,11 +10,12 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 
 from lafq.tensors import atomic_write
 
@@ -33,6 +34,15 @@ FIGURES = OUTPUT / "figures"
 DEVICES = ("auto", "cpu", "cuda")
 CPU = torch.device("cpu")
 MODELS = {"smoke": "profile smoke", "mini": "width 16", "paper": "width 64"}
+
+
+def profile_parameters(profile: str) -> dict[str, Any]:
+    """The parameters of a profile; ValueError, naming the known ones, for an unknown profile."""
+    known = {path.stem: path for path in sorted(PROFILES.glob("*.yaml"))}
+    if profile not in known:
+        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
+    content = yaml.safe_load(known[profile].read_text())
+    return {name: value for name, value in content.items() if name.isupper()}
 
 
 @dataclass(frozen=True)
@@ -58,10 +68,15 @@ class Workspace:
         settings: compute, keep and scheduler.
         Raises ValueError for an unknown profile, RuntimeError when CUDA is asked for and absent.
         """
-        known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
-        if profile not in known:
-            raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
+        profile_parameters(profile)
         return cls(profile, compute_on(threads, device), **settings)
+
+    @classmethod
+    def of(cls, parameters: dict[str, Any]) -> Self:
+        """The workspace that a profile's parameters describe, which computes."""
+        p = parameters
+        settings = {"compute": True, "keep": p["KEEP"], "scheduler": p["SCHEDULER"]}
+        return cls.open(p["PROFILE"], p["THREADS"], p["DEVICE"], **settings)
 
     @property
     def results(self) -> Path:

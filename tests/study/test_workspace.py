@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from lafq.study import workspace
-from lafq.study.workspace import Workspace, compute_on, kind_of_machine
-from tools.notebooks import profile_parameters
+from lafq.study.workspace import Workspace, compute_on, kind_of_machine, profile_parameters
 
 SMOKE = Workspace("smoke")
 

@@ -14,10 +14,9 @@ from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.fisher_analysis import fisher_by_timestep
 from lafq.study.images import samples
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors
 from tools import evidence
-from tools.notebooks import profile_parameters
 
 SMOKE = Workspace("smoke")
 

@@ -19,9 +19,9 @@ from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images import evaluate as evaluation
 from lafq.study.images import samples
 from lafq.study.images.candidates import Candidate, sizes
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from tools import cost, run
-from tools.notebooks import declared, notebooks, profile_parameters
+from tools.notebooks import declared, notebooks
 
 SMOKE = Workspace("smoke")
 

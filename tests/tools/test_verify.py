@@ -11,10 +11,9 @@ from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation
 from lafq.study.images import samples
 from lafq.study.images.candidates import Candidate
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors
 from tools import compare, verify
-from tools.notebooks import profile_parameters
 
 SMOKE = Workspace("smoke", keep=True)
 SAMPLING = samples.Sampling(8, 2, 0, 4)
