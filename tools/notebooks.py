@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import papermill
 import yaml
 
 from lafq.study import workspace
@@ -45,10 +44,12 @@ def notebooks(only: str = "", profile: str = "") -> list[Path]:
 
 
 def declared(notebook: Path) -> dict[str, Any]:
-    """The parameters a notebook's `parameters` cell declares, with their defaults as source text."""
-    return {
-        name: info["default"] for name, info in papermill.inspect_notebook(str(notebook)).items()
-    }
+    """The parameters that a notebook's `parameters` cell declares, with their defaults."""
+    found: dict[str, Any] = {}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            exec(cell.source, {}, found)
+    return found
 
 
 def clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:

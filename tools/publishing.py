@@ -49,7 +49,7 @@ def publish(only: str = "") -> None:
             shutil.copy(timing, temporary)
     for path in selected:
         _execute(nbformat.read(path, as_version=4), path)
-        openings.fill(path, Workspace(ast.literal_eval(declared(path)["PROFILE"])))
+        openings.fill(path, Workspace(declared(path)["PROFILE"]))
     for path in selected:
         if path in rendered(PAPER):
             notebook = with_parameters(nbformat.read(path, as_version=4), profile_parameters(PAPER))
@@ -64,7 +64,7 @@ def rendered(profile: str) -> list[Path]:
     found = []
     for path in notebooks(profile=profile):
         table = workspace.RESULTS / profile / f"{MAIN_TABLE.get(path.stem, path.stem)}.csv"
-        if table.is_file() and ast.literal_eval(declared(path)["PROFILE"]) != profile:
+        if table.is_file() and declared(path)["PROFILE"] != profile:
             found.append(path)
     return found
 
@@ -77,16 +77,23 @@ def with_parameters(
     """
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
-            for name, value in parameters.items():
-                cell.source = re.sub(
-                    rf"^{name} = [^#\n]*?( *#.*)?$",
-                    rf"{name} = {_literal(value)}\1",
-                    cell.source,
-                    flags=re.MULTILINE,
-                )
+            cell.source = _with_values(cell.source, parameters)
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\(((?:\.\./)*[\w./]+)\)", r"](../\1)", cell.source)
     return notebook
+
+
+def _with_values(source: str, parameters: dict[str, Any]) -> str:
+    """The source with other values assigned, each on a line with the comment that stood there."""
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):
+        name = ast.unparse(node).split()[0]
+        if name in parameters:
+            comment = lines[node.end_lineno - 1][node.end_col_offset :]
+            value = f"{name} = {_literal(parameters[name])}{comment}"
+            # What is assigned in parts, with |=, stands whole in the first.
+            lines[node.lineno - 1 : node.end_lineno] = [value] * isinstance(node, ast.Assign)
+    return "\n".join(lines)
 
 
 def _literal(value: Any) -> str:
