@@ -4,12 +4,12 @@ import re
 import nbformat
 import pytest
 
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.workspace import profile_parameters
 from tools import notebooks, publishing
 
 NOTEBOOKS = notebooks.notebooks()
-PROFILES = sorted(paths.PROFILES.glob("*.yaml"))
+PROFILES = sorted(workspace.PROFILES.glob("*.yaml"))
 MACHINE_PATH = re.compile(
     r"(?<![\w.:/<])/[A-Za-z][\w.-]*/[\w.-]"
 )  # any absolute path of two parts or more
@@ -17,16 +17,6 @@ MACHINE_PATH = re.compile(
 
 def code(path):
     return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-
-
-def assigned(source):
-    return {
-        t.id
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign)
-        for t in node.targets
-        if isinstance(t, ast.Name)
-    }
 
 
 def used(path):
@@ -57,20 +47,11 @@ def test_profiles_name_the_same_parameters():
 def test_committed_defaults_are_minis_or_where_mini_does_not_run_it_papers(path):
     runs = path in notebooks.notebooks(profile="mini")
     mini = profile_parameters("mini" if runs else "paper")
-    values = {
-        name: ast.literal_eval(text)
-        for name, text in notebooks.declared(path).items()
-        if name != "TRAINING"
-    }
+    values = notebooks.declared(path)
     assert values["COMPUTE"] is False
     assert {n: v for n, v in values.items() if n in mini} == {
         n: mini[n] for n in values if n in mini
     }
-    for cell in code(path):
-        if "TRAINING" in assigned(cell.source):
-            scope = {}
-            exec(cell.source, scope)
-            assert scope["TRAINING"] == mini["TRAINING"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -113,15 +94,11 @@ def test_the_path_pattern_sees_a_path():
 
 
 def test_paper_stands_beside_mini_with_its_own_values_and_links():
-    folder = paths.NOTEBOOKS / publishing.PAPER
+    folder = workspace.NOTEBOOKS / publishing.PAPER
     names = sorted(path.name for path in folder.glob("*.ipynb"))
     assert names == sorted(path.name for path in publishing.rendered(publishing.PAPER))
     for path in folder.glob("*.ipynb"):
-        ours = {
-            name: ast.literal_eval(text)
-            for name, text in notebooks.declared(path).items()
-            if name != "TRAINING"
-        }
+        ours = notebooks.declared(path)
         expected = profile_parameters("paper")
         assert {n: v for n, v in ours.items() if n in expected} == {
             n: expected[n] for n in ours if n in expected

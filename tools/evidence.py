@@ -14,17 +14,17 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
+from dask.system import CPU_COUNT
 from torch import nn
 
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.model import dequantize, quantize
 from lafq.quantization.plan import Plan
-from lafq.study import replicates, results, threshold_rows
+from lafq.study import replicates, threshold_rows, workspace
 from lafq.study.audit import published_images
 from lafq.study.audit.noise_floor import noise_floor
 from lafq.study.budget import budget, methods, rules
 from lafq.study.budget.image_statistics import REAL, image_statistics
-from lafq.study.device import cores
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.diffusion.weights import load_fisher, load_model
@@ -72,7 +72,7 @@ def rows(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
 
 def one_process_per_core() -> Executor:
     """Processes for training runs, each of which computes with one thread."""
-    return ProcessPoolExecutor(cores(), mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(CPU_COUNT, mp_context=get_context("spawn"))
 
 
 def runs(profile: str, seeds: tuple[int, ...] = replicates.SEEDS) -> dict[str, pd.DataFrame]:
@@ -244,7 +244,7 @@ def described(profile: str, images: int = DESCRIBED) -> dict[str, pd.DataFrame]:
     }
     sets[REAL] = mnist(train=False)[0][HELD_OUT][:images]
     network = classifier.load()
-    results.save_images(
+    workspace.save_images(
         work, "evidence_images", {name: x[:SHOWN, 0].numpy() for name, x in sets.items()}
     )
     return {"images": image_statistics(sets, network, metrics.mnist_reference(network))}
@@ -309,14 +309,14 @@ def main() -> int:
                 name in AT_POSTERS_SIZE
             ):
                 continue
-            if results.load_optional(work, name) is not None and not args.anew:
+            if workspace.load_optional(work, name) is not None and not args.anew:
                 print(f"{name}: there already, in results/{args.profile}")
                 continue
             # The step's own table comes last: where it is, the others are.
             for table, content in sorted(
                 make(args.profile).items(), key=lambda item: item[0] == name
             ):
-                results.save_table(work, table, content)
+                workspace.save_table(work, table, content)
                 print(f"{table}: written to results/{args.profile}")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)

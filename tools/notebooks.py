@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import papermill
 import yaml
 
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.workspace import profile_parameters
 from lafq.tensors import atomic_write
 
@@ -26,13 +25,15 @@ def notebooks(only: str = "", profile: str = "") -> list[Path]:
     names none).
     """
     every = sorted(
-        paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
+        workspace.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
         key=lambda path: (path.stem == EXPLORER, path.name),
     )
     found = [path for path in every if path.name.startswith(only)]
     if profile and not only:
         profile_parameters(profile)
-        chosen = yaml.safe_load((paths.PROFILES / f"{profile}.yaml").read_text()).get("notebooks")
+        chosen = yaml.safe_load((workspace.PROFILES / f"{profile}.yaml").read_text()).get(
+            "notebooks"
+        )
         found = [path for path in every if not chosen or path.stem in chosen]
     if not found:
         raise ValueError(
@@ -43,10 +44,12 @@ def notebooks(only: str = "", profile: str = "") -> list[Path]:
 
 
 def declared(notebook: Path) -> dict[str, Any]:
-    """The parameters a notebook's `parameters` cell declares, with their defaults as source text."""
-    return {
-        name: info["default"] for name, info in papermill.inspect_notebook(str(notebook)).items()
-    }
+    """The parameters that a notebook's `parameters` cell declares, with their defaults."""
+    found: dict[str, Any] = {}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            exec(cell.source, {}, found)
+    return found
 
 
 def clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:

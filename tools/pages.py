@@ -1,7 +1,7 @@
-"""The pages and notebooks, typed in docs/blocks/ with slots for numbers, filled from results/.
+"""The pages and the notebooks' Markdown, typed in docs/blocks/ with slots for numbers.
 
 Text between `<!-- NAME -->` and `<!-- /NAME -->` in a page, or in a Markdown cell of a notebook,
-is docs/blocks/NAME.md.j2 rendered by Jinja2.
+is docs/blocks/NAME.md.j2, rendered by Jinja2 with the numbers of results/.
 """
 
 import json
@@ -16,28 +16,24 @@ import numpy as np
 import pandas as pd
 
 from lafq.quantization.formats import MIB
-from lafq.study import paths, poster
-from lafq.study.audit import published_images
+from lafq.study import poster, workspace
+from lafq.study.audit.published_images import fid_noise
 from lafq.study.budget.summaries import bits_of_equal_damage
 from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.figures import text
-from lafq.study.workspace import profile_parameters
 from lafq.tensors import atomic_write, sha256
 from tools.notebooks import notebooks
 
-BLOCKS = paths.ROOT / "docs" / "blocks"
-README, CARD = paths.ROOT / "README.md", paths.ROOT / "results" / "MODEL_CARD.md"
-PAGES = (README, CARD, *sorted((paths.ROOT / "docs").glob("*.md")))
+BLOCKS = workspace.ROOT / "docs" / "blocks"
+README, CARD = workspace.ROOT / "README.md", workspace.ROOT / "results" / "MODEL_CARD.md"
+PAGES = (README, CARD, *sorted((workspace.ROOT / "docs").glob("*.md")))
 MARKED = re.compile(
     r"(?P<open><!-- (?P<name>\w+) -->\n).*?(?P<close><!-- /(?P=name) -->)", flags=re.DOTALL
 )
 
 
 @cache
-def _table(name: str) -> pd.DataFrame:
-    path = paths.RESULTS / f"{name}.csv"
-    if not path.is_file():
-        raise ValueError(f"there is no table {name} in results/")
+def _table(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype={"setting": str})
 
 
@@ -46,36 +42,14 @@ def rows(name: str | list[str], **where: Any) -> pd.DataFrame:
     list of values.
     """
     names = [name] if isinstance(name, str) else name
-    table = pd.concat([_table(n) for n in names], ignore_index=True)
+    tables = [_table(workspace.RESULTS / f"{n}.csv") for n in names]
+    table = pd.concat(tables, ignore_index=True)
     for column, value in where.items():
         if isinstance(value, float):
             table = table[np.isclose(table[column], value)]
         else:
             table = table[table[column].isin(value if isinstance(value, list) else [value])]
     return table
-
-
-def poster_rows(name: str) -> pd.DataFrame:
-    """Rows of a table beside the poster's values (`poster.compare`)."""
-    return poster.compare(rows(name), name.partition("/")[0])
-
-
-def record(name: str) -> dict[str, Any]:
-    """The record results/<name>.json."""
-    return json.loads((paths.RESULTS / f"{name}.json").read_text())
-
-
-def file(name: str) -> dict[str, Any]:
-    """Bytes, MiB and sha256 of a file in results/."""
-    path = paths.RESULTS / name
-    size = path.stat().st_size
-    return {"bytes": size, "mib": size / MIB, "sha256": sha256(path)}
-
-
-def exponent(table: pd.DataFrame, column: str, by: str) -> float:
-    """How a column grows with `by`: the slope of the logarithms between its two largest values."""
-    (x1, y1), (x2, y2) = np.log(table.nlargest(2, by)[[by, column]].to_numpy())
-    return float((y1 - y2) / (x1 - x2))
 
 
 def row(name: str, **where: Any) -> pd.Series:
@@ -86,6 +60,35 @@ def row(name: str, **where: Any) -> pd.Series:
     return found.iloc[0]
 
 
+def poster_rows(name: str) -> pd.DataFrame:
+    """Rows of a table beside the poster's values (`poster.compare`)."""
+    return poster.compare(rows(name), name.partition("/")[0])
+
+
+def record(name: str) -> dict[str, Any]:
+    """The record results/<name>.json."""
+    return json.loads((workspace.RESULTS / f"{name}.json").read_text())
+
+
+def file(name: str) -> dict[str, Any]:
+    """Bytes, MiB and sha256 of a file in results/."""
+    path = workspace.RESULTS / name
+    size = path.stat().st_size
+    return {"bytes": size, "mib": size / MIB, "sha256": sha256(path)}
+
+
+def exponent(table: pd.DataFrame, column: str, by: str) -> float:
+    """How a column grows with `by`: the slope of the logarithms between its two largest values."""
+    (x1, y1), (x2, y2) = np.log(table.nlargest(2, by)[[by, column]].to_numpy())
+    return float((y1 - y2) / (x1 - x2))
+
+
+HELPERS = (
+    *(rows, row, poster_rows, record, file, exponent, bits_of_equal_damage, fid_noise),
+    *(workspace.profile_parameters, text.interval, text.table, text.markdown, text.holds, text.name),
+)
+
+
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -94,28 +97,20 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"to": text.write, "percent": lambda x: f"{x:.1%}"}
-    helpers = (rows, row, poster_rows, record, file, exponent, text.interval, text.table, text.markdown)
-    environment.globals |= {helper.__name__: helper for helper in (*helpers, text.holds, text.name)}
-    environment.globals |= {
-        "parameters": profile_parameters,
-        "poster": poster,
-        "fid_noise": published_images.fid_noise,
-        "reference": REFERENCE,
-        "bits_of_equal_damage": bits_of_equal_damage,
-        "notebooks": [path.stem for path in notebooks()],
-    }
+    environment.filters |= {"to": text.write, "percent": "{:.1%}".format}
+    environment.globals |= {helper.__name__: helper for helper in HELPERS}
+    environment.globals |= {"poster": poster, "reference": REFERENCE}
+    environment.globals["notebooks"] = [path.stem for path in notebooks()]
     return environment
 
 
 def block(name: str, profile: str = "mini") -> str:
-    """The text of one block; ValueError that names it where it is not there or no longer holds."""
+    """The text of one block; ValueError that names it where it is missing or no longer holds."""
     try:
-        return _environment().get_template(f"{name}.md.j2").render(profile=profile).strip()
-    except jinja2.TemplateNotFound:
-        raise ValueError(f"a page has a mark {name!r}, but there is no {name}.md.j2") from None
-    except ValueError as error:
-        raise ValueError(f"docs/blocks/{name}.md.j2: {error}") from error
+        rendered = _environment().get_template(f"{name}.md.j2").render(profile=profile)
+    except (ValueError, LookupError, OSError, jinja2.TemplateError) as error:
+        raise ValueError(f"docs/blocks/{name}.md.j2: {type(error).__name__}: {error}") from error
+    return re.sub(r"\n{3,}", "\n\n", rendered.strip())
 
 
 def filled(page: str, profile: str = "mini") -> str:
@@ -139,9 +134,20 @@ def fill_notebook(notebook: nbformat.NotebookNode, profile: str) -> None:
             cell.source = filled(cell.source, profile)
 
 
-def refresh(pages: tuple[Path, ...] = PAGES) -> None:
-    """Write the pages' numbers anew."""
-    for path in pages:
+def marks() -> list[str]:
+    """The names of all marks of the pages and of notebooks/, in order, as often as they stand."""
+    read = [nbformat.read(path, as_version=4) for path in notebooks()]
+    cells = [c.source for n in read for c in n.cells if c.cell_type == "markdown"]
+    pages = [path.read_text() for path in PAGES]
+    return [mark["name"] for page in (*pages, *cells) for mark in MARKED.finditer(page)]
+
+
+def refresh() -> None:
+    """Write the pages' numbers anew; ValueError where a block stands on no page."""
+    known = {path.name.removesuffix(".md.j2") for path in BLOCKS.glob("[!_]*.md.j2")}
+    if unused := sorted(known - set(marks())):
+        raise ValueError(f"no page and no notebook has a mark for docs/blocks/{unused[0]}.md.j2")
+    for path in PAGES:
         page = filled(path.read_text())
         with atomic_write(path) as temporary:
             temporary.write_text(page)

@@ -17,7 +17,7 @@ from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize, quantize
-from lafq.study import results
+from lafq.study import workspace
 from lafq.study.budget import methods
 from lafq.study.diffusion.weights import PACKED, load_model
 from lafq.study.images import scoring
@@ -86,7 +86,7 @@ def main() -> int:
         known = methods.measured_sensitivity(model, samples, seed, CHANNELS)
         made = methods.made(samples, seed)
         sampling = Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
-        results.save_table(
+        workspace.save_table(
             work,
             "packed",
             ship(work, model, known, args.mib, made, sampling, p["INCEPTION_REFERENCE"]),
@@ -101,7 +101,7 @@ def main() -> int:
 def sentence(work: Workspace) -> str:
     """What the packed weights of a profile cost."""
     row, file = (
-        results.load_table(work, "packed").iloc[-1],
+        workspace.load_table(work, "packed").iloc[-1],
         (work.results / PACKED).stat().st_size / MIB,
     )
     low, high = row["delta_fid_inception_low"], row["delta_fid_inception_high"]

@@ -1,7 +1,6 @@
 """The study's tables and images as files: how the notebooks make, keep and load them."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,43 +11,16 @@ from lafq.study.images import samples
 from lafq.study.images.candidates import KEY, Candidate
 from lafq.study.images.evaluate import evaluate, load_inception, measure_peak_memory
 from lafq.study.images.samples import Sampling
-from lafq.study.workspace import Workspace
-from lafq.tensors import atomic_write
+from lafq.study.workspace import (
+    Workspace,
+    load_images,
+    load_optional,
+    load_table,
+    save_images,
+    save_table,
+)
 
 METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
-
-
-def save_table(work: Workspace, name: str, table: pd.DataFrame) -> None:
-    """Write results/<profile>/<name>.csv, six significant digits."""
-    with atomic_write(work.results / f"{name}.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
-
-
-def load_table(work: Workspace, name: str) -> pd.DataFrame:
-    """Read results/<profile>/<name>.csv; FileNotFoundError names the remedy when there is none.
-
-    `threshold` is text: a label in tables of rows ("tau=1.2e-05", "0.35"), a number in those of
-    sizes.
-    """
-    path = _existing(work, f"{name}.csv")
-    return pd.read_csv(path, dtype={"threshold": str}, keep_default_na=False, na_values=[""])
-
-
-def load_optional(work: Workspace, name: str) -> pd.DataFrame | None:
-    """Read a table that not every profile has; None where it has not been made."""
-    return load_table(work, name) if (work.results / f"{name}.csv").is_file() else None
-
-
-def save_images(work: Workspace, name: str, images: dict[str, np.ndarray]) -> None:
-    """Write generated images, uint8 (N, 32, 32) by key, to results/<profile>/<name>.npz."""
-    with atomic_write(work.results / f"{name}.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **images)
-
-
-def load_images(work: Workspace, name: str) -> dict[str, np.ndarray]:
-    """Read what `save_images` wrote."""
-    with np.load(_existing(work, f"{name}.npz")) as file:
-        return dict(file)
 
 
 def save_rows(
@@ -90,13 +62,6 @@ def load_rows(
                 )
         table, images = pd.concat([baseline, table], ignore_index=True), its_images | images
     return table, images
-
-
-def compute_or_load(work: Workspace, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table results/<profile>/<name>.csv, made and written first where the workspace computes."""
-    if work.compute:
-        save_table(work, name, make())
-    return load_table(work, name)
 
 
 def evaluate_rows(
@@ -183,13 +148,3 @@ def fisher_claims(work: Workspace, seed: int) -> list[claims.Claim]:
         for kind, rows in kinds.items()
         for claim in claims.fisher_claims(rows, weights, kind, seed)
     ]
-
-
-def _existing(work: Workspace, name: str) -> Path:
-    path = work.results / name
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"results/{work.profile}/{name} is missing: `make reproduce PROFILE={work.profile}` "
-            f"makes it"
-        )
-    return path
