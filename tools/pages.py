@@ -85,7 +85,14 @@ def exponent(table: pd.DataFrame, column: str, by: str) -> float:
 
 HELPERS = (
     *(rows, row, poster_rows, record, file, exponent, bits_of_equal_damage, fid_noise),
-    *(workspace.profile_parameters, text.interval, text.table, text.markdown, text.holds, text.name),
+    *(
+        workspace.profile_parameters,
+        text.interval,
+        text.table,
+        text.markdown,
+        text.holds,
+        text.name,
+    ),
 )
 
 
