@@ -60,11 +60,6 @@ def row(name: str, **where: Any) -> pd.Series:
     return found.iloc[0]
 
 
-def poster_rows(name: str) -> pd.DataFrame:
-    """Rows of a table beside the poster's values (`poster.compare`)."""
-    return poster.compare(rows(name), name.partition("/")[0])
-
-
 def record(name: str) -> dict[str, Any]:
     """The record results/<name>.json."""
     return json.loads((workspace.RESULTS / f"{name}.json").read_text())
@@ -83,19 +78,6 @@ def exponent(table: pd.DataFrame, column: str, by: str) -> float:
     return float((y1 - y2) / (x1 - x2))
 
 
-HELPERS = (
-    *(rows, row, poster_rows, record, file, exponent, bits_of_equal_damage, fid_noise),
-    *(
-        workspace.profile_parameters,
-        text.interval,
-        text.table,
-        text.markdown,
-        text.holds,
-        text.name,
-    ),
-)
-
-
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -105,7 +87,9 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"to": text.write, "percent": "{:.1%}".format}
-    environment.globals |= {helper.__name__: helper for helper in HELPERS}
+    helpers = (rows, row, record, file, exponent, bits_of_equal_damage, fid_noise)
+    helpers += (workspace.profile_parameters, text.interval, text.table, text.markdown)
+    environment.globals |= {f.__name__: f for f in (*helpers, text.holds, text.name)}
     environment.globals |= {"poster": poster, "reference": REFERENCE}
     environment.globals["notebooks"] = [path.stem for path in notebooks()]
     return environment
@@ -141,19 +125,8 @@ def fill_notebook(notebook: nbformat.NotebookNode, profile: str) -> None:
             cell.source = filled(cell.source, profile)
 
 
-def marks() -> list[str]:
-    """The names of all marks of the pages and of notebooks/, in order, as often as they stand."""
-    read = [nbformat.read(path, as_version=4) for path in notebooks()]
-    cells = [c.source for n in read for c in n.cells if c.cell_type == "markdown"]
-    pages = [path.read_text() for path in PAGES]
-    return [mark["name"] for page in (*pages, *cells) for mark in MARKED.finditer(page)]
-
-
 def refresh() -> None:
-    """Write the pages' numbers anew; ValueError where a block stands on no page."""
-    known = {path.name.removesuffix(".md.j2") for path in BLOCKS.glob("[!_]*.md.j2")}
-    if unused := sorted(known - set(marks())):
-        raise ValueError(f"no page and no notebook has a mark for docs/blocks/{unused[0]}.md.j2")
+    """Write the pages' numbers anew."""
     for path in PAGES:
         page = filled(path.read_text())
         with atomic_write(path) as temporary:

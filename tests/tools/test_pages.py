@@ -28,7 +28,9 @@ def test_numbers_on_a_page_are_those_of_results(path):
     assert pages.filled(text) == text
 
 
-@pytest.mark.parametrize("path", notebooks.notebooks() + PAPER, ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path", notebooks.notebooks() + PAPER, ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_numbers_in_a_notebooks_text_are_those_of_results(path):
     profile = notebooks.declared(path)["PROFILE"]
     for cell in nbformat.read(path, as_version=4).cells:
@@ -37,14 +39,10 @@ def test_numbers_in_a_notebooks_text_are_those_of_results(path):
 
 
 def test_every_block_is_used_once():
-    assert Counter(pages.marks()) == Counter(BLOCKS)
-
-
-def test_a_block_without_a_mark_stops(tmp_path, monkeypatch):
-    (tmp_path / "lonely.md.j2").write_text("nothing")
-    monkeypatch.setattr(pages, "BLOCKS", tmp_path)
-    with pytest.raises(ValueError, match="lonely"):
-        pages.refresh()
+    read = [nbformat.read(path, as_version=4) for path in notebooks.notebooks()]
+    cells = [c.source for n in read for c in n.cells if c.cell_type == "markdown"]
+    texts = (*(path.read_text() for path in pages.PAGES), *cells)
+    assert Counter(m["name"] for t in texts for m in pages.MARKED.finditer(t)) == Counter(BLOCKS)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +75,8 @@ def typed(monkeypatch):
 def test_a_block_reads_rows_by_their_values(typed):
     typed["said.md.j2"] = (
         '{{ row("made", rule="ratio").x | to(".1f") }} {{ rows("made", bits=3.02) | length }} '
-        '{{ rows("made", rule=["global", "ratio"], x=0.5) | length }} {{ 0.125 | percent }} {{ profile }}'
+        '{{ rows("made", rule=["global", "ratio"], x=0.5) | length }} '
+        '{{ 0.125 | percent }} {{ profile }}'
     )
     assert pages.block("said", "paper") == "2.0 1 1 12.5% paper"
     typed["two.md.j2"] = '{{ row("made").x }}'
@@ -86,7 +85,9 @@ def test_a_block_reads_rows_by_their_values(typed):
 
 
 def test_a_comparison_that_no_longer_holds_stops_with_the_blocks_name(typed):
-    typed["said.md.j2"] = '{{ holds(row("made", rule="global").x < row("made", rule="ratio").x) }}less'
+    typed["said.md.j2"] = (
+        '{{ holds(row("made", rule="global").x < row("made", rule="ratio").x) }}less'
+    )
     assert pages.block("said") == "less"
     typed["said.md.j2"] = typed["said.md.j2"].replace("<", ">")
     with pytest.raises(ValueError, match=r"docs/blocks/said\.md\.j2.*no longer"):
