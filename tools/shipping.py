@@ -21,9 +21,9 @@ from lafq.study import results
 from lafq.study.budget import methods
 from lafq.study.diffusion.weights import PACKED, load_model
 from lafq.study.images import scoring
-from lafq.study.images.candidates import BASELINE, Candidate
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.samples import Sampling
+from lafq.study.rows import BASELINE, Row
 from lafq.study.workspace import Workspace
 from tools.notebooks import open_workspace, profile_parameters
 
@@ -53,11 +53,12 @@ def ship(
     save_quantized(work.results / PACKED, small, model, compress=True)
     rows = [
         BASELINE._replace(inception=True),
-        Candidate(
-            "shipped",
+        Row(
+            "allocate",
             f"{file_mib:g} MiB",
-            "entropy-coded",
+            "coded",
             "channel",
+            "feedback",
             plan,
             inception=True,
             made=made,

@@ -9,9 +9,9 @@ from torch import nn
 
 from lafq.study import claims, poster
 from lafq.study.images import samples
-from lafq.study.images.candidates import KEY, Candidate
 from lafq.study.images.evaluate import evaluate, load_inception, measure_peak_memory
 from lafq.study.images.samples import Sampling
+from lafq.study.rows import KEY, Row
 from lafq.study.workspace import Workspace
 from lafq.tensors import atomic_write
 
@@ -21,22 +21,55 @@ METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
 def save_table(work: Workspace, name: str, table: pd.DataFrame) -> None:
     """Write results/<profile>/<name>.csv, six significant digits."""
     with atomic_write(work.results / f"{name}.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
+        old = ["method", "threshold"] if "rounding" in table else []
+        table.drop(columns=old, errors="ignore").to_csv(temporary, index=False, float_format="%.6g")
 
 
 def load_table(work: Workspace, name: str) -> pd.DataFrame:
     """Read results/<profile>/<name>.csv; FileNotFoundError names the remedy when there is none.
 
-    `threshold` is text: a label in tables of rows ("tau=1.2e-05", "0.35"), a number in those of
-    sizes.
+    `setting` is text ("tau=1.2e-05", "0.35").
     """
+    return with_old_names(_read(work, name))
+
+
+def _read(work: Workspace, name: str) -> pd.DataFrame:
     path = _existing(work, f"{name}.csv")
-    return pd.read_csv(path, dtype={"threshold": str}, keep_default_na=False, na_values=[""])
+    text = {"setting": str, "threshold": str}
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+
+
+def with_old_names(table: pd.DataFrame) -> pd.DataFrame:
+    """Columns method and threshold beside the key: for figures and pages, until they read the key."""
+    if "rounding" not in table:
+        return table
+    endings = {
+        "tuned": ", tuned",
+        "nearest": {"allocate": ", nearest code"},
+        "feedback": {"allocate": "", "allocate_all": ""},
+    }
+    methods = []
+    for row in table.itertuples():
+        ending = endings.get(row.rounding, "")
+        if isinstance(ending, dict):
+            ending = ending.get(row.rule, ", error feedback" if row.rounding == "feedback" else "")
+        name = {"allocate": "allocator", "allocate_all": "allocator, all weights"}.get(row.rule)
+        if row.format == "coded":
+            name, ending = "allocator, entropy-coded", ""
+        if row.format == "any" and name is None:
+            name = f"by {row.rule}"
+        methods.append(f"{name or row.rule}{ending}")
+    table = table.assign(method=methods)
+    if "setting" in table:
+        table["threshold"] = table["setting"]
+    if "choice" in table:
+        table["threshold"] += ", " + table["choice"]
+    return table
 
 
 def load_optional(work: Workspace, name: str) -> pd.DataFrame | None:
     """Read a table that not every profile has; None where it has not been made."""
-    return load_table(work, name) if (work.results / f"{name}.csv").is_file() else None
+    return load_table(work, name) if _there(work, name) else None
 
 
 def save_images(work: Workspace, name: str, images: dict[str, np.ndarray]) -> None:
@@ -103,10 +136,10 @@ def evaluate_rows(
     work: Workspace,
     name: str,
     model: nn.Module,
-    rows: list[Candidate],
+    rows: list[Row],
     sampling: Sampling,
     inception_reference: int = 0,
-    compared: Sequence[Candidate] = (),
+    compared: Sequence[Row] = (),
 ) -> None:
     """Evaluate the candidates of a notebook and write its table, its images and their peak memory.
 
@@ -116,7 +149,7 @@ def evaluate_rows(
     table, images = evaluate(work, model, rows, sampling, inception_reference)
     save_rows(work, name, table, images)
     update(work, "peak_memory", measure_peak_memory(work, model, rows))
-    keys = {tuple(getattr(row, column) for column in KEY) for row in compared}
+    keys = {row[: len(KEY)] for row in compared}
     if keys:
         compared_rows = table[[key in keys for key in table[KEY].itertuples(index=False)]]
         update_comparison(work, poster.compare(compared_rows, work.profile))
@@ -124,27 +157,24 @@ def evaluate_rows(
 
 def update(work: Workspace, name: str, rows: pd.DataFrame) -> None:
     """Put rows into the table <name>.csv in place of those of the same KEY."""
-    known = load_optional(work, name)
+    known = _read(work, name) if _there(work, name) else None
     save_table(work, name, pd.concat([known, rows]).drop_duplicates(KEY, keep="last"))
 
 
 def update_comparison(work: Workspace, rows: pd.DataFrame) -> pd.DataFrame:
     """Put rows of `poster.compare` into results/<profile>/paper_comparison.csv in place of those of
-    the same methods.
+    the same rules.
 
     Returns the rows as the file has them.
     """
-    path = work.results / "paper_comparison.csv"
-    if path.is_file():
-        old = load_table(work, "paper_comparison")
+    if _there(work, "paper_comparison"):
+        old = _read(work, "paper_comparison")
         # The file's own columns may be in another order, or fewer, where an earlier version wrote
         # it.
-        rows = pd.concat([old[~old["method"].isin(rows["method"])], rows])[list(rows.columns)]
+        rows = pd.concat([old[~old["rule"].isin(rows["rule"])], rows])[list(rows.columns)]
     rows = rows.drop_duplicates(KEY, keep="last")
-    order = [METHODS.index(m) for m in rows["method"]]
-    rows = rows.assign(order=order).sort_values(
-        ["order", "threshold", "format", "granularity"], kind="stable"
-    )
+    order = [METHODS.index(rule) for rule in rows["rule"]]
+    rows = rows.assign(order=order).sort_values(["order", *KEY[1:]], kind="stable")
     save_table(work, "paper_comparison", rows.drop(columns="order"))
     return load_table(work, "paper_comparison")
 
@@ -183,6 +213,10 @@ def fisher_claims(work: Workspace, seed: int) -> list[claims.Claim]:
         for kind, rows in kinds.items()
         for claim in claims.fisher_claims(rows, weights, kind, seed)
     ]
+
+
+def _there(work: Workspace, name: str) -> bool:
+    return (work.results / f"{name}.csv").is_file()
 
 
 def _existing(work: Workspace, name: str) -> Path:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lafq import device
+from lafq.study import device
 from lafq.study.device import compute_on, cores
 
 

@@ -37,8 +37,9 @@ def ours(method, threshold, low="fp16"):
         "kid_mnist": 0.1,
     }
     row = {
+        "rule": method,
+        "setting": threshold,
         "method": method,
-        "threshold": threshold,
         "format": low,
         "granularity": "tensor",
         "fid_inception": 60.0,
