@@ -4,11 +4,12 @@ import re
 import nbformat
 import pytest
 
-from lafq.study import paths
+from lafq.study import workspace
+from lafq.study.workspace import profile_parameters
 from tools import notebooks, publishing
 
 NOTEBOOKS = notebooks.notebooks()
-PROFILES = sorted(paths.PROFILES.glob("*.yaml"))
+PROFILES = sorted(workspace.PROFILES.glob("*.yaml"))
 MACHINE_PATH = re.compile(
     r"(?<![\w.:/<])/[A-Za-z][\w.-]*/[\w.-]"
 )  # any absolute path of two parts or more
@@ -16,16 +17,6 @@ MACHINE_PATH = re.compile(
 
 def code(path):
     return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-
-
-def assigned(source):
-    return {
-        t.id
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign)
-        for t in node.targets
-        if isinstance(t, ast.Name)
-    }
 
 
 def used(path):
@@ -39,7 +30,7 @@ def used(path):
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
 def test_every_parameter_of_a_profile_is_declared_where_it_is_used(profile):
-    parameters = notebooks.profile_parameters(profile.stem)
+    parameters = profile_parameters(profile.stem)
     declared = {path.stem: set(notebooks.declared(path)) for path in NOTEBOOKS}
     assert parameters["PROFILE"] == profile.stem
     assert not set(parameters) - set().union(*declared.values())
@@ -48,28 +39,19 @@ def test_every_parameter_of_a_profile_is_declared_where_it_is_used(profile):
 
 
 def test_profiles_name_the_same_parameters():
-    names = {profile.stem: set(notebooks.profile_parameters(profile.stem)) for profile in PROFILES}
+    names = {profile.stem: set(profile_parameters(profile.stem)) for profile in PROFILES}
     assert names["mini"] == names["paper"] == names["smoke"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_committed_defaults_are_minis_or_where_mini_does_not_run_it_papers(path):
     runs = path in notebooks.notebooks(profile="mini")
-    mini = notebooks.profile_parameters("mini" if runs else "paper")
-    values = {
-        name: ast.literal_eval(text)
-        for name, text in notebooks.declared(path).items()
-        if name != "TRAINING"
-    }
+    mini = profile_parameters("mini" if runs else "paper")
+    values = notebooks.declared(path)
     assert values["COMPUTE"] is False
     assert {n: v for n, v in values.items() if n in mini} == {
         n: mini[n] for n in values if n in mini
     }
-    for cell in code(path):
-        if "TRAINING" in assigned(cell.source):
-            scope = {}
-            exec(cell.source, scope)
-            assert scope["TRAINING"] == mini["TRAINING"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -112,16 +94,12 @@ def test_the_path_pattern_sees_a_path():
 
 
 def test_paper_stands_beside_mini_with_its_own_values_and_links():
-    folder = paths.NOTEBOOKS / publishing.PAPER
+    folder = workspace.NOTEBOOKS / publishing.PAPER
     names = sorted(path.name for path in folder.glob("*.ipynb"))
     assert names == sorted(path.name for path in publishing.rendered(publishing.PAPER))
     for path in folder.glob("*.ipynb"):
-        ours = {
-            name: ast.literal_eval(text)
-            for name, text in notebooks.declared(path).items()
-            if name != "TRAINING"
-        }
-        expected = notebooks.profile_parameters("paper")
+        ours = notebooks.declared(path)
+        expected = profile_parameters("paper")
         assert {n: v for n, v in ours.items() if n in expected} == {
             n: expected[n] for n in ours if n in expected
         }

@@ -14,17 +14,17 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
+from dask.system import CPU_COUNT
 from torch import nn
 
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.model import dequantize, quantize
 from lafq.quantization.plan import Plan
-from lafq.study import replicates, results, threshold_rows
+from lafq.study import replicates, threshold_rows, workspace
 from lafq.study.audit import published_images
 from lafq.study.audit.noise_floor import noise_floor
 from lafq.study.budget import budget, methods, rules
 from lafq.study.budget.image_statistics import REAL, image_statistics
-from lafq.study.device import cores
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.diffusion.weights import load_fisher, load_model
@@ -32,9 +32,8 @@ from lafq.study.images import classifier, metrics
 from lafq.study.images.evaluate import evaluate, evaluate_large
 from lafq.study.images.samples import Sampling, cached_samples, weights_sha256
 from lafq.study.rows import BASELINE, by_budget
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import load_tensors, save_tensors
-from tools.notebooks import open_workspace, profile_parameters
 
 IMAGES, DESCRIBED, SHOWN = 1000, 200, 16
 ALLOCATED, RULE_BITS = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
@@ -61,7 +60,7 @@ def rows(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     claims at that N.
     """
     p = profile_parameters(profile)
-    work = open_workspace(p)
+    work = Workspace.of(p)
     model, fisher = load_model(work, p["WIDTH"]), load_fisher(work, p["WIDTH"])
     claimed = replicates.claimed_rows(model, fisher, p["THRESHOLDS"])
     table, samples = evaluate_large(
@@ -75,7 +74,7 @@ def rows(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
 
 def one_process_per_core() -> Executor:
     """Processes for training runs, each of which computes with one thread."""
-    return ProcessPoolExecutor(cores(), mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(CPU_COUNT, mp_context=get_context("spawn"))
 
 
 def runs(profile: str, seeds: tuple[int, ...] = replicates.SEEDS) -> dict[str, pd.DataFrame]:
@@ -91,7 +90,7 @@ def budgets(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     tuned too), threshold rules.
     """
     p = profile_parameters(profile)
-    work = open_workspace(p)
+    work = Workspace.of(p)
     model = load_model(work, p["WIDTH"])
     known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
     allocated = methods.allocated(model, known, list(ALLOCATED), granularities=("mixed",))
@@ -116,7 +115,7 @@ def fresh(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     never used before.
     """
     p = profile_parameters(profile)
-    work = open_workspace(p)
+    work = Workspace.of(p)
     model, seed = load_model(work, p["WIDTH"]), p["SEED"] + budget.FRESH_SEED
     known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
     allocated = methods.allocated(model, known, [rules.RATE], ("mixed",), ablations=())
@@ -133,7 +132,7 @@ def fresh(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
 def coded(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     """FID of entropy-coded files of 06_budget, from the noise of the other rows."""
     p = profile_parameters(profile)
-    work = open_workspace(p)
+    work = Workspace.of(p)
     model = load_model(work, p["WIDTH"])
     known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
     rows = [
@@ -149,7 +148,7 @@ def at_int4_bytes(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]
     the noise of the other tables.
     """
     p = profile_parameters(profile)
-    work = open_workspace(p)
+    work = Workspace.of(p)
     model, seed, samples = load_model(work, p["WIDTH"]), p["SEED"], p["TRUE_FISHER_SAMPLES"]
     known = methods.measured_sensitivity(model, samples, seed)
     same = threshold_rows.uniform(model, ("int8", "int4"))
@@ -198,7 +197,7 @@ def damages(profile: str) -> dict[str, pd.DataFrame]:
     digits never used before.
     """
     p = profile_parameters(profile)
-    work = open_workspace(p)
+    work = Workspace.of(p)
     model, seed, samples = load_model(work, p["WIDTH"]), p["SEED"], p["TRUE_FISHER_SAMPLES"]
     known, other = (sensitivity(work, model, samples, s) for s in (seed, seed + 1))
     rows = [
@@ -221,7 +220,7 @@ def described(profile: str, images: int = DESCRIBED) -> dict[str, pd.DataFrame]:
     and two rules at 6 bits.
     """
     p = profile_parameters(profile)
-    work, sampling = open_workspace(p), Sampling(images, p["SAMPLING_STEPS"], p["SEED"])
+    work, sampling = Workspace.of(p), Sampling(images, p["SAMPLING_STEPS"], p["SEED"])
     model = load_model(work, p["WIDTH"])
     known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
     chosen = {
@@ -241,7 +240,7 @@ def described(profile: str, images: int = DESCRIBED) -> dict[str, pd.DataFrame]:
     }
     sets[REAL] = mnist(train=False)[0][HELD_OUT][:images]
     network = classifier.load()
-    results.save_images(
+    workspace.save_images(
         work, "evidence_images", {name: x[:SHOWN, 0].numpy() for name, x in sets.items()}
     )
     return {"images": image_statistics(sets, network, metrics.mnist_reference(network))}
@@ -306,14 +305,14 @@ def main() -> int:
                 name in AT_POSTERS_SIZE
             ):
                 continue
-            if results.load_optional(work, name) is not None and not args.anew:
+            if workspace.load_optional(work, name) is not None and not args.anew:
                 print(f"{name}: there already, in results/{args.profile}")
                 continue
             # The step's own table comes last: where it is, the others are.
             for table, content in sorted(
                 make(args.profile).items(), key=lambda item: item[0] == name
             ):
-                results.save_table(work, table, content)
+                workspace.save_table(work, table, content)
                 print(f"{table}: written to results/{args.profile}")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)

@@ -6,41 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import papermill
 import yaml
 
-from lafq.study import paths
-from lafq.study.workspace import Workspace
+from lafq.study import workspace
+from lafq.study.workspace import profile_parameters
 from lafq.tensors import atomic_write
 
 EXPLORER = "00_explore"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
-
-
-def profile_parameters(profile: str) -> dict[str, Any]:
-    """The parameters of a profile; ValueError, naming the known ones, for an unknown profile."""
-    known = {path.stem: path for path in sorted(paths.PROFILES.glob("*.yaml"))}
-    if profile not in known:
-        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
-    return {
-        name: value
-        for name, value in yaml.safe_load(known[profile].read_text()).items()
-        if name.isupper()
-    }
-
-
-def open_workspace(parameters: dict[str, Any]) -> Workspace:
-    """The workspace that a profile's parameters describe, which computes."""
-    p = parameters
-    return Workspace.open(
-        p["PROFILE"],
-        p["THREADS"],
-        p["DEVICE"],
-        compute=True,
-        keep=p["KEEP"],
-        scheduler=p["SCHEDULER"],
-    )
 
 
 def notebooks(only: str = "", profile: str = "") -> list[Path]:
@@ -51,13 +25,15 @@ def notebooks(only: str = "", profile: str = "") -> list[Path]:
     names none).
     """
     every = sorted(
-        paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
+        workspace.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
         key=lambda path: (path.stem == EXPLORER, path.name),
     )
     found = [path for path in every if path.name.startswith(only)]
     if profile and not only:
         profile_parameters(profile)
-        chosen = yaml.safe_load((paths.PROFILES / f"{profile}.yaml").read_text()).get("notebooks")
+        chosen = yaml.safe_load((workspace.PROFILES / f"{profile}.yaml").read_text()).get(
+            "notebooks"
+        )
         found = [path for path in every if not chosen or path.stem in chosen]
     if not found:
         raise ValueError(
@@ -68,10 +44,12 @@ def notebooks(only: str = "", profile: str = "") -> list[Path]:
 
 
 def declared(notebook: Path) -> dict[str, Any]:
-    """The parameters a notebook's `parameters` cell declares, with their defaults as source text."""
-    return {
-        name: info["default"] for name, info in papermill.inspect_notebook(str(notebook)).items()
-    }
+    """The parameters that a notebook's `parameters` cell declares, with their defaults."""
+    found: dict[str, Any] = {}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            exec(cell.source, {}, found)
+    return found
 
 
 def clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
-from lafq.study import paths
-from lafq.study.workspace import Workspace
+from lafq.study import workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import atomic_write
 from tools import openings
-from tools.notebooks import EXPLORER, QUIET_KERNEL, clean, declared, notebooks, profile_parameters
+from tools.notebooks import EXPLORER, QUIET_KERNEL, clean, declared, notebooks
 
 PAPER = "paper"
 MAIN_TABLE = {"01_train": "01_baseline"}
@@ -37,7 +37,7 @@ def publish(only: str = "") -> None:
     results/<profile>/timing.json.
     """
     selected = notebooks(only)
-    for timing in paths.BUILD.glob("*/timing.json"):
+    for timing in workspace.BUILD.glob("*/timing.json"):
         # A run before 00_explore was there has timed all that takes long.
         if (
             {path.stem for path in notebooks(profile=timing.parent.name)}
@@ -45,16 +45,16 @@ def publish(only: str = "") -> None:
             - {EXPLORER}
         ):
             continue
-        with atomic_write(paths.RESULTS / timing.parent.name / timing.name) as temporary:
+        with atomic_write(workspace.RESULTS / timing.parent.name / timing.name) as temporary:
             shutil.copy(timing, temporary)
     for path in selected:
         _execute(nbformat.read(path, as_version=4), path)
-        openings.fill(path, Workspace(ast.literal_eval(declared(path)["PROFILE"])))
+        openings.fill(path, Workspace(declared(path)["PROFILE"]))
     for path in selected:
         if path in rendered(PAPER):
             notebook = with_parameters(nbformat.read(path, as_version=4), profile_parameters(PAPER))
-            _execute(notebook, paths.NOTEBOOKS / PAPER / path.name)
-            openings.fill(paths.NOTEBOOKS / PAPER / path.name, Workspace(PAPER))
+            _execute(notebook, workspace.NOTEBOOKS / PAPER / path.name)
+            openings.fill(workspace.NOTEBOOKS / PAPER / path.name, Workspace(PAPER))
 
 
 def rendered(profile: str) -> list[Path]:
@@ -63,8 +63,8 @@ def rendered(profile: str) -> list[Path]:
     """
     found = []
     for path in notebooks(profile=profile):
-        table = paths.RESULTS / profile / f"{MAIN_TABLE.get(path.stem, path.stem)}.csv"
-        if table.is_file() and ast.literal_eval(declared(path)["PROFILE"]) != profile:
+        table = workspace.RESULTS / profile / f"{MAIN_TABLE.get(path.stem, path.stem)}.csv"
+        if table.is_file() and declared(path)["PROFILE"] != profile:
             found.append(path)
     return found
 
@@ -77,16 +77,23 @@ def with_parameters(
     """
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
-            for name, value in parameters.items():
-                cell.source = re.sub(
-                    rf"^{name} = [^#\n]*?( *#.*)?$",
-                    rf"{name} = {_literal(value)}\1",
-                    cell.source,
-                    flags=re.MULTILINE,
-                )
+            cell.source = _with_values(cell.source, parameters)
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\(((?:\.\./)*[\w./]+)\)", r"](../\1)", cell.source)
     return notebook
+
+
+def _with_values(source: str, parameters: dict[str, Any]) -> str:
+    """The source with other values assigned, each on a line with the comment that stood there."""
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):
+        name = ast.unparse(node).split()[0]
+        if name in parameters:
+            comment = lines[node.end_lineno - 1][node.end_col_offset :]
+            value = f"{name} = {_literal(parameters[name])}{comment}"
+            # What is assigned in parts, with |=, stands whole in the first.
+            lines[node.lineno - 1 : node.end_lineno] = [value] * isinstance(node, ast.Assign)
+    return "\n".join(lines)
 
 
 def _literal(value: Any) -> str:
@@ -96,10 +103,10 @@ def _literal(value: Any) -> str:
 
 def _execute(notebook: nbformat.NotebookNode, path: Path) -> None:
     client = NotebookClient(notebook, record_timing=False, extra_arguments=QUIET_KERNEL)
-    client.resources = {"metadata": {"path": str(paths.NOTEBOOKS)}}
+    client.resources = {"metadata": {"path": str(workspace.NOTEBOOKS)}}
     client.execute()
     clean(path, notebook)
-    print(f"{path.relative_to(paths.ROOT)}: refreshed from results/")
+    print(f"{path.relative_to(workspace.ROOT)}: refreshed from results/")
 
 
 def published() -> Path:
@@ -111,14 +118,17 @@ def published() -> Path:
 
     def changed(*names: str) -> bool:
         git = ["git", "diff", "--quiet", "HEAD", "--", *names]
-        return subprocess.run(git, cwd=paths.ROOT, capture_output=True, check=False).returncode == 1
+        return (
+            subprocess.run(git, cwd=workspace.ROOT, capture_output=True, check=False).returncode
+            == 1
+        )
 
     if not changed("results") or changed("notebooks", "README.md"):
-        return paths.ROOT
-    folder = paths.BUILD / "published"
+        return workspace.ROOT
+    folder = workspace.BUILD / "published"
     shutil.rmtree(folder, ignore_errors=True)
     archive = subprocess.run(
-        ["git", "archive", "HEAD", "results"], cwd=paths.ROOT, capture_output=True, check=True
+        ["git", "archive", "HEAD", "results"], cwd=workspace.ROOT, capture_output=True, check=True
     )
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(folder, filter="data")

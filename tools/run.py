@@ -2,7 +2,7 @@
 
 reproduce computes everything of a profile anew (only Inception's weights and reference features are
 kept), resume goes on with the last run as it was asked for, publish re-executes notebooks/ from
-results/ and refreshes the README's numbers. Executed notebooks and timing.json go to
+results/ and refreshes the numbers of the pages. Executed notebooks and timing.json go to
 build/<profile>/, the parameters and versions to results/<profile>/record.json.
 """
 
@@ -22,105 +22,129 @@ from typing import Any
 import papermill
 import torch
 import yaml
-from jsonschema import Draft202012Validator
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.diffusion import weights
 from lafq.study.images import cluster
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import atomic_write, remove_leftovers
-from tools import compare, cost
-from tools.notebooks import QUIET_KERNEL, clean, declared, notebooks, profile_parameters
+from tools import compare
+from tools.notebooks import QUIET_KERNEL, clean, declared, notebooks
 from tools.publishing import publish, published
 
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
-SCHEMA = yaml.safe_load(Path(__file__).with_name("parameters.yaml").read_text())
+MAY_BE_ZERO = ("SEED", "INCEPTION_REFERENCE", "TRAINING.warmup", "TRAINING.decay")
 LAST = "last_run.json"
 
 
+def fits(name: str, value: Any, declared: Any) -> None:
+    """ValueError, with the parameter's name, unless a value has the declared type and range."""
+    kind = type(declared)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{name} is {value!r}: it must be of type {kind.__name__}")
+    if kind is dict:
+        if missing := sorted(declared.keys() - value.keys()):
+            raise ValueError(f"{name} is {value!r}: it must name {missing[0]} too")
+        for key in declared:
+            fits(f"{name}.{key}", value[key], declared[key])
+    elif kind is list:
+        if not value:
+            raise ValueError(f"{name} is []: it must have at least one value")
+        for item in value:
+            fits(name, item, declared[0])
+    elif kind is int and value < 1 - (name in MAY_BE_ZERO):
+        raise ValueError(f"{name} is {value}: it must be at least {1 - (name in MAY_BE_ZERO)}")
+    elif kind is float and (value < 0 or (value > 1 and "RATIO" in name.upper())):
+        raise ValueError(f"{name} has {value}, which is out of range")
+
+
 def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict[str, Any]:
-    """The profile's parameters with the overrides; ValueError for a name no notebook declares or a
-    value out of range.
+    """The profile's parameters with the overrides.
+
+    Raises ValueError for a name that no notebook declares and for a value that does not fit its
+    declaration, FileNotFoundError where weights are needed and missing.
     """
-    parameters = profile_parameters(profile) | overrides
-    known = set().union(*(declared(path) for path in selected))
-    everywhere = known.union(*(declared(path) for path in notebooks()))
-    for names, allowed in ((overrides, known), (parameters, everywhere)):
-        if unknown := sorted(set(names) - allowed):
+    known = {name: value for path in selected for name, value in declared(path).items()}
+    every = {name: value for path in notebooks() for name, value in declared(path).items()} | known
+    parameters = profile_parameters(profile)
+    for names, allowed in ((overrides, known), (parameters, every)):
+        if unknown := sorted(set(names) - set(allowed)):
             raise ValueError(
                 f"unknown parameter {unknown[0]}: the notebooks declare "
                 f"{', '.join(sorted(allowed))}"
             )
-    for error in Draft202012Validator(SCHEMA).iter_errors(parameters):
-        name, *inside = map(str, error.absolute_path)
-        where = f"{name} ({SCHEMA['properties'][name]['description']})"
-        raise ValueError(
-            f"{where} is wrong{' at ' + '.'.join(inside) if inside else ''}: {error.message}"
-        )
+    parameters |= overrides
+    for name, value in parameters.items():
+        fits(name, value, every[name])
     if overrides.get("COMPUTE") and not parameters["TRAIN"]:
-        try:
-            weights.check_weights(
-                Workspace(profile), parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"]
-            )
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}, {cost.training_time(parameters)}") from None
+        weights.check_weights(Workspace(profile), *trained(parameters))
     if parameters["SCHEDULER"]:
         cluster.connect(parameters["SCHEDULER"]).close()
     return parameters
 
 
-def execute(profile: str, overrides: dict[str, Any], only: str = "", anew: bool = True) -> None:
+def trained(parameters: dict[str, Any]) -> tuple[Any, ...]:
+    """What trained weights must have been trained with."""
+    return parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"]
+
+
+def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew: bool) -> None:
     """Run the notebooks with papermill into build/<profile>/, writing record.json as each is done.
 
     anew: drop what an earlier run had sampled into build/ (and, where 01_train shall train, its
     checkpoint) and time the notebooks. Images in results/<profile>/samples are never dropped.
     """
-    selected = notebooks(only, profile)
-    parameters = check(profile, overrides, selected)
     work = Workspace(profile)
-    build = work.build
+    for folder in (work.results, work.figures, work.build):
+        writable(folder)
+        remove_leftovers(folder)
     if anew:
         compare.keep_aside(work)
-        shutil.rmtree(build / "samples", ignore_errors=True)
+        shutil.rmtree(work.build / "samples", ignore_errors=True)
         if parameters["TRAIN"] and selected[0].stem == "01_train":
-            (build / "checkpoint.safetensors").unlink(missing_ok=True)
-    for folder in (work.results, work.figures, build):
-        remove_leftovers(folder)
-    build.mkdir(parents=True, exist_ok=True)
-    print(cost.estimate(profile, parameters, [path.stem for path in selected]), flush=True)
+            (work.build / "checkpoint.safetensors").unlink(missing_ok=True)
     began = time.monotonic()
     for path in selected:
         used = {name: value for name, value in parameters.items() if name in declared(path)}
         print(f"{path.stem} ({profile}) ...", flush=True)
-        start = time.monotonic()
-        output = build / path.name
-        streams = {
-            "progress_bar": False,
-            "stderr_file": sys.stderr,
-            "extra_arguments": QUIET_KERNEL,
-        }
-        papermill.execute_notebook(path, output, used, cwd=paths.NOTEBOOKS, **streams)
+        start, output = time.monotonic(), work.build / path.name
+        papermill.execute_notebook(
+            path,
+            output,
+            used,
+            cwd=workspace.NOTEBOOKS,
+            progress_bar=False,
+            stderr_file=sys.stderr,
+            extra_arguments=QUIET_KERNEL,
+        )
         clean(output)
-        seconds, peak = time.monotonic() - start, _peak_mib()
+        timed = {
+            "seconds": round(time.monotonic() - start),
+            "peak_mib_so_far": round(_peak_mib()),
+        }
         _update(work.results / "record.json", path.stem, used)
         if anew:
-            _update(
-                build / "timing.json",
-                path.stem,
-                {"seconds": round(seconds), "peak_mib_so_far": round(peak)},
-            )
+            _update(work.build / "timing.json", path.stem, timed)
         print(
-            f"{path.stem}: {seconds:.0f} s, peak so far {peak:,.0f} MiB -> "
+            f"{path.stem}: {timed['seconds']} s, peak so far {timed['peak_mib_so_far']:,} MiB -> "
             f"build/{profile}/{path.name}",
             flush=True,
         )
-    minutes = (time.monotonic() - began) / 60
-    folders = f"tables in results/{profile}, figures in figures/{profile}, executed notebooks in build/{profile}"
-    print(f"done in {minutes:.1f} minutes: {folders}")
+    print(
+        f"done in {(time.monotonic() - began) / 60:.1f} minutes: tables in results/{profile}, "
+        f"figures in figures/{profile}, executed notebooks in build/{profile}"
+    )
     compare.report(work)
     print("`make publish` refreshes notebooks/ and README.md from these results")
+
+
+def writable(folder: Path) -> None:
+    """Make a folder; OSError before any work where that, or writing into it, is not possible."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written to: give yourself the right to")
 
 
 def _peak_mib() -> float:
@@ -152,20 +176,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tools.run")
     parser.add_argument("verb", choices=["reproduce", "resume", "publish", "published"])
     parser.add_argument("--profile", default="")
+    parser.add_argument("--only", default="", help="run only notebooks that begin so, e.g. 03")
+    parser.add_argument("--weights", type=Path, help="trained weights, as 01_train writes them")
     parser.add_argument(
-        "--only", default="", help="run only notebooks whose name begins with this, e.g. 03"
-    )
-    parser.add_argument(
-        "--weights",
-        default="",
-        help="trained weights to use, a file that 01_train wrote (ema.safetensors)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="override a parameter (YAML)",
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter, in YAML"
     )
     arguments = parser.parse_args()
     if not sys.stderr.isatty():
@@ -173,6 +187,7 @@ def main() -> int:
     # What stops a notebook is said below, in one sentence.
     for name in ("traitlets", "papermill"):
         logging.getLogger(name).addHandler(logging.NullHandler())
+    resume, status = "`make resume` goes on from here", 1
     try:
         if arguments.verb == "published":
             print(published())
@@ -181,31 +196,20 @@ def main() -> int:
             refresh_pages()
         else:
             run(arguments)
+        return 0
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted: what was finished is kept, and `make resume` goes on from here",
-            file=sys.stderr,
-        )
-        return 130
+        status, said = 130, f"\ninterrupted: what was finished is kept, and {resume}"
     except DeadKernelError:
-        print(
+        said = (
             "stopped: the notebook's process died, most likely for want of memory: free some, or "
-            "lower SAMPLING_BATCH in "
-            "notebooks/profiles; then `make resume` goes on from here",
-            file=sys.stderr,
+            f"lower SAMPLING_BATCH in notebooks/profiles; then {resume}"
         )
-        return 1
     except (PapermillExecutionError, CellExecutionError) as error:
-        print(
-            f"stopped: {error.ename}: {error.evalue}\nmend this, then `make resume` goes on from "
-            f"here",
-            file=sys.stderr,
-        )
-        return 1
+        said = f"stopped: {error.ename}: {error.evalue}\nmend this, then {resume}"
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
+        said = f"stopped: {error}"
+    print(said, file=sys.stderr)
+    return status
 
 
 def refresh_pages() -> None:
@@ -234,28 +238,23 @@ def run(arguments: argparse.Namespace) -> None:
     """Check what is asked for, remember it for `resume`, and execute it."""
     overrides = dict(_override(item) for item in arguments.set)
     asked = {"profile": arguments.profile, "overrides": overrides, "only": arguments.only}
-    last = paths.BUILD / LAST
+    last = workspace.BUILD / LAST
     if arguments.verb == "resume" and last.is_file() and not any(asked.values()):
         try:
             asked = json.loads(last.read_text())
         except ValueError:
             raise ValueError(f"{last} is damaged: delete it, and name what to run") from None
         print(f"resuming the last run: {asked}")
-    asked["profile"] = asked["profile"] or "mini"
+    asked["profile"] = profile = asked["profile"] or "mini"
     asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
     if arguments.weights:
-        p = profile_parameters(asked["profile"])
-        weights.take_weights(
-            Workspace(asked["profile"]),
-            Path(arguments.weights),
-            p["WIDTH"],
-            p["SEED"],
-            p["TRAINING"],
-        )
-    check(asked["profile"], asked["overrides"], notebooks(asked["only"], asked["profile"]))
+        needed = trained(profile_parameters(profile))
+        weights.take_weights(Workspace(profile), arguments.weights, *needed)
+    selected = notebooks(asked["only"], profile)
+    parameters = check(profile, asked["overrides"], selected)
     with atomic_write(last) as temporary:
         temporary.write_text(json.dumps(asked))
-    execute(**asked, anew=arguments.verb == "reproduce")
+    execute(profile, parameters, selected, anew=arguments.verb == "reproduce")
 
 
 if __name__ == "__main__":

@@ -17,15 +17,14 @@ from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize, quantize
-from lafq.study import results
+from lafq.study import workspace
 from lafq.study.budget import methods
 from lafq.study.diffusion.weights import PACKED, load_model
 from lafq.study.images import scoring
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.samples import Sampling
 from lafq.study.rows import BASELINE, Row
-from lafq.study.workspace import Workspace
-from tools.notebooks import open_workspace, profile_parameters
+from lafq.study.workspace import Workspace, profile_parameters
 
 SHIPPED_MIB = 13.0
 OTHER_NOISE = 1
@@ -82,13 +81,13 @@ def main() -> int:
     args = parser.parse_args()
     try:
         p = profile_parameters(args.profile)
-        work = open_workspace(p)
+        work = Workspace.of(p)
         model = load_model(work, p["WIDTH"])
         samples, seed = p["TRUE_FISHER_SAMPLES"], p["SEED"]
         known = methods.measured_sensitivity(model, samples, seed, CHANNELS)
         made = methods.made(samples, seed)
         sampling = Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
-        results.save_table(
+        workspace.save_table(
             work,
             "packed",
             ship(work, model, known, args.mib, made, sampling, p["INCEPTION_REFERENCE"]),
@@ -103,7 +102,7 @@ def main() -> int:
 def sentence(work: Workspace) -> str:
     """What the packed weights of a profile cost."""
     row, file = (
-        results.load_table(work, "packed").iloc[-1],
+        workspace.load_table(work, "packed").iloc[-1],
         (work.results / PACKED).stat().st_size / MIB,
     )
     low, high = row["delta_fid_inception_low"], row["delta_fid_inception_high"]

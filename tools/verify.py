@@ -21,15 +21,13 @@ from torch import nn
 
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize, quantize
-from lafq.study import results, threshold_rows
-from lafq.study.device import compute_on
+from lafq.study import threshold_rows, workspace
 from lafq.study.diffusion import weights
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images import classifier, metrics, samples
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, compute_on, profile_parameters
 from tools import compare
-from tools.notebooks import profile_parameters
 
 PACKED_IMAGES, IMAGES = 8, 4
 # Another processor, or other kernels on the same one, computes other last bits. Scores of equal
@@ -45,7 +43,7 @@ ROUNDED = 5e-6
 def image_tables(work: Workspace) -> dict[str, pd.DataFrame]:
     """The tables of results/<profile> that name images, by file name."""
     found = {
-        path.name: results.load_table(work, path.stem)
+        path.name: workspace.load_table(work, path.stem)
         for path in sorted(work.results.glob("*.csv"))
     }
     return {
@@ -112,7 +110,7 @@ def check_drawn(
 def check_packed(work: Workspace, width: int, seed: int) -> tuple[bool, str]:
     """The packed weights: their checksum, and images drawn from them."""
     model = dequantize(load_quantized(work.results / weights.PACKED, UNet(width)))
-    row = next(results.load_table(work, "packed").query("rule == 'allocate'").itertuples())
+    row = next(workspace.load_table(work, "packed").query("rule == 'allocate'").itertuples())
     return check_drawn(work, "packed weights", model, row, PACKED_IMAGES, seed)
 
 
@@ -126,9 +124,9 @@ def check_weights(
         work, path, parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"]
     )
     model = weights.load_model(work, parameters["WIDTH"])
-    baseline = next(results.load_table(work, "01_baseline").itertuples())
+    baseline = next(workspace.load_table(work, "01_baseline").itertuples())
     yield check_drawn(work, "FP32 baseline", model, baseline, IMAGES, parameters["SEED"])
-    table = results.load_table(work, "03_global")
+    table = workspace.load_table(work, "03_global")
     for row in threshold_rows.uniform(model):
         [found] = table[(table["rule"] == "uniform") & (table["format"] == row.format)].itertuples()
         small = dequantize(quantize(model, row.plan))

@@ -1,20 +1,27 @@
-"""Fisher values -> which weights are kept in full precision.
+"""A rule is a score of every weight, made of its Fisher value F: what scores a threshold
+or more is kept in full precision.
 
-Every rule takes `scores`, the Fisher values keyed by parameter name, and returns a boolean tensor
-of the same shape for
-each name: True where the weight is kept. `by_granularity` makes the scores: of the granularity
-"tensor" one value per weight tensor (the released code), of "weight" the Fisher values themselves
-(the poster). A layer is the part of the name before the first dot.
+    global     F                                    keep F >= tau
+    group      F / mean of F over the group         keep F >= c * mean
+    mean_std   (F - mean) / std over the layer      keep F >= mean + k * std
+    ratio      share of the layer that ranks below  keep the first r of every layer, at 1 - r
+
+Scores are of the granularity "weight" (the poster), "tensor" (the released code) or "channel":
+`by_granularity` averages F first. A rule sees names of parameters only; `layer_of` and `group_of`
+tell what layer and what group a name belongs to.
 
 Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information" (IEIE 2024),
 quantization section.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+Scores = dict[str, Tensor]
+PartOf = Callable[[str], str]
 GROUPS = {
     "Layer1-2": ("Layer1", "Layer2"),
     "Layer3-5": ("Layer3", "Layer4", "Layer5"),
@@ -23,12 +30,70 @@ GROUPS = {
 GRANULARITIES = ("tensor", "channel", "weight")
 
 
-def by_granularity(
-    fisher: dict[str, Tensor], granularity: str, axes: dict[str, int] | None = None
-) -> dict[str, Tensor]:
-    """One score for each thing that is kept or quantized as one: its mean Fisher value.
+def layer_of(name: str) -> str:
+    """The part of a parameter's name before its first dot."""
+    return name.split(".", 1)[0]
 
-    granularity: "tensor" gives 0-dim scores, "channel" (output channels,), "weight" the Fisher
+
+def global_score(fisher: Scores, layer_of: PartOf, group_of: PartOf) -> Scores:
+    """F itself: one threshold for all layers."""
+    return dict(fisher)
+
+
+def group_score(fisher: Scores, layer_of: PartOf, group_of: PartOf) -> Scores:
+    """F over the mean of its group."""
+    scores = {}
+    for part in _parts(fisher, group_of).values():
+        mean = _values(part).mean().item()
+        scores |= {name: f / mean for name, f in part.items()}
+    return {name: scores[name] for name in fisher}
+
+
+def mean_std_score(fisher: Scores, layer_of: PartOf, group_of: PartOf) -> Scores:
+    """(F - mean) / std over its layer's units (population std); F - mean where all are equal."""
+    scores = {}
+    for part in _parts(fisher, layer_of).values():
+        values = _values(part).double()
+        mean, std = values.mean(), values.std(correction=0)
+        scores |= {n: ((f - mean) / std if std > 0 else f - mean) for n, f in part.items()}
+    return {name: scores[name] for name in fisher}
+
+
+def ratio_score(fisher: Scores, layer_of: PartOf, group_of: PartOf) -> Scores:
+    """The share of its layer's units that rank below it, float64; of equal ones the first ranks
+    highest. At the threshold 1 - r the floor(r * n) highest of n are kept.
+    """
+    scores = {}
+    for part in _parts(fisher, layer_of).values():
+        order = _values(part).argsort(descending=True, stable=True)
+        place = torch.arange(1, len(order) + 1, dtype=torch.float64, device=order.device)
+        share = torch.empty_like(place)
+        share[order] = 1 - place / len(order)
+        pieces = share.split([f.numel() for f in part.values()])
+        scores |= {n: s.view(f.shape) for (n, f), s in zip(part.items(), pieces, strict=True)}
+    return {name: scores[name] for name in fisher}
+
+
+# Each is called as score(fisher, layer_of, group_of).
+RULES: dict[str, Callable[[Scores, PartOf, PartOf], Scores]] = {
+    "global": global_score,
+    "group": group_score,
+    "mean_std": mean_std_score,
+    "ratio": ratio_score,
+}
+
+
+def keep_above(scores: Scores, threshold: float) -> dict[str, Tensor]:
+    """Boolean tensors of the scores' shapes: True, to be kept, where a score is at least the
+    threshold.
+    """
+    return {n: s >= threshold for n, s in scores.items()}
+
+
+def by_granularity(fisher: Scores, granularity: str, axes: dict[str, int] | None = None) -> Scores:
+    """The mean Fisher value of each thing that is kept or quantized as one.
+
+    granularity: "tensor" gives 0-dim means, "channel" (output channels,), "weight" the Fisher
     values themselves.
     axes: by parameter name the axis of the output channels where it is not 0 (1 in a transposed
     convolution). Raises ValueError for another granularity.
@@ -44,61 +109,11 @@ def by_granularity(
     return {n: f.mean() for n, f in fisher.items()} if granularity == "tensor" else dict(fisher)
 
 
-def by_layer(scores: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The scores of each layer, in the order of the names."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name, score in scores.items():
-        layers.setdefault(name.split(".", 1)[0], {})[name] = score
-    return layers
-
-
-def keep_global(scores: dict[str, Tensor], tau: float) -> dict[str, Tensor]:
-    """One threshold for all layers: keep F >= tau."""
-    return {n: s >= tau for n, s in scores.items()}
-
-
-def group_means(scores: dict[str, Tensor]) -> dict[str, float]:
-    """Mean Fisher value over the units of each group."""
-    layers = by_layer(scores)
-    return {
-        group: _values([s for name in names for s in layers.get(name, {}).values()]).mean().item()
-        for group, names in GROUPS.items()
-    }
-
-
-def relative_to_group(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scores divided by their group's mean: a threshold c on these is the group-wise rule with tau
-    = c * the group's mean.
-
-    Raises ValueError for a layer in no group.
-    """
-    known = [layer for layers in GROUPS.values() for layer in layers]
-    if unknown := [layer for layer in by_layer(scores) if layer not in known]:
-        raise ValueError(f"unknown layer {unknown[0]!r}: the groups cover {', '.join(known)}")
-    mean_of = {
-        layer: mean for group, mean in group_means(scores).items() for layer in GROUPS[group]
-    }
-    return {n: s / mean_of[n.split(".", 1)[0]] for n, s in scores.items()}
-
-
-def standardized(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """(F - mean) / std over each layer's units (population std): a threshold k on these is the
-    poster's mean/std rule, which keeps F >= mean + k * std."""
-    result = {}
-    for layer in by_layer(scores).values():
-        values = _values(list(layer.values())).double()
-        mean, std = values.mean(), values.std(correction=0)
-        result |= {n: ((s - mean) / std if std > 0 else s - mean) for n, s in layer.items()}
-    return result
-
-
-def threshold_grid(scores: dict[str, Tensor], count: int) -> list[float]:
+def threshold_grid(scores: Scores, count: int) -> list[float]:
     """Thresholds worth trying, highest first: every value where there are at most `count`, else as
-    many quantiles.
-
-    The first keeps nothing, the last everything.
+    many quantiles. The first keeps nothing, the last everything.
     """
-    values = _values(list(scores.values())).unique()
+    values = _values(scores).unique()
     if len(values) > count:
         values = values[
             torch.linspace(0, len(values) - 1, count, dtype=torch.float64).round().long()
@@ -106,27 +121,55 @@ def threshold_grid(scores: dict[str, Tensor], count: int) -> list[float]:
     return [math.inf, *values.flip(0).tolist()]
 
 
-def keep_ratio(scores: dict[str, Tensor], ratio: float) -> dict[str, Tensor]:
-    """Per layer, keep the floor(ratio * n) units of highest Fisher value, n the layer's units; ties
-    go to the first.
+def _parts(scores: Scores, part_of: PartOf) -> dict[str, Scores]:
+    parts: dict[str, Scores] = {}
+    for name, score in scores.items():
+        parts.setdefault(part_of(name), {})[name] = score
+    return parts
 
-    Raises ValueError for a ratio outside [0, 1].
-    """
+
+def _values(scores: Scores) -> Tensor:
+    return torch.cat([s.reshape(-1) for s in scores.values()])
+
+
+# Callers of before RULES; they go when the study builds its rows from RULES.
+keep_global = keep_above
+
+
+def by_layer(scores: Scores) -> dict[str, Scores]:
+    """The scores of each layer, in the order of the names."""
+    return _parts(scores, layer_of)
+
+
+def _group_of(name: str) -> str:
+    layer = layer_of(name)
+    for group, layers in GROUPS.items():
+        if layer in layers:
+            return group
+    known = ", ".join(layer for layers in GROUPS.values() for layer in layers)
+    raise ValueError(f"unknown layer {layer!r}: the groups cover {known}")
+
+
+def group_means(scores: Scores) -> dict[str, float]:
+    """Mean Fisher value over the units of each group."""
+    parts = _parts(scores, _group_of)
+    return {group: _values(parts[group]).mean().item() for group in GROUPS}
+
+
+def relative_to_group(scores: Scores) -> Scores:
+    """`group_score` of the poster's groups."""
+    return group_score(scores, layer_of, _group_of)
+
+
+def standardized(scores: Scores) -> Scores:
+    """`mean_std_score` of the poster's layers."""
+    return mean_std_score(scores, layer_of, _group_of)
+
+
+def keep_ratio(scores: Scores, ratio: float) -> dict[str, Tensor]:
+    """Per layer the floor(ratio * n) units of highest Fisher value; ValueError outside [0, 1]."""
     if not 0 <= ratio <= 1:
         raise ValueError(
             f"ratio {ratio} is outside [0, 1]: it is the share of a layer's units to keep"
         )
-    keep = {}
-    for layer in by_layer(scores).values():
-        values = _values(list(layer.values()))
-        # 1e-9: 0.29 * 100 is 28.999999999999996 in binary.
-        count = math.floor(ratio * len(values) + 1e-9)
-        mask = torch.zeros_like(values, dtype=torch.bool)
-        mask[values.argsort(descending=True, stable=True)[:count]] = True
-        parts = mask.split([s.numel() for s in layer.values()])
-        keep |= {n: part.view(s.shape) for (n, s), part in zip(layer.items(), parts, strict=True)}
-    return keep
-
-
-def _values(scores: list[Tensor]) -> Tensor:
-    return torch.cat([s.reshape(-1) for s in scores])
+    return keep_above(ratio_score(scores, layer_of, _group_of), 1 - ratio)

@@ -106,7 +106,8 @@ def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
         ["fid_paper", "is_paper", "mem_paper_mib"]
     ].astype(float)
     ours["mem_share_paper"] = ours["mem_paper_mib"] / BASELINE_MIB
-    return ours.reindex(columns=COLUMNS)  # tables of earlier versions have fewer
+    old = [name for name in ("method", "threshold") if name in ours]
+    return ours.reindex(columns=[*COLUMNS, *old])  # tables of earlier versions have fewer
 
 
 def _published(method: str, threshold: str, low: str) -> tuple[Published | None, float | None]:

@@ -1,7 +1,6 @@
 """The study's tables and images as files: how the notebooks make, keep and load them."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,76 +11,17 @@ from lafq.study.images import samples
 from lafq.study.images.evaluate import evaluate, load_inception, measure_peak_memory
 from lafq.study.images.samples import Sampling
 from lafq.study.rows import KEY, Row
-from lafq.study.workspace import Workspace
-from lafq.tensors import atomic_write
+from lafq.study.workspace import (
+    Workspace,
+    load_images,
+    load_optional,
+    load_table,
+    read_table,
+    save_images,
+    save_table,
+)
 
 METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
-
-
-def save_table(work: Workspace, name: str, table: pd.DataFrame) -> None:
-    """Write results/<profile>/<name>.csv, six significant digits."""
-    with atomic_write(work.results / f"{name}.csv") as temporary:
-        old = ["method", "threshold"] if "rounding" in table else []
-        table.drop(columns=old, errors="ignore").to_csv(temporary, index=False, float_format="%.6g")
-
-
-def load_table(work: Workspace, name: str) -> pd.DataFrame:
-    """Read results/<profile>/<name>.csv; FileNotFoundError names the remedy when there is none.
-
-    `setting` is text ("tau=1.2e-05", "0.35").
-    """
-    return with_old_names(_read(work, name))
-
-
-def _read(work: Workspace, name: str) -> pd.DataFrame:
-    path = _existing(work, f"{name}.csv")
-    text = {"setting": str, "threshold": str}
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
-
-
-def with_old_names(table: pd.DataFrame) -> pd.DataFrame:
-    """Columns method and threshold beside the key: for figures and pages, until they read the key."""
-    if "rounding" not in table:
-        return table
-    endings = {
-        "tuned": ", tuned",
-        "nearest": {"allocate": ", nearest code"},
-        "feedback": {"allocate": "", "allocate_all": ""},
-    }
-    methods = []
-    for row in table.itertuples():
-        ending = endings.get(row.rounding, "")
-        if isinstance(ending, dict):
-            ending = ending.get(row.rule, ", error feedback" if row.rounding == "feedback" else "")
-        name = {"allocate": "allocator", "allocate_all": "allocator, all weights"}.get(row.rule)
-        if row.format == "coded":
-            name, ending = "allocator, entropy-coded", ""
-        if row.format == "any" and name is None:
-            name = f"by {row.rule}"
-        methods.append(f"{name or row.rule}{ending}")
-    table = table.assign(method=methods)
-    if "setting" in table:
-        table["threshold"] = table["setting"]
-    if "choice" in table:
-        table["threshold"] += ", " + table["choice"]
-    return table
-
-
-def load_optional(work: Workspace, name: str) -> pd.DataFrame | None:
-    """Read a table that not every profile has; None where it has not been made."""
-    return load_table(work, name) if _there(work, name) else None
-
-
-def save_images(work: Workspace, name: str, images: dict[str, np.ndarray]) -> None:
-    """Write generated images, uint8 (N, 32, 32) by key, to results/<profile>/<name>.npz."""
-    with atomic_write(work.results / f"{name}.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **images)
-
-
-def load_images(work: Workspace, name: str) -> dict[str, np.ndarray]:
-    """Read what `save_images` wrote."""
-    with np.load(_existing(work, f"{name}.npz")) as file:
-        return dict(file)
 
 
 def save_rows(
@@ -125,13 +65,6 @@ def load_rows(
     return table, images
 
 
-def compute_or_load(work: Workspace, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table results/<profile>/<name>.csv, made and written first where the workspace computes."""
-    if work.compute:
-        save_table(work, name, make())
-    return load_table(work, name)
-
-
 def evaluate_rows(
     work: Workspace,
     name: str,
@@ -157,7 +90,8 @@ def evaluate_rows(
 
 def update(work: Workspace, name: str, rows: pd.DataFrame) -> None:
     """Put rows into the table <name>.csv in place of those of the same KEY."""
-    known = _read(work, name) if _there(work, name) else None
+    there = (work.results / f"{name}.csv").is_file()
+    known = read_table(work, name) if there else None
     save_table(work, name, pd.concat([known, rows]).drop_duplicates(KEY, keep="last"))
 
 
@@ -167,8 +101,8 @@ def update_comparison(work: Workspace, rows: pd.DataFrame) -> pd.DataFrame:
 
     Returns the rows as the file has them.
     """
-    if _there(work, "paper_comparison"):
-        old = _read(work, "paper_comparison")
+    if (work.results / "paper_comparison.csv").is_file():
+        old = read_table(work, "paper_comparison")
         # The file's own columns may be in another order, or fewer, where an earlier version wrote
         # it.
         rows = pd.concat([old[~old["rule"].isin(rows["rule"])], rows])[list(rows.columns)]
@@ -213,17 +147,3 @@ def fisher_claims(work: Workspace, seed: int) -> list[claims.Claim]:
         for kind, rows in kinds.items()
         for claim in claims.fisher_claims(rows, weights, kind, seed)
     ]
-
-
-def _there(work: Workspace, name: str) -> bool:
-    return (work.results / f"{name}.csv").is_file()
-
-
-def _existing(work: Workspace, name: str) -> Path:
-    path = work.results / name
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"results/{work.profile}/{name} is missing: `make reproduce PROFILE={work.profile}` "
-            f"makes it"
-        )
-    return path

@@ -27,7 +27,7 @@ from lafq.study.rows import BASELINE, Row
 def size_sweep(
     model: nn.Module, scores: dict[str, Tensor], format: str, granularity: str, count: int
 ) -> pd.DataFrame:
-    """Size of the plan at every threshold of `rules.threshold_grid`: columns format, granularity,
+    """Size of the plan at every threshold of `threshold_grid`: columns format, granularity,
     threshold, kept_share, mem_mib, mem_share.
 
     scores: one value per weight, or per weight tensor. kept_share: of the weights of the six

@@ -126,3 +126,49 @@ def test_thresholds_run_from_nothing_to_everything():
     assert len(many) == 11
     assert sum(m.sum() for m in th.keep_global(SCORES, few[0]).values()) == 0
     assert all(m.all() for m in th.keep_global(SCORES, few[-1]).values())
+
+
+def plain_ratio(scores, ratio):
+    """Per layer, the floor(ratio * n) units that a stable sort puts first."""
+    keep = {}
+    for layer in {th.layer_of(name) for name in scores}:
+        names = [name for name in scores if th.layer_of(name) == layer]
+        units = sorted(
+            [(-v, n, i) for n in names for i, v in enumerate(scores[n].flatten().tolist())],
+            key=lambda unit: unit[0],
+        )
+        kept_units = {(n, i) for _, n, i in units[: math.floor(ratio * len(units) + 1e-9)]}
+        for n in names:
+            mask = torch.tensor([(n, i) in kept_units for i in range(scores[n].numel())])
+            keep[n] = mask.view(scores[n].shape)
+    return keep
+
+
+def plain_group(scores, c):
+    mean = {}
+    for layers in th.GROUPS.values():
+        own = [s.flatten() for n, s in scores.items() if th.layer_of(n) in layers]
+        mean |= dict.fromkeys(layers, torch.cat(own).mean().item())
+    return {n: s / mean[th.layer_of(n)] >= c for n, s in scores.items()}
+
+
+@pytest.mark.parametrize("levels", [4, 10**6])  # with four levels most units are ties
+@pytest.mark.parametrize("count", [1, 7, 60, 100, 129])
+def test_masks_are_thresholds_of_the_scores(levels, count):
+    torch.manual_seed(count)
+    names = ("Layer2.a", "Layer1.a", "Layer1.b", "Layer4.a", "Layer6.a")
+    scores = {n: torch.randint(levels, (count, 3)).float() for n in names}
+    ratio = th.RULES["ratio"](scores, th.layer_of, th._group_of)
+    group = th.RULES["group"](scores, th.layer_of, th._group_of)
+    mean_std = th.RULES["mean_std"](scores, th.layer_of, th._group_of)
+    assert list(ratio) == list(group) == list(mean_std) == list(scores)
+    for step in range(101):
+        kept_units, wanted = th.keep_above(ratio, 1 - step / 100), plain_ratio(scores, step / 100)
+        assert all(torch.equal(kept_units[n], wanted[n]) for n in names)
+        kept_units, wanted = th.keep_above(group, step / 50), plain_group(scores, step / 50)
+        assert all(torch.equal(kept_units[n], wanted[n]) for n in names)
+    for k in (-1, 0, 0.5, 2):
+        kept_units = th.keep_above(mean_std, k)
+        values = torch.cat([scores["Layer1.a"], scores["Layer1.b"]]).double()
+        wanted = (scores["Layer1.b"] - values.mean()) / values.std(correction=0) >= k
+        assert torch.equal(kept_units["Layer1.b"], wanted)

@@ -7,17 +7,16 @@ import pytest
 import torch
 from scipy import stats
 
-from lafq.study import poster, replicates, results
+from lafq.study import poster, replicates, workspace
 from lafq.study.budget import budget, methods, summaries
 from lafq.study.diffusion import weights
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.fisher_analysis import fisher_by_timestep
 from lafq.study.images import samples
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors
 from tools import evidence
-from tools.notebooks import profile_parameters
 
 SMOKE = Workspace("smoke")
 
@@ -132,12 +131,12 @@ def test_steps_that_are_there_are_left_alone(sandbox, monkeypatch, capsys):
         )
 
     monkeypatch.setattr(evidence, "STEPS", {name: step(name) for name in ("first", "second")})
-    results.save_table(SMOKE, "first", pd.DataFrame({"x": [0]}))
+    workspace.save_table(SMOKE, "first", pd.DataFrame({"x": [0]}))
     monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke"])
     assert evidence.main() == 0
     assert made == ["second"]
     assert "first: there already" in capsys.readouterr().out
-    assert results.load_table(SMOKE, "second_more")["x"].tolist() == [2]
+    assert workspace.load_table(SMOKE, "second_more")["x"].tolist() == [2]
 
 
 def test_missing_fisher_information_is_one_sentence(sandbox, monkeypatch, capsys, tiny):

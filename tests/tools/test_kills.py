@@ -9,21 +9,21 @@ import sys
 
 import pytest
 
-from lafq.study import paths
+from lafq.study import workspace
 
 # For each folder=n a fork that kills itself at its n-th rename of a file, with that file still
 # under its temporary name.
 CHILD = """
 import os, pathlib, signal, sys
 import torch
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.diffusion import weights
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.training import fit
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.samples import Sampling
-from lafq.study import results, threshold_rows
+from lafq.study import results, threshold_rows, workspace
 from lafq.study.workspace import Workspace
 
 torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def run(folder, last):
         return replace(path, target)
 
     pathlib.Path.replace = counted
-    paths.RESULTS, paths.BUILD = folder / "results", folder / "build"
+    workspace.RESULTS, workspace.BUILD = folder / "results", folder / "build"
     work = Workspace("smoke")
     torch.manual_seed(0)
     model = UNet(4, 0.0).to(memory_format=torch.channels_last)
@@ -67,7 +67,7 @@ def run(moments):
     ]
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     done = subprocess.run(
-        command, cwd=paths.ROOT, env=environment, capture_output=True, text=True, check=True
+        command, cwd=workspace.ROOT, env=environment, capture_output=True, text=True, check=True
     )
     return [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status")]
 

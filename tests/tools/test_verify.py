@@ -5,16 +5,15 @@ import torch
 
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import quantize
-from lafq.study import results, threshold_rows
+from lafq.study import results, threshold_rows, workspace
 from lafq.study.diffusion import weights
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation
 from lafq.study.images import samples
 from lafq.study.rows import BASELINE, Row
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors
 from tools import compare, verify
-from tools.notebooks import profile_parameters
 
 SMOKE = Workspace("smoke", keep=True)
 SAMPLING = samples.Sampling(8, 2, 0, 4)
@@ -70,10 +69,10 @@ def test_all_that_is_right_holds(made, monkeypatch, capsys):
 def test_a_changed_number_a_damaged_file_and_other_weights_are_found(
     made, tiny, monkeypatch, capsys
 ):
-    table = results.load_table(SMOKE, "03_global")
-    results.save_table(SMOKE, "03_global", table.assign(fid_mnist=table["fid_mnist"] + 0.1))
+    table = workspace.load_table(SMOKE, "03_global")
+    workspace.save_table(SMOKE, "03_global", table.assign(fid_mnist=table["fid_mnist"] + 0.1))
     assert ["03_global.csv" in line for line in lines(*verify.checks(SMOKE, None))] == [True]
-    results.save_table(SMOKE, "03_global", table)
+    workspace.save_table(SMOKE, "03_global", table)
     with torch.no_grad():
         tiny.out2.weight.mul_(0.5)
     save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, {}), tiny)
@@ -90,10 +89,10 @@ def test_a_changed_number_a_damaged_file_and_other_weights_are_found(
 def test_a_profile_that_keeps_no_images_is_compared_with_the_tables_before(sandbox):
     with pytest.raises(ValueError, match="nothing to compare with: `make reproduce PROFILE=smoke`"):
         list(verify.checks(SMOKE, None))
-    results.save_table(SMOKE, "03_global", pd.DataFrame({"fid_mnist": [90.0]}))
+    workspace.save_table(SMOKE, "03_global", pd.DataFrame({"fid_mnist": [90.0]}))
     compare.keep_aside(SMOKE)
     assert [holds for holds, _ in verify.checks(SMOKE, None)] == [True]
-    results.save_table(SMOKE, "03_global", pd.DataFrame({"fid_mnist": [91.0]}))
+    workspace.save_table(SMOKE, "03_global", pd.DataFrame({"fid_mnist": [91.0]}))
     assert [holds for holds, _ in verify.checks(SMOKE, None)] == [False, False]
 
 
@@ -104,6 +103,6 @@ def test_missing_images_of_a_profile_that_keeps_them(sandbox):
 
 @pytest.mark.slow
 def test_the_tolerance_is_below_one_flipped_image(made):
-    row = next(results.load_table(SMOKE, "01_baseline").itertuples())
+    row = next(workspace.load_table(SMOKE, "01_baseline").itertuples())
     kept = samples.stored_images(SMOKE, row.sample, 4).astype(int)
     assert np.abs(kept - kept[::-1]).mean() > verify.GREY_LEVELS

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from lafq.networks import evaluating
 from lafq.rng import generator
-from lafq.study.device import out_of_memory_error
 from lafq.study.diffusion.noising import ALPHA_BAR
 from lafq.study.diffusion.unet import TIMESTEPS
 
@@ -47,27 +46,18 @@ def reverse_process(
     (-1, x_0).
 
     streams: one CPU generator per image, which gives its start and its noise. x_t: (images, 1, 32,
-    32), on the model's device. Raises ValueError for a number of steps out of range, RuntimeError,
-    naming the size that fits, for a batch that does not fit into the device's memory.
+    32), on the model's device. Raises ValueError for a number of steps out of range.
     """
     timesteps, device = trailing_timesteps(steps), next(model.parameters()).device
 
     def draw() -> Tensor:
         return torch.stack([torch.randn(1, 32, 32, generator=g) for g in streams]).to(device)
 
-    def predict(x: Tensor, t: int) -> Tensor:
-        with torch.no_grad():
-            return model(x, torch.full((len(x),), t, device=device))
-
     x = draw()
     for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
         yield t, x
-        try:
-            eps = predict(x, t)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory_error(
-                len(x), "SAMPLING_BATCH", lambda size, x=x, t=t: predict(x[:size], t)
-            ) from error
+        with torch.no_grad():
+            eps = model(x, torch.full((len(x),), t, device=device))
         x = ancestral_step(x, eps, draw() if t_next >= 0 else torch.zeros_like(x), t, t_next)
     yield -1, x
 

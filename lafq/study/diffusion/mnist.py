@@ -12,14 +12,14 @@ from torch import Tensor
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import check_integrity
 
-from lafq.study import paths
+from lafq.study import workspace
 
 REFERENCE = slice(0, 5000)
 HELD_OUT = slice(5000, 10000)
 REMEDY = "restore it with `git checkout -- data/MNIST/raw`"
 
 
-def mnist(train: bool, root: Path = paths.DATA) -> tuple[Tensor, Tensor]:
+def mnist(train: bool, root: Path = workspace.DATA) -> tuple[Tensor, Tensor]:
     """The training (60,000) or test (10,000) digits.
 
     Returns images, uint8 (N, 1, 32, 32), zero-padded from 28x28, and labels, int64 (N,).

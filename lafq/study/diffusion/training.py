@@ -14,7 +14,6 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from lafq.rng import generator
-from lafq.study.device import out_of_memory_error
 from lafq.study.diffusion.noising import add_noise, unit_interval
 from lafq.study.diffusion.unet import TIMESTEPS
 from lafq.tensors import load_tensors, save_tensors
@@ -74,15 +73,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, peak, steps, warmup, decay)
         optimizer.zero_grad()
-        try:
-            loss = _backward(model, x, t, noise, bf16)
-        except torch.OutOfMemoryError as error:
-            fitting = out_of_memory_error(
-                batch_size,
-                "TRAINING's batch_size",
-                lambda n, b=(x, t, noise): _backward(model, *(v[:n] for v in b), bf16),
-            )
-            raise fitting from error
+        loss = _backward(model, x, t, noise, bf16)
         optimizer.step()
         ema.update_parameters(model)
         yield step, loss.item()

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize
-from lafq.study import paths
-from lafq.study.device import compute_on, kind_of_machine
+from lafq.study import workspace
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
+from lafq.study.workspace import compute_on, kind_of_machine
 
 if TYPE_CHECKING:
     # Imported where it is used: it takes half a second, and few runs need it.
@@ -38,7 +38,7 @@ def software() -> str:
     code, and torch's version.
     """
     code = hashlib.sha256()
-    for path in sorted((paths.ROOT / "lafq").rglob("*.py")):
+    for path in sorted((workspace.ROOT / "lafq").rglob("*.py")):
         code.update(path.read_bytes())
     return f"code {code.hexdigest()[:12]}, torch {torch.__version__}"
 

@@ -14,7 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize, quantize, weights_sha256
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.diffusion import weights
 from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.diffusion.unet import quantizable
@@ -249,7 +249,9 @@ def load_inception(work: Workspace, reference_images: int) -> InceptionFeatures 
     print(source)
     if extractor is None:
         return None
-    reference = metrics.inception_reference(extractor, reference_images, paths.BUILD / "inception")
+    reference = metrics.inception_reference(
+        extractor, reference_images, workspace.BUILD / "inception"
+    )
     return InceptionFeatures(
         extractor,
         reference,

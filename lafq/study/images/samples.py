@@ -30,10 +30,9 @@ from torch import Tensor, nn
 
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize, weights_sha256
-from lafq.study.device import kind_of_machine
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.images import cluster
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, kind_of_machine
 from lafq.tensors import atomic_write
 
 Provenance = dict[str, Any]

@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from lafq.study import results
+from lafq.study import workspace
 from lafq.study.figures import audit_tables, benchmarks, tables, terrain
 from lafq.study.rows import KEY
 from lafq.study.workspace import Workspace
@@ -170,7 +170,7 @@ def test_file_resident_and_peak_bytes_stand_side_by_side(sandbox):
     peak = pd.DataFrame(
         [{"method": row["method"], "granularity": "channel", "budget_bits": 3.0, "peak_mib": 9}]
     )
-    results.save_table(work, "11_peak_memory", peak)
+    workspace.save_table(work, "11_peak_memory", peak)
     assert tables.coded_bytes(work, coded).iloc[0, 2:].tolist() == ["0.80", "1.20", 9, "1"]
 
 

@@ -10,7 +10,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from lafq.quantization.model import dequantize, quantize
-from lafq.study import paths, threshold_rows
+from lafq.study import threshold_rows, workspace
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import cluster, samples
 from lafq.study.images import evaluate as evaluation
@@ -48,7 +48,7 @@ def test_rows_are_the_same_bytes_on_a_cluster(two_workers, sandbox, tiny, monkey
     rows = [BASELINE, *threshold_rows.uniform(tiny, ("fp16", "int8"))]
     here, images = evaluation.evaluate(SMOKE, tiny, rows, DRAWN)
     with monkeypatch.context() as patch:
-        patch.setattr(paths, "BUILD", sandbox / "elsewhere")
+        patch.setattr(workspace, "BUILD", sandbox / "elsewhere")
         patch.setattr(samples, "sample", None)
         there, drawn = evaluation.evaluate(on(two_workers), tiny, rows, DRAWN)
     pd.testing.assert_frame_equal(here, there, check_exact=True)
@@ -63,7 +63,7 @@ def test_images_kept_by_recipe_are_the_same_files_on_a_cluster(
     drawn, rows = DRAWN._replace(batch=2), threshold_rows.uniform(tiny)
     here, _ = evaluation.evaluate(Workspace("smoke", keep=True), tiny, rows, drawn)
     first = {path.name: samples.read(path) for path in samples.samples_folder(SMOKE).iterdir()}
-    monkeypatch.setattr(paths, "RESULTS", sandbox / "elsewhere")
+    monkeypatch.setattr(workspace, "RESULTS", sandbox / "elsewhere")
     there, _ = evaluation.evaluate(on(two_workers, keep=True), tiny, rows, drawn)
     pd.testing.assert_frame_equal(
         here.drop(columns="same_machine"), there.drop(columns="same_machine"), check_exact=True

@@ -1,0 +1,65 @@
+"""Numbers as a reader sees them: a value, a value with its interval, a table, and a guard for
+words that compare.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+
+Column = str | tuple[str, ...] | Callable[[pd.Series], str]
+
+
+def write(value: Any, spec: str = "") -> str:
+    """A value by a format spec (".2f") or a template ("{:.1f} dB"); "" where there is none."""
+    if not isinstance(value, str) and pd.isna(value):
+        return ""
+    return spec.format(value) if "{" in spec else format(value, spec)
+
+
+def interval(row: Any, name: str, spec: str = "+.2f") -> str:
+    """ "value [low, high]" of a row (a Series, a mapping, or of itertuples).
+
+    The ends stand in `<name>_low` and `<name>_high`, or in `low` and `high`; without ends, or
+    without a value, that part is left out.
+    """
+    if isinstance(row, tuple):
+        row = row._asdict()
+    ends = (f"{name}_low", f"{name}_high") if f"{name}_low" in row else ("low", "high")
+    value, low, high = (write(row[column], spec) for column in (name, *ends))
+    return f"{value} [{low}, {high}]" if value and low else value
+
+
+def table(frame: pd.DataFrame, columns: Mapping[str, Column]) -> pd.DataFrame:
+    """A table of strings, one column per header of `columns`.
+
+    A header names a column, (column, spec), (column, spec, "interval"), or a function of the row.
+    """
+
+    def cell(row: pd.Series, column: Column) -> str:
+        if callable(column):
+            return str(column(row)).strip()
+        if isinstance(column, str):
+            return write(row[column])
+        return interval(row, *column[:2]) if len(column) > 2 else write(row[column[0]], column[1])
+
+    rows = [row for _, row in frame.astype(object).iterrows()]
+    shown = {header: [cell(row, column) for row in rows] for header, column in columns.items()}
+    return pd.DataFrame(shown, dtype=object)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A table as GitHub shows it, cells as they are printed."""
+    lines = [
+        frame.columns.tolist(),
+        ["---"] * len(frame.columns),
+        *frame.astype(str).to_numpy().tolist(),
+    ]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
+
+
+def holds(condition: Any) -> str:
+    """Guard of a word that compares: "" where the condition is true, else ValueError."""
+    if not condition:
+        raise ValueError("the results no longer say what the text says")
+    return ""
