@@ -25,10 +25,10 @@ from lafq.quantization.formats import MIB, unshrunk_scale
 from lafq.quantization.model import bits_per_weight, nbytes
 from lafq.quantization.plan import Plan, Recipe
 from lafq.study.budget.budget import FRESH, FRESH_SEED
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.diffusion.weights import load_model
 from lafq.study.images import scoring
 from lafq.study.workspace import Workspace, compute_on
 

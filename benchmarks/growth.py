@@ -41,10 +41,10 @@ from lafq.quantization.formats import MIB
 from lafq.study import workspace
 from lafq.study.budget.budget import FRESH, FRESH_SEED
 from lafq.study.budget.methods import mib_at
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import UNet
-from lafq.study.diffusion.weights import load_model
 from lafq.study.images import scoring
 from lafq.study.workspace import Workspace, compute_on
 

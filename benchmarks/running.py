@@ -19,10 +19,10 @@ from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize, quantize, resident_bytes
 from lafq.rng import generator
 from lafq.study import workspace
+from lafq.study.diffusion.ddpm import add_noise, unit_interval
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
-from lafq.study.diffusion.noising import add_noise, unit_interval
+from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import TIMESTEPS, quantizable
-from lafq.study.diffusion.weights import load_model
 from lafq.study.workspace import Workspace, compute_on
 from lafq.tensors import atomic_write
 

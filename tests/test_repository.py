@@ -14,7 +14,7 @@ import yaml
 from lafq.quantization.model import nbytes, resident_bytes
 from lafq.quantization.plan import make_plan
 from lafq.study import poster, workspace
-from lafq.study.diffusion import weights
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.rows import KEY, Row, kept_share
 from lafq.study.workspace import Workspace, profile_parameters
@@ -225,7 +225,7 @@ def test_a_new_threshold_rule_as_contributing_shows_it(tiny):
 
 
 def test_shipped_weights_are_those_of_the_profile():
-    _, metadata = load_tensors(workspace.RESULTS / "mini" / weights.WEIGHTS, "01_train")
+    _, metadata = load_tensors(workspace.RESULTS / "mini" / subject.WEIGHTS, "01_train")
     mini = profile_parameters("mini")
     assert metadata == mini["TRAINING"] | {"width": mini["WIDTH"], "seed": mini["SEED"]}
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lafq.study import workspace
-from lafq.study.diffusion.weights import WEIGHTS
+from lafq.study.diffusion.subject import WEIGHTS
 from lafq.tensors import atomic_write, sha256
 
 PATH = workspace.ROOT / "ro-crate-metadata.json"

@@ -26,8 +26,8 @@ from lafq.study.audit.noise_floor import noise_floor
 from lafq.study.budget import budget, methods, rules
 from lafq.study.budget.image_statistics import REAL, image_statistics
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
+from lafq.study.diffusion.subject import load_fisher, load_model
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.diffusion.weights import load_fisher, load_model
 from lafq.study.images import classifier, metrics
 from lafq.study.images.evaluate import evaluate, evaluate_large
 from lafq.study.images.samples import Sampling, cached_samples, weights_sha256

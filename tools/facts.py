@@ -5,8 +5,8 @@ import json
 import pandas as pd
 
 from lafq.study import poster, workspace
+from lafq.study.diffusion.subject import PACKED, WEIGHTS
 from lafq.study.diffusion.unet import UNet
-from lafq.study.diffusion.weights import PACKED, WEIGHTS
 from lafq.study.figures import sentences
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import load_tensors, sha256

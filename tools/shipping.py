@@ -19,7 +19,7 @@ from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize, quantize
 from lafq.study import workspace
 from lafq.study.budget import methods
-from lafq.study.diffusion.weights import PACKED, load_model
+from lafq.study.diffusion.subject import PACKED, load_model
 from lafq.study.images import scoring
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.samples import Sampling

@@ -21,8 +21,8 @@ from lafq.study import claims, poster, threshold_rows
 from lafq.study.claims import Claim
 from lafq.study.diffusion import training
 from lafq.study.diffusion.mnist import mnist
+from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.diffusion.weights import load_model
 from lafq.study.fisher_analysis import fisher_by_timestep
 from lafq.study.images.bootstrap import LEVEL
 from lafq.study.images.evaluate import evaluate
@@ -74,7 +74,7 @@ def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
     model = UNet(parameters["WIDTH"], settings.pop("dropout")).to(
         work.device, memory_format=torch.channels_last
     )
-    checkpoint = work.build / f"replicate_{seed}.safetensors"
+    checkpoint = work.build / f"replicate_{seed}.pt"
     weights, _ = training.fit(model, mnist(train=True)[0], checkpoint, **settings)
     result = UNet(parameters["WIDTH"])
     result.load_state_dict(weights)

@@ -12,8 +12,8 @@ from lafq.quantization.formats import MIB
 from lafq.quantization.model import kept_weights, nbytes, quantize
 from lafq.quantization.plan import Entries
 from lafq.quantization.tuning import BATCH, tune
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import noised_batches
 from lafq.study.diffusion.unet import quantizable
 
 KEY = ["rule", "setting", "format", "granularity", "rounding"]

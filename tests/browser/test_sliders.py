@@ -16,7 +16,7 @@ import pytest
 import urllib3
 
 from lafq.study import workspace
-from lafq.study.diffusion.weights import WEIGHTS
+from lafq.study.diffusion.subject import WEIGHTS
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="make test-browser installs Playwright"

@@ -7,8 +7,8 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from lafq.allocation.rules import keep_ratio
 from lafq.study.audit import fisher_values, noise_floor, protocol
+from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
-from lafq.study.diffusion.noising import ALPHA_BAR, unit_interval
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images.metrics import Reference
 

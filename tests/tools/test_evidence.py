@@ -9,7 +9,7 @@ from scipy import stats
 
 from lafq.study import poster, replicates, workspace
 from lafq.study.budget import budget, methods, summaries
-from lafq.study.diffusion import weights
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.fisher_analysis import fisher_by_timestep
@@ -67,11 +67,11 @@ def fewer(monkeypatch):
 
 @pytest.fixture
 def smoke(sandbox, tiny):
-    save_tensors(SMOKE.results / weights.WEIGHTS, dict(tiny.named_parameters()), width=4)
+    save_tensors(SMOKE.results / subject.WEIGHTS, dict(tiny.named_parameters()), width=4)
     fisher = fisher_by_timestep(
         tiny, list(quantizable(tiny)), mnist(train=True)[0], samples=20, bins=20, seed=0
     )
-    weights.save_fisher(SMOKE, fisher.by_weight, 4)
+    subject.save_fisher(SMOKE, fisher.by_weight, 4)
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_steps_that_are_there_are_left_alone(sandbox, monkeypatch, capsys):
 
 
 def test_missing_fisher_information_is_one_sentence(sandbox, monkeypatch, capsys, tiny):
-    save_tensors(SMOKE.results / weights.WEIGHTS, dict(tiny.named_parameters()), width=4)
+    save_tensors(SMOKE.results / subject.WEIGHTS, dict(tiny.named_parameters()), width=4)
     monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke", "--only", "evidence_rows"])
     assert evidence.main() == 1
     said = capsys.readouterr().err.strip()

@@ -14,7 +14,7 @@ from lafq.allocation.rules import by_granularity, keep_global
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import make_plan
 from lafq.study import results, threshold_rows, workspace
-from lafq.study.diffusion import weights
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images import evaluate as evaluation
 from lafq.study.images import samples
@@ -290,7 +290,7 @@ def test_paper_without_its_weights_refuses_in_one_sentence(sandbox, monkeypatch,
 
 def weights_file(path, width=4, **changes):
     training = profile_parameters("smoke")["TRAINING"] | changes
-    weights.save_tensors(
+    subject.save_tensors(
         path, dict(UNet(width).named_parameters()), width=width, seed=0, **training
     )
 
@@ -298,9 +298,9 @@ def weights_file(path, width=4, **changes):
 def test_weights_are_taken_from_a_path(sandbox):
     weights_file(sandbox / "own.safetensors")
     training = profile_parameters("smoke")["TRAINING"]
-    weights.take_weights(SMOKE, sandbox / "own.safetensors", 4, 0, training)
-    assert weights.load_model(SMOKE, 4).width == 4
-    weights.check_weights(SMOKE, 4, 0, training)
+    subject.take_weights(SMOKE, sandbox / "own.safetensors", 4, 0, training)
+    assert subject.load_model(SMOKE, 4).width == 4
+    subject.check_weights(SMOKE, 4, 0, training)
 
 
 @pytest.mark.parametrize(
@@ -315,10 +315,10 @@ def test_weights_of_another_width_or_training_are_refused(sandbox, changes, mess
     with pytest.raises(
         ValueError, match=f"{message}: give the weights of this profile with WEIGHTS=path"
     ):
-        weights.take_weights(
+        subject.take_weights(
             SMOKE, sandbox / "own.safetensors", 4, 0, profile_parameters("smoke")["TRAINING"]
         )
-    assert not (SMOKE.results / weights.WEIGHTS).exists()
+    assert not (SMOKE.results / subject.WEIGHTS).exists()
 
 
 def test_a_bad_plan_stops_before_sampling(sandbox, cached_samples, tiny):
@@ -360,25 +360,25 @@ def test_sizes_counted_are_those_of_the_plans(tiny, low, granularity):
 
 def test_missing_and_foreign_weights(sandbox):
     with pytest.raises(FileNotFoundError, match="run 01_train with TRAIN=1 first"):
-        weights.load_model(SMOKE, 4)
+        subject.load_model(SMOKE, 4)
     with pytest.raises(FileNotFoundError, match="run 02_fisher"):
-        weights.load_fisher(SMOKE, 4)
-    weights.save_tensors(SMOKE.results / weights.WEIGHTS, dict(UNet(4).named_parameters()), width=4)
+        subject.load_fisher(SMOKE, 4)
+    subject.save_tensors(SMOKE.results / subject.WEIGHTS, dict(UNet(4).named_parameters()), width=4)
     with pytest.raises(ValueError, match="width=4, not 16"):
-        weights.load_model(SMOKE, 16)
-    assert weights.load_model(SMOKE, 4).width == 4
+        subject.load_model(SMOKE, 16)
+    assert subject.load_model(SMOKE, 4).width == 4
 
 
 def test_fisher_of_other_weights_is_refused(sandbox):
-    path = SMOKE.results / weights.WEIGHTS
-    weights.save_tensors(path, dict(UNet(4).named_parameters()), width=4)
-    weights.save_fisher(SMOKE, {"a": torch.ones(2)}, 4)
-    assert weights.load_fisher(SMOKE, 4)["a"].tolist() == [1, 1]
-    weights.save_tensors(path, dict(UNet(4).named_parameters()), width=4)
+    path = SMOKE.results / subject.WEIGHTS
+    subject.save_tensors(path, dict(UNet(4).named_parameters()), width=4)
+    subject.save_fisher(SMOKE, {"a": torch.ones(2)}, 4)
+    assert subject.load_fisher(SMOKE, 4)["a"].tolist() == [1, 1]
+    subject.save_tensors(path, dict(UNet(4).named_parameters()), width=4)
     with pytest.raises(
         ValueError, match=r"fisher.safetensors was made with weights=.* run 02_fisher"
     ):
-        weights.load_fisher(SMOKE, 4)
+        subject.load_fisher(SMOKE, 4)
 
 
 def test_set_up_refuses():

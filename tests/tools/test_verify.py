@@ -6,7 +6,7 @@ import torch
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import quantize
 from lafq.study import results, threshold_rows, workspace
-from lafq.study.diffusion import weights
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation
 from lafq.study.images import samples
@@ -22,7 +22,7 @@ SAMPLING = samples.Sampling(8, 2, 0, 4)
 @pytest.fixture
 def made(tiny, sandbox, monkeypatch):
     p = profile_parameters("smoke")
-    path = SMOKE.results / weights.WEIGHTS
+    path = SMOKE.results / subject.WEIGHTS
     save_tensors(path, dict(tiny.named_parameters()), width=4, seed=0, **p["TRAINING"])
     path.rename(sandbox / "weights.safetensors")
     baseline = BASELINE
@@ -42,7 +42,7 @@ def made(tiny, sandbox, monkeypatch):
         "evidence_int4",
         *evaluation.evaluate(SMOKE, tiny, [baseline], SAMPLING._replace(images=12)),
     )
-    save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, plan), tiny)
+    save_quantized(SMOKE.results / subject.PACKED, quantize(tiny, plan), tiny)
     return sandbox / "weights.safetensors"
 
 
@@ -75,7 +75,7 @@ def test_a_changed_number_a_damaged_file_and_other_weights_are_found(
     workspace.save_table(SMOKE, "03_global", table)
     with torch.no_grad():
         tiny.out2.weight.mul_(0.5)
-    save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, {}), tiny)
+    save_quantized(SMOKE.results / subject.PACKED, quantize(tiny, {}), tiny)
     assert [
         "packed weights: 8 images drawn again" in line
         for line in lines(*verify.checks(SMOKE, None))

@@ -18,7 +18,7 @@ from torch.func import functional_call, grad
 from lafq.allocation.rules import GROUPS, by_layer, keep_ratio
 from lafq.quantization.model import dequantize, quantize
 from lafq.quantization.plan import make_plan
-from lafq.study.diffusion.noising import ALPHA_BAR, unit_interval
+from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
 from lafq.study.diffusion.unet import UNet, layer_of, quantizable
 from lafq.study.fisher_analysis import fisher_by_timestep
 from lafq.study.images import scoring

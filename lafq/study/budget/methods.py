@@ -18,8 +18,8 @@ from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
 from lafq.quantization.model import bits_per_weight, nbytes
 from lafq.quantization.plan import Plan, Recipe, make_plan
 from lafq.rng import generator
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import noised_batches
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.rows import Row
 

@@ -14,6 +14,8 @@ from torchvision.datasets.utils import check_integrity
 
 from lafq.study import workspace
 
+SHAPE = (1, 32, 32)
+PADDING = 2
 REFERENCE = slice(0, 5000)
 HELD_OUT = slice(5000, 10000)
 REMEDY = "restore it with `git checkout -- data/MNIST/raw`"
@@ -31,7 +33,7 @@ def mnist(train: bool, root: Path = workspace.DATA) -> tuple[Tensor, Tensor]:
         for name, md5 in MNIST.resources
         if name.startswith(split)
     )
-    return F.pad(images.view(-1, 1, 28, 28), (2, 2, 2, 2)), labels.long()
+    return F.pad(images.view(-1, 1, 28, 28), (PADDING,) * 4), labels.long()
 
 
 def _read(archive: Path, md5: str) -> Tensor:

@@ -16,8 +16,8 @@ from tqdm import trange
 
 from lafq.rng import generator
 from lafq.study import workspace
+from lafq.study.diffusion.ddpm import unit_interval
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import unit_interval
 from lafq.tensors import atomic_write, load_tensors, save_tensors, sha256
 
 FOLDER = workspace.RESULTS / "classifier"

@@ -15,7 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize, quantize, weights_sha256
 from lafq.study import workspace
-from lafq.study.diffusion import weights
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import bootstrap, classifier, inception, metrics, samples, scoring
@@ -137,7 +137,7 @@ def _provenances(
 
     def provenance_of(candidate: Row, rounded: nn.Module) -> samples.Provenance:
         needs_none = candidate.rule in ("baseline", "uniform") or candidate.made
-        fisher = {} if needs_none else weights.fisher_settings(work)
+        fisher = {} if needs_none else subject.fisher_settings(work)
         own = recipe(candidate, of_model, fisher, quantizable(model))
         return first.setdefault(weights_sha256(rounded), own)
 

@@ -6,8 +6,8 @@ import torch
 
 from lafq.rng import generator
 from lafq.study import workspace
+from lafq.study.diffusion.ddpm import unit_interval
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import unit_interval
 
 
 def test_shapes_padding_and_labels():

@@ -11,7 +11,7 @@ from lafq.quantization.checks import channel_view
 from lafq.quantization.model import nbytes, quantize, resident_bytes
 from lafq.study import workspace
 from lafq.study.diffusion import ddpm
-from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.figures import explore, panel
 from lafq.study.figures.explore import Setting

@@ -10,7 +10,7 @@ import pytest
 
 from lafq.quantization.model import weights_sha256
 from lafq.study import results, threshold_rows, workspace
-from lafq.study.diffusion import weights
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation
@@ -37,7 +37,7 @@ KEYS = [
 @pytest.fixture
 def rows(tiny, sandbox, monkeypatch):
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
-    weights.save_fisher(SMOKE, fisher, 4, **FISHER)
+    subject.save_fisher(SMOKE, fisher, 4, **FISHER)
     sizes = threshold_rows.size_sweep(tiny, fisher, "int8", "weight", 20)
     swept = threshold_rows.candidates_at(
         "global", "tau", threshold_rows.nearest_size(sizes, 0.5), {"weight": fisher}
