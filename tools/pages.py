@@ -18,7 +18,7 @@ import pandas as pd
 from lafq.quantization.formats import MIB
 from lafq.study import poster, workspace
 from lafq.study.audit.published_images import fid_noise
-from lafq.study.budget.summaries import bits_of_equal_damage
+from lafq.study.budget.budget import bits_of_equal_damage
 from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.figures import text
 from lafq.tensors import atomic_write, sha256

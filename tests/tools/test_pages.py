@@ -76,7 +76,7 @@ def test_a_block_reads_rows_by_their_values(typed):
     typed["said.md.j2"] = (
         '{{ row("made", rule="ratio").x | to(".1f") }} {{ rows("made", bits=3.02) | length }} '
         '{{ rows("made", rule=["global", "ratio"], x=0.5) | length }} '
-        '{{ 0.125 | percent }} {{ profile }}'
+        "{{ 0.125 | percent }} {{ profile }}"
     )
     assert pages.block("said", "paper") == "2.0 1 1 12.5% paper"
     typed["two.md.j2"] = '{{ row("made").x }}'
