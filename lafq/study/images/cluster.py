@@ -2,12 +2,10 @@
 they are drawn.
 
 A task is a packed model as the bytes of its file (`save_quantized`) and the noise to start from.
-Tasks are independent: one whose worker is gone is given to another, and the images that have come
-back are kept, so `make resume` goes on from there.
+Tasks are independent, and the images that have come back are kept, so `make resume` goes on there.
 """
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,101 +18,59 @@ from tqdm import tqdm
 
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize
-from lafq.study import paths
 from lafq.study.device import compute_on, kind_of_machine
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
 
 if TYPE_CHECKING:
     # Imported where it is used: it takes half a second, and few runs need it.
-    from distributed import Client, Future
+    from distributed import Client
 
 REACH = 10  # seconds
-AHEAD = 2
+AHEAD = 2  # tasks per thread of the workers, so that none waits for its next
 
 
-def software() -> str:
-    """What decides the bytes of an image besides weights and noise: a digest of this package's
-    code, and torch's version.
+def draw(packed: bytes, how: dict[str, Any]) -> tuple[np.ndarray, str]:
+    """Runs on a worker: uint8 images (N, 1, 32, 32) of a packed model, and the kind of machine;
+    RuntimeError where torch is another version.
     """
-    code = hashlib.sha256()
-    for path in sorted((paths.ROOT / "lafq").rglob("*.py")):
-        code.update(path.read_bytes())
-    return f"code {code.hexdigest()[:12]}, torch {torch.__version__}"
-
-
-def draw(
-    packed: bytes,
-    width: int,
-    images: int,
-    steps: int,
-    seed: int,
-    batch: int,
-    *,
-    threads: int,
-    device: str,
-    expected: str,
-) -> tuple[np.ndarray, str]:
-    """Runs on a worker: uint8 images (N, 1, 32, 32) of the packed model in the file of these bytes,
-    and the kind of machine.
-
-    Raises RuntimeError when the worker's software is not the `expected`, or it has not that device.
-    """
-    if (own := software()) != expected:
-        raise RuntimeError(
-            f"a worker has {own}, this machine {expected}: install the same lafq and torch on both"
-        )
-    chosen = compute_on(threads, device)
+    if torch.__version__ != how["torch"]:
+        raise RuntimeError(f"a worker has torch {torch.__version__}, not {how['torch']}")
+    device = compute_on(how["threads"], how["device"])
     with TemporaryDirectory() as folder:
         path = Path(folder) / "packed.safetensors"
         path.write_bytes(packed)
-        model = dequantize(load_quantized(path, UNet(width)))
-    return sample(model.to(chosen), images, steps, seed, batch).numpy(), kind_of_machine()
+        model = dequantize(load_quantized(path, UNet(how["width"]))).to(device)
+    images = sample(model, how["images"], how["steps"], how["seed"], how["batch"])
+    return images.numpy(), kind_of_machine()
+
+
+async def _workers(address: str) -> int:
+    from distributed.core import rpc
+
+    async with asyncio.timeout(REACH):
+        with rpc(address) as scheduler:
+            return len((await scheduler.identity())["workers"])
 
 
 def connect(address: str) -> "Client":
-    """A client of the scheduler at an address such as tcp://host:8786.
-
-    Raises ValueError when none answers there or it has no workers.
+    """A client of the scheduler at an address such as tcp://host:8786; ValueError where none with
+    workers answers.
     """
     from distributed import Client
 
-    # First, since a Client that fails stays half open, and its collection can wait for ever on a
-    # lock of dask's.
+    # First, since a Client that fails stays half open, and its collection can wait for ever.
     with ThreadPoolExecutor(1) as thread:  # a notebook's own thread has an event loop already
         try:
-            found = thread.submit(asyncio.run, _identity(address)).result()
-        except (OSError, ValueError, TimeoutError) as error:
+            workers = thread.submit(asyncio.run, _workers(address)).result()
+        except (OSError, ValueError, KeyError, TimeoutError) as error:
             raise ValueError(
                 f"no Dask scheduler answers at {address!r}: start one (`dask scheduler`) or leave "
                 f"SCHEDULER out"
             ) from error
-    if not found.get("workers"):
-        raise ValueError(
-            f"the Dask scheduler at {address} has no workers: start some (`dask worker {address} "
-            f"--nthreads 1`)"
-        )
+    if not workers:
+        raise ValueError(f"{address} has no workers: start some (`dask worker {address}`)")
     return Client(address, timeout=REACH, set_as_default=False)
-
-
-async def _identity(address: str) -> dict[str, Any]:
-    """What the scheduler at an address says of itself; ValueError or OSError when it is none,
-    TimeoutError when it is silent.
-    """
-    from distributed.comm import connect as open_comm
-    from distributed.comm.addressing import get_address_host_port
-
-    get_address_host_port(address)
-    async with asyncio.timeout(REACH):
-        comm = await open_comm(address, timeout=REACH)
-        try:
-            await comm.write({"op": "identity", "reply": True})
-            found = await comm.read()
-        finally:
-            comm.abort()
-    if not isinstance(found, dict) or found.get("type") != "Scheduler":
-        raise ValueError(f"{address} is no scheduler")
-    return found
 
 
 def sample_all(
@@ -122,42 +78,26 @@ def sample_all(
     tasks: Iterator[tuple[str, bytes]],
     total: int,
     keep: Callable[[str, np.ndarray, str], None],
-    *,
-    width: int,
-    images: int,
-    steps: int,
-    seed: int,
-    batch: int,
-    device: str,
+    **how: Any,
 ) -> None:
-    """Draw the images of packed models on the cluster at `address`, calling keep(key, images, kind
-    of machine) as each comes back.
-
-    tasks: the key of a row, and its packed model as a file's bytes; taken as workers have room, two
-    per thread ahead. Raises ValueError as `connect`, RuntimeError for a worker of other software or
-    one sentence of what failed there.
+    """Have the cluster at `address` `draw` packed models; keep(key, images, kind of machine) takes
+    what comes back. Raises ValueError as `connect`, and what a worker raised.
     """
     from distributed import as_completed
 
-    drawn = (width, images, steps, seed, batch)
-    how = {"threads": torch.get_num_threads(), "device": device, "expected": software()}
-    with (
-        connect(address) as client,
-        tqdm(total=total, desc="rows from the cluster", unit="row", leave=False) as bar,
-    ):
-        keys: dict[Future, str] = {}
-        waiting = as_completed([], loop=client.loop, with_results=True)
+    how |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    with connect(address) as client, tqdm(total=total, desc="sampling on the cluster") as bar:
+        running, keys = as_completed(loop=client.loop, with_results=True), {}
 
-        def submit() -> None:
-            for key, packed in tasks:
-                future = client.submit(draw, packed, *drawn, **how, key=f"lafq-{key}", pure=False)
-                keys[future] = key
-                waiting.add(future)
-                return
-
-        for _ in range(AHEAD * sum(client.nthreads().values())):
-            submit()
-        for future, (generated, machine) in waiting:
-            keep(keys.pop(future), generated, machine)
+        def take() -> None:
+            future, (images, machine) = next(running)
+            keep(keys.pop(future), images, machine)
             bar.update()
-            submit()
+
+        for key, packed in tasks:
+            if len(keys) >= AHEAD * sum(client.nthreads().values()):
+                take()
+            keys[future := client.submit(draw, packed, how, pure=False)] = key
+            running.add(future)
+        while keys:
+            take()
