@@ -34,7 +34,7 @@ test: lint  ## ruff, unit tests, all notebooks with smoke, nbval of those and of
 	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; nbval="$(BIN)/python -m pytest -q --nbval --nbval-current-env"; \
 	$(PYTEST); \
 	$(RUN) reproduce --profile smoke; \
-	rm -rf build/smoke/samples build/smoke/checkpoint.safetensors; : "or nbval would compare a computation with its cache"; \
+	rm -rf build/smoke/samples build/smoke/checkpoint.pt; : "or nbval would compare a computation with its cache"; \
 	$$nbval build/smoke; : "one after another, as they write the same tables"; \
 	OMP_WAIT_POLICY=PASSIVE $$nbval -n 2 --dist loadfile notebooks
 	@echo "all passed: ruff, unit tests, the notebooks with smoke (twice, equal numbers), the committed notebooks"

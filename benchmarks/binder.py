@@ -17,7 +17,7 @@ import time
 import pandas as pd
 from running import write
 
-from lafq.study import paths
+from lafq.study import workspace
 
 LIMIT = 2 * 2**30
 EXECUTE = """
@@ -40,9 +40,9 @@ def measured(name: str, output: str) -> dict:
     """One notebook, its figures written to the folder `output`; RuntimeError with its last line
     where it fails.
     """
-    path = paths.NOTEBOOKS / name
+    path = workspace.NOTEBOOKS / name
     environment = {**os.environ, "LAFQ_OUTPUT": output, "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-c", EXECUTE, str(path), str(paths.NOTEBOOKS)]
+    command = [sys.executable, "-c", EXECUTE, str(path), str(workspace.NOTEBOOKS)]
     start = time.perf_counter()
     done = subprocess.run(
         command, env=environment, preexec_fn=confine, capture_output=True, text=True, check=False
@@ -64,10 +64,10 @@ def measured(name: str, output: str) -> dict:
 def main() -> None:
     """Write and print results/benchmarks/binder.csv."""
     with tempfile.TemporaryDirectory() as folder:
-        os.symlink(paths.RESULTS, os.path.join(folder, "results"))
+        os.symlink(workspace.RESULTS, os.path.join(folder, "results"))
         table = [
             measured(path.name, folder)
-            for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+            for path in sorted(workspace.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
         ]
     write("binder", pd.DataFrame(table).round(1).to_dict("records"))
 

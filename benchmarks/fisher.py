@@ -26,12 +26,11 @@ from lafq.fisher.empirical import empirical_fisher
 from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity, monte_carlo_fisher
 from lafq.quantization.checks import channel_view
 from lafq.rng import generator
-from lafq.study.device import compute_on
+from lafq.study.diffusion.ddpm import add_noise, unit_interval
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import add_noise, unit_interval
+from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import TIMESTEPS, UNet, quantizable
-from lafq.study.diffusion.weights import load_model
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, compute_on
 
 BATCH = {16: 32, 64: 8}
 ROUNDS = {16: 7, 64: 3}

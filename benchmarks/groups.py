@@ -25,13 +25,12 @@ from lafq.quantization.formats import MIB, unshrunk_scale
 from lafq.quantization.model import bits_per_weight, nbytes
 from lafq.quantization.plan import Plan, Recipe
 from lafq.study.budget.budget import FRESH, FRESH_SEED
-from lafq.study.device import compute_on
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.diffusion.weights import load_model
 from lafq.study.images import scoring
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, compute_on
 
 LOW, SIZES = ("midrise2", "int2", "int3", "int4"), (0, 128, 64, 32)  # 0: one scale per channel
 ALLOCATED = ("int3", "int4", "int6")

@@ -38,17 +38,15 @@ from lafq.fisher.sensitivity import CHANNELS, LARGEST, Sensitivity
 from lafq.fisher.shrinkage import Moments
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB
-from lafq.study import results
+from lafq.study import workspace
 from lafq.study.budget.budget import FRESH, FRESH_SEED
 from lafq.study.budget.methods import mib_at
-from lafq.study.device import compute_on
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import UNet
-from lafq.study.diffusion.weights import load_model
-from lafq.study.figures import report
 from lafq.study.images import scoring
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, compute_on
 
 WORK = Workspace("benchmarks")
 WIDTHS = (8, 16, 32, 64, 128)
@@ -130,7 +128,7 @@ def one_step(step: str, width: int) -> dict[str, float]:
 
 def grown() -> pd.DataFrame:
     """The table of growth, row by row."""
-    table = results.load_optional(WORK, "growth")
+    table = workspace.load_optional(WORK, "growth")
     rows = [] if table is None else table.to_dict("records")
     there = {(row["width"], row["step"]) for row in rows}
     for width in WIDTHS:
@@ -150,9 +148,9 @@ def grown() -> pd.DataFrame:
             row = {"width": width, "step": step, **json.loads(done.stdout.splitlines()[-1])}
             rows.append(row)
             rows.sort(key=lambda row: (row["width"], STEPS.index(row["step"])))
-            results.save_table(WORK, "growth", pd.DataFrame(rows))
+            workspace.save_table(WORK, "growth", pd.DataFrame(rows))
             print(row, flush=True)
-    return results.load_table(WORK, "growth")
+    return workspace.load_table(WORK, "growth")
 
 
 def pass_ratio(model: nn.Module, batches: list[tuple[Tensor, ...]], **sizes: int) -> float:
@@ -174,7 +172,7 @@ def blocked() -> pd.DataFrame:
     """The table of blocks: damage of the allocator's plan at BITS per weight, over that with the
     whole curvature.
     """
-    table = results.load_optional(WORK, "blocks")
+    table = workspace.load_optional(WORK, "blocks")
     rows = [] if table is None else table.to_dict("records")
     there = {(row["width"], row["largest"], row["channels"]) for row in rows}
     for width, settings in BLOCKS.items():
@@ -208,13 +206,13 @@ def blocked() -> pd.DataFrame:
             )
             rows.append(row)
             print(row, flush=True)
-        results.save_table(WORK, "blocks", pd.DataFrame(rows))
-    return results.load_table(WORK, "blocks")
+        workspace.save_table(WORK, "blocks", pd.DataFrame(rows))
+    return workspace.load_table(WORK, "blocks")
 
 
 def draw(table: pd.DataFrame) -> None:
     """Seconds and peak MiB over the number of weights, one line per step."""
-    report.set_style()
+    workspace.set_style()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     table = table.assign(peak_mib=table["peak_mib"].clip(lower=0.1))
     for (step, rows), marker in zip(table.groupby("step", sort=False), "osD^v", strict=True):
@@ -227,7 +225,7 @@ def draw(table: pd.DataFrame) -> None:
     slowest, largest = most["seconds"].idxmax(), most["peak_mib"].idxmax()
     title = f"{slowest} takes the most time (estimate_sensitivity counted per pass), {largest} the most memory"
     figure.suptitle(title, fontsize=11)
-    report.save_figure(WORK, "growth", figure, "random weights; two cores")
+    workspace.save_figure(WORK, "growth", figure, "random weights; two cores")
     plt.close(figure)
 
 

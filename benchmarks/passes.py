@@ -22,15 +22,13 @@ from lafq.fisher.sensitivity import BATCH
 from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import nbytes
 from lafq.rng import generator
-from lafq.study import results
+from lafq.study import workspace
 from lafq.study.budget.budget import HALF_PIXELS
-from lafq.study.device import compute_on
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import noised_batches
-from lafq.study.diffusion.weights import load_model
-from lafq.study.figures import report
+from lafq.study.diffusion.subject import load_model
 from lafq.study.images import scoring
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, compute_on
 
 WORK = Workspace("benchmarks")
 PASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -148,7 +146,7 @@ def measured(name: str, subject: Subject, passes: Iterable[int] = PASSES) -> pd.
 
 def draw(table: pd.DataFrame) -> None:
     """Damage over uniform INT4's by passes, one panel per network."""
-    report.set_style()
+    workspace.set_style()
     figure, axes = plt.subplots(1, 4, figsize=(11, 3.1), sharex=True)
     for ax, (name, rows) in zip(axes, table.groupby("network", sort=False), strict=True):
         for (kind, own), style in zip(
@@ -177,7 +175,7 @@ def draw(table: pd.DataFrame) -> None:
     worst = table.groupby("estimates")["over_uniform"].max()
     title = f"The worst single plan does {worst['shrunk']:.2f} times uniform INT4's damage with shrunk estimates"
     figure.suptitle(f"{title}, {worst['plain']:.1f} times with plain means", fontsize=11)
-    report.save_figure(
+    workspace.save_figure(
         WORK, "passes", figure, "equal bytes; lower is better; small networks: mean of three draws"
     )
     plt.close(figure)
@@ -189,8 +187,8 @@ def main() -> None:
     tables = []
     for name, subject in subjects().items():
         tables.append(measured(name, subject))
-        results.save_table(WORK, "passes", pd.concat(tables, ignore_index=True))
-    draw(results.load_table(WORK, "passes"))
+        workspace.save_table(WORK, "passes", pd.concat(tables, ignore_index=True))
+    draw(workspace.load_table(WORK, "passes"))
     print("written: results/benchmarks/passes.csv, figures/benchmarks/passes.png")
 
 

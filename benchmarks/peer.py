@@ -16,12 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lafq.study.device import compute_on
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import UNet
-from lafq.study.diffusion.weights import load_model
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, compute_on
 from lafq.tensors import save_tensors
 
 PROFILES = {16: "mini", 64: "paper"}

@@ -27,16 +27,14 @@ from lafq.allocation import allocate as solver
 from lafq.quantization.formats import MIB, bit_bytes, unshrunk_scale
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import Plan, Recipe
-from lafq.study import results
+from lafq.study import workspace
 from lafq.study.budget.budget import FRESH, FRESH_SEED
-from lafq.study.device import compute_on
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import noised_batches
-from lafq.study.diffusion.weights import load_model
-from lafq.study.figures import report
+from lafq.study.diffusion.subject import load_model
 from lafq.study.figures.benchmarks import OURS
 from lafq.study.images import scoring
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, compute_on
 from lafq.tensors import load_tensors
 
 WORK = Workspace("benchmarks")
@@ -211,7 +209,7 @@ class Judge:
 
 def draw(table: pd.DataFrame) -> None:
     """Damage over stored MiB, one panel per width: the libraries, and the allocator at their bytes."""
-    report.set_style()
+    workspace.set_style()
     rows = table[table["damage"].notna()]
     figure, axes = plt.subplots(1, rows["width"].nunique(), figsize=(9.5, 4), squeeze=False)
     styles = {
@@ -252,7 +250,7 @@ def draw(table: pd.DataFrame) -> None:
         f"library",
         fontsize=11,
     )
-    report.save_figure(
+    workspace.save_figure(
         WORK, "peers", figure, "held-out digits and noise that no plan has seen; lower is better"
     )
     plt.close(figure)
@@ -261,7 +259,7 @@ def draw(table: pd.DataFrame) -> None:
 def main() -> int:
     """Make the rows that are missing and the figure; errors are one sentence and exit status 1."""
     compute_on(2, "cpu")
-    table = results.load_optional(WORK, "peers")
+    table = workspace.load_optional(WORK, "peers")
     rows = [] if table is None else table.to_dict("records")
     there = {(row["width"], row["library"], row["bits"]) for row in rows}
     try:
@@ -275,7 +273,7 @@ def main() -> int:
             judge = Judge(width) if todo else None
             for name, bits in todo:
                 rows.append(judge.uniform(bits) if name == OURS else judge.of(name, bits))
-                results.save_table(WORK, "peers", pd.DataFrame(rows))
+                workspace.save_table(WORK, "peers", pd.DataFrame(rows))
                 said = (
                     rows[-1].get(key, "") for key in ("mem_mib", "damage", "over_shared", "error")
                 )
@@ -283,7 +281,7 @@ def main() -> int:
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
-    draw(results.load_table(WORK, "peers"))
+    draw(workspace.load_table(WORK, "peers"))
     print("written: results/benchmarks/peers.csv, figures/benchmarks/peers.png")
     return 0
 

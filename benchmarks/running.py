@@ -18,13 +18,12 @@ from tqdm import tqdm
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize, quantize, resident_bytes
 from lafq.rng import generator
-from lafq.study import paths
-from lafq.study.device import compute_on
+from lafq.study import workspace
+from lafq.study.diffusion.ddpm import add_noise, unit_interval
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
-from lafq.study.diffusion.noising import add_noise, unit_interval
+from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import TIMESTEPS, quantizable
-from lafq.study.diffusion.weights import load_model
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, compute_on
 from lafq.tensors import atomic_write
 
 PROFILES, ROUNDS = {16: "mini", 64: "paper"}, {(16, 1): 15, (16, 100): 5, (64, 1): 5, (64, 100): 1}
@@ -85,11 +84,11 @@ def rows(width: int) -> list[dict]:
 
 def write(name: str, rows: list[dict]) -> None:
     """Write and print one table."""
-    table, path = pd.DataFrame(rows), paths.RESULTS / "benchmarks" / f"{name}.csv"
+    table, path = pd.DataFrame(rows), workspace.RESULTS / "benchmarks" / f"{name}.csv"
     with atomic_write(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.4g")
     print(table.to_string(index=False))
-    print(f"written: {path.relative_to(paths.ROOT)}")
+    print(f"written: {path.relative_to(workspace.ROOT)}")
 
 
 def main() -> None:

@@ -45,9 +45,8 @@ from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.formats import MIB, unshrunk_scale
 from lafq.quantization.model import dequantize, nbytes, resident_bytes
 from lafq.quantization.plan import Plan, Recipe
-from lafq.study import results
-from lafq.study.device import compute_on
-from lafq.study.figures import report
+from lafq.study import workspace
+from lafq.study.workspace import compute_on
 from lafq.tensors import load_tensors, save_tensors
 
 SHOWN = 3
@@ -129,7 +128,7 @@ def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Call
 
 def known_mib(method: str, format: str) -> float:
     """Resident MiB of a row that is in the table."""
-    table = results.load_table(WORK, "terrain")
+    table = workspace.load_table(WORK, "terrain")
     return table[(table["method"] == method) & (table["format"] == format)]["mem_mib"].item()
 
 
@@ -178,7 +177,7 @@ def make_rows(
     A row that is there is made again only where the figure needs its maps, which are kept in
     build/.
     """
-    table = results.load_optional(WORK, "terrain")
+    table = workspace.load_optional(WORK, "terrain")
     rows = [] if table is None else table.to_dict("records")
     maps_at = WORK.build / "maps.safetensors"
     drawn = (
@@ -195,7 +194,7 @@ def make_rows(
         save_tensors(maps_at, drawn)
         if not made:
             rows.append(row)
-            results.save_table(WORK, "terrain", pd.DataFrame(rows))
+            workspace.save_table(WORK, "terrain", pd.DataFrame(rows))
         print(f"{method} {format}: {row['mem_mib']:.2f} MiB, {row['decibels']:.1f} dB", flush=True)
 
     full = resident_bytes(model) / MIB
@@ -247,7 +246,7 @@ def by_passes(model: nn.Module, expected: Tensor) -> None:
     """The table results/terrain/passes.csv: decibels of the allocator's plan at INT4's bytes by the
     passes behind it.
     """
-    table = results.load_optional(WORK, "passes")
+    table = workspace.load_optional(WORK, "passes")
     rows = [] if table is None else table.to_dict("records")
     for passes in FEWER:
         if any(row["passes"] == passes for row in rows):
@@ -263,7 +262,7 @@ def by_passes(model: nn.Module, expected: Tensor) -> None:
                 "predicted": 10 * np.log10(expected.var().item() / mse),
             }
         )
-        results.save_table(WORK, "passes", pd.DataFrame(rows))
+        workspace.save_table(WORK, "passes", pd.DataFrame(rows))
         print(f"{passes} passes: {found:.1f} dB", flush=True)
 
 
@@ -274,7 +273,7 @@ def other_noise(model: nn.Module, look: dict[str, np.ndarray]) -> dict[str, floa
 
 def draw(table: pd.DataFrame, drawn: dict[str, Tensor]) -> None:
     """Maps by row: FP32, uniform INT4, the allocator at INT4's bytes and at a tenth of FP32's."""
-    report.set_style()
+    workspace.set_style()
     figure, axes = plt.subplots(len(DRAWN), SHOWN, figsize=(5.6, 7.2))
     by = table.set_index(["method", "format"])
     scale = heights(drawn["fp32 none"]).max((1, 2))
@@ -296,7 +295,7 @@ def draw(table: pd.DataFrame, drawn: dict[str, Tensor]) -> None:
         fontsize=10,
     )
     note = "height maps from the same noise; colours from 0 to the highest point of the FP32 map"
-    report.save_figure(WORK, "maps", figure, note, pixels=True, model="a public model of others")
+    workspace.save_figure(WORK, "maps", figure, note, pixels=True, model="a public model of others")
     plt.close(figure)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.unet import UNet
 
@@ -26,5 +26,5 @@ def digits():
 @pytest.fixture
 def sandbox(tmp_path, monkeypatch):
     for name in ("RESULTS", "FIGURES", "BUILD"):
-        monkeypatch.setattr(paths, name, tmp_path / name.lower())
+        monkeypatch.setattr(workspace, name, tmp_path / name.lower())
     return tmp_path

@@ -4,11 +4,11 @@ import hashlib
 
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize, weights_sha256
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images.samples import Sampling, read, row_key
 
-PAPER = paths.RESULTS / "paper"
+PAPER = workspace.RESULTS / "paper"
 KEPT_SHA256 = "7cfa5ede0e0b80a49c2cab401af89479bc4a72a88089b9bf864ecdc552c7c263"
 PACKED_SHA256 = "71ffb12f938a019fb3a9023c9ffb5538e36f8148f604b33b5891bb0411d9f178"
 

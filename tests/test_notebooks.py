@@ -4,12 +4,12 @@ import re
 import nbformat
 import pytest
 
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.workspace import profile_parameters
 from tools import notebooks, publishing
 
 NOTEBOOKS = notebooks.notebooks()
-PROFILES = sorted(paths.PROFILES.glob("*.yaml"))
+PROFILES = sorted(workspace.PROFILES.glob("*.yaml"))
 MACHINE_PATH = re.compile(
     r"(?<![\w.:/<])/[A-Za-z][\w.-]*/[\w.-]"
 )  # any absolute path of two parts or more
@@ -94,7 +94,7 @@ def test_the_path_pattern_sees_a_path():
 
 
 def test_paper_stands_beside_mini_with_its_own_values_and_links():
-    folder = paths.NOTEBOOKS / publishing.PAPER
+    folder = workspace.NOTEBOOKS / publishing.PAPER
     names = sorted(path.name for path in folder.glob("*.ipynb"))
     assert names == sorted(path.name for path in publishing.rendered(publishing.PAPER))
     for path in folder.glob("*.ipynb"):

@@ -10,7 +10,7 @@ from torch import nn
 import lafq
 from lafq import allocate, dequantize, estimate_sensitivity, load_quantized, quantize
 from lafq.quantization.model import nbytes, resident_bytes, weights_sha256
-from lafq.study import paths
+from lafq.study import workspace
 
 HEAVY = ("torchvision", "pandas", "scipy", "matplotlib", "seaborn", "torch_fidelity")
 
@@ -87,7 +87,9 @@ def test_files_of_the_first_version_load():
         *(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 2), nn.Conv2d(4, 6, 3), nn.Flatten()),
         *(nn.Linear(6, 5), nn.Linear(5, 40), nn.Linear(40, 40)),
     )
-    loaded = load_quantized(paths.ROOT / "tests" / "data" / "packed_by_0.1.safetensors", network)
+    loaded = load_quantized(
+        workspace.ROOT / "tests" / "data" / "packed_by_0.1.safetensors", network
+    )
     assert (
         weights_sha256(dequantize(loaded))
         == "d0247b4e93ea8042f943a051925485518e5e3fd0d4e6a5f3ee1714b435186404"

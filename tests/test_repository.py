@@ -13,17 +13,17 @@ import yaml
 
 from lafq.quantization.model import nbytes, resident_bytes
 from lafq.quantization.plan import make_plan
-from lafq.study import paths, poster, results
-from lafq.study.diffusion import weights
+from lafq.study import poster, workspace
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.images.candidates import KEY, Candidate, kept_share
+from lafq.study.rows import KEY, Row, kept_share
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import load_tensors
 from tools import readme, summary
 
 MINI = Workspace("mini")
 
-ROOT = paths.ROOT
+ROOT = workspace.ROOT
 PAGES = readme.PAGES
 DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
 
@@ -214,7 +214,7 @@ def test_a_new_threshold_rule_as_contributing_shows_it(tiny):
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
     scope = {
         "Tensor": torch.Tensor,
-        "Candidate": Candidate,
+        "Row": Row,
         "make_plan": make_plan,
         "fisher": fisher,
         "rows": [],
@@ -225,20 +225,20 @@ def test_a_new_threshold_rule_as_contributing_shows_it(tiny):
 
 
 def test_shipped_weights_are_those_of_the_profile():
-    _, metadata = load_tensors(paths.RESULTS / "mini" / weights.WEIGHTS, "01_train")
+    _, metadata = load_tensors(workspace.RESULTS / "mini" / subject.WEIGHTS, "01_train")
     mini = profile_parameters("mini")
     assert metadata == mini["TRAINING"] | {"width": mini["WIDTH"], "seed": mini["SEED"]}
 
 
 @pytest.fixture(scope="module")
 def comparison():
-    return results.load_table(MINI, "paper_comparison")
+    return workspace.load_table(MINI, "paper_comparison")
 
 
 def test_comparison_has_its_columns_and_a_row_a_key(comparison):
-    assert list(comparison.columns) == poster.COLUMNS
+    assert list(comparison.columns[:-2]) == poster.COLUMNS
     assert not comparison.duplicated(KEY).any()
-    assert set(comparison["method"]) == {
+    assert set(comparison["rule"]) == {
         "baseline",
         "uniform",
         "global",
@@ -246,15 +246,15 @@ def test_comparison_has_its_columns_and_a_row_a_key(comparison):
         "mean_std",
         "ratio",
     }
-    ratios = comparison[comparison["method"] == "ratio"]
+    ratios = comparison[comparison["rule"] == "ratio"]
     for (low, granularity), rows in ratios.groupby(["format", "granularity"]):
-        assert rows["threshold"].tolist() == [f"{r:.2f}" for r in poster.RATIOS], (low, granularity)
+        assert rows["setting"].tolist() == [f"{r:.2f}" for r in poster.RATIOS], (low, granularity)
     assert len(ratios) == 4 * len(poster.RATIOS)
 
 
 def test_comparison_agrees_with_the_notebooks_tables(comparison):
     for name in ("01_baseline", "03_global", "04_group", "05_ratio_sweep"):
-        table = results.load_table(MINI, name).drop_duplicates(KEY)
+        table = workspace.load_table(MINI, name).drop_duplicates(KEY)
         both = comparison.merge(table, on=KEY, suffixes=("", "_own"))
         assert len(both)
         for column in ("fid_mnist", "is_mnist", "kid_mnist", "mem_mib", "mem_share"):
@@ -265,7 +265,7 @@ def test_comparison_agrees_with_the_notebooks_tables(comparison):
 
 def test_equal_samples_have_equal_scores():
     rows = pd.concat(
-        [results.load_table(MINI, n) for n in ("03_global", "04_group", "05_ratio_sweep")]
+        [workspace.load_table(MINI, n) for n in ("03_global", "04_group", "05_ratio_sweep")]
     )
     assert (rows.groupby("sample")["fid_mnist"].nunique() == 1).all()
     assert rows.groupby("sample").size().max() > 1

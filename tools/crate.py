@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from lafq.study import paths
-from lafq.study.diffusion.weights import WEIGHTS
+from lafq.study import workspace
+from lafq.study.diffusion.subject import WEIGHTS
 from lafq.tensors import atomic_write, sha256
 
-PATH = paths.ROOT / "ro-crate-metadata.json"
+PATH = workspace.ROOT / "ro-crate-metadata.json"
 LICENSE = "https://spdx.org/licenses/MIT"
 Entity = dict[str, Any]
 
@@ -24,9 +24,9 @@ def crate() -> Entity:
     """The metadata of the committed results: a root dataset, its files, and one action per notebook
     and profile.
     """
-    about = yaml.safe_load((paths.ROOT / "CITATION.cff").read_text())
+    about = yaml.safe_load((workspace.ROOT / "CITATION.cff").read_text())
     actions, files = [], {}
-    for record in sorted(paths.RESULTS.glob("*/record.json")):
+    for record in sorted(workspace.RESULTS.glob("*/record.json")):
         if record.parent.name == "smoke":
             continue
         for notebook, parameters in sorted(json.loads(record.read_text())["notebooks"].items()):
@@ -39,7 +39,7 @@ def crate() -> Entity:
                 _name(p): _file(p) for p in made
             }
             actions.append(_action(record.parent.name, notebook, parameters, made))
-    weights = paths.RESULTS / "mini" / WEIGHTS
+    weights = workspace.RESULTS / "mini" / WEIGHTS
     files[_name(weights)] = _file(weights)
     root = {
         "@id": "./",
@@ -78,7 +78,7 @@ def crate() -> Entity:
 
 
 def _name(path: Path) -> str:
-    return f"results/{path.relative_to(paths.RESULTS).as_posix()}"
+    return f"results/{path.relative_to(workspace.RESULTS).as_posix()}"
 
 
 def _software(name: str) -> Entity:

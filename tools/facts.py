@@ -4,9 +4,9 @@ import json
 
 import pandas as pd
 
-from lafq.study import paths, poster, results
+from lafq.study import poster, workspace
+from lafq.study.diffusion.subject import PACKED, WEIGHTS
 from lafq.study.diffusion.unet import UNet
-from lafq.study.diffusion.weights import PACKED, WEIGHTS
 from lafq.study.figures import sentences
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import load_tensors, sha256
@@ -27,13 +27,13 @@ def markdown(table: pd.DataFrame) -> str:
 def blocks(work: Workspace, paper: Workspace) -> dict[str, str]:
     """The marked blocks about the model, the machine and the files."""
     _, trained = load_tensors(work.results / WEIGHTS, "01_train")
-    classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
+    classifier = json.loads((workspace.RESULTS / "classifier" / "classifier.json").read_text())
     timed = json.loads((work.results / "timing.json").read_text())["notebooks"].values()
     minutes, peak = (
         sum(n["seconds"] for n in timed) / 60,
         max(n["peak_mib_so_far"] for n in timed) / 1024,
     )
-    quality = sentences.training_quality(results.load_table(work, "training_quality"))
+    quality = sentences.training_quality(workspace.load_table(work, "training_quality"))
     return {
         "cost": (
             f"`make reproduce` (width 16) took {minutes:.0f} minutes on two cores ({peak:.1f} GiB "
@@ -47,7 +47,7 @@ def blocks(work: Workspace, paper: Workspace) -> dict[str, str]:
         ),
         "deviations": markdown(deviations()),
         "counted": counted(),
-        "machines": sentences.machines_compared(results.load_table(paper, "machines")),
+        "machines": sentences.machines_compared(workspace.load_table(paper, "machines")),
         "timing": markdown(timing()),
         "card": card(work),
         "packed": shipping.sentence(paper),
@@ -132,7 +132,7 @@ def timing(profiles: tuple[str, ...] = ("mini", "paper")) -> pd.DataFrame:
 def card(work: Workspace) -> str:
     """The shipped weights: file, what it is, size, sha256."""
     _, trained = load_tensors(work.results / WEIGHTS, "01_train")
-    classifier = json.loads((paths.RESULTS / "classifier" / "classifier.json").read_text())
+    classifier = json.loads((workspace.RESULTS / "classifier" / "classifier.json").read_text())
     count = sum(p.numel() for p in UNet(trained["width"]).parameters())
     model = f"diffusion model, width {trained['width']}, {count:,} parameters, EMA, FP32, {trained['steps']:,} training steps"
     judge = f"digit classifier, {classifier['parameters']:,} parameters, test accuracy {classifier['test_accuracy']:.2%}"
@@ -146,8 +146,8 @@ def card(work: Workspace) -> str:
         (
             f"`{name}`",
             what,
-            f"{(paths.RESULTS / name).stat().st_size:,}",
-            f"`{sha256(paths.RESULTS / name)}`",
+            f"{(workspace.RESULTS / name).stat().st_size:,}",
+            f"`{sha256(workspace.RESULTS / name)}`",
         )
         for name, what in files.items()
     ]

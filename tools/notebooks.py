@@ -8,7 +8,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.workspace import profile_parameters
 from lafq.tensors import atomic_write
 
@@ -25,13 +25,15 @@ def notebooks(only: str = "", profile: str = "") -> list[Path]:
     names none).
     """
     every = sorted(
-        paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
+        workspace.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
         key=lambda path: (path.stem == EXPLORER, path.name),
     )
     found = [path for path in every if path.name.startswith(only)]
     if profile and not only:
         profile_parameters(profile)
-        chosen = yaml.safe_load((paths.PROFILES / f"{profile}.yaml").read_text()).get("notebooks")
+        chosen = yaml.safe_load((workspace.PROFILES / f"{profile}.yaml").read_text()).get(
+            "notebooks"
+        )
         found = [path for path in every if not chosen or path.stem in chosen]
     if not found:
         raise ValueError(

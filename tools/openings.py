@@ -7,11 +7,11 @@ from pathlib import Path
 
 import nbformat
 
-from lafq.study import poster, results
+from lafq.study import poster, workspace
 from lafq.study.audit import published_images
 from lafq.study.budget import predictions, summaries
 from lafq.study.figures import audit_tables, sentences
-from lafq.study.images.candidates import BASELINE
+from lafq.study.rows import BASELINE
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import atomic_write
 
@@ -43,7 +43,7 @@ def result(name: str, work: Workspace) -> str:
     if name == "01_train":
         return baseline(work)
     if name == "02_fisher":
-        drivers = sentences.drivers_of_fisher(results.load_table(work, "02_fisher"))
+        drivers = sentences.drivers_of_fisher(workspace.load_table(work, "02_fisher"))
         return f"{fisher_claim(work, 'C1')} {fisher_claim(work, 'C2')} {drivers}"
     if name in ("03_global", "04_group"):
         return threshold_row(work, name, name.partition("_")[2])
@@ -56,17 +56,17 @@ def result(name: str, work: Workspace) -> str:
 
 def audit(name: str, work: Workspace) -> str:
     """What the released code, the poster's rows and the published images show."""
-    published = poster.compare(results.load_table(Workspace("paper"), "08_published"), "paper")
+    published = poster.compare(workspace.load_table(Workspace("paper"), "08_published"), "paper")
     if name == "08_published":
         return f"{sentences.by_format(published)} {sentences.published_inside(published)}"
     if name == "12_noise":
         return f"{sentences.against_noise(published)} {audit_tables.published_sets(published_images.load('compared'))}"
     rows, choices = (
-        results.load_table(work, "07_audit"),
-        results.load_table(work, "07_fisher_choices"),
+        workspace.load_table(work, "07_audit"),
+        workspace.load_table(work, "07_fisher_choices"),
     )
     drawn = audit_tables.images_of_r1(
-        results.load_table(work, "07_protocol"), rows["n_images"].iloc[0]
+        workspace.load_table(work, "07_protocol"), rows["n_images"].iloc[0]
     )
     return (
         f"{drawn} {audit_tables.fisher_of_r2(choices, rows['threshold'].iloc[0].partition(',')[0])}"
@@ -77,24 +77,25 @@ def beyond(name: str, work: Workspace) -> str:
     """What the study of budgets found."""
     if name == "10_damage":
         return predictions.best_predictors(
-            results.load_table(work, "10_ranks"), results.load_table(work, "10_by_proxy")
+            workspace.load_table(work, "10_ranks"), workspace.load_table(work, "10_by_proxy")
         )
     if name == "11_files":
-        return summaries.coded_sentence(results.load_table(work, "11_files"))
-    budget = results.load_table(work, "budget")
+        return summaries.coded_sentence(workspace.load_table(work, "11_files"))
+    budget = workspace.load_table(work, "budget")
     if name == "09_rules":
         paper = Workspace("paper")
         int4, claims = (
-            results.load_table(paper, table) for table in ("evidence_int4", "evidence_int4_claims")
+            workspace.load_table(paper, table)
+            for table in ("evidence_int4", "evidence_int4_claims")
         )
         own = f"Our model has width {profile_parameters(work.profile)['WIDTH']}."
         return f"{summaries.best_rule(budget)} {own} {summaries.on_images(claims, poster.WIDTH, int4['n_images'].iloc[0])}"
-    return summaries.summary_sentences(budget, results.load_optional(work, "evidence_budget"))
+    return summaries.summary_sentences(budget, workspace.load_optional(work, "evidence_budget"))
 
 
 def baseline(work: Workspace) -> str:
     """The unquantized model's scores beside the poster's."""
-    [row] = results.load_table(work, "01_baseline").itertuples()
+    [row] = workspace.load_table(work, "01_baseline").itertuples()
     return (
         f"FID: {row.fid_inception:.1f} (Inception features; poster: {poster.POSTER[0].fid:.1f}) "
         f"and {row.fid_mnist:.1f} (MNIST "
@@ -104,7 +105,7 @@ def baseline(work: Workspace) -> str:
 
 def claim(work: Workspace, name: str, kind: str) -> str:
     """The verdict on a claim, from its row of this kind."""
-    table = results.load_table(work, "claims")
+    table = workspace.load_table(work, "claims")
     row = next(table[(table["claim"] == name) & table["quantity"].str.contains(kind)].itertuples())
     head, _, how = row.quantity.rpartition(" (")
     return f"{name.split()[0]}: {head}: {row.measured:.3g} [{row.low:.3g}, {row.high:.3g}] ({how[:-1]}); {row.verdict}."
@@ -112,7 +113,7 @@ def claim(work: Workspace, name: str, kind: str) -> str:
 
 def fisher_claim(work: Workspace, name: str) -> str:
     """The verdict on C1 or C2, by the empirical and by the Monte Carlo estimate."""
-    table = results.load_table(work, "claims")
+    table = workspace.load_table(work, "claims")
     rows = table[(table["claim"] == name) & table["quantity"].str.contains("noised digits")]
     empirical, monte_carlo = (
         next(rows[rows["quantity"].str.contains(kind)].itertuples(), None)
@@ -128,7 +129,7 @@ def fisher_claim(work: Workspace, name: str) -> str:
 
 def threshold_row(work: Workspace, name: str, method: str) -> str:
     """What the INT8 row nearest to the poster's size does to FID, beside the poster's."""
-    table = results.load_table(work, name)
+    table = workspace.load_table(work, name)
     rows = table[
         (table["method"] == method)
         & (table["format"] == "int8")

@@ -14,13 +14,13 @@ import nbformat
 import numpy as np
 import pandas as pd
 
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.figures import text
 from lafq.tensors import atomic_write
 
-BLOCKS = paths.ROOT / "docs" / "blocks"
-README, CARD = paths.ROOT / "README.md", paths.ROOT / "results" / "MODEL_CARD.md"
-PAGES = (README, CARD, *sorted((paths.ROOT / "docs").glob("*.md")))
+BLOCKS = workspace.ROOT / "docs" / "blocks"
+README, CARD = workspace.ROOT / "README.md", workspace.ROOT / "results" / "MODEL_CARD.md"
+PAGES = (README, CARD, *sorted((workspace.ROOT / "docs").glob("*.md")))
 MARKED = re.compile(
     r"(?P<open><!-- (?P<name>\w+) -->\n).*?(?P<close><!-- /(?P=name) -->)", flags=re.DOTALL
 )
@@ -28,7 +28,7 @@ MARKED = re.compile(
 
 @cache
 def _table(name: str) -> pd.DataFrame:
-    path = paths.RESULTS / f"{name}.csv"
+    path = workspace.RESULTS / f"{name}.csv"
     if not path.is_file():
         raise ValueError(f"there is no table {name} in results/")
     return pd.read_csv(path, dtype={"setting": str}, keep_default_na=True)

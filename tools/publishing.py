@@ -16,7 +16,7 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import atomic_write
 from tools import openings
@@ -37,7 +37,7 @@ def publish(only: str = "") -> None:
     results/<profile>/timing.json.
     """
     selected = notebooks(only)
-    for timing in paths.BUILD.glob("*/timing.json"):
+    for timing in workspace.BUILD.glob("*/timing.json"):
         # A run before 00_explore was there has timed all that takes long.
         if (
             {path.stem for path in notebooks(profile=timing.parent.name)}
@@ -45,7 +45,7 @@ def publish(only: str = "") -> None:
             - {EXPLORER}
         ):
             continue
-        with atomic_write(paths.RESULTS / timing.parent.name / timing.name) as temporary:
+        with atomic_write(workspace.RESULTS / timing.parent.name / timing.name) as temporary:
             shutil.copy(timing, temporary)
     for path in selected:
         _execute(nbformat.read(path, as_version=4), path)
@@ -53,8 +53,8 @@ def publish(only: str = "") -> None:
     for path in selected:
         if path in rendered(PAPER):
             notebook = with_parameters(nbformat.read(path, as_version=4), profile_parameters(PAPER))
-            _execute(notebook, paths.NOTEBOOKS / PAPER / path.name)
-            openings.fill(paths.NOTEBOOKS / PAPER / path.name, Workspace(PAPER))
+            _execute(notebook, workspace.NOTEBOOKS / PAPER / path.name)
+            openings.fill(workspace.NOTEBOOKS / PAPER / path.name, Workspace(PAPER))
 
 
 def rendered(profile: str) -> list[Path]:
@@ -63,7 +63,7 @@ def rendered(profile: str) -> list[Path]:
     """
     found = []
     for path in notebooks(profile=profile):
-        table = paths.RESULTS / profile / f"{MAIN_TABLE.get(path.stem, path.stem)}.csv"
+        table = workspace.RESULTS / profile / f"{MAIN_TABLE.get(path.stem, path.stem)}.csv"
         if table.is_file() and declared(path)["PROFILE"] != profile:
             found.append(path)
     return found
@@ -103,10 +103,10 @@ def _literal(value: Any) -> str:
 
 def _execute(notebook: nbformat.NotebookNode, path: Path) -> None:
     client = NotebookClient(notebook, record_timing=False, extra_arguments=QUIET_KERNEL)
-    client.resources = {"metadata": {"path": str(paths.NOTEBOOKS)}}
+    client.resources = {"metadata": {"path": str(workspace.NOTEBOOKS)}}
     client.execute()
     clean(path, notebook)
-    print(f"{path.relative_to(paths.ROOT)}: refreshed from results/")
+    print(f"{path.relative_to(workspace.ROOT)}: refreshed from results/")
 
 
 def published() -> Path:
@@ -118,14 +118,17 @@ def published() -> Path:
 
     def changed(*names: str) -> bool:
         git = ["git", "diff", "--quiet", "HEAD", "--", *names]
-        return subprocess.run(git, cwd=paths.ROOT, capture_output=True, check=False).returncode == 1
+        return (
+            subprocess.run(git, cwd=workspace.ROOT, capture_output=True, check=False).returncode
+            == 1
+        )
 
     if not changed("results") or changed("notebooks", "README.md"):
-        return paths.ROOT
-    folder = paths.BUILD / "published"
+        return workspace.ROOT
+    folder = workspace.BUILD / "published"
     shutil.rmtree(folder, ignore_errors=True)
     archive = subprocess.run(
-        ["git", "archive", "HEAD", "results"], cwd=paths.ROOT, capture_output=True, check=True
+        ["git", "archive", "HEAD", "results"], cwd=workspace.ROOT, capture_output=True, check=True
     )
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(folder, filter="data")

@@ -4,12 +4,12 @@ and `<!-- /name -->` marks.
 
 import re
 
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.tensors import atomic_write
 from tools.summary import blocks
 
-PATH, CARD = paths.ROOT / "README.md", paths.ROOT / "results" / "MODEL_CARD.md"
-PAGES = (PATH, CARD, *sorted((paths.ROOT / "docs").glob("*.md")))
+PATH, CARD = workspace.ROOT / "README.md", workspace.ROOT / "results" / "MODEL_CARD.md"
+PAGES = (PATH, CARD, *sorted((workspace.ROOT / "docs").glob("*.md")))
 
 
 def filled(text: str, profile: str = "mini") -> str:

@@ -25,8 +25,8 @@ import yaml
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from lafq.study import paths
-from lafq.study.diffusion import weights
+from lafq.study import workspace
+from lafq.study.diffusion import subject
 from lafq.study.images import cluster
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import atomic_write, remove_leftovers
@@ -79,7 +79,7 @@ def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict
     for name, value in parameters.items():
         fits(name, value, every[name])
     if overrides.get("COMPUTE") and not parameters["TRAIN"]:
-        weights.check_weights(Workspace(profile), *trained(parameters))
+        subject.check_weights(Workspace(profile), *trained(parameters))
     if parameters["SCHEDULER"]:
         cluster.connect(parameters["SCHEDULER"]).close()
     return parameters
@@ -104,7 +104,7 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
         compare.keep_aside(work)
         shutil.rmtree(work.build / "samples", ignore_errors=True)
         if parameters["TRAIN"] and selected[0].stem == "01_train":
-            (work.build / "checkpoint.safetensors").unlink(missing_ok=True)
+            (work.build / "checkpoint.pt").unlink(missing_ok=True)
     began = time.monotonic()
     for path in selected:
         used = {name: value for name, value in parameters.items() if name in declared(path)}
@@ -114,7 +114,7 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
             path,
             output,
             used,
-            cwd=paths.NOTEBOOKS,
+            cwd=workspace.NOTEBOOKS,
             progress_bar=False,
             stderr_file=sys.stderr,
             extra_arguments=QUIET_KERNEL,
@@ -238,7 +238,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Check what is asked for, remember it for `resume`, and execute it."""
     overrides = dict(_override(item) for item in arguments.set)
     asked = {"profile": arguments.profile, "overrides": overrides, "only": arguments.only}
-    last = paths.BUILD / LAST
+    last = workspace.BUILD / LAST
     if arguments.verb == "resume" and last.is_file() and not any(asked.values()):
         try:
             asked = json.loads(last.read_text())
@@ -249,7 +249,7 @@ def run(arguments: argparse.Namespace) -> None:
     asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
     if arguments.weights:
         needed = trained(profile_parameters(profile))
-        weights.take_weights(Workspace(profile), arguments.weights, *needed)
+        subject.take_weights(Workspace(profile), arguments.weights, *needed)
     selected = notebooks(asked["only"], profile)
     parameters = check(profile, asked["overrides"], selected)
     with atomic_write(last) as temporary:

@@ -17,13 +17,13 @@ from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize, quantize
-from lafq.study import results
+from lafq.study import workspace
 from lafq.study.budget import methods
-from lafq.study.diffusion.weights import PACKED, load_model
+from lafq.study.diffusion.subject import PACKED, load_model
 from lafq.study.images import scoring
-from lafq.study.images.candidates import BASELINE, Candidate
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.samples import Sampling
+from lafq.study.rows import BASELINE, Row
 from lafq.study.workspace import Workspace, profile_parameters
 
 SHIPPED_MIB = 13.0
@@ -52,11 +52,12 @@ def ship(
     save_quantized(work.results / PACKED, small, model, compress=True)
     rows = [
         BASELINE._replace(inception=True),
-        Candidate(
-            "shipped",
+        Row(
+            "allocate",
             f"{file_mib:g} MiB",
-            "entropy-coded",
+            "coded",
             "channel",
+            "feedback",
             plan,
             inception=True,
             made=made,
@@ -86,7 +87,7 @@ def main() -> int:
         known = methods.measured_sensitivity(model, samples, seed, CHANNELS)
         made = methods.made(samples, seed)
         sampling = Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
-        results.save_table(
+        workspace.save_table(
             work,
             "packed",
             ship(work, model, known, args.mib, made, sampling, p["INCEPTION_REFERENCE"]),
@@ -101,7 +102,7 @@ def main() -> int:
 def sentence(work: Workspace) -> str:
     """What the packed weights of a profile cost."""
     row, file = (
-        results.load_table(work, "packed").iloc[-1],
+        workspace.load_table(work, "packed").iloc[-1],
         (work.results / PACKED).stat().st_size / MIB,
     )
     low, high = row["delta_fid_inception_low"], row["delta_fid_inception_high"]

@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from lafq.study import claims, paths, poster, results
+from lafq.study import claims, poster, workspace
 from lafq.study.audit import published_images
-from lafq.study.budget import methods, rules, summaries
+from lafq.study.budget import rules, summaries
 from lafq.study.figures import audit_tables, benchmarks, sentences, tables, terrain
 from lafq.study.workspace import Workspace
 from tools import facts
@@ -29,15 +29,15 @@ def study(work: Workspace, paper: Workspace) -> dict[str, str]:
     """The rows, the claims and what they show."""
     names = ("01_baseline", "03_global", "04_group", "05_ratio_sweep")
     rows = {
-        w.profile: pd.concat([results.load_table(w, name) for name in names], ignore_index=True)
+        w.profile: pd.concat([workspace.load_table(w, name) for name in names], ignore_index=True)
         for w in (work, paper)
     }
     claimed = {
-        w.profile: markdown(tables.claims_text(results.load_table(w, "claims")))
+        w.profile: markdown(tables.claims_text(workspace.load_table(w, "claims")))
         for w in (work, paper)
     }
     drivers = {
-        w.profile: sentences.drivers_of_fisher(results.load_table(w, "02_fisher"))
+        w.profile: sentences.drivers_of_fisher(workspace.load_table(w, "02_fisher"))
         for w in (work, paper)
     }
     own = rows[work.profile]
@@ -48,7 +48,7 @@ def study(work: Workspace, paper: Workspace) -> dict[str, str]:
         sentences.layerwise_size(),
     ]
     return {
-        "headline": headline(poster.compare(results.load_table(paper, "08_published"), "paper")),
+        "headline": headline(poster.compare(workspace.load_table(paper, "08_published"), "paper")),
         "verdicts": verdicts(paper, work),
         "comparison": f"{markdown(tables.comparison(work))}\n\n{tables.note(own)}",
         "comparison_paper": f"{markdown(tables.comparison(paper))}\n\n{tables.note(rows['paper'])}",
@@ -62,25 +62,28 @@ def study(work: Workspace, paper: Workspace) -> dict[str, str]:
 def beyond(work: Workspace, paper: Workspace) -> dict[str, str]:
     """The four findings, the allocator and the rules at equal bytes."""
     budget, evidence_budget = (
-        results.load_table(work, "budget"),
-        results.load_optional(work, "evidence_budget"),
+        workspace.load_table(work, "budget"),
+        workspace.load_optional(work, "evidence_budget"),
     )
     int4, int4_claims = (
-        results.load_table(paper, name) for name in ("evidence_int4", "evidence_int4_claims")
+        workspace.load_table(paper, name) for name in ("evidence_int4", "evidence_int4_claims")
     )
     on_images = summaries.on_images(int4_claims, poster.WIDTH, int4["n_images"].iloc[0])
-    coded, fresh = (results.load_table(work, name) for name in ("11_files", "evidence_fresh"))
+    coded, fresh = (workspace.load_table(work, name) for name in ("11_files", "evidence_fresh"))
     found = sentences.findings(
-        poster.compare(results.load_table(paper, "08_published"), "paper"), budget, coded, on_images
+        poster.compare(workspace.load_table(paper, "08_published"), "paper"),
+        budget,
+        coded,
+        on_images,
     )
-    coded_said = summaries.coded_summary(coded, results.load_optional(work, "evidence_coded"))
+    coded_said = summaries.coded_summary(coded, workspace.load_optional(work, "evidence_coded"))
     return {
         "findings": "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(found, start=1)),
-        "rules": f"{markdown(rules.rules_at_equal_bytes(budget, methods.FEEDBACK))}\n\n{summaries.best_rule(budget)}",
+        "rules": f"{markdown(rules.rules_at_equal_bytes(budget, 'feedback'))}\n\n{summaries.best_rule(budget)}",
         "rules_claims": markdown(tables.rules_shown(rule_claims(work))),
         "int4": at_int4_bytes(int4, int4_claims),
-        "damages": damages_at_size(results.load_table(paper, "evidence_damages")),
-        "fresh": markdown(summaries.both_draws(budget, results.load_table(work, "06_fresh"))),
+        "damages": damages_at_size(workspace.load_table(paper, "evidence_damages")),
+        "fresh": markdown(summaries.both_draws(budget, workspace.load_table(work, "06_fresh"))),
         "fresh_images": f"{markdown(images_shown(fresh))}\n\n{summaries.order_by_fid(fresh)}",
         "coded": f"{markdown(tables.coded_shown(coded))}\n\n{coded_said}",
         "budget": summaries.summary_sentences(budget, evidence_budget),
@@ -100,9 +103,9 @@ def published() -> dict[str, str]:
 def measured() -> dict[str, str]:
     """The benchmarks and the terrain model."""
     names = ("fisher", "running", "binder", "passes", "peers", "growth", "blocks", "groups")
-    by = {name: pd.read_csv(paths.RESULTS / "benchmarks" / f"{name}.csv") for name in names}
+    by = {name: pd.read_csv(workspace.RESULTS / "benchmarks" / f"{name}.csv") for name in names}
     maps, passes = (
-        results.load_table(Workspace("terrain"), name) for name in ("terrain", "passes")
+        workspace.load_table(Workspace("terrain"), name) for name in ("terrain", "passes")
     )
     return {
         "passes": f"{markdown(benchmarks.passes_table(by['passes']))}\n\n{benchmarks.passes_sentence(by['passes'])}",
@@ -163,7 +166,7 @@ def verdicts(paper: Workspace, small: Workspace) -> str:
     for claim in ("C1", "C2", "C3", "C4 images"):
         row = [f"{claim.removesuffix(' images')}: {claims.SAID[claim]}"]
         for work in (paper, small):
-            found = results.load_table(work, "claims")
+            found = workspace.load_table(work, "claims")
             found = found[found["claim"] == claim]
             found = found[found["quantity"].str.contains("INT8")] if claim == "C3" else found
             write, unit = ("{:+.2f}", " FID") if claim[:2] in ("C3", "C4") else ("{:.3g}", " times")
@@ -192,7 +195,7 @@ def rule_claims(work: Workspace) -> pd.DataFrame:
     """The claims about threshold rules: on damage and, where `make evidence` has made them, on
     images.
     """
-    found = (results.load_optional(work, name) for name in ("09_claims", "evidence_fresh_claims"))
+    found = (workspace.load_optional(work, name) for name in ("09_claims", "evidence_fresh_claims"))
     return pd.concat([table for table in found if table is not None], ignore_index=True)
 
 
@@ -233,12 +236,12 @@ def evidence(work: Workspace) -> str:
     run.
     """
     steps, table = ("evidence_rows", "evidence_runs"), tables.evidence_claims(work)
-    missing = [step for step in steps if results.load_optional(work, step) is None]
+    missing = [step for step in steps if workspace.load_optional(work, step) is None]
     lines = [f"Not made yet: {step} (`make evidence`)." for step in missing]
     if "evidence_rows" not in missing:
-        lines.append(sentences.ratios_with_many_images(results.load_table(work, "evidence_rows")))
+        lines.append(sentences.ratios_with_many_images(workspace.load_table(work, "evidence_rows")))
     if "evidence_runs" not in missing:
-        runs = results.load_table(work, "evidence_runs")
+        runs = workspace.load_table(work, "evidence_runs")
         fids = runs[runs["method"] == "baseline"]["fid_mnist"]
         lines.append(
             f"The {len(fids)} runs trained for {runs['steps'].iloc[0]:,} steps each. The FID of "

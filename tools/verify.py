@@ -21,13 +21,12 @@ from torch import nn
 
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize, quantize
-from lafq.study import results, threshold_rows
-from lafq.study.device import compute_on
-from lafq.study.diffusion import weights
+from lafq.study import threshold_rows, workspace
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images import classifier, metrics, samples
-from lafq.study.workspace import Workspace, profile_parameters
+from lafq.study.workspace import Workspace, compute_on, profile_parameters
 from tools import compare
 
 PACKED_IMAGES, IMAGES = 8, 4
@@ -44,7 +43,7 @@ ROUNDED = 5e-6
 def image_tables(work: Workspace) -> dict[str, pd.DataFrame]:
     """The tables of results/<profile> that name images, by file name."""
     found = {
-        path.name: results.load_table(work, path.stem)
+        path.name: workspace.load_table(work, path.stem)
         for path in sorted(work.results.glob("*.csv"))
     }
     return {
@@ -110,8 +109,8 @@ def check_drawn(
 
 def check_packed(work: Workspace, width: int, seed: int) -> tuple[bool, str]:
     """The packed weights: their checksum, and images drawn from them."""
-    model = dequantize(load_quantized(work.results / weights.PACKED, UNet(width)))
-    row = next(results.load_table(work, "packed").query("method == 'shipped'").itertuples())
+    model = dequantize(load_quantized(work.results / subject.PACKED, UNet(width)))
+    row = next(workspace.load_table(work, "packed").query("rule == 'allocate'").itertuples())
     return check_drawn(work, "packed weights", model, row, PACKED_IMAGES, seed)
 
 
@@ -121,17 +120,15 @@ def check_weights(
     """Images of the baseline and of both uniform formats, drawn again from the FP32 weights in a
     file.
     """
-    weights.take_weights(
+    subject.take_weights(
         work, path, parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"]
     )
-    model = weights.load_model(work, parameters["WIDTH"])
-    baseline = next(results.load_table(work, "01_baseline").itertuples())
+    model = subject.load_model(work, parameters["WIDTH"])
+    baseline = next(workspace.load_table(work, "01_baseline").itertuples())
     yield check_drawn(work, "FP32 baseline", model, baseline, IMAGES, parameters["SEED"])
-    table = results.load_table(work, "03_global")
+    table = workspace.load_table(work, "03_global")
     for row in threshold_rows.uniform(model):
-        [found] = table[
-            (table["method"] == "uniform") & (table["format"] == row.format)
-        ].itertuples()
+        [found] = table[(table["rule"] == "uniform") & (table["format"] == row.format)].itertuples()
         small = dequantize(quantize(model, row.plan))
         yield check_drawn(
             work, f"uniform {row.format.upper()}", small, found, IMAGES, parameters["SEED"]
@@ -159,10 +156,10 @@ def checks(work: Workspace, path: Path | None) -> Iterator[tuple[bool | None, st
         return
     yield from check_files(work)
     yield from check_tables(work)
-    if (work.results / weights.PACKED).is_file():
+    if (work.results / subject.PACKED).is_file():
         yield check_packed(work, p["WIDTH"], p["SEED"])
     else:
-        yield None, f"packed weights: results/{work.profile}/{weights.PACKED} is not there"
+        yield None, f"packed weights: results/{work.profile}/{subject.PACKED} is not there"
     if path:
         yield from check_weights(work, path, p)
     else:

@@ -16,8 +16,12 @@ from tqdm import tqdm
 from lafq.fisher.empirical import EmpiricalFisher, empirical_fisher
 from lafq.fisher.sensitivity import monte_carlo_fisher
 from lafq.rng import generator
-from lafq.study.diffusion.ddpm import reverse_process, trailing_timesteps
-from lafq.study.diffusion.noising import bin_edges, stratified_batches
+from lafq.study.diffusion.ddpm import (
+    bin_edges,
+    reverse_process,
+    stratified_batches,
+    trailing_timesteps,
+)
 from lafq.study.diffusion.unet import TIMESTEPS, layer_of
 
 BLOCKS = 10
@@ -119,7 +123,7 @@ def _reverse_states(
 
 
 def _by_timestep(found: EmpiricalFisher, bins: int) -> pd.DataFrame:
-    # Batch b holds the timesteps of bin b (`noising.stratified_batches`).
+    # Batch b holds the timesteps of bin b (`ddpm.stratified_batches`).
     edges = bin_edges(bins)
     rows = [
         (name, layer_of(name), found.by_weight[name].numel(), edges[b], edges[b + 1] - 1, mean)

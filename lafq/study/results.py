@@ -1,7 +1,6 @@
 """The study's tables and images as files: how the notebooks make, keep and load them."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -9,46 +8,20 @@ from torch import nn
 
 from lafq.study import claims, poster
 from lafq.study.images import samples
-from lafq.study.images.candidates import KEY, Candidate
 from lafq.study.images.evaluate import evaluate, load_inception, measure_peak_memory
 from lafq.study.images.samples import Sampling
-from lafq.study.workspace import Workspace
-from lafq.tensors import atomic_write
+from lafq.study.rows import KEY, Row
+from lafq.study.workspace import (
+    Workspace,
+    load_images,
+    load_optional,
+    load_table,
+    read_table,
+    save_images,
+    save_table,
+)
 
 METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
-
-
-def save_table(work: Workspace, name: str, table: pd.DataFrame) -> None:
-    """Write results/<profile>/<name>.csv, six significant digits."""
-    with atomic_write(work.results / f"{name}.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
-
-
-def load_table(work: Workspace, name: str) -> pd.DataFrame:
-    """Read results/<profile>/<name>.csv; FileNotFoundError names the remedy when there is none.
-
-    `threshold` is text: a label in tables of rows ("tau=1.2e-05", "0.35"), a number in those of
-    sizes.
-    """
-    path = _existing(work, f"{name}.csv")
-    return pd.read_csv(path, dtype={"threshold": str}, keep_default_na=False, na_values=[""])
-
-
-def load_optional(work: Workspace, name: str) -> pd.DataFrame | None:
-    """Read a table that not every profile has; None where it has not been made."""
-    return load_table(work, name) if (work.results / f"{name}.csv").is_file() else None
-
-
-def save_images(work: Workspace, name: str, images: dict[str, np.ndarray]) -> None:
-    """Write generated images, uint8 (N, 32, 32) by key, to results/<profile>/<name>.npz."""
-    with atomic_write(work.results / f"{name}.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **images)
-
-
-def load_images(work: Workspace, name: str) -> dict[str, np.ndarray]:
-    """Read what `save_images` wrote."""
-    with np.load(_existing(work, f"{name}.npz")) as file:
-        return dict(file)
 
 
 def save_rows(
@@ -92,21 +65,14 @@ def load_rows(
     return table, images
 
 
-def compute_or_load(work: Workspace, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table results/<profile>/<name>.csv, made and written first where the workspace computes."""
-    if work.compute:
-        save_table(work, name, make())
-    return load_table(work, name)
-
-
 def evaluate_rows(
     work: Workspace,
     name: str,
     model: nn.Module,
-    rows: list[Candidate],
+    rows: list[Row],
     sampling: Sampling,
     inception_reference: int = 0,
-    compared: Sequence[Candidate] = (),
+    compared: Sequence[Row] = (),
 ) -> None:
     """Evaluate the candidates of a notebook and write its table, its images and their peak memory.
 
@@ -116,7 +82,7 @@ def evaluate_rows(
     table, images = evaluate(work, model, rows, sampling, inception_reference)
     save_rows(work, name, table, images)
     update(work, "peak_memory", measure_peak_memory(work, model, rows))
-    keys = {tuple(getattr(row, column) for column in KEY) for row in compared}
+    keys = {row[: len(KEY)] for row in compared}
     if keys:
         compared_rows = table[[key in keys for key in table[KEY].itertuples(index=False)]]
         update_comparison(work, poster.compare(compared_rows, work.profile))
@@ -124,27 +90,25 @@ def evaluate_rows(
 
 def update(work: Workspace, name: str, rows: pd.DataFrame) -> None:
     """Put rows into the table <name>.csv in place of those of the same KEY."""
-    known = load_optional(work, name)
+    there = (work.results / f"{name}.csv").is_file()
+    known = read_table(work, name) if there else None
     save_table(work, name, pd.concat([known, rows]).drop_duplicates(KEY, keep="last"))
 
 
 def update_comparison(work: Workspace, rows: pd.DataFrame) -> pd.DataFrame:
     """Put rows of `poster.compare` into results/<profile>/paper_comparison.csv in place of those of
-    the same methods.
+    the same rules.
 
     Returns the rows as the file has them.
     """
-    path = work.results / "paper_comparison.csv"
-    if path.is_file():
-        old = load_table(work, "paper_comparison")
+    if (work.results / "paper_comparison.csv").is_file():
+        old = read_table(work, "paper_comparison")
         # The file's own columns may be in another order, or fewer, where an earlier version wrote
         # it.
-        rows = pd.concat([old[~old["method"].isin(rows["method"])], rows])[list(rows.columns)]
+        rows = pd.concat([old[~old["rule"].isin(rows["rule"])], rows])[list(rows.columns)]
     rows = rows.drop_duplicates(KEY, keep="last")
-    order = [METHODS.index(m) for m in rows["method"]]
-    rows = rows.assign(order=order).sort_values(
-        ["order", "threshold", "format", "granularity"], kind="stable"
-    )
+    order = [METHODS.index(rule) for rule in rows["rule"]]
+    rows = rows.assign(order=order).sort_values(["order", *KEY[1:]], kind="stable")
     save_table(work, "paper_comparison", rows.drop(columns="order"))
     return load_table(work, "paper_comparison")
 
@@ -183,13 +147,3 @@ def fisher_claims(work: Workspace, seed: int) -> list[claims.Claim]:
         for kind, rows in kinds.items()
         for claim in claims.fisher_claims(rows, weights, kind, seed)
     ]
-
-
-def _existing(work: Workspace, name: str) -> Path:
-    path = work.results / name
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"results/{work.profile}/{name} is missing: `make reproduce PROFILE={work.profile}` "
-            f"makes it"
-        )
-    return path

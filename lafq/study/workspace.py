@@ -1,21 +1,44 @@
-"""A workspace: the folders of one profile, and the device that computes for it."""
+"""A workspace: the folders of one profile, the device that computes for it, and its tables, images
+and figures as files.
 
+The folders are found from this file, so that any working directory will do. LAFQ_OUTPUT names
+another folder to hold results/ and figures/.
+"""
+
+import os
+import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+import pandas as pd
 import torch
 import yaml
 
-from lafq.study import paths
-from lafq.study.device import compute_on
+from lafq.tensors import atomic_write
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "data"
+NOTEBOOKS = ROOT / "notebooks"
+PROFILES = NOTEBOOKS / "profiles"
+BUILD = ROOT / "build"
+OUTPUT = Path(os.environ.get("LAFQ_OUTPUT") or ROOT)
+RESULTS = OUTPUT / "results"
+FIGURES = OUTPUT / "figures"
+
+DEVICES = ("auto", "cpu", "cuda")
 CPU = torch.device("cpu")
+MODELS = {"smoke": "profile smoke", "mini": "width 16", "paper": "width 64"}
 
 
 def profile_parameters(profile: str) -> dict[str, Any]:
     """The parameters of a profile; ValueError, naming the known ones, for an unknown profile."""
-    known = {path.stem: path for path in sorted(paths.PROFILES.glob("*.yaml"))}
+    known = {path.stem: path for path in sorted(PROFILES.glob("*.yaml"))}
     if profile not in known:
         raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
     content = yaml.safe_load(known[profile].read_text())
@@ -58,14 +81,195 @@ class Workspace:
     @property
     def results(self) -> Path:
         """Tables, weights and records."""
-        return paths.RESULTS / self.profile
+        return RESULTS / self.profile
 
     @property
     def figures(self) -> Path:
         """Figures, as png and svg."""
-        return paths.FIGURES / self.profile
+        return FIGURES / self.profile
 
     @property
     def build(self) -> Path:
         """What can be computed again: executed notebooks, cached images, checkpoints."""
-        return paths.BUILD / self.profile
+        return BUILD / self.profile
+
+
+def open_workspace(
+    profile: str, compute: bool, threads: int, device: str, **settings: bool | str
+) -> Workspace:
+    """`Workspace.open` in the notebooks' style; prints where the notebook's tables come from."""
+    set_style()
+    work = Workspace.open(profile, threads, device, compute=compute, **settings)
+    if compute:
+        print(f"COMPUTE is true: everything below is computed now and written to results/{profile}")
+    else:
+        print(
+            f"COMPUTE is false: tables and images are loaded from results/{profile}, as the last "
+            f"`make reproduce` wrote them"
+        )
+    return work
+
+
+def compute_on(threads: int, device: str = "auto") -> torch.device:
+    """Fix the number of threads (fewer where there are fewer cores) and how FP32 is computed;
+    choose the device.
+
+    "auto": a CUDA GPU where one is visible. Raises ValueError for another device, RuntimeError when
+    CUDA is asked for and absent.
+    """
+    from dask.system import CPU_COUNT  # reads the limits of a container too
+
+    if device not in DEVICES:
+        raise ValueError(f"DEVICE is {device!r}: choose one of {', '.join(DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("DEVICE is cuda, but no CUDA GPU is visible: set DEVICE to auto or cpu")
+    if threads > CPU_COUNT:
+        print(f"threads: {CPU_COUNT} instead of {threads}, one per available core")
+    torch.set_num_threads(min(threads, CPU_COUNT))
+    # Quantization is judged in FP32 compute: TF32 keeps 10 mantissa bits, as FP16 does.
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def kind_of_machine() -> str:
+    """Processor, its vector instructions as torch uses them, threads and torch: what decides the
+    last bits of an image.
+    """
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    cpuinfo, fields = Path("/proc/cpuinfo"), {}
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []:
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    processor = fields.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in fields:
+        processor = f"{processor} {fields['cpu family']}/{fields['model']}".lstrip()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if "amx_tile" in fields.get("flags", "").split():
+        instructions += " AMX"
+    threads = torch.get_num_threads()
+    return f"{processor}, {instructions}, {threads} threads, torch {torch.__version__}"
+
+
+def save_table(work: Workspace, name: str, table: pd.DataFrame) -> None:
+    """Write results/<profile>/<name>.csv, six significant digits."""
+    with atomic_write(work.results / f"{name}.csv") as temporary:
+        old = ["method", "threshold"] if "rounding" in table else []
+        table.drop(columns=old, errors="ignore").to_csv(temporary, index=False, float_format="%.6g")
+
+
+def load_table(work: Workspace, name: str) -> pd.DataFrame:
+    """Read results/<profile>/<name>.csv; FileNotFoundError names the remedy when there is none.
+
+    `setting` is text ("tau=1.2e-05", "0.35").
+    """
+    return with_old_names(read_table(work, name))
+
+
+def read_table(work: Workspace, name: str) -> pd.DataFrame:
+    """`load_table` without the old names."""
+    path, text = _existing(work, f"{name}.csv"), {"setting": str, "threshold": str}
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+
+
+def with_old_names(table: pd.DataFrame) -> pd.DataFrame:
+    """Columns method and threshold beside the key: until figures and pages read the key."""
+    if "rounding" not in table:
+        return table
+    endings = {
+        "tuned": ", tuned",
+        "nearest": {"allocate": ", nearest code"},
+        "feedback": {"allocate": "", "allocate_all": ""},
+    }
+    methods = []
+    for row in table.itertuples():
+        ending = endings.get(row.rounding, "")
+        if isinstance(ending, dict):
+            ending = ending.get(row.rule, ", error feedback" if row.rounding == "feedback" else "")
+        name = {"allocate": "allocator", "allocate_all": "allocator, all weights"}.get(row.rule)
+        if row.format == "coded":
+            name, ending = "allocator, entropy-coded", ""
+        if row.format == "any" and name is None:
+            name = f"by {row.rule}"
+        methods.append(f"{name or row.rule}{ending}")
+    table = table.assign(method=methods)
+    if "setting" in table:
+        table["threshold"] = table["setting"]
+    if "choice" in table:
+        table["threshold"] += ", " + table["choice"]
+    return table
+
+
+def load_optional(work: Workspace, name: str) -> pd.DataFrame | None:
+    """Read a table that not every profile has; None where it has not been made."""
+    return load_table(work, name) if (work.results / f"{name}.csv").is_file() else None
+
+
+def compute_or_load(work: Workspace, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table results/<profile>/<name>.csv, made first where the workspace computes."""
+    if work.compute:
+        save_table(work, name, make())
+    return load_table(work, name)
+
+
+def save_images(work: Workspace, name: str, images: dict[str, np.ndarray]) -> None:
+    """Write generated images, uint8 (N, 32, 32) by key, to results/<profile>/<name>.npz."""
+    with atomic_write(work.results / f"{name}.npz") as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **images)
+
+
+def load_images(work: Workspace, name: str) -> dict[str, np.ndarray]:
+    """Read what `save_images` wrote."""
+    with np.load(_existing(work, f"{name}.npz")) as file:
+        return dict(file)
+
+
+def set_style() -> None:
+    """From here on tables show sentences whole, and figures have the style of all notebooks."""
+    import seaborn as sns
+
+    pd.options.display.max_colwidth = None
+    sns.set_theme(
+        context="notebook",
+        style="whitegrid",
+        palette="colorblind",
+        rc={"figure.constrained_layout.use": True},
+    )
+
+
+def save_figure(
+    work: Workspace,
+    name: str,
+    figure: "Figure",
+    note: str = "",
+    pixels: bool = False,
+    model: str = "",
+) -> None:
+    """Write figures/<profile>/<name>.png and .svg, without dates so that equal figures are equal
+    bytes.
+
+    pixels: the figure is made of images, so only the .png is written. Below: the model (by default
+    the width of the profile's), and the note (what the bars are).
+    """
+    import matplotlib
+
+    below = "; ".join(part for part in (model or MODELS.get(work.profile, ""), note) if part)
+    figure.text(1, -0.01, below, ha="right", va="top", fontsize=8, color="0.35")
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        kinds = (("png", {"Software": None}), ("svg", {"Date": None}))
+        for suffix, metadata in kinds[:1] if pixels else kinds:
+            with atomic_write(work.figures / f"{name}.{suffix}") as temporary:
+                figure.savefig(
+                    temporary, format=suffix, dpi=150, bbox_inches="tight", metadata=metadata
+                )
+
+
+def _existing(work: Workspace, name: str) -> Path:
+    path = work.results / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"results/{work.profile}/{name} is missing: `make reproduce PROFILE={work.profile}` "
+            f"makes it"
+        )
+    return path

@@ -5,7 +5,7 @@ telephone.
 import pytest
 from test_sliders import page  # noqa: F401  (a fixture)
 
-from lafq.study import paths
+from lafq.study import workspace
 
 PAGES = ("README.html", "docs/claims.html", "notebooks/05_ratio_sweep.html")
 
@@ -19,7 +19,7 @@ def test_a_page_fits_its_window_and_logs_no_error(page, name, width):  # noqa: F
     )
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.set_viewport_size({"width": width, "height": 900})
-    page.goto((paths.BUILD / "site" / name).as_uri())
+    page.goto((workspace.BUILD / "site" / name).as_uri())
     assert page.locator("h1").first.is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert not [

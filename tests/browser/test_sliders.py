@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import urllib3
 
-from lafq.study import paths
-from lafq.study.diffusion.weights import WEIGHTS
+from lafq.study import workspace
+from lafq.study.diffusion.subject import WEIGHTS
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="make test-browser installs Playwright"
@@ -54,10 +54,10 @@ def lab(tmp_path):
     settings in a folder of their own.
     """
     (tmp_path / "notebooks").mkdir()
-    shutil.copy(paths.NOTEBOOKS / "00_explore.ipynb", tmp_path / "notebooks")
+    shutil.copy(workspace.NOTEBOOKS / "00_explore.ipynb", tmp_path / "notebooks")
     results = tmp_path / "output" / "results" / "mini"
     results.mkdir(parents=True)
-    shutil.copy(paths.RESULTS / "mini" / WEIGHTS, results)
+    shutil.copy(workspace.RESULTS / "mini" / WEIGHTS, results)
     own = {
         f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower())
         for kind in ("CONFIG", "DATA", "RUNTIME")

@@ -8,7 +8,7 @@ from torch.func import functional_call, jacrev
 from lafq.fisher.empirical import empirical_fisher
 from lafq.fisher.sensitivity import monte_carlo_fisher
 from lafq.rng import generator
-from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.unet import quantizable
 
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from lafq.study import paths
+from lafq.study import workspace
 from tools.notebooks import notebooks
 
 KILLS = 20
@@ -63,7 +63,7 @@ def content(root):
 def undisturbed(tmp_path_factory):
     """A copy of the tracked files with a finished run, and the seconds of each notebook."""
     root = tmp_path_factory.mktemp("kills") / "lafq"
-    subprocess.run(["git", "clone", "--quiet", str(paths.ROOT), str(root)], check=True)
+    subprocess.run(["git", "clone", "--quiet", str(workspace.ROOT), str(root)], check=True)
     seconds = {}
     for path in notebooks(profile="smoke"):
         began = time.monotonic()

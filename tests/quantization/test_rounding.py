@@ -14,7 +14,7 @@ from lafq.quantization.model import dequantize, nbytes, quantize, resident_bytes
 from lafq.quantization.plan import Recipe
 from lafq.quantization.rounding import damage, factor, round_with_error_feedback, rounded
 from lafq.rng import generator
-from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.unet import quantizable
 
 

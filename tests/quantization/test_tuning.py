@@ -6,7 +6,7 @@ from torch import nn
 
 from lafq.quantization.model import dequantize, nbytes, quantize, resident_bytes, weights_sha256
 from lafq.quantization.tuning import tune
-from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.unet import quantizable
 from lafq.tensors import save_tensors
 

@@ -6,7 +6,7 @@ import torch
 from lafq.fisher.empirical import samples_at_once
 from lafq.rng import generator
 from lafq.study.diffusion import ddpm
-from lafq.study.diffusion.noising import add_noise, unit_interval
+from lafq.study.diffusion.ddpm import add_noise, unit_interval
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.fisher_analysis import fisher_by_timestep, fisher_kinds
 

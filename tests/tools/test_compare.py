@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from lafq.study import results
+from lafq.study import workspace
 from lafq.study.workspace import Workspace
 from tools import compare
 
@@ -13,13 +13,13 @@ CLAIMS = pd.DataFrame({"claim": ["C1"], "measured": [134.0], "verdict": ["suppor
 
 @pytest.fixture
 def kept(sandbox):
-    results.save_table(SMOKE, "03_global", ROWS)
-    results.save_table(SMOKE, "claims", CLAIMS)
+    workspace.save_table(SMOKE, "03_global", ROWS)
+    workspace.save_table(SMOKE, "claims", CLAIMS)
     compare.keep_aside(SMOKE)
 
 
 def test_equal_tables(kept, capsys):
-    results.save_table(SMOKE, "06_new", ROWS)
+    workspace.save_table(SMOKE, "06_new", ROWS)
     assert compare.report(SMOKE)
     assert capsys.readouterr().out == (
         "reproduced: 3 of 3 rows of 2 tables within the declared tolerance, 1 of 1 verdicts equal\n"
@@ -27,7 +27,7 @@ def test_equal_tables(kept, capsys):
 
 
 def test_what_another_machine_changes_is_within_the_tolerance(kept):
-    results.save_table(
+    workspace.save_table(
         SMOKE, "03_global", ROWS.assign(fid_mnist=[90.015, 91.0], sample=["other", "names"])
     )
     assert not compare.compared(SMOKE)[1]
@@ -59,7 +59,7 @@ def test_what_another_machine_changes_is_within_the_tolerance(kept):
     ids=["number", "word", "row gone", "verdict"],
 )
 def test_what_is_out_is_named(kept, name, table, said, line, capsys):
-    results.save_table(SMOKE, name, table)
+    workspace.save_table(SMOKE, name, table)
     assert not compare.report(SMOKE)
     printed = capsys.readouterr().out
     assert said in printed

@@ -1,12 +1,9 @@
 import pandas as pd
 import pytest
-import torch
 
 from lafq.quantization.model import weights_sha256
-from lafq.study import paths, threshold_rows
-from lafq.study.device import out_of_memory_error
-from lafq.study.diffusion import ddpm, training
-from lafq.study.diffusion.unet import UNet, quantizable
+from lafq.study import threshold_rows, workspace
+from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import samples
 from lafq.study.workspace import Workspace
 from lafq.tensors import save_tensors
@@ -19,19 +16,6 @@ SMOKE = Workspace("smoke")
 SAMPLING = ("01_baseline", "03_global", "04_group", "05_ratio_sweep", "07_audit")
 
 
-class TooSmall(torch.nn.Module):
-    """A U-Net on a device whose memory holds three images."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = UNet(4, dropout=0.0)
-
-    def forward(self, x, t):
-        if len(x) > 3:
-            raise torch.OutOfMemoryError("out of memory")
-        return self.inner(x, t)
-
-
 def test_a_row_of_the_poster_is_seven_tenths_of_a_petaflop():
     assert 100 * 1000 * cost.forward_flop(64) == pytest.approx(0.7e15, rel=0.05)
 
@@ -41,7 +25,7 @@ def test_rows_counted_are_the_rows_sampled():
     seen = set()
     for name, (notebook, rows) in zip(SAMPLING, sorted(counted.items()), strict=True):
         assert name[:2] == notebook[:2]
-        found = set(pd.read_csv(paths.RESULTS / "mini" / f"{name}.csv")["sample"]) - seen
+        found = set(pd.read_csv(workspace.RESULTS / "mini" / f"{name}.csv")["sample"]) - seen
         # 07 also draws uniform INT8 from other noise, which is no row.
         assert len(found) + (name == "07_audit") == rows, name
         seen |= found
@@ -85,28 +69,3 @@ def test_images_that_are_kept_count_for_the_estimate(tiny, sandbox):
 )
 def test_durations_are_spoken(seconds, said):
     assert cost.spoken(seconds) == said
-
-
-def test_a_batch_too_large_for_the_gpu_names_the_one_that_fits():
-    with pytest.raises(
-        RuntimeError,
-        match="batches of 8 images do not fit into the GPU's memory: set SAMPLING_BATCH to 2",
-    ):
-        ddpm.sample(TooSmall(), 8, 2, seed=0)
-    assert ddpm.sample(TooSmall(), 8, 2, seed=0, batch_size=2).shape == (8, 1, 32, 32)
-    model = TooSmall()
-    settings = {"batch_size": 8, "peak": 1e-3, "warmup": 1, "decay": 1, "seed": 0, "bf16": False}
-    optimizer = torch.optim.AdamW(model.parameters())
-    images = torch.zeros(9, 1, 32, 32, dtype=torch.uint8)
-    steps = training.train(model, training.ema_of(model, 0.9), optimizer, images, 1, **settings)
-    with pytest.raises(
-        RuntimeError, match=r"batches of 8 images .* set TRAINING's batch_size to 2, which fits"
-    ):
-        next(steps)
-
-
-def test_not_even_one_image():
-    def never(size):
-        raise torch.OutOfMemoryError
-
-    assert "not even one image fits" in str(out_of_memory_error(8, "SAMPLING_BATCH", never))

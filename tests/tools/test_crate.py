@@ -1,6 +1,6 @@
 import json
 
-from lafq.study import paths
+from lafq.study import workspace
 from tools import crate
 
 
@@ -27,6 +27,6 @@ def test_each_entity_is_described_once_and_each_file_is_there():
     assert referred <= set(described)
     files = [entity["@id"] for entity in graph if "File" in entity["@type"]]
     assert len(files) > 40
-    assert all((paths.ROOT / name).is_file() for name in files)
+    assert all((workspace.ROOT / name).is_file() for name in files)
     tables = [action for action in graph if action["@type"] == "CreateAction" and action["result"]]
     assert {action["@id"] for action in tables} >= {"#mini-06_budget", "#paper-08_published"}

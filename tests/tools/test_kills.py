@@ -9,21 +9,21 @@ import sys
 
 import pytest
 
-from lafq.study import paths
+from lafq.study import workspace
 
 # For each folder=n a fork that kills itself at its n-th rename of a file, with that file still
 # under its temporary name.
 CHILD = """
 import os, pathlib, signal, sys
 import torch
-from lafq.study import paths
-from lafq.study.diffusion import weights
+from lafq.study import workspace
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.training import fit
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.samples import Sampling
-from lafq.study import results, threshold_rows
+from lafq.study import results, threshold_rows, workspace
 from lafq.study.workspace import Workspace
 
 torch.set_num_threads(1)
@@ -37,14 +37,14 @@ def run(folder, last):
         return replace(path, target)
 
     pathlib.Path.replace = counted
-    paths.RESULTS, paths.BUILD = folder / "results", folder / "build"
+    workspace.RESULTS, workspace.BUILD = folder / "results", folder / "build"
     work = Workspace("smoke")
     torch.manual_seed(0)
     model = UNet(4, 0.0).to(memory_format=torch.channels_last)
     settings = dict(batch_size=2, peak=1e-3, warmup=2, decay=2, seed=0, bf16=False, ema_decay=0.9, every=2)
-    ema, _ = fit(model, mnist(train=False)[0][:16], work.build / "checkpoint.safetensors", steps=6, **settings)
-    weights.save_tensors(work.results / weights.WEIGHTS, ema, width=4)
-    model = weights.load_model(work, 4)
+    ema, _ = fit(model, mnist(train=False)[0][:16], work.build / "checkpoint.pt", steps=6, **settings)
+    subject.save_tensors(work.results / subject.WEIGHTS, ema, width=4)
+    model = subject.load_model(work, 4)
     table, images = evaluate(work, model, threshold_rows.uniform(model, ("int8",)), Sampling(4, 2, 0, 2))
     results.save_rows(work, "rows", table, images)
 
@@ -67,7 +67,7 @@ def run(moments):
     ]
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     done = subprocess.run(
-        command, cwd=paths.ROOT, env=environment, capture_output=True, text=True, check=True
+        command, cwd=workspace.ROOT, env=environment, capture_output=True, text=True, check=True
     )
     return [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status")]
 

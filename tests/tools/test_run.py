@@ -13,12 +13,12 @@ import torch
 from lafq.allocation.rules import by_granularity, keep_global
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import make_plan
-from lafq.study import paths, results, threshold_rows
-from lafq.study.diffusion import weights
+from lafq.study import results, threshold_rows, workspace
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images import evaluate as evaluation
 from lafq.study.images import samples
-from lafq.study.images.candidates import Candidate, sizes
+from lafq.study.rows import BASELINE, KEY, Row, sizes
 from lafq.study.workspace import Workspace, profile_parameters
 from tools import run
 from tools.notebooks import notebooks
@@ -28,7 +28,7 @@ SMOKE = Workspace("smoke")
 
 def lafq_run(*arguments):
     command = [sys.executable, "-m", "tools.run", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=workspace.ROOT, check=False)
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,12 @@ def test_profiles_fit_what_the_notebooks_declare(profile):
 
 
 def test_a_folder_that_cannot_be_written_stops_before_any_work(sandbox, monkeypatch, capsys):
-    paths.RESULTS.write_text("a file in the folder's place")
+    workspace.RESULTS.write_text("a file in the folder's place")
     monkeypatch.setattr(sys, "argv", ["tools.run", "reproduce", "--profile", "smoke"])
     monkeypatch.setattr(run.papermill, "execute_notebook", None)
     assert run.main() == 1
     said = capsys.readouterr().err
-    assert str(paths.RESULTS) in said
+    assert str(workspace.RESULTS) in said
     assert len(said.strip().splitlines()) == 1
 
 
@@ -142,10 +142,10 @@ def run_notebook(folder, source):
 import signal, sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from lafq.study import paths
+from lafq.study import workspace
 from tools import run
 folder = Path({str(folder)!r})
-paths.NOTEBOOKS, paths.RESULTS, paths.BUILD = folder / "notebooks", folder / "results", folder / "build"
+workspace.NOTEBOOKS, workspace.RESULTS, workspace.BUILD = folder / "notebooks", folder / "results", folder / "build"
 run.check = lambda *_: {{"COMPUTE": True, "TRAIN": False}}
 sys.argv = ["tools.run", "reproduce", "--profile", "smoke", "--only", "01"]
 sys.exit(run.main())
@@ -153,7 +153,7 @@ sys.exit(run.main())
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     return subprocess.run(
         [sys.executable, "-c", program],
-        cwd=paths.ROOT,
+        cwd=workspace.ROOT,
         env=environment,
         capture_output=True,
         text=True,
@@ -190,8 +190,8 @@ def test_a_dead_notebook_process_names_memory_and_resume(tmp_path):
 
 
 def test_a_damaged_record_of_the_last_run(sandbox, monkeypatch, capsys):
-    (paths.BUILD / run.LAST).parent.mkdir(parents=True)
-    (paths.BUILD / run.LAST).write_text("{")
+    (workspace.BUILD / run.LAST).parent.mkdir(parents=True)
+    (workspace.BUILD / run.LAST).write_text("{")
     monkeypatch.setattr(sys, "argv", ["tools.run", "resume"])
     assert run.main() == 1
     assert "last_run.json is damaged: delete it" in capsys.readouterr().err
@@ -227,8 +227,8 @@ def evaluate(model, candidates, **changes):
 def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cached_samples, tiny):
     fp16 = dict.fromkeys(quantizable(tiny), "fp16")
     rows = [
-        Candidate("baseline", "none", "fp32", "none", {}),
-        Candidate("ratio", "0.00", "fp16", "weight", fp16),
+        BASELINE,
+        Row("ratio", "0.00", "fp16", "weight", "nearest", fp16),
         *threshold_rows.uniform(tiny, ("fp16",)),
     ]
     table, images = evaluate(tiny, rows)
@@ -245,9 +245,9 @@ def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cache
 
 @pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypatch):
-    rows = [Candidate("baseline", "none", "fp32", "none", {}), *threshold_rows.uniform(tiny)]
+    rows = [BASELINE, *threshold_rows.uniform(tiny)]
     whole, _ = evaluate(tiny, rows)
-    shutil.rmtree(paths.BUILD)
+    shutil.rmtree(workspace.BUILD)
     calls = []
 
     def killed_at_the_third(*args, **kwargs):
@@ -285,12 +285,12 @@ def test_paper_without_its_weights_refuses_in_one_sentence(sandbox, monkeypatch,
         "results/paper/ema.safetensors are missing: give a file that has them with WEIGHTS=path, "
         "or train them anew with TRAIN=1" in said
     )
-    assert not paths.BUILD.exists()
+    assert not workspace.BUILD.exists()
 
 
 def weights_file(path, width=4, **changes):
     training = profile_parameters("smoke")["TRAINING"] | changes
-    weights.save_tensors(
+    subject.save_tensors(
         path, dict(UNet(width).named_parameters()), width=width, seed=0, **training
     )
 
@@ -298,9 +298,9 @@ def weights_file(path, width=4, **changes):
 def test_weights_are_taken_from_a_path(sandbox):
     weights_file(sandbox / "own.safetensors")
     training = profile_parameters("smoke")["TRAINING"]
-    weights.take_weights(SMOKE, sandbox / "own.safetensors", 4, 0, training)
-    assert weights.load_model(SMOKE, 4).width == 4
-    weights.check_weights(SMOKE, 4, 0, training)
+    subject.take_weights(SMOKE, sandbox / "own.safetensors", 4, 0, training)
+    assert subject.load_model(SMOKE, 4).width == 4
+    subject.check_weights(SMOKE, 4, 0, training)
 
 
 @pytest.mark.parametrize(
@@ -315,16 +315,16 @@ def test_weights_of_another_width_or_training_are_refused(sandbox, changes, mess
     with pytest.raises(
         ValueError, match=f"{message}: give the weights of this profile with WEIGHTS=path"
     ):
-        weights.take_weights(
+        subject.take_weights(
             SMOKE, sandbox / "own.safetensors", 4, 0, profile_parameters("smoke")["TRAINING"]
         )
-    assert not (SMOKE.results / weights.WEIGHTS).exists()
+    assert not (SMOKE.results / subject.WEIGHTS).exists()
 
 
 def test_a_bad_plan_stops_before_sampling(sandbox, cached_samples, tiny):
-    good = Candidate("baseline", "none", "fp32", "none", {})
+    good = BASELINE
     with pytest.raises(ValueError, match="unknown format 'int1'"):
-        evaluate(tiny, [good, Candidate("x", "", "int1", "tensor", {"inp.weight": "int1"})])
+        evaluate(tiny, [good, Row("x", "", "int1", "tensor", "nearest", {"inp.weight": "int1"})])
     with pytest.raises(ValueError, match="0 images asked for"):
         evaluate(tiny, [good], images=0)
     with pytest.raises(ValueError, match=r"ratio 1.2 is outside \[0, 1\]"):
@@ -360,25 +360,25 @@ def test_sizes_counted_are_those_of_the_plans(tiny, low, granularity):
 
 def test_missing_and_foreign_weights(sandbox):
     with pytest.raises(FileNotFoundError, match="run 01_train with TRAIN=1 first"):
-        weights.load_model(SMOKE, 4)
+        subject.load_model(SMOKE, 4)
     with pytest.raises(FileNotFoundError, match="run 02_fisher"):
-        weights.load_fisher(SMOKE, 4)
-    weights.save_tensors(SMOKE.results / weights.WEIGHTS, dict(UNet(4).named_parameters()), width=4)
+        subject.load_fisher(SMOKE, 4)
+    subject.save_tensors(SMOKE.results / subject.WEIGHTS, dict(UNet(4).named_parameters()), width=4)
     with pytest.raises(ValueError, match="width=4, not 16"):
-        weights.load_model(SMOKE, 16)
-    assert weights.load_model(SMOKE, 4).width == 4
+        subject.load_model(SMOKE, 16)
+    assert subject.load_model(SMOKE, 4).width == 4
 
 
 def test_fisher_of_other_weights_is_refused(sandbox):
-    path = SMOKE.results / weights.WEIGHTS
-    weights.save_tensors(path, dict(UNet(4).named_parameters()), width=4)
-    weights.save_fisher(SMOKE, {"a": torch.ones(2)}, 4)
-    assert weights.load_fisher(SMOKE, 4)["a"].tolist() == [1, 1]
-    weights.save_tensors(path, dict(UNet(4).named_parameters()), width=4)
+    path = SMOKE.results / subject.WEIGHTS
+    subject.save_tensors(path, dict(UNet(4).named_parameters()), width=4)
+    subject.save_fisher(SMOKE, {"a": torch.ones(2)}, 4)
+    assert subject.load_fisher(SMOKE, 4)["a"].tolist() == [1, 1]
+    subject.save_tensors(path, dict(UNet(4).named_parameters()), width=4)
     with pytest.raises(
         ValueError, match=r"fisher.safetensors was made with weights=.* run 02_fisher"
     ):
-        weights.load_fisher(SMOKE, 4)
+        subject.load_fisher(SMOKE, 4)
 
 
 def test_set_up_refuses():
@@ -391,40 +391,30 @@ def test_set_up_refuses():
             Workspace.open("smoke", 2, "cuda")
 
 
-def test_gather_replaces_only_the_methods_it_is_given(sandbox):
-    def row(method, threshold, fid):
-        return pd.DataFrame(
-            [
-                {
-                    "profile": "smoke",
-                    "method": method,
-                    "threshold": threshold,
-                    "format": "fp16",
-                    "granularity": "t",
-                    "fid": fid,
-                }
-            ]
-        )
+def test_gather_replaces_only_the_rules_it_is_given(sandbox):
+    def row(rule, setting, fid):
+        key = dict(zip(KEY, (rule, setting, "fp16", "t", "nearest"), strict=True))
+        return pd.DataFrame([{"profile": "smoke", **key, "fid": fid}])
 
     results.update_comparison(SMOKE, row("ratio", "0.35", 1.0))
     results.update_comparison(SMOKE, row("baseline", "none", 2.0))
     table = results.update_comparison(SMOKE, row("ratio", "0.40", 3.0))
-    assert table[["method", "threshold", "fid"]].to_numpy().tolist() == [
+    assert table[["rule", "setting", "fid"]].to_numpy().tolist() == [
         ["baseline", "none", 2.0],
         ["ratio", "0.40", 3.0],
     ]
     # A file of an earlier version: its columns are in another order.
-    results.save_table(SMOKE, "paper_comparison", table[table.columns[::-1]].assign(gone=1))
+    workspace.save_table(SMOKE, "paper_comparison", table[table.columns[::-1]].assign(gone=1))
     assert list(results.update_comparison(SMOKE, row("ratio", "0.40", 3.0)).columns) == list(
         table.columns
     )
 
 
 def test_tables_and_images_come_back(sandbox):
-    table = pd.DataFrame({"threshold": ["none", "0.30"], "value": [1.5, float("nan")]})
+    table = pd.DataFrame({"setting": ["none", "0.30"], "value": [1.5, float("nan")]})
     results.save_rows(SMOKE, "x", table, {"a": np.zeros((2, 32, 32), np.uint8)})
     loaded, images = results.load_rows(SMOKE, "x")
     pd.testing.assert_frame_equal(table, loaded)
     assert images["a"].shape == (2, 32, 32)
     with pytest.raises(FileNotFoundError, match="make reproduce PROFILE=smoke"):
-        results.load_table(SMOKE, "y")
+        workspace.load_table(SMOKE, "y")

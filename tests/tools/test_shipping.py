@@ -3,7 +3,7 @@ import pytest
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.model import dequantize, nbytes, quantize, weights_sha256
 from lafq.study.budget.methods import measured_sensitivity
-from lafq.study.diffusion import weights
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images import samples
 from lafq.study.workspace import Workspace
@@ -26,7 +26,7 @@ def known(tiny):
 def test_the_packed_file_is_the_row_that_was_measured(sandbox, tiny, known, monkeypatch):
     budget = 0.3 * nbytes(tiny, {}) / 2**20
     table = shipping.ship(SMOKE, tiny, known, budget, MADE, SAMPLING)
-    path = SMOKE.results / weights.PACKED
+    path = SMOKE.results / subject.PACKED
     assert path.stat().st_size <= budget * 2**20
     assert table["damage"].tolist()[0] == 0 < table["damage"].iloc[1]
     small = dequantize(load_quantized(path, UNet(4)))
@@ -38,14 +38,14 @@ def test_the_packed_file_is_the_row_that_was_measured(sandbox, tiny, known, monk
 
 
 def test_packed_weights_never_stand_in_for_the_trained_ones(sandbox, tiny):
-    save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, {}), tiny)
+    save_quantized(SMOKE.results / subject.PACKED, quantize(tiny, {}), tiny)
     with pytest.raises(
         FileNotFoundError, match=r"ema.safetensors is missing: run 01_train with TRAIN=1"
     ):
-        weights.load_model(SMOKE, 4)
+        subject.load_model(SMOKE, 4)
 
 
 def test_too_small_a_size_to_ship(sandbox, tiny, known):
     with pytest.raises(ValueError, match="the smallest"):
         shipping.ship(SMOKE, tiny, known, 0.01, MADE, SAMPLING)
-    assert not (SMOKE.results / weights.PACKED).exists()
+    assert not (SMOKE.results / subject.PACKED).exists()

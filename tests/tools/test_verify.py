@@ -5,12 +5,12 @@ import torch
 
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import quantize
-from lafq.study import results, threshold_rows
-from lafq.study.diffusion import weights
+from lafq.study import results, threshold_rows, workspace
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation
 from lafq.study.images import samples
-from lafq.study.images.candidates import Candidate
+from lafq.study.rows import BASELINE, Row
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors
 from tools import compare, verify
@@ -22,15 +22,17 @@ SAMPLING = samples.Sampling(8, 2, 0, 4)
 @pytest.fixture
 def made(tiny, sandbox, monkeypatch):
     p = profile_parameters("smoke")
-    path = SMOKE.results / weights.WEIGHTS
+    path = SMOKE.results / subject.WEIGHTS
     save_tensors(path, dict(tiny.named_parameters()), width=4, seed=0, **p["TRAINING"])
     path.rename(sandbox / "weights.safetensors")
-    baseline = Candidate("baseline", "none", "fp32", "none", {})
+    baseline = BASELINE
     plan = dict.fromkeys(quantizable(tiny), "int4")
     tables = {
         "01_baseline": [baseline],
         "03_global": threshold_rows.uniform(tiny),
-        "packed": [Candidate("shipped", "1 MiB", "mixed", "mixed", plan, made={"rounding": "x"})],
+        "packed": [
+            Row("allocate", "1 MiB", "coded", "channel", "feedback", plan, made={"rounding": "x"})
+        ],
     }
     for name, rows in tables.items():
         results.save_rows(SMOKE, name, *evaluation.evaluate(SMOKE, tiny, rows, SAMPLING))
@@ -40,7 +42,7 @@ def made(tiny, sandbox, monkeypatch):
         "evidence_int4",
         *evaluation.evaluate(SMOKE, tiny, [baseline], SAMPLING._replace(images=12)),
     )
-    save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, plan), tiny)
+    save_quantized(SMOKE.results / subject.PACKED, quantize(tiny, plan), tiny)
     return sandbox / "weights.safetensors"
 
 
@@ -67,13 +69,13 @@ def test_all_that_is_right_holds(made, monkeypatch, capsys):
 def test_a_changed_number_a_damaged_file_and_other_weights_are_found(
     made, tiny, monkeypatch, capsys
 ):
-    table = results.load_table(SMOKE, "03_global")
-    results.save_table(SMOKE, "03_global", table.assign(fid_mnist=table["fid_mnist"] + 0.1))
+    table = workspace.load_table(SMOKE, "03_global")
+    workspace.save_table(SMOKE, "03_global", table.assign(fid_mnist=table["fid_mnist"] + 0.1))
     assert ["03_global.csv" in line for line in lines(*verify.checks(SMOKE, None))] == [True]
-    results.save_table(SMOKE, "03_global", table)
+    workspace.save_table(SMOKE, "03_global", table)
     with torch.no_grad():
         tiny.out2.weight.mul_(0.5)
-    save_quantized(SMOKE.results / weights.PACKED, quantize(tiny, {}), tiny)
+    save_quantized(SMOKE.results / subject.PACKED, quantize(tiny, {}), tiny)
     assert [
         "packed weights: 8 images drawn again" in line
         for line in lines(*verify.checks(SMOKE, None))
@@ -87,10 +89,10 @@ def test_a_changed_number_a_damaged_file_and_other_weights_are_found(
 def test_a_profile_that_keeps_no_images_is_compared_with_the_tables_before(sandbox):
     with pytest.raises(ValueError, match="nothing to compare with: `make reproduce PROFILE=smoke`"):
         list(verify.checks(SMOKE, None))
-    results.save_table(SMOKE, "03_global", pd.DataFrame({"fid_mnist": [90.0]}))
+    workspace.save_table(SMOKE, "03_global", pd.DataFrame({"fid_mnist": [90.0]}))
     compare.keep_aside(SMOKE)
     assert [holds for holds, _ in verify.checks(SMOKE, None)] == [True]
-    results.save_table(SMOKE, "03_global", pd.DataFrame({"fid_mnist": [91.0]}))
+    workspace.save_table(SMOKE, "03_global", pd.DataFrame({"fid_mnist": [91.0]}))
     assert [holds for holds, _ in verify.checks(SMOKE, None)] == [False, False]
 
 
@@ -101,6 +103,6 @@ def test_missing_images_of_a_profile_that_keeps_them(sandbox):
 
 @pytest.mark.slow
 def test_the_tolerance_is_below_one_flipped_image(made):
-    row = next(results.load_table(SMOKE, "01_baseline").itertuples())
+    row = next(workspace.load_table(SMOKE, "01_baseline").itertuples())
     kept = samples.stored_images(SMOKE, row.sample, 4).astype(int)
     assert np.abs(kept - kept[::-1]).mean() > verify.GREY_LEVELS

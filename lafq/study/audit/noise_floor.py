@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lafq.rng import generator
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
-from lafq.study.diffusion.weights import load_model
+from lafq.study.diffusion.subject import load_model
 from lafq.study.images import bootstrap, classifier, metrics
 from lafq.study.images.evaluate import load_inception
 from lafq.study.images.metrics import Reference

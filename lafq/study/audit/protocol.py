@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lafq.quantization.model import dequantize, quantize
-from lafq.study import paths, threshold_rows
+from lafq.study import threshold_rows, workspace
 from lafq.study.images import bootstrap, classifier, metrics
 from lafq.study.images.evaluate import InceptionFeatures, load_inception
 from lafq.study.images.samples import Sampling, cached_samples
@@ -53,7 +53,7 @@ def extractors(inception: InceptionFeatures | None) -> dict[str, FeatureExtracto
     if inception:
         fewer = inception.reference.features[:SMALL_REFERENCE]
         released = metrics.inception_reference(
-            inception.extractor, len(fewer), paths.BUILD / "inception", padded=False
+            inception.extractor, len(fewer), workspace.BUILD / "inception", padded=False
         )
         here = metrics.Reference.of(fewer)
         found["Inception"] = FeatureExtractor(

@@ -18,14 +18,14 @@ from scipy.stats import chi2_contingency
 from torch import Tensor
 
 from lafq.rng import generator
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.images import bootstrap, classifier, inception, metrics
 from lafq.study.images.metrics import Reference
 from lafq.study.verdict import holm
 from lafq.tensors import atomic_write
 
-FOLDER = paths.RESULTS / "published"
+FOLDER = workspace.RESULTS / "published"
 UNQUANTIZED = "FP32"
 # By the name of its array: what a set is, its folder in the authors' repository, and its number of
 # images.
@@ -202,7 +202,7 @@ def measure(path: Path, seed: int) -> None:
     print(line)
     if extractor:
         features = partial(
-            metrics.kept_inception_features, extractor, folder=paths.BUILD / "inception"
+            metrics.kept_inception_features, extractor, folder=workspace.BUILD / "inception"
         )
         real = mnist(train=True)[0][REAL]
         reference = Reference.of(features(real)[0])

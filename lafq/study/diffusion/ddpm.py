@@ -1,10 +1,12 @@
-"""DDPM: ancestral sampling with per-image noise (Ho et al. 2020); the noise schedule is in
-`noising`.
+"""DDPM (Ho et al. 2020): the noise schedule, noised images in batches, ancestral sampling.
 
-Timestep t = 0 is the cleanest, t = 999 is almost pure noise.
+q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, 1 - alpha_bar_t), where alpha_bar_t is the product of
+1 - beta_0, ..., 1 - beta_t, and beta is linear from 1e-4 to 0.02 over 1,000 steps. Timestep t = 0
+is the cleanest, t = 999 is almost pure noise.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,63 +15,112 @@ from tqdm import tqdm
 
 from lafq.networks import evaluating
 from lafq.rng import generator
-from lafq.study.device import out_of_memory_error
-from lafq.study.diffusion.noising import ALPHA_BAR
-from lafq.study.diffusion.unet import TIMESTEPS
+from lafq.study.diffusion.subject import SHAPE, TIMESTEPS
+
+BETAS = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
+ALPHA_BAR = torch.cumprod(1 - BETAS, dim=0)
+BATCH = 8
+
+
+def unit_interval(images: Tensor) -> Tensor:
+    """uint8 images -> float32 in [0, 1], the model's range; ValueError for another dtype."""
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"images must be uint8 (0 to 255), these are {images.dtype}: convert them first"
+        )
+    return images.float() / 255
+
+
+def add_noise(x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """A draw from q(x_t | x_0): x_0 and the noise eps (B, ...), t (B,) -> x_t (B, ...)."""
+    alpha_bar = ALPHA_BAR.to(x_0)[t].view(-1, 1, 1, 1)
+    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
+
+
+def noised_batches(
+    images: Tensor, samples: int, seed: int, batch: int = BATCH
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x_t, t) of `samples` uint8 images (N, ...), drawn with replacement, t spread evenly over all
+    timesteps.
+    """
+    g = generator(seed)
+    times = (torch.arange(samples) * TIMESTEPS // samples)[torch.randperm(samples, generator=g)]
+    for t in tqdm(times.split(batch), desc="noised digits", unit="batch", leave=False):
+        x_0 = unit_interval(images[torch.randint(len(images), t.shape, generator=g)])
+        yield add_noise(x_0, t, torch.randn(x_0.shape, generator=g)), t
+
+
+def bin_edges(bins: int) -> list[int]:
+    """The first timestep of each of `bins` bins of consecutive timesteps, and 1,000 behind them."""
+    return [round(b * TIMESTEPS / bins) for b in range(bins + 1)]
+
+
+def stratified_batches(
+    images: Tensor, samples: int, bins: int, seed: int, like: Tensor
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """((x_t, t), eps) of every timestep bin: `samples` draws spread evenly over the bins, t uniform
+    within its bin.
+
+    images: uint8 (N, ...), drawn from with replacement. like: a tensor of the device and dtype
+    wanted. Raises ValueError for fewer samples than bins, or a number of bins out of range.
+    """
+    if not 1 <= bins <= TIMESTEPS or samples < bins:
+        raise ValueError(
+            f"{samples} samples over {bins} timestep bins: give every bin at least one sample"
+        )
+    edges = bin_edges(bins)
+    for b in tqdm(range(bins), desc="Fisher", unit="bin", leave=False):
+        g, count = generator(seed, b), samples // bins + (b < samples % bins)
+        t = torch.randint(edges[b], edges[b + 1], (count,), generator=g).to(like.device)
+        x_0 = unit_interval(images[torch.randint(len(images), (count,), generator=g)]).to(like)
+        eps = torch.randn(x_0.shape, generator=g, dtype=torch.float32).to(like)
+        yield (add_noise(x_0, t, eps), t), eps
 
 
 def trailing_timesteps(steps: int) -> list[int]:
-    """`steps` timesteps from 999 down, evenly spaced, the first always 999 (a "trailing" stride)."""
+    """`steps` evenly spaced timesteps, the first always 999 (a "trailing" stride)."""
     if not 1 <= steps <= TIMESTEPS:
         raise ValueError(f"{steps} sampling steps asked for: choose 1 to {TIMESTEPS}")
     return (np.round(TIMESTEPS - np.arange(steps) * TIMESTEPS / steps).astype(int) - 1).tolist()
 
 
-def ancestral_step(x: Tensor, eps: Tensor, noise: Tensor, t: int, t_next: int) -> Tensor:
-    """One draw from p(x_{t_next} | x_t), posterior variance, x0 not clipped; t_next = -1 ends the
-    chain (no noise).
+def ancestral_step(x_t: Tensor, eps: Tensor, z: Tensor, t: int, s: int) -> Tensor:
+    """A draw x_s from p(x_s | x_t), s < t, with the posterior's variance and x_0 not clipped;
+    x_{-1} is the image. All tensors (B, ...).
 
-    Source: Ho et al. 2020, equations 6, 7 and 15, for a strided subset of the timesteps. All
-    tensors (B, 1, 32, 32).
+    Source: Ho et al. 2020, algorithm 2, for a strided subset of the timesteps.
     """
-    abar, abar_next = ALPHA_BAR[t].item(), ALPHA_BAR[t_next].item() if t_next >= 0 else 1.0
-    alpha = abar / abar_next
-    x0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
-    mean = (abar_next**0.5 * (1 - alpha) * x0 + alpha**0.5 * (1 - abar_next) * x) / (1 - abar)
-    variance = (1 - abar_next) / (1 - abar) * (1 - alpha)
-    return mean + variance**0.5 * noise
+    alpha_bar_t, alpha_bar_s = ALPHA_BAR[t].item(), ALPHA_BAR[s].item() if s >= 0 else 1.0
+    alpha = alpha_bar_t / alpha_bar_s
+    beta = 1 - alpha
+    # Equation 15, then equation 7: mu and sigma of q(x_s | x_t, x_0).
+    x_0 = (x_t - (1 - alpha_bar_t) ** 0.5 * eps) / alpha_bar_t**0.5
+    mu = (alpha_bar_s**0.5 * beta * x_0 + alpha**0.5 * (1 - alpha_bar_s) * x_t) / (1 - alpha_bar_t)
+    sigma = ((1 - alpha_bar_s) / (1 - alpha_bar_t) * beta) ** 0.5
+    return mu + sigma * z
 
 
+@torch.no_grad()
 def reverse_process(
     model: nn.Module, streams: list[torch.Generator], steps: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """The states of the reverse process: (t, x_t) for each of `steps` timesteps from 999 down, then
-    (-1, x_0).
+    """The states (t, x_t) at `steps` timesteps from 999 down, then the images (-1, x_{-1}).
 
-    streams: one CPU generator per image, which gives its start and its noise. x_t: (images, 1, 32,
-    32), on the model's device. Raises ValueError for a number of steps out of range, RuntimeError,
-    naming the size that fits, for a batch that does not fit into the device's memory.
+    streams: one CPU generator per image, which gives its start and its noise. x_t: (images, *SHAPE)
+    on the model's device. Raises ValueError for a number of steps out of range.
     """
-    timesteps, device = trailing_timesteps(steps), next(model.parameters()).device
+    device = next(model.parameters()).device
 
-    def draw() -> Tensor:
-        return torch.stack([torch.randn(1, 32, 32, generator=g) for g in streams]).to(device)
+    def normal() -> Tensor:
+        return torch.stack([torch.randn(SHAPE, generator=g) for g in streams]).to(device)
 
-    def predict(x: Tensor, t: int) -> Tensor:
-        with torch.no_grad():
-            return model(x, torch.full((len(x),), t, device=device))
-
-    x = draw()
-    for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        yield t, x
-        try:
-            eps = predict(x, t)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory_error(
-                len(x), "SAMPLING_BATCH", lambda size, x=x, t=t: predict(x[:size], t)
-            ) from error
-        x = ancestral_step(x, eps, draw() if t_next >= 0 else torch.zeros_like(x), t, t_next)
-    yield -1, x
+    x_t = normal()
+    for t, s in pairwise([*trailing_timesteps(steps), -1]):
+        yield t, x_t
+        eps = model(x_t, torch.full((len(x_t),), t, device=device))
+        z = normal() if s >= 0 else torch.zeros_like(x_t)
+        x_t = ancestral_step(x_t, eps, z, t, s)
+    yield -1, x_t
 
 
 @torch.inference_mode()
@@ -87,24 +138,22 @@ def sample(
 
     Image i depends on (seed, i) alone, so that two models, or two batch sizes, see the same noise.
     `label` stands beside the progress bar. The model's weights are put into channels-last order, in
-    place; their values stay. Returns uint8 (images, 1, 32, 32): clamped to [0, 1] and rounded.
+    place; their values stay. Returns uint8 (images, *SHAPE): clamped to [0, 1] and rounded.
     Raises ValueError for no images, and the errors of `reverse_process`.
     """
     if images < 1:
         raise ValueError(f"{images} images asked for: at least one is needed")
-    model = model.to(memory_format=torch.channels_last)
-    batches, done = range(first, first + images, batch_size), []
     trailing_timesteps(steps)  # raises for a wrong number of steps before the progress bar opens
+    model = model.to(memory_format=torch.channels_last)
+    batches, pixels = torch.arange(first, first + images).split(batch_size), []
     with (
         evaluating(model),
         tqdm(total=len(batches) * steps, desc=label, unit="step", leave=False) as bar,
     ):
-        for start in batches:
-            streams = [
-                generator(seed, i) for i in range(start, min(start + batch_size, first + images))
-            ]
-            for t, x in reverse_process(model, streams, steps):
+        for batch in batches:
+            streams = [generator(seed, i) for i in batch.tolist()]
+            for t, x_t in reverse_process(model, streams, steps):
                 bar.update(t >= 0)
-                last = x
-            done.append((last.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-    return torch.cat(done)
+                if t < 0:
+                    pixels.append((x_t.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+    return torch.cat(pixels)

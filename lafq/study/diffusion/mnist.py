@@ -12,14 +12,16 @@ from torch import Tensor
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import check_integrity
 
-from lafq.study import paths
+from lafq.study import workspace
 
+SHAPE = (1, 32, 32)
+PADDING = 2
 REFERENCE = slice(0, 5000)
 HELD_OUT = slice(5000, 10000)
 REMEDY = "restore it with `git checkout -- data/MNIST/raw`"
 
 
-def mnist(train: bool, root: Path = paths.DATA) -> tuple[Tensor, Tensor]:
+def mnist(train: bool, root: Path = workspace.DATA) -> tuple[Tensor, Tensor]:
     """The training (60,000) or test (10,000) digits.
 
     Returns images, uint8 (N, 1, 32, 32), zero-padded from 28x28, and labels, int64 (N,).
@@ -31,7 +33,7 @@ def mnist(train: bool, root: Path = paths.DATA) -> tuple[Tensor, Tensor]:
         for name, md5 in MNIST.resources
         if name.startswith(split)
     )
-    return F.pad(images.view(-1, 1, 28, 28), (2, 2, 2, 2)), labels.long()
+    return F.pad(images.view(-1, 1, 28, 28), (PADDING,) * 4), labels.long()
 
 
 def _read(archive: Path, md5: str) -> Tensor:

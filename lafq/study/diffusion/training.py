@@ -4,20 +4,54 @@ checkpoints.
 Source: Ho et al. 2020, algorithm 1; the paper's own settings are in notebooks/profiles/paper.yaml.
 """
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from lafq.rng import generator
-from lafq.study.device import out_of_memory_error
-from lafq.study.diffusion.noising import add_noise, unit_interval
-from lafq.study.diffusion.unet import TIMESTEPS
-from lafq.tensors import load_tensors, save_tensors
+from lafq.study.diffusion.ddpm import add_noise, unit_interval
+from lafq.study.diffusion.subject import CHECKPOINT, SHAPE, TIMESTEPS, WEIGHTS, UNet, mnist
+from lafq.study.workspace import Workspace
+from lafq.tensors import atomic_write, save_tensors
+
+
+def train(
+    work: Workspace,
+    width: int,
+    *,
+    seed: int,
+    steps: int,
+    dropout: float,
+    window: int = 50,
+    **settings: Any,
+) -> None:
+    """Train (or continue) the model of a profile; writes results/<profile>/ema.safetensors and
+    training.csv, the loss averaged over windows of `window` steps.
+
+    settings: those of `fit`.
+    """
+    torch.manual_seed(seed)
+    model = UNet(width, dropout).to(work.device, memory_format=torch.channels_last)
+    weights, losses = fit(
+        model, mnist(train=True)[0], work.build / CHECKPOINT, steps=steps, seed=seed, **settings
+    )
+    about = {"width": width, "steps": steps, "seed": seed, "dropout": dropout, **settings}
+    save_tensors(work.results / WEIGHTS, weights, **about)
+    loss = pd.Series(losses, index=range(1, steps + 1), name="loss")
+    with atomic_write(work.results / "training.csv") as temporary:
+        (
+            loss.groupby(lambda step: -(-step // window) * window)
+            .mean()
+            .rename_axis("step")
+            .to_csv(temporary, float_format="%.6f")
+        )
 
 
 def ema_of(model: nn.Module, decay: float) -> AveragedModel:
@@ -36,7 +70,7 @@ def learning_rate(step: int, peak: float, steps: int, warmup: int, decay: int) -
     return peak * min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1, decay))
 
 
-def train(
+def training_steps(
     model: nn.Module,
     ema: AveragedModel,
     optimizer: torch.optim.Optimizer,
@@ -57,7 +91,7 @@ def train(
     The loss is the mean over batch and pixels of (eps - eps_theta(x_t, t))^2, t uniform in 0..999.
     The draws of a step come from (seed, step), so a run continued from a checkpoint is the run that
     was never interrupted.
-    images: uint8 (N, 1, 32, 32). bf16: bfloat16 autocast of the forward pass; weights and loss stay
+    images: uint8 (N, *SHAPE). bf16: bfloat16 autocast of the forward pass; weights and loss stay
     FP32.
     """
     device = next(model.parameters()).device
@@ -67,34 +101,18 @@ def train(
         torch.manual_seed(int(torch.randint(2**62, (), generator=g)))
         chosen = torch.randint(len(images), (batch_size,), generator=g)
         t = torch.randint(TIMESTEPS, (batch_size,), generator=g).to(device)
-        noise = torch.randn(batch_size, 1, 32, 32, generator=g).to(device)
-        x = add_noise(unit_interval(images[chosen]).to(device), t, noise).to(
-            memory_format=torch.channels_last
-        )
+        eps = torch.randn(batch_size, *SHAPE, generator=g).to(device)
+        x_t = add_noise(unit_interval(images[chosen]).to(device), t, eps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, peak, steps, warmup, decay)
         optimizer.zero_grad()
-        try:
-            loss = _backward(model, x, t, noise, bf16)
-        except torch.OutOfMemoryError as error:
-            fitting = out_of_memory_error(
-                batch_size,
-                "TRAINING's batch_size",
-                lambda n, b=(x, t, noise): _backward(model, *(v[:n] for v in b), bf16),
-            )
-            raise fitting from error
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            eps_theta = model(x_t.to(memory_format=torch.channels_last), t)
+        loss = (eps - eps_theta.float()).square().mean()
+        loss.backward()
         optimizer.step()
         ema.update_parameters(model)
         yield step, loss.item()
-
-
-def _backward(model: nn.Module, x: Tensor, t: Tensor, noise: Tensor, bf16: bool) -> Tensor:
-    """The loss of a batch, its gradient added to that of the weights."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-        eps = model(x, t)
-    loss = (noise - eps.float()).square().mean()
-    loss.backward()
-    return loss.detach()
 
 
 def fit(
@@ -111,14 +129,15 @@ def fit(
     """Train from scratch, or on from `checkpoint` if there is one, and return the EMA weights and
     every step's loss.
 
-    The checkpoint is rewritten every `every` steps and kept; `settings` are those of `train`.
+    The checkpoint is rewritten every `every` steps and kept; `settings` are those of
+    `training_steps`.
     compile: with torch.compile, which takes a C++ compiler, is faster and rounds differently. A run
     may be prolonged (other `steps`) as long as its learning rate has not begun to fall. Raises
     ValueError when the checkpoint belongs to other settings.
     """
     record = {
         "width": model.width,
-        "dropout": model.Layer1.block1.dropout.p,
+        "dropout": model.dropout,
         "ema_decay": ema_decay,
         "compile": compile,
         **settings,
@@ -127,61 +146,45 @@ def fit(
     if compile:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    losses: list[float] = []
+    parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
     if checkpoint.is_file():
-        tensors = _checked(checkpoint, steps, settings["decay"], record)
-        losses = tensors["loss"].tolist()
-        _restore(tensors, model, ema, optimizer)
+        state = _checked(checkpoint, steps, record)
+        losses = state["losses"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     bar = tqdm(initial=len(losses), total=steps, desc="training", unit="step", leave=False)
-    for step, loss in train(model, ema, optimizer, images, steps, start=len(losses), **settings):
+    for step, loss in training_steps(
+        model, ema, optimizer, images, steps, start=len(losses), **settings
+    ):
         losses.append(loss)
         bar.update()
         if (step + 1) % every == 0 or step + 1 == steps:
-            save_tensors(checkpoint, _state(model, ema, optimizer, losses), steps=steps, **record)
+            state = {name: part.state_dict() for name, part in parts.items()}
+            # Not safetensors: the moments need the strides of the weights, which torch.save keeps.
+            with atomic_write(checkpoint) as temporary, temporary.open("wb") as file:
+                torch.save({**state, "losses": losses, "steps": steps, "record": record}, file)
             bar.set_postfix(loss=sum(losses[-every:]) / len(losses[-every:]))
     bar.close()
     return {n: p.detach() for n, p in ema.module.named_parameters()}, losses
 
 
-def _checked(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -> dict[str, Tensor]:
-    tensors, metadata = load_tensors(checkpoint, "01_train", **record)
-    done = len(tensors["loss"])
-    if steps != metadata["steps"] and done > min(steps, metadata["steps"]) - decay:
+def _checked(checkpoint: Path, steps: int, record: dict[str, Any]) -> dict[str, Any]:
+    try:
+        state = torch.load(checkpoint, weights_only=True)
+        done, planned = len(state["losses"]), state["steps"]
+    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{checkpoint} is {done} steps into a run of {metadata['steps']}, past where {steps} "
-            f"steps would "
-            "have changed the learning rate: delete it to train anew"
+            f"{checkpoint} is damaged ({type(error).__name__}): delete it to train anew"
+        ) from None
+    for name, value in record.items():
+        if state["record"].get(name) != value:
+            raise ValueError(
+                f"{checkpoint} was made with {name}={state['record'].get(name)}, not {value}: "
+                f"delete it to train anew"
+            )
+    if steps != planned and done > min(steps, planned) - record["decay"]:
+        raise ValueError(
+            f"{checkpoint} is {done} steps into a run of {planned}, past where {steps} steps would "
+            f"have changed the learning rate: delete it to train anew"
         )
-    return tensors
-
-
-def _state(
-    model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW, losses: list[float]
-) -> dict[str, Tensor]:
-    state = {"loss": torch.tensor(losses, dtype=torch.float64)}
-    for name, p in model.named_parameters():
-        moments = optimizer.state[p]
-        state |= {
-            f"model/{name}": p.detach(),
-            f"m/{name}": moments["exp_avg"],
-            f"v/{name}": moments["exp_avg_sq"],
-        }
-    return state | {f"ema/{n}": p.detach() for n, p in ema.module.named_parameters()}
-
-
-def _restore(
-    state: dict[str, Tensor], model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW
-) -> None:
-    done = torch.tensor(float(len(state["loss"])))
-    with torch.no_grad():
-        ema.n_averaged.fill_(int(done))
-        for (name, p), q in zip(model.named_parameters(), ema.module.parameters(), strict=True):
-            p.copy_(state[f"model/{name}"])
-            q.copy_(state[f"ema/{name}"])
-            # The fused kernel walks memory, so the moments need the strides of the parameter.
-            moments = {k: torch.empty_like(p).copy_(state[f"{k}/{name}"]) for k in ("m", "v")}
-            optimizer.state[p] = {
-                "step": done.to(p.device, copy=True),
-                "exp_avg": moments["m"],
-                "exp_avg_sq": moments["v"],
-            }
+    return state

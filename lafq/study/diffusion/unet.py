@@ -126,7 +126,7 @@ class UNet(nn.Module):
                 f"width {width} cannot be built: choose an even number of at least 4 (the paper's "
                 f"is 64)"
             )
-        self.width = width
+        self.width, self.dropout = width, dropout
         self.register_buffer("times", time_table(8 * width), persistent=False)
         self.inp = nn.Conv2d(1, width, 3, padding=1)
         for i, (name, multiplier) in enumerate(zip(LAYERS, MULTIPLIERS, strict=True)):

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from lafq.study import results
+from lafq.study import workspace
 from lafq.study.audit.published_images import UNQUANTIZED
 from lafq.study.figures.tables import format_table
 from lafq.study.workspace import Workspace
@@ -160,13 +160,13 @@ def conclusions(work: Workspace) -> pd.DataFrame:
     """R1 to R7, each with its effect in the tables of 07_audit: columns choice, released code, its
     effect.
     """
-    choices = results.load_table(work, "07_fisher_choices").set_index("choice")
+    choices = workspace.load_table(work, "07_fisher_choices").set_index("choice")
     groups, limited = (
-        results.load_table(work, "07_groups"),
-        results.load_table(work, "07_clamped_loss").iloc[0],
+        workspace.load_table(work, "07_groups"),
+        workspace.load_table(work, "07_clamped_loss").iloc[0],
     )
-    protocol = results.load_table(work, "07_protocol")
-    ratio = results.load_table(work, "07_audit")["threshold"].iloc[0].partition(",")[0]
+    protocol = workspace.load_table(work, "07_protocol")
+    ratio = workspace.load_table(work, "07_audit")["threshold"].iloc[0].partition(",")[0]
     judge = protocol["features"].iloc[-1]  # Inception, where it is to be had
     rows = protocol[protocol["features"] == judge]
 

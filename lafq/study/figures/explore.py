@@ -33,10 +33,10 @@ from lafq.quantization.model import bits_per_weight, dequantize, kept_weights, n
 from lafq.quantization.plan import Plan, Recipe, make_plan
 from lafq.study.budget.budget import HALF_PIXELS
 from lafq.study.budget.methods import measured_sensitivity
+from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import layer_of, quantizable
-from lafq.study.diffusion.weights import load_model
-from lafq.study.images.candidates import kept_share
 from lafq.study.images.samples import Sampling, cached_samples
+from lafq.study.rows import kept_share
 from lafq.study.workspace import Workspace
 
 RULES = {

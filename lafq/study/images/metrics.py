@@ -25,8 +25,8 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 from tqdm import tqdm
 
 from lafq.quantization.model import weights_sha256
+from lafq.study.diffusion.ddpm import unit_interval
 from lafq.study.diffusion.mnist import REFERENCE, mnist
-from lafq.study.diffusion.noising import unit_interval
 from lafq.study.images import inception
 from lafq.study.images.classifier import Classifier
 from lafq.tensors import load_tensors, save_tensors

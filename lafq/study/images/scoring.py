@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lafq.networks import evaluating
 from lafq.rng import generator
+from lafq.study.diffusion.ddpm import add_noise, unit_interval
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
-from lafq.study.diffusion.noising import add_noise, unit_interval
 from lafq.study.diffusion.unet import TIMESTEPS
 from lafq.study.images import bootstrap, classifier, metrics
 from lafq.study.images.metrics import Reference

@@ -5,8 +5,14 @@ import torch
 from diffusers import DDPMScheduler
 
 from lafq.rng import generator
-from lafq.study.diffusion.ddpm import ancestral_step, sample, trailing_timesteps
-from lafq.study.diffusion.noising import ALPHA_BAR, BETAS, add_noise
+from lafq.study.diffusion.ddpm import (
+    ALPHA_BAR,
+    BETAS,
+    add_noise,
+    ancestral_step,
+    sample,
+    trailing_timesteps,
+)
 
 
 def scheduler(**settings):

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from lafq.rng import generator
-from lafq.study import paths
+from lafq.study import workspace
+from lafq.study.diffusion.ddpm import unit_interval
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.noising import unit_interval
 
 
 def test_shapes_padding_and_labels():
@@ -25,7 +25,7 @@ def test_shapes_padding_and_labels():
 def archives(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for path in (paths.DATA / "MNIST" / "raw").glob("*.gz"):
+    for path in (workspace.DATA / "MNIST" / "raw").glob("*.gz"):
         shutil.copy(path, raw)
     return raw
 

@@ -15,7 +15,7 @@ def run(path, digits, steps=8, width=4, **changes):
 
 
 def interrupted(path, digits, at, monkeypatch, **changes):
-    whole = training.train
+    whole = training.training_steps
 
     def cut(*args, **kwargs):
         for step, loss in whole(*args, **kwargs):
@@ -24,7 +24,7 @@ def interrupted(path, digits, at, monkeypatch, **changes):
             yield step, loss
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "train", cut)
+        patch.setattr(training, "training_steps", cut)
         run(path, digits, **changes)
 
 
@@ -42,6 +42,14 @@ def test_a_finished_run_cannot_be_prolonged(tmp_path, digits):
     with pytest.raises(ValueError, match="delete it to train anew"):
         run(tmp_path / "a", digits, steps=10)
     assert len(run(tmp_path / "a", digits, steps=6)[1]) == 6
+
+
+def test_a_damaged_checkpoint(tmp_path, digits):
+    run(tmp_path / "a", digits, steps=2)
+    content = (tmp_path / "a").read_bytes()
+    (tmp_path / "a").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"is damaged .*: delete it to train anew"):
+        run(tmp_path / "a", digits, steps=2)
 
 
 def test_checkpoint_of_another_width(tmp_path, digits):
@@ -76,7 +84,7 @@ def test_compile_is_a_setting_of_the_checkpoint(digits, tmp_path, monkeypatch):
     fit(
         model := UNet(4),
         digits,
-        tmp_path / "c.safetensors",
+        tmp_path / "c.pt",
         steps=2,
         ema_decay=0.9,
         compile=True,
@@ -84,4 +92,4 @@ def test_compile_is_a_setting_of_the_checkpoint(digits, tmp_path, monkeypatch):
     )
     assert compiled == [model]
     with pytest.raises(ValueError, match="made with compile=True, not False"):
-        fit(UNet(4), digits, tmp_path / "c.safetensors", steps=2, ema_decay=0.9, **SETTINGS)
+        fit(UNet(4), digits, tmp_path / "c.pt", steps=2, ema_decay=0.9, **SETTINGS)

@@ -9,9 +9,9 @@ from lafq.allocation import rules as thresholds
 from lafq.fisher.sensitivity import estimate_sensitivity
 from lafq.quantization.checks import channel_view
 from lafq.quantization.model import nbytes, quantize, resident_bytes
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.diffusion import ddpm
-from lafq.study.diffusion.noising import noised_batches
+from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.figures import explore, panel
 from lafq.study.figures.explore import Setting
@@ -36,7 +36,7 @@ def subject(digits, tmp_path_factory):
         for i in (0, 1)
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "BUILD", tmp_path_factory.mktemp("build"))
+        patch.setattr(workspace, "BUILD", tmp_path_factory.mktemp("build"))
         yield explore.subject_of(SMOKE, model, calibration, validation, Sampling(3, 2, 0))
 
 

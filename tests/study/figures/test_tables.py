@@ -1,9 +1,9 @@
 import pandas as pd
 import pytest
 
-from lafq.study import results
+from lafq.study import workspace
 from lafq.study.figures import audit_tables, benchmarks, tables, terrain
-from lafq.study.images.candidates import KEY
+from lafq.study.rows import KEY
 from lafq.study.workspace import Workspace
 
 
@@ -16,7 +16,9 @@ def rows(steps, thresholds):
     }
     return pd.DataFrame(
         [
-            dict(zip(KEY, ("ratio", t, "int8", "weight"), strict=True)) | columns | {"steps": steps}
+            dict(zip(KEY, ("ratio", t, "int8", "weight", "nearest"), strict=True))
+            | columns
+            | {"steps": steps}
             for t in thresholds
         ]
     )
@@ -24,7 +26,7 @@ def rows(steps, thresholds):
 
 def test_rows_with_two_numbers_of_steps_stand_side_by_side():
     found = tables.by_steps(rows(1000, ["0.35", "0.40"]), rows(100, ["0.30", "0.40"]))
-    assert found["threshold"].tolist() == ["0.40"]
+    assert found["setting"].tolist() == ["0.40"]
     assert found["FID, 1,000 steps"].item() == "60.00"
     assert found["difference from FP32, 100 steps"].item() == "+0.250 [-0.500, +1.000]"
 
@@ -168,7 +170,7 @@ def test_file_resident_and_peak_bytes_stand_side_by_side(sandbox):
     peak = pd.DataFrame(
         [{"method": row["method"], "granularity": "channel", "budget_bits": 3.0, "peak_mib": 9}]
     )
-    results.save_table(work, "11_peak_memory", peak)
+    workspace.save_table(work, "11_peak_memory", peak)
     assert tables.coded_bytes(work, coded).iloc[0, 2:].tolist() == ["0.80", "1.20", 9, "1"]
 
 

@@ -3,10 +3,10 @@ import pandas as pd
 import pytest
 from distributed import LocalCluster
 
-from lafq.study import paths, threshold_rows
+from lafq.study import threshold_rows, workspace
 from lafq.study.images import cluster, samples
 from lafq.study.images import evaluate as evaluation
-from lafq.study.images.candidates import BASELINE
+from lafq.study.rows import BASELINE
 from lafq.study.workspace import Workspace
 from tools.notebooks import notebooks
 from tools.run import check
@@ -14,7 +14,7 @@ from tools.run import check
 
 @pytest.fixture
 def workers():
-    """A function that starts so many workers in this process, and gives their scheduler's address."""
+    """A function that starts so many workers here, and gives their scheduler's address."""
     started = []
 
     def start(count):
@@ -27,15 +27,15 @@ def workers():
         found.close()
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_rows_are_the_same_bytes_on_a_cluster(keep, workers, sandbox, tiny, monkeypatch):
+@pytest.mark.slow
+def test_rows_are_the_same_bytes_on_a_cluster(workers, sandbox, tiny, monkeypatch):
     rows = [BASELINE, *threshold_rows.uniform(tiny, ("fp16", "int8"))]
-    drawn, here = samples.Sampling(3, 2, 0, 2), Workspace("smoke", keep=keep)
+    drawn, here = samples.Sampling(3, 2, 0, 2), Workspace("smoke", keep=True)
     table, images = evaluation.evaluate(here, tiny, rows, drawn)
     for name in ("BUILD", "RESULTS"):
-        monkeypatch.setattr(paths, name, sandbox / "elsewhere")
+        monkeypatch.setattr(workspace, name, sandbox / "elsewhere")
     monkeypatch.setattr(samples, "sample", None)
-    there = Workspace("smoke", keep=keep, scheduler=workers(2))
+    there = Workspace("smoke", keep=True, scheduler=workers(2))
     again, found = evaluation.evaluate(there, tiny, rows, drawn)
     pd.testing.assert_frame_equal(again, table, check_exact=True)
     assert images.keys() == found.keys()
@@ -50,10 +50,10 @@ def test_a_worker_with_another_torch_is_refused(monkeypatch):
 @pytest.mark.parametrize("address", ["nowhere", "ftp://127.0.0.1:1", "tcp://127.0.0.1:1"])
 def test_no_scheduler_is_one_sentence_before_anything_runs(address, monkeypatch):
     monkeypatch.setattr(cluster, "REACH", 1)
-    with pytest.raises(ValueError, match=f"no Dask scheduler answers at '{address}'"):
+    with pytest.raises(ValueError, match=f"no Dask scheduler with workers answers at '{address}'"):
         check("smoke", {"SCHEDULER": address}, notebooks())
 
 
 def test_a_scheduler_without_workers_is_named(workers):
-    with pytest.raises(ValueError, match="has no workers: start some"):
+    with pytest.raises(ValueError, match="no Dask scheduler with workers answers"):
         cluster.connect(workers(0))

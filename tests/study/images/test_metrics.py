@@ -5,7 +5,7 @@ import torch
 import torch_fidelity
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.images import classifier, inception, metrics, scoring
 
@@ -233,12 +233,12 @@ def test_inception_score_where_the_weights_have_the_last_layer():
 
 
 @pytest.mark.skipif(
-    not (paths.BUILD / "inception" / "default_1.pt").is_file(),
+    not (workspace.BUILD / "inception" / "default_1.pt").is_file(),
     reason="Inception weights not fetched yet",
 )
 def test_inception_tells_digits_from_noise():
     extractor = inception._build(
-        inception._from_torchscript((paths.BUILD / "inception" / "default_1.pt").read_bytes())
+        inception._from_torchscript((workspace.BUILD / "inception" / "default_1.pt").read_bytes())
     )
     images = mnist(train=False)[0]
     noise = torch.randint(

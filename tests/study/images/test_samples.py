@@ -9,15 +9,15 @@ import pandas as pd
 import pytest
 
 from lafq.quantization.model import weights_sha256
-from lafq.study import paths, results, threshold_rows
-from lafq.study.device import kind_of_machine
-from lafq.study.diffusion import weights
+from lafq.study import results, threshold_rows, workspace
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation
 from lafq.study.images import samples
 from lafq.study.images.samples import Sampling
-from lafq.study.workspace import Workspace
+from lafq.study.rows import recipe
+from lafq.study.workspace import Workspace, kind_of_machine
 
 SMOKE = Workspace("smoke")
 KEEPING = Workspace("smoke", keep=True)
@@ -37,7 +37,7 @@ KEYS = [
 @pytest.fixture
 def rows(tiny, sandbox, monkeypatch):
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
-    weights.save_fisher(SMOKE, fisher, 4, **FISHER)
+    subject.save_fisher(SMOKE, fisher, 4, **FISHER)
     sizes = threshold_rows.size_sweep(tiny, fisher, "int8", "weight", 20)
     swept = threshold_rows.candidates_at(
         "global", "tau", threshold_rows.nearest_size(sizes, 0.5), {"weight": fisher}
@@ -59,7 +59,7 @@ def files():
 
 def test_keys_are_what_they_were(tiny, rows):
     """Images of the paper profile are found by these keys: a change here loses hours of sampling."""
-    provenances = [samples.provenance(tiny, row, "0" * 64, FISHER) for row in rows]
+    provenances = [recipe(row, "0" * 64, FISHER, quantizable(tiny)) for row in rows]
     assert provenances[2] == {
         "weights": "0" * 64,
         "rule": "global",
@@ -80,7 +80,7 @@ def test_keys_are_what_they_were(tiny, rows):
 
 
 def test_committed_images_are_named_by_their_recipe():
-    for path in (paths.ROOT / "results" / "paper" / "samples").glob("*.npz"):
+    for path in (workspace.ROOT / "results" / "paper" / "samples").glob("*.npz"):
         images, record = samples.read(path)
         key = samples.row_key(
             record["recipe"], Sampling(100, record["steps"], record["seed"], record["batch"])
@@ -91,8 +91,8 @@ def test_committed_images_are_named_by_their_recipe():
 
 def test_a_plan_that_treats_all_weights_alike_is_the_uniform_row_or_the_baseline(tiny, rows):
     uniform, ratio = (
-        samples.provenance(tiny, rows[1], "w", FISHER),
-        {r.threshold: samples.provenance(tiny, r, "w", FISHER) for r in rows[3:]},
+        recipe(rows[1], "w", FISHER, quantizable(tiny)),
+        {r.setting: recipe(r, "w", FISHER, quantizable(tiny)) for r in rows[3:]},
     )
     assert ratio["0.00"] == uniform
     assert ratio["1.00"]["rule"] == "baseline"
@@ -181,12 +181,12 @@ def test_another_batch_size_draws_anew(tiny, sandbox):
 CHILD = """
 import sys, torch
 from pathlib import Path
-from lafq.study import paths
+from lafq.study import workspace
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images import samples
 from lafq.study.images.samples import Sampling
 from lafq.study.workspace import Workspace
-paths.RESULTS = Path(sys.argv[1])
+workspace.RESULTS = Path(sys.argv[1])
 torch.manual_seed(0), torch.set_num_threads(1)
 keep = samples._keep
 def said(path, *rest):
@@ -199,7 +199,7 @@ samples.cached_samples(Workspace("smoke"), UNet(4).eval(), Sampling(40, 20, 0, 2
 
 @pytest.mark.slow
 def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox, monkeypatch):
-    command = [sys.executable, "-c", CHILD, str(paths.RESULTS)]
+    command = [sys.executable, "-c", CHILD, str(workspace.RESULTS)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"}
     ) as child:
@@ -212,7 +212,7 @@ def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox
     for name, content in finished.items():
         (clone / "smoke" / "samples").mkdir(parents=True, exist_ok=True)
         (clone / "smoke" / "samples" / name).write_bytes(content)
-    monkeypatch.setattr(paths, "RESULTS", clone)
+    monkeypatch.setattr(workspace, "RESULTS", clone)
     drawn = []
     monkeypatch.setattr(
         samples, "sample", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k)
@@ -222,7 +222,7 @@ def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox
     assert len(drawn) == 20 - len(finished)
     kept = {path.name: path.read_bytes() for path in files()}
     assert {name: kept[name] for name in finished} == finished
-    monkeypatch.setattr(paths, "RESULTS", sandbox / "whole")
+    monkeypatch.setattr(workspace, "RESULTS", sandbox / "whole")
     whole = samples.cached_samples(*arguments, provenance={"rule": "killed"})
     assert np.array_equal(whole.images, resumed.images)
     assert {path.name: path.read_bytes() for path in files()} == kept
@@ -309,7 +309,7 @@ def test_the_kind_of_machine_names_what_decides_the_last_bits():
 
 
 def test_provenances_do_not_depend_on_the_weights_drawn_from(tiny, rows):
-    provenance = samples.provenance(tiny, rows[2], weights_sha256(tiny), FISHER)
+    provenance = recipe(rows[2], weights_sha256(tiny), FISHER, quantizable(tiny))
     assert weights_sha256(tiny) in provenance.values()
     assert "drawn_from" not in provenance
 

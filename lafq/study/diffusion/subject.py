@@ -1,65 +1,26 @@
-"""The trained weights of a profile: make, check, load; and keep their empirical Fisher information."""
+"""The subject of the experiment: the digits' shape, the model with its layers, and its files.
+
+Another data set or another model takes the place of `mnist` and `unet` here.
+"""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from lafq.study.diffusion import training
-from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.unet import UNet
+from lafq.study.diffusion.mnist import SHAPE, mnist
+from lafq.study.diffusion.unet import LAYERS, TIMESTEPS, UNet, layer_of, quantizable
 from lafq.study.workspace import Workspace
 from lafq.tensors import atomic_write, load_tensors, read_metadata, save_tensors, sha256
 
-CHECKPOINT, WEIGHTS, PACKED, FISHER = (
-    "checkpoint.safetensors",
-    "ema.safetensors",
-    "packed.safetensors",
-    "fisher.safetensors",
-)
+__all__ = ["LAYERS", "SHAPE", "TIMESTEPS", "UNet", "layer_of", "mnist", "quantizable"]
 
-
-def train(
-    work: Workspace,
-    width: int,
-    *,
-    seed: int,
-    steps: int,
-    dropout: float,
-    window: int = 50,
-    **settings: Any,
-) -> None:
-    """Train (or continue) the model of a profile; writes results/<profile>/ema.safetensors and
-    training.csv.
-
-    training.csv has the loss averaged over windows of `window` steps. `settings` are those of
-    `training.fit`.
-    """
-    torch.manual_seed(seed)
-    model = UNet(width, dropout).to(work.device, memory_format=torch.channels_last)
-    checkpoint = work.build / CHECKPOINT
-    weights, losses = training.fit(
-        model, mnist(train=True)[0], checkpoint, steps=steps, seed=seed, **settings
-    )
-    save_tensors(
-        work.results / WEIGHTS,
-        weights,
-        width=width,
-        steps=steps,
-        seed=seed,
-        dropout=dropout,
-        **settings,
-    )
-    loss = (
-        pd.Series(losses, index=range(1, steps + 1))
-        .groupby(lambda step: -(-step // window) * window)
-        .mean()
-    )
-    with atomic_write(work.results / "training.csv") as temporary:
-        loss.rename_axis("step").rename("loss").to_csv(temporary, float_format="%.6f")
+CHECKPOINT = "checkpoint.pt"
+WEIGHTS = "ema.safetensors"
+PACKED = "packed.safetensors"
+FISHER = "fisher.safetensors"
 
 
 def check_weights(
@@ -77,23 +38,21 @@ def check_weights(
             f"the trained weights {path} are missing: give a file that has them with WEIGHTS=path, "
             f"or train them anew with TRAIN=1"
         )
-    found = read_metadata(path)
+    metadata = read_metadata(path)
     for name, value in {"width": width, "seed": seed, **training}.items():
         # Weights made before a setting was there do not name it.
-        if found.get(name, value) != value:
+        if metadata.get(name, value) != value:
             raise ValueError(
-                f"{path} was trained with {name}={found[name]}, profile {work.profile} has "
-                f"{value}: give the weights of this "
-                "profile with WEIGHTS=path, or train them anew with TRAIN=1"
+                f"{path} was trained with {name}={metadata[name]}, profile {work.profile} has "
+                f"{value}: give the weights of this profile with WEIGHTS=path, or train them anew "
+                f"with TRAIN=1"
             )
 
 
 def take_weights(
     work: Workspace, path: Path, width: int, seed: int, training: dict[str, Any]
 ) -> None:
-    """Copy trained weights into results/<profile>/, where the notebooks look; errors as
-    `check_weights`.
-    """
+    """Copy trained weights into results/<profile>/; errors as `check_weights`."""
     check_weights(work, width, seed, training, path)
     with atomic_write(work.results / WEIGHTS) as temporary:
         shutil.copyfile(path, temporary)
@@ -105,10 +64,9 @@ def load_model(work: Workspace, width: int) -> UNet:
     Raises FileNotFoundError naming what makes them when there are none, ValueError when they are of
     another width or damaged.
     """
+    weights, _ = load_tensors(work.results / WEIGHTS, "01_train with TRAIN=1", width=width)
     model = UNet(width)
-    model.load_state_dict(
-        load_tensors(work.results / WEIGHTS, "01_train with TRAIN=1", width=width)[0]
-    )
+    model.load_state_dict(weights)
     return model.eval().to(work.device, memory_format=torch.channels_last)
 
 
@@ -118,13 +76,8 @@ def save_fisher(work: Workspace, values: dict[str, Tensor], width: int, **settin
 
     settings: how it was estimated (samples, bins, seed), kept in the file.
     """
-    save_tensors(
-        work.results / FISHER,
-        values,
-        weights=_weights_file_sha256(work),
-        width=width,
-        settings=settings,
-    )
+    about = {"weights": _weights_file_sha256(work), "width": width, "settings": settings}
+    save_tensors(work.results / FISHER, values, **about)
 
 
 def fisher_settings(work: Workspace) -> dict[str, int]:
@@ -133,16 +86,13 @@ def fisher_settings(work: Workspace) -> dict[str, int]:
 
 
 def load_fisher(work: Workspace, width: int) -> dict[str, Tensor]:
-    """The empirical Fisher values of the six layers' weights (`unet.quantizable`), by parameter
-    name, as `save_fisher` wrote them.
+    """What `save_fisher` wrote, by parameter name.
 
     Raises FileNotFoundError when there are none, ValueError when they are of other weights than the
     profile's.
     """
-    path = work.results / FISHER
-    return load_tensors(
-        path, "02_fisher with COMPUTE=True", weights=_weights_file_sha256(work), width=width
-    )[0]
+    about = {"weights": _weights_file_sha256(work), "width": width}
+    return load_tensors(work.results / FISHER, "02_fisher with COMPUTE=True", **about)[0]
 
 
 def _weights_file_sha256(work: Workspace) -> str:
