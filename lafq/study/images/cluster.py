@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from lafq.quantization.checkpoint import load_quantized
-from lafq.quantization.model import dequantize
+from lafq.quantization.model import dequantize_
 from lafq.study import workspace
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
@@ -68,7 +68,7 @@ def draw(
     with TemporaryDirectory() as folder:
         path = Path(folder) / "packed.safetensors"
         path.write_bytes(packed)
-        model = dequantize(load_quantized(path, UNet(width)))
+        model = dequantize_(load_quantized(path, UNet(width)))
     return sample(model.to(chosen), images, steps, seed, batch).numpy(), kind_of_machine()
 
 

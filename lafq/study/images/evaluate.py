@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from lafq.quantization.checkpoint import save_quantized
-from lafq.quantization.model import dequantize, quantize, weights_sha256
+from lafq.quantization.model import dequantize_, quantize, weights_sha256
 from lafq.study import workspace
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.mnist import REFERENCE
@@ -90,7 +90,7 @@ def _rows(
     a time.
     """
     for i, candidate in enumerate(candidates, start=1):
-        rounded = dequantize(quantized(model, candidate, seed))
+        rounded = dequantize_(quantized(model, candidate, seed))
         sampled = draw(candidate, rounded, f"row {i} of {len(candidates)}")
         yield candidate, sampled, score(candidate, rounded, sampled)
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from distributed import Client, LocalCluster
 
-from lafq.quantization.model import dequantize, quantize
+from lafq.quantization.model import dequantize_, quantize
 from lafq.study import threshold_rows, workspace
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import cluster, samples
@@ -89,7 +89,7 @@ def test_a_killed_worker_loses_no_row(two_workers, sandbox, tiny, monkeypatch):
 
     monkeypatch.setattr(samples, "_keep", keep)
     samples.sample_on_cluster(on(two_workers), tiny, packed, 6, DRAWN)
-    expected = [dequantize(quantize(tiny, plan)) for plan in plans_of(tiny)]
+    expected = [dequantize_(quantize(tiny, plan)) for plan in plans_of(tiny)]
     assert killed
     assert len(machines) == 1
     assert kept.keys() == {samples.sample_key(model, *DRAWN[:3]) for model in expected}
