@@ -18,7 +18,7 @@ from dask.system import CPU_COUNT
 from torch import nn
 
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
-from lafq.quantization.model import dequantize, quantize
+from lafq.quantization.model import dequantize_, quantize
 from lafq.quantization.plan import Plan
 from lafq.study import replicates, threshold_rows, workspace
 from lafq.study.audit import published_images
@@ -233,7 +233,7 @@ def described(profile: str, images: int = DESCRIBED) -> dict[str, pd.DataFrame]:
     chosen |= {f"{rule}, 6 bits per weight": rules_at_6[rule] for rule in ("global", "magnitude")}
     sets = {"FP32": cached_samples(work, model, sampling).images}
     sets |= {
-        name: cached_samples(work, dequantize(quantize(model, plan)), sampling, name).images
+        name: cached_samples(work, dequantize_(quantize(model, plan)), sampling, name).images
         for name, plan in chosen.items()
     }
     sets[REAL] = mnist(train=False)[0][HELD_OUT][:images]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from lafq.allocation.rules import GROUPS, by_layer, keep_ratio
-from lafq.quantization.model import dequantize, quantize
+from lafq.quantization.model import dequantize_, quantize
 from lafq.quantization.plan import make_plan
 from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
 from lafq.study.diffusion.unet import UNet, layer_of, quantizable
@@ -119,7 +119,7 @@ def fisher_choices(
         for low in ("int8", "int4"):
             plan = make_plan(keep_ratio(values, ratio), low)
             rise = (
-                (scoring.held_out_losses(dequantize(quantize(model, plan)), seed) - losses)
+                (scoring.held_out_losses(dequantize_(quantize(model, plan)), seed) - losses)
                 .mean()
                 .item()
             )

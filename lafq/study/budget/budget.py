@@ -14,11 +14,10 @@ import pandas as pd
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq.allocation.prediction import predicted_damage
-from lafq.fisher.sensitivity import Sensitivity
+from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.formats import MIB
-from lafq.quantization.model import bits_per_weight, dequantize, nbytes
+from lafq.quantization.model import bits_per_weight, dequantize_, nbytes
 from lafq.study.budget.methods import bits_of, is_allocated, mib_at
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import scoring
@@ -70,7 +69,7 @@ def measure_candidates(
     outputs, full = scoring.held_out_outputs(model, noise, digits, first), nbytes(model, {})
     found, errors = [], {}
     for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
-        small, size = dequantize(quantized(model, row, seed)), nbytes(model, row.plan)
+        small, size = dequantize_(quantized(model, row, seed)), nbytes(model, row.plan)
         own, rise = scoring.output_errors(small, outputs, noise, first)
         errors[row[:5]] = own
         key = row.budget_key | {"budget_mib": mib_at(model, row.bits)}
@@ -149,7 +148,7 @@ def images(
     shown = [BASELINE._replace(bits=32.0), *chosen]
     found, samples = [], {}
     for row in shown:
-        name, small = f"{row.bits:g} bits", dequantize(quantized(model, row, seed))
+        name, small = f"{row.bits:g} bits", dequantize_(quantized(model, row, seed))
         key, generated, _ = cached_samples(work, small, Sampling(IMAGES, steps, seed), name)
         samples[key] = generated[:, 0].numpy()
         size = {"mem_mib": nbytes(model, row.plan) / MIB, "sample": key}
