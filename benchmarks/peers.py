@@ -34,9 +34,9 @@ from lafq.study.diffusion.subject import load_model
 from lafq.study.workspace import Workspace
 from lafq.tensors import load_tensors
 
-OURS = "lafq, uniform"
 HERE = Path(__file__).parent
 BITS = (8, 6, 4, 3, 2)
+OURS = "lafq, uniform"
 SAMPLES, DIGITS = {16: 512, 64: 128}, {16: 500, 64: 100}
 SCALE_BYTES = 2  # a scale counts as FP16, as ours do
 # By library and width the bits, where all would take hours.
