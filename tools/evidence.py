@@ -209,9 +209,7 @@ def damages(profile: str) -> dict[str, pd.DataFrame]:
     table = budget.measure_candidates(
         model, in_files + ruled, other, seed, p["DAMAGE_DIGITS"], fresh=True
     )
-    files = budget.coded_files(
-        work, model, [row for row in in_files if row.bits < FILES_BELOW], seed
-    )
+    files = budget.coded_files(model, [row for row in in_files if row.bits < FILES_BELOW], seed)
     return {"damages": table.merge(files, how="left")}
 
 

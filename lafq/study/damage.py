@@ -21,7 +21,6 @@ from lafq.quantization.model import bits_per_weight, dequantize, nbytes
 from lafq.study.budget.methods import bits_of, is_allocated, mib_at
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import scoring
-from lafq.study.images.peak_memory import PeakMeter
 from lafq.study.images.samples import Sampling, cached_samples
 from lafq.study.rows import BASELINE, BUDGET_KEY, Row, quantized
 from lafq.study.workspace import Workspace
@@ -120,21 +119,15 @@ def measure_candidates(
     return pd.DataFrame(found)[COLUMNS]
 
 
-def coded_files(work: Workspace, model: nn.Module, rows: list[Row], seed: int) -> pd.DataFrame:
-    """Of every row the MiB of its entropy-coded file, header included, and peak MiB of sampling a
-    digit from it.
-
-    Columns BUDGET_KEY, file_mib, peak_mib; peaks repeat to a few tenths, so
-    they are whole MiB.
-    """
+def coded_files(model: nn.Module, rows: list[Row], seed: int) -> pd.DataFrame:
+    """BUDGET_KEY and file_mib of every row: its entropy-coded file in MiB, header included."""
     found = []
-    with TemporaryDirectory() as folder, PeakMeter(work.device) as meter:
+    with TemporaryDirectory() as folder:
         path = Path(folder) / "row.safetensors"
         for row in tqdm(rows, desc="entropy-coded files", unit="row", leave=False):
             save_quantized(path, quantized(model, row, seed), model, compress=True)
-            size = path.stat().st_size / MIB
-            found.append(row.budget_key | {"file_mib": size, "peak_mib": round(meter.mib(path))})
-    return pd.DataFrame(found, columns=[*BUDGET_KEY, "file_mib", "peak_mib"])
+            found.append(row.budget_key | {"file_mib": path.stat().st_size / MIB})
+    return pd.DataFrame(found, columns=[*BUDGET_KEY, "file_mib"])
 
 
 def bits_by_tensor(

@@ -8,7 +8,7 @@ from torch import nn
 
 from lafq.study import claims, poster
 from lafq.study.images import samples
-from lafq.study.images.evaluate import evaluate, load_inception, measure_peak_memory
+from lafq.study.images.evaluate import evaluate, load_inception
 from lafq.study.images.samples import Sampling
 from lafq.study.rows import KEY, Row
 from lafq.study.workspace import (
@@ -74,14 +74,13 @@ def evaluate_rows(
     inception_reference: int = 0,
     compared: Sequence[Row] = (),
 ) -> None:
-    """Evaluate the candidates of a notebook and write its table, its images and their peak memory.
+    """Evaluate the candidates of a notebook and write its table and its images.
 
     compared: those of the rows that go into paper_comparison.csv. The rest as in
     `evaluate.evaluate`.
     """
     table, images = evaluate(work, model, rows, sampling, inception_reference)
     save_rows(work, name, table, images)
-    update(work, "peak_memory", measure_peak_memory(work, model, rows))
     keys = {row[: len(KEY)] for row in compared}
     if keys:
         compared_rows = table[[key in keys for key in table[KEY].itertuples(index=False)]]

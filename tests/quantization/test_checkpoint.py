@@ -13,7 +13,6 @@ from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.model import nbytes, quantize, resident_bytes, weights_sha256
 from lafq.quantization.plan import make_plan
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.images.peak_memory import PeakMeter
 
 
 def saved(path, model, plan):
@@ -52,34 +51,6 @@ def test_count_file_and_resident_bytes_agree_at_the_papers_width(path, low):
     assert counted <= path.stat().st_size <= 1.01 * counted
     if low == "int8":
         assert counted <= 0.26 * resident_bytes(model)
-
-
-@pytest.mark.slow
-def test_sampling_from_packed_weights_takes_less_memory(path, tmp_path):
-    model, other = UNet(64), tmp_path / "fp32.safetensors"
-    packed, full = (
-        saved(path, model, dict.fromkeys(quantizable(model), "int8")),
-        saved(other, model, {}),
-    )
-    with PeakMeter() as meter:
-        saving = meter.mib(other, steps=2) - meter.mib(path, steps=2)
-        # The order of the questions does not matter.
-        with PeakMeter() as another:
-            assert another.mib(path, steps=2) == pytest.approx(meter.mib(path, steps=2), abs=1)
-    # What is not saved of the stored bytes: one layer at a time is FP32, of at most 9 MiB, while it
-    # is used.
-    assert saving > 0.7 * (resident_bytes(full) - resident_bytes(packed)) / 2**20
-
-
-def test_measuring_a_file_that_is_none(path):
-    path.write_text("no model")
-    with (
-        PeakMeter() as meter,
-        pytest.raises(
-            ValueError, match=r"measuring the memory of .*model.safetensors failed: .*is damaged"
-        ),
-    ):
-        meter.mib(path)
 
 
 def test_metadata(tiny, path):

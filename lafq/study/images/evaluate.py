@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -12,16 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from lafq.quantization.checkpoint import save_quantized
-from lafq.quantization.model import dequantize, quantize, weights_sha256
+from lafq.quantization.model import dequantize, weights_sha256
 from lafq.study import workspace
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import bootstrap, classifier, inception, metrics, samples, scoring
-from lafq.study.images.peak_memory import PeakMeter
 from lafq.study.images.samples import Sampled, Sampling, cached_samples, sample_on_cluster
-from lafq.study.rows import BASELINE, KEY, Row, quantized, recipe, sizes
+from lafq.study.rows import BASELINE, Row, quantized, recipe, sizes
 from lafq.study.workspace import Workspace
 
 # From a candidate, its quantized model read back in FP32, and (Draw) the label of a progress bar.
@@ -142,19 +138,6 @@ def _provenances(
         return first.setdefault(weights_sha256(rounded), own)
 
     return provenance_of
-
-
-def measure_peak_memory(work: Workspace, model: nn.Module, candidates: list[Row]) -> pd.DataFrame:
-    """Peak memory of sampling from each candidate's file, in whole MiB (it repeats to a few
-    tenths): columns KEY and peak_mib.
-    """
-    found = []
-    with TemporaryDirectory() as folder, PeakMeter(work.device) as meter:
-        path = Path(folder) / "peak.safetensors"
-        for candidate in candidates:
-            save_quantized(path, quantize(model, candidate.plan), model)
-            found.append(candidate.key | {"peak_mib": round(meter.mib(path))})
-    return pd.DataFrame(found, columns=[*KEY, "peak_mib"])
 
 
 def evaluate_large(
