@@ -24,7 +24,7 @@ from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, unshrunk_scale
 from lafq.quantization.model import bits_per_weight, nbytes
 from lafq.quantization.plan import Plan, Recipe
-from lafq.study.budget.budget import FRESH, FRESH_SEED
+from lafq.study.damage import FRESH, FRESH_SEED
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.subject import load_model

@@ -39,8 +39,8 @@ from lafq.fisher.shrinkage import Moments
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB
 from lafq.study import workspace
-from lafq.study.budget.budget import FRESH, FRESH_SEED
-from lafq.study.budget.methods import mib_at
+from lafq.study.damage import FRESH, FRESH_SEED
+from lafq.study.rows import mib_at
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.subject import load_model

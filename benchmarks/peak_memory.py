@@ -20,7 +20,7 @@ from shared import PROFILES, forget_peak, memory, run
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import quantize
-from lafq.study import results, threshold_rows
+from lafq.study import results
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.subject import load_fisher, load_model
 from lafq.study.diffusion.unet import UNet, quantizable
@@ -86,7 +86,7 @@ def rows(profile: str) -> pd.DataFrame:
     ratios = p["PUBLISHED"]["ratios"]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "row.safetensors"
-        for row in threshold_rows.published_rows(model, fisher, ratios, p["THRESHOLDS"]):
+        for row in published_rows(model, fisher, ratios, p["THRESHOLDS"]):
             save_quantized(path, quantize(model, row.plan), model)
             found.append(row.key | {"peak_mib": round(peak_mib(path, work.device.type))})
     return pd.DataFrame(found, columns=[*KEY, "peak_mib"])

@@ -28,7 +28,7 @@ from lafq.quantization.formats import MIB, bit_bytes, unshrunk_scale
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import Plan, Recipe
 from lafq.study import workspace
-from lafq.study.budget.budget import FRESH, FRESH_SEED
+from lafq.study.damage import FRESH, FRESH_SEED
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.subject import load_model

@@ -8,8 +8,8 @@ from pathlib import Path
 import nbformat
 
 from lafq.study import poster, workspace
-from lafq.study.audit import published_images
-from lafq.study.budget import predictions, summaries
+from lafq.study import published_images
+from lafq.study.budget import summaries
 from lafq.study.figures import audit_tables, sentences
 from lafq.study.rows import BASELINE
 from lafq.study.workspace import Workspace, profile_parameters
@@ -76,7 +76,7 @@ def audit(name: str, work: Workspace) -> str:
 def beyond(name: str, work: Workspace) -> str:
     """What the study of budgets found."""
     if name == "10_damage":
-        return predictions.best_predictors(
+        return summaries.best_predictors(
             workspace.load_table(work, "10_ranks"), workspace.load_table(work, "10_by_proxy")
         )
     if name == "11_files":

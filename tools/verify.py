@@ -21,11 +21,12 @@ from torch import nn
 
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize, quantize
-from lafq.study import threshold_rows, workspace
+from lafq.study import workspace
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images import classifier, metrics, samples
+from lafq.study.rows import uniform_rows
 from lafq.study.workspace import Workspace, compute_on, profile_parameters
 from tools import compare
 
@@ -127,7 +128,7 @@ def check_weights(
     baseline = next(workspace.load_table(work, "01_baseline").itertuples())
     yield check_drawn(work, "FP32 baseline", model, baseline, IMAGES, parameters["SEED"])
     table = workspace.load_table(work, "03_global")
-    for row in threshold_rows.uniform(model):
+    for row in uniform_rows(model):
         [found] = table[(table["rule"] == "uniform") & (table["format"] == row.format)].itertuples()
         small = dequantize(quantize(model, row.plan))
         yield check_drawn(

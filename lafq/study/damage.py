@@ -10,40 +10,36 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from lafq.allocation.prediction import predicted_damage
-from lafq.fisher.sensitivity import Sensitivity
-from lafq.quantization.checkpoint import save_quantized
-from lafq.quantization.formats import MIB
-from lafq.quantization.model import bits_per_weight, dequantize, nbytes
-from lafq.study.budget.methods import bits_of, is_allocated, mib_at
-from lafq.study.diffusion.unet import quantizable
-from lafq.study.images import scoring
-from lafq.study.images.samples import Sampling, cached_samples
-from lafq.study.rows import BASELINE, BUDGET_KEY, Row, quantized
-from lafq.study.workspace import Workspace
-import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lafq.allocation import allocate as solver
 from lafq.allocation.pareto import StorageOption, undominated
+from lafq.allocation.prediction import predicted_damage
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.channels import stored_bytes
+from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.checks import channel_view
-from lafq.quantization.formats import fake_quantize, get_format, unshrunk_scale
-from lafq.quantization.model import dequantize, quantize
+from lafq.quantization.formats import MIB, fake_quantize, get_format, unshrunk_scale
+from lafq.quantization.model import bits_per_weight, dequantize, nbytes, quantize
 from lafq.quantization.plan import Recipe
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
-from lafq.study.budget.budget import HALF_PIXELS
-from lafq.study.budget.methods import budget_row, mib_at
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import scoring
-from lafq.study.rows import Row
+from lafq.study.images.samples import Sampling, cached_samples
+from lafq.study.rows import (
+    BASELINE,
+    BUDGET_KEY,
+    Row,
+    at_bits,
+    bits_of,
+    is_allocated,
+    mib_at,
+    quantized,
+)
+from lafq.study.workspace import Workspace
 
 HALF_PIXELS = 512
 FRESH, FRESH_SEED = (
@@ -67,7 +63,7 @@ COLUMNS = [
 ]
 
 
-def measure_candidates(
+def measure_damage(
     model: nn.Module,
     rows: list[Row],
     validation: Sensitivity,
@@ -133,7 +129,7 @@ def coded_files(model: nn.Module, rows: list[Row], seed: int) -> pd.DataFrame:
 def bits_by_tensor(
     model: nn.Module, fisher: dict[str, Tensor], rows: list[Row], granularity: str = "mixed"
 ) -> pd.DataFrame:
-    """Bits per weight of every weight tensor in the allocator's candidates of a granularity.
+    """Bits per weight of every weight tensor in the allocator's rows of a granularity.
 
     Columns budget_bits, parameter, fisher (the tensor's mean), bits_per_weight.
     """
@@ -151,7 +147,7 @@ def bits_by_tensor(
     return pd.DataFrame(found, columns=["budget_bits", "parameter", "fisher", "bits_per_weight"])
 
 
-def images(
+def images_at_bits(
     work: Workspace,
     model: nn.Module,
     rows: list[Row],
@@ -236,27 +232,6 @@ def rank_correlations(points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table, index=list(PROXIES)).rename_axis("prediction").reset_index()
 
 
-def best_predictors(ranks: pd.DataFrame, rows: pd.DataFrame) -> str:
-    """What predicts damage, from `rank_correlations` and from the measured damage of the plans of
-    `allocate_by_proxy`.
-    """
-    within = ranks.set_index("prediction").drop(columns="all formats")
-    by = {name: f"{within.loc[name].min():.2f} to {within.loc[name].max():.2f}" for name in PROXIES}
-    over = rows.set_index("method")["damage"] / rows.set_index("method")["damage"]["by measured"]
-    ranks_well = within.loc["Fisher x error"].min() > 0.95
-    return (
-        f"**Fisher information times squared rounding error "
-        f"{'ranks' if ranks_well else 'does not rank'} weight tensors by their "
-        f"damage.** Its rank correlation with the measured damage is {by['Fisher x error']} within "
-        f"a format. Fisher information "
-        f"alone has {by['Fisher']}, magnitude {by['magnitude']}. Each score also chose formats "
-        f"({rows['budget_bits'].iloc[0]:g} "
-        f"bits per weight). Formats by Fisher information times error do "
-        f"{over['by Fisher x error']:.1f} times the damage of "
-        f"formats by measured damage; by magnitude, {over['by magnitude']:.0f} times."
-    )
-
-
 def allocate_by_proxy(
     model: nn.Module, points: pd.DataFrame, bits: float, calibration: Sensitivity
 ) -> list[Row]:
@@ -275,5 +250,5 @@ def allocate_by_proxy(
         plan = solver.solve_budget(
             model, frontiers, mib_at(model, bits), recipe=Recipe(unshrunk_scale, calibration.fisher)
         )
-        rows.append(budget_row(proxy, "any", "tensor", "nearest", bits, plan))
+        rows.append(at_bits(proxy, "any", "tensor", "nearest", bits, plan))
     return rows

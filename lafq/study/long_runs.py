@@ -4,61 +4,64 @@ tables.
 Steps whose tables are there already are left alone (`--anew` makes them again); within a step,
 images that were sampled and training that was done before an interruption are kept in
 build/<profile>.
+
+Training runs differ from each other in the training seed alone. The first is the shipped model; the
+others train anew with the settings of the profile. Every run takes its own Fisher information,
+thresholds and images. An interval over images cannot show how a claim varies from run to run. A run
+computes with one thread, so that its numbers do not depend on how many runs share a machine.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
 from dask.system import CPU_COUNT
 from torch import nn
 
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
-from lafq.quantization.model import dequantize, quantize
-from lafq.quantization.plan import Plan
-from lafq.study import replicates, threshold_rows, workspace
-from lafq.study.audit import published_images
-from lafq.study.audit.noise_floor import noise_floor
-from lafq.study.budget import budget, methods, rules
-from lafq.study.budget.image_statistics import REAL, image_statistics
+from lafq.quantization.model import dequantize, quantize, weights_sha256
+from lafq.rng import generator
+from lafq.study import claims, damage, published_images
+from lafq.study.diffusion import training
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.subject import load_fisher, load_model
-from lafq.study.diffusion.unet import quantizable
+from lafq.study.diffusion.unet import UNet, quantizable
+from lafq.study.fisher_by_timestep import fisher_by_timestep
 from lafq.study.images import classifier, metrics
 from lafq.study.images.evaluate import evaluate, evaluate_large
-from lafq.study.images.samples import Sampling, cached_samples, weights_sha256
-from lafq.study.rows import BASELINE, by_budget
-from lafq.study.workspace import Workspace, profile_parameters
+from lafq.study.images.samples import Sampling, cached_samples
+from lafq.study.rows import (
+    BASELINE,
+    Row,
+    allocated_at_bits,
+    bits_of,
+    by_budget,
+    claimed_rows,
+    coded_at_bits,
+    made,
+    measured_sensitivity,
+    rules_at_bits,
+    tuned_rows,
+    uniform_at_bits,
+    uniform_rows,
+)
+from lafq.study.workspace import (
+    Workspace,
+    load_optional,
+    profile_parameters,
+    save_images,
+    save_table,
+)
 from lafq.tensors import load_tensors, save_tensors
-import math
-from typing import Any
 
-import numpy as np
-import pandas as pd
-import torch
-from scipy import stats
-from torch import nn
-
-from lafq.allocation.rules import relative_to_group
-from lafq.rng import generator
-from lafq.study import claims, poster, threshold_rows
-from lafq.study.claims import Claim
-from lafq.study.diffusion import training
-from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.subject import load_model
-from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.fisher_analysis import fisher_by_timestep
-from lafq.study.images.bootstrap import LEVEL
-from lafq.study.images.evaluate import evaluate
-from lafq.study.images.samples import Sampling
-from lafq.study.rows import BASELINE, Row
-from lafq.study.verdict import verdict
-from lafq.study.workspace import Workspace
-
+SEEDS = (0, 1, 2, 3, 4)
 IMAGES, DESCRIBED, SHOWN = 1000, 200, 16
 ALLOCATED, RULE_BITS = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
 # Bits per weight: of entropy-coded files, and of the allocator at the poster's size.
@@ -77,22 +80,36 @@ SELECTED = {
     ("allocate_all", "feedback"): (3.5,),
     **{(rule, "feedback"): () for rule in RULES},
 }
+AT_32_BITS = BASELINE._replace(setting="32.000", bits=32.0)
+Tables = dict[str, pd.DataFrame]
 
 
-def rows(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
+def noise_floor(profile: str) -> Tables:
+    """What FID and KID show of real and of generated digits at every number of images."""
+    return {"noise_floor": published_images.noise_floor(profile_parameters(profile))}
+
+
+def many_images(profile: str, images: int = IMAGES) -> Tables:
     """The rows that C3 and C4 speak of with ten times the images, on disjoint blocks too, and these
     claims at that N.
     """
-    p = profile_parameters(profile)
-    work = Workspace.of(p)
-    model, fisher = load_model(work, p["WIDTH"]), load_fisher(work, p["WIDTH"])
-    claimed = replicates.claimed_rows(model, fisher, p["THRESHOLDS"])
-    table, samples = evaluate_large(
-        work, model, claimed, Sampling(images, p["SAMPLING_STEPS"], p["SEED"])
-    )
+    p, work, model = _opened(profile)
+    rows = claimed_rows(model, load_fisher(work, p["WIDTH"]), p["THRESHOLDS"])
+    sampling = Sampling(images, p["SAMPLING_STEPS"], p["SEED"])
+    table, samples = evaluate_large(work, model, rows, sampling)
+    of_images = claims.claims_on_images(table, samples, p["SEED"])
+    return {"evidence_rows_claims": pd.DataFrame(of_images), "evidence_rows": table}
+
+
+def training_runs(profile: str, seeds: tuple[int, ...] = SEEDS) -> Tables:
+    """Rows and claims of models trained from other seeds, and each claim over them."""
+    with one_process_per_core() as pool:
+        by_seed = list(pool.map(training_run, repeat(profile_parameters(profile)), seeds))
+    table, of_runs = (pd.concat(parts, ignore_index=True) for parts in zip(*by_seed, strict=True))
     return {
-        "rows": table,
-        "rows_claims": pd.DataFrame(replicates.on_images(table, samples, p["SEED"])),
+        "evidence_runs_claims": of_runs,
+        "evidence_runs_over": claims.over_runs(of_runs),
+        "evidence_runs": table,
     }
 
 
@@ -101,254 +118,36 @@ def one_process_per_core() -> Executor:
     return ProcessPoolExecutor(CPU_COUNT, mp_context=get_context("spawn"))
 
 
-def runs(profile: str, seeds: tuple[int, ...] = replicates.SEEDS) -> dict[str, pd.DataFrame]:
-    """Rows and claims of models trained from other seeds, and each claim over them."""
-    with one_process_per_core() as pool:
-        found = list(pool.map(replicates.replicate, repeat(profile_parameters(profile)), seeds))
-    table, claims = (pd.concat(parts, ignore_index=True) for parts in zip(*found, strict=True))
-    return {"runs": table, "runs_claims": claims, "runs_over": replicates.over_runs(claims)}
-
-
-def budgets(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
-    """FID of rows of 06_budget: the unquantized model, uniform formats, the allocator ("mixed";
-    tuned too), threshold rules.
+def training_run(parameters: dict[str, Any], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One run: its rows as `evaluate.evaluate` gives them, and its claims; both with columns seed
+    and steps in front.
     """
-    p = profile_parameters(profile)
-    work = Workspace.of(p)
-    model = load_model(work, p["WIDTH"])
-    known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
-    allocated = methods.allocated(model, known, list(ALLOCATED), granularities=("mixed",))
-    rows = [
-        BASELINE._replace(setting="32.000", bits=32.0),
-        *methods.uniform(model, known),
-        *allocated,
-    ]
-    rows += methods.tuned(allocated, **p["TUNED"])
-    rows += [
-        row
-        for row in methods.thresholds(model, known, list(RULE_BITS), p["SEED"])
-        if row.rule in RULES
-    ]
-    rows = [row for row in rows if row.bits in SELECTED.get((row.rule, row.rounding), (row.bits,))]
-    table, _ = evaluate(work, model, rows, Sampling(images, p["SAMPLING_STEPS"], p["SEED"]))
-    return {"budget": by_budget(table).drop(columns="sample")}
-
-
-def fresh(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
-    """Rows of 06_budget at 4 bits per weight, the allocator and the rules rounded alike, from noise
-    never used before.
-    """
-    p = profile_parameters(profile)
-    work = Workspace.of(p)
-    model, seed = load_model(work, p["WIDTH"]), p["SEED"] + budget.FRESH_SEED
-    known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
-    allocated = methods.allocated(model, known, [rules.RATE], ("mixed",), ablations=())
-    found = [*allocated, *methods.tuned(allocated, [rules.RATE], p["TUNED"]["steps"])]
-    found += methods.thresholds(model, known, [rules.RATE], p["SEED"])
-    chosen = [row for row in found if (row.rule, row.rounding) in FRESH]
-    table, samples = evaluate_large(
-        work, model, chosen, Sampling(images, p["SAMPLING_STEPS"], seed)
+    p, work = parameters, Workspace.open(parameters["PROFILE"], 1, parameters["DEVICE"])
+    model, digits = trained(work, p, seed), mnist(train=True)[0]
+    fisher = fisher_by_timestep(
+        model,
+        list(quantizable(model)),
+        digits,
+        samples=p["FISHER_SAMPLES"],
+        bins=p["TIMESTEP_BINS"],
+        seed=seed,
     )
-    claims = rules.image_claims(table[table["rule"].isin(RULES)], samples, seed)
-    return {"fresh": table, "fresh_claims": pd.DataFrame(claims)}
-
-
-def coded(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
-    """FID of entropy-coded files of 06_budget, from the noise of the other rows."""
-    p = profile_parameters(profile)
-    work = Workspace.of(p)
-    model = load_model(work, p["WIDTH"])
-    known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
-    rows = [
-        BASELINE._replace(setting="32.000", bits=32.0),
-        *methods.coded(model, known, list(CODED_FILES)),
-    ]
-    table, _ = evaluate(work, model, rows, Sampling(images, p["SAMPLING_STEPS"], p["SEED"]))
-    return {"coded": by_budget(table).drop(columns="sample")}
-
-
-def at_int4_bytes(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
-    """Uniform INT8 and INT4, and at the bytes of INT4 the allocator and two rules, rounded alike;
-    the noise of the other tables.
-    """
-    p = profile_parameters(profile)
-    work = Workspace.of(p)
-    model, seed, samples = load_model(work, p["WIDTH"]), p["SEED"], p["TRUE_FISHER_SAMPLES"]
-    known = methods.measured_sensitivity(model, samples, seed)
-    same = threshold_rows.uniform(model, ("int8", "int4"))
-    bits = methods.bits_of(model, same[-1].plan)
-    found = methods.allocated(model, known, [bits], ("mixed",), ablations=())
-    found += methods.thresholds(model, known, [bits], seed, ("global", "ratio"))
-    chosen = [
-        row._replace(made=methods.made(samples, seed))
-        for row in found
-        if (row.rule, row.rounding) in FRESH
-    ]
-    sampling = Sampling(images, p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
-    table, generated = evaluate_large(work, model, [*same, *chosen], sampling)
-    ruled = table[table["rule"].isin(RULES)]
-    claims = rules.image_claims(ruled, generated, seed, f"width {p['WIDTH']}, the bytes of INT4")
-    return {"int4": table, "int4_claims": pd.DataFrame(claims)}
-
-
-def sensitivity(work: Workspace, model: nn.Module, samples: int, seed: int) -> Sensitivity:
-    """A sensitivity to make plans from; kept in build/<profile>, so that an interrupted run goes on
-    from there.
-    """
-    path, made = (
-        work.build / f"sensitivity_{seed}.safetensors",
-        {"weights": weights_sha256(model), "samples": samples},
+    rows = claimed_rows(model, fisher.by_weight, p["THRESHOLDS"])
+    table, images = evaluate(work, model, rows, Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed))
+    weights = fisher.timesteps.drop_duplicates("parameter").set_index("parameter")["weights"]
+    of_run = pd.DataFrame(
+        [
+            *claims.fisher_claims(fisher.blocks, weights, "empirical, noised digits", seed),
+            *claims.claims_on_images(table, images, seed),
+        ]
     )
-    if path.is_file():
-        kept, _ = load_tensors(path, "make evidence", **made)
-    else:
-        found = methods.measured_sensitivity(model, samples, seed, CHANNELS)
-        kept = {
-            f"{part}/{name}": t
-            for part in ("fisher", "curvature")
-            for name, t in getattr(found, part).items()
-        }
-        save_tensors(path, kept, **made)
-    parts = [
-        {n.removeprefix(part): t for n, t in kept.items() if n.startswith(part)}
-        for part in ("fisher/", "curvature/")
-    ]
-    return Sensitivity(*parts)
-
-
-def damages(profile: str) -> dict[str, pd.DataFrame]:
-    """06_budget at the poster's size without images: bytes in memory and in a file, and damage on
-    digits never used before.
-    """
-    p = profile_parameters(profile)
-    work = Workspace.of(p)
-    model, seed, samples = load_model(work, p["WIDTH"]), p["SEED"], p["TRUE_FISHER_SAMPLES"]
-    known, other = (sensitivity(work, model, samples, s) for s in (seed, seed + 1))
-    rows = [
-        *methods.uniform(model, known),
-        *methods.allocated(model, known, list(AT_SIZE), ("mixed",), ablations=()),
-    ]
-    in_files = rows + methods.coded(model, known, list(CODED_FILES))
-    ruled = methods.thresholds(model, known, [rules.RATE], seed)
-    table = budget.measure_candidates(
-        model, in_files + ruled, other, seed, p["DAMAGE_DIGITS"], fresh=True
+    run = {"seed": seed, "steps": p["TRAINING"]["steps"]}
+    first, second = (
+        t.assign(**run)[[*run, *(c for c in t if c not in run)]] for t in (table, of_run)
     )
-    files = budget.coded_files(
-        work, model, [row for row in in_files if row.bits < FILES_BELOW], seed
-    )
-    return {"damages": table.merge(files, how="left")}
+    return first, second
 
 
-def described(profile: str, images: int = DESCRIBED) -> dict[str, pd.DataFrame]:
-    """What the images are like of rows that FID and damage order differently: uniform INT3 to INT6,
-    and two rules at 6 bits.
-    """
-    p = profile_parameters(profile)
-    work, sampling = Workspace.of(p), Sampling(images, p["SAMPLING_STEPS"], p["SEED"])
-    model = load_model(work, p["WIDTH"])
-    known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
-    chosen = {
-        f"uniform {low.upper()}": Plan(dict.fromkeys(quantizable(model), low))
-        for low in ("int3", "int4", "int6")
-    }
-    rules_at_6 = {
-        row.rule: row.plan
-        for row in methods.thresholds(model, known, [6.0], p["SEED"])
-        if row.rounding == "nearest"
-    }
-    chosen |= {f"{rule}, 6 bits per weight": rules_at_6[rule] for rule in ("global", "magnitude")}
-    sets = {"FP32": cached_samples(work, model, sampling).images}
-    sets |= {
-        name: cached_samples(work, dequantize(quantize(model, plan)), sampling, name).images
-        for name, plan in chosen.items()
-    }
-    sets[REAL] = mnist(train=False)[0][HELD_OUT][:images]
-    network = classifier.load()
-    workspace.save_images(
-        work, "evidence_images", {name: x[:SHOWN, 0].numpy() for name, x in sets.items()}
-    )
-    return {"images": image_statistics(sets, network, metrics.mnist_reference(network))}
-
-
-STEPS = {
-    "noise_floor": lambda profile: {"noise_floor": noise_floor(profile_parameters(profile))},
-    "evidence_budget": lambda profile: {
-        f"evidence_{name}": table for name, table in budgets(profile).items()
-    },
-    "evidence_fresh": lambda profile: {
-        f"evidence_{name}": table for name, table in fresh(profile).items()
-    },
-    "evidence_coded": lambda profile: {
-        f"evidence_{name}": table for name, table in coded(profile).items()
-    },
-    "evidence_int4": lambda profile: {
-        f"evidence_{name}": table for name, table in at_int4_bytes(profile).items()
-    },
-    "evidence_damages": lambda profile: {
-        f"evidence_{name}": table for name, table in damages(profile).items()
-    },
-    "evidence_rows": lambda profile: {
-        f"evidence_{name}": table for name, table in rows(profile).items()
-    },
-    "evidence_images": lambda profile: {
-        f"evidence_{name}": table for name, table in described(profile).items()
-    },
-    "evidence_runs": lambda profile: {
-        f"evidence_{name}": table for name, table in runs(profile).items()
-    },
-}
-# The other steps would take days at the poster's width.
-AT_POSTERS_SIZE = ("evidence_int4", "evidence_damages")
-
-
-def main() -> int:
-    """Make the steps that are missing; errors are one sentence and exit status 1, with the steps
-    made before left as they were.
-    """
-    parser = argparse.ArgumentParser(prog="tools.evidence")
-    parser.add_argument("--profile", default="mini")
-    parser.add_argument("--anew", action="store_true", help="make every step again")
-    parser.add_argument("--only", default="", choices=["", "published", *STEPS])
-    parser.add_argument(
-        "--published",
-        type=Path,
-        help="the authors' published images: a clone of their repository, or an npz file",
-    )
-    args = parser.parse_args()
-    work = Workspace(args.profile)
-    try:
-        if args.published:
-            published_images.measure(args.published, profile_parameters(args.profile)["SEED"])
-        elif args.only in ("", "published"):
-            print(
-                "published: the authors' images are not in this repository; PUBLISHED=path scores "
-                "them (07_audit)"
-            )
-        for name, make in STEPS.items():
-            if args.only not in ("", name) or (args.profile == "paper") != (
-                name in AT_POSTERS_SIZE
-            ):
-                continue
-            if workspace.load_optional(work, name) is not None and not args.anew:
-                print(f"{name}: there already, in results/{args.profile}")
-                continue
-            # The step's own table comes last: where it is, the others are.
-            for table, content in sorted(
-                make(args.profile).items(), key=lambda item: item[0] == name
-            ):
-                workspace.save_table(work, table, content)
-                print(f"{table}: written to results/{args.profile}")
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
-
-
-SEEDS = (0, 1, 2, 3, 4)
 def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
     """The model of a seed: the shipped one for the profile's seed; else trained, on from its
     checkpoint where there is one.
@@ -367,28 +166,194 @@ def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
     return result.eval().to(work.device, memory_format=torch.channels_last)
 
 
-def replicate(parameters: dict[str, Any], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One run: its rows as `evaluate.evaluate` gives them, and its claims; both with columns seed
-    and steps in front.
+def budgets(profile: str, images: int = IMAGES) -> Tables:
+    """FID of rows of 06_budget: the unquantized model, uniform formats, the allocator ("mixed";
+    tuned too), threshold rules.
     """
-    p, work = parameters, Workspace.open(parameters["PROFILE"], 1, parameters["DEVICE"])
-    model, digits = trained(work, p, seed), mnist(train=True)[0]
-    fisher = fisher_by_timestep(
-        model,
-        list(quantizable(model)),
-        digits,
-        samples=p["FISHER_SAMPLES"],
-        bins=p["TIMESTEP_BINS"],
-        seed=seed,
-    )
-    rows = claimed_rows(model, fisher.by_weight, p["THRESHOLDS"])
-    table, images = evaluate(work, model, rows, Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed))
-    weights = fisher.timesteps.drop_duplicates("parameter").set_index("parameter")["weights"]
-    found = claims.fisher_claims(fisher.blocks, weights, "empirical, noised digits", seed)
-    table_of_claims = pd.DataFrame([*found, *on_images(table, images, seed)])
-    run = {"seed": seed, "steps": p["TRAINING"]["steps"]}
-    return tuple(
-        t.assign(**run)[[*run, *(c for c in t if c not in run)]] for t in (table, table_of_claims)
+    p, work, model = _opened(profile)
+    known = measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
+    allocated = allocated_at_bits(model, known, ALLOCATED, granularities=("mixed",))
+    rules = rules_at_bits(model, known, RULE_BITS, p["SEED"], RULES)
+    rows = [AT_32_BITS, *uniform_at_bits(model, known), *allocated]
+    rows += [*tuned_rows(allocated, **p["TUNED"]), *rules]
+    rows = [row for row in rows if row.bits in SELECTED.get((row.rule, row.rounding), (row.bits,))]
+    table, _ = evaluate(work, model, rows, Sampling(images, p["SAMPLING_STEPS"], p["SEED"]))
+    return {"evidence_budget": by_budget(table).drop(columns="sample")}
+
+
+def fresh_noise(profile: str, images: int = IMAGES) -> Tables:
+    """Rows of 06_budget at 4 bits per weight, the allocator and the rules rounded alike, from noise
+    never used before.
+    """
+    p, work, model = _opened(profile)
+    bits, seed = [claims.RATE], p["SEED"] + damage.FRESH_SEED
+    known = measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
+    allocated = allocated_at_bits(model, known, bits, ("mixed",), variants=())
+    rows = [*allocated, *tuned_rows(allocated, bits, p["TUNED"]["steps"])]
+    rows += rules_at_bits(model, known, bits, p["SEED"])
+    sampling = Sampling(images, p["SAMPLING_STEPS"], seed)
+    table, samples = evaluate_large(work, model, _rounded_alike(rows), sampling)
+    ruled = table[table["rule"].isin(RULES)]
+    of_rules = claims.rule_image_claims(ruled, samples, seed)
+    return {"evidence_fresh_claims": pd.DataFrame(of_rules), "evidence_fresh": table}
+
+
+def coded_files(profile: str, images: int = IMAGES) -> Tables:
+    """FID of entropy-coded files of 06_budget, from the noise of the other rows."""
+    p, work, model = _opened(profile)
+    known = measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
+    rows = [AT_32_BITS, *coded_at_bits(model, known, CODED_FILES)]
+    table, _ = evaluate(work, model, rows, Sampling(images, p["SAMPLING_STEPS"], p["SEED"]))
+    return {"evidence_coded": by_budget(table).drop(columns="sample")}
+
+
+def at_int4_bytes(profile: str, images: int = IMAGES) -> Tables:
+    """Uniform INT8 and INT4, and at the bytes of INT4 the allocator and two rules, rounded alike;
+    the noise of the other tables.
+    """
+    p, work, model = _opened(profile)
+    seed, samples = p["SEED"], p["TRUE_FISHER_SAMPLES"]
+    known = measured_sensitivity(model, samples, seed)
+    uniform = uniform_rows(model, ("int8", "int4"))
+    bits = [bits_of(model, uniform[-1].plan)]
+    rows = allocated_at_bits(model, known, bits, ("mixed",), variants=())
+    rows += rules_at_bits(model, known, bits, seed, ("global", "ratio"))
+    rows = [row._replace(made=made(samples, seed)) for row in _rounded_alike(rows)]
+    sampling = Sampling(images, p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
+    table, generated = evaluate_large(work, model, [*uniform, *rows], sampling)
+    ruled, size = table[table["rule"].isin(RULES)], f"width {p['WIDTH']}, the bytes of INT4"
+    of_rules = claims.rule_image_claims(ruled, generated, seed, size)
+    return {"evidence_int4_claims": pd.DataFrame(of_rules), "evidence_int4": table}
+
+
+def damages(profile: str) -> Tables:
+    """06_budget at the poster's size without images: bytes in memory and in a file, and damage on
+    digits never used before.
+    """
+    p, work, model = _opened(profile)
+    seed, samples = p["SEED"], p["TRUE_FISHER_SAMPLES"]
+    known, other = (kept_sensitivity(work, model, samples, s) for s in (seed, seed + 1))
+    allocated = allocated_at_bits(model, known, AT_SIZE, ("mixed",), variants=())
+    rows = [*uniform_at_bits(model, known), *allocated, *coded_at_bits(model, known, CODED_FILES)]
+    rules = rules_at_bits(model, known, [claims.RATE], seed)
+    table = damage.measure_damage(model, rows + rules, other, seed, p["DAMAGE_DIGITS"], fresh=True)
+    files = damage.coded_files(model, [row for row in rows if row.bits < FILES_BELOW], seed)
+    return {"evidence_damages": table.merge(files, how="left")}
+
+
+def kept_sensitivity(work: Workspace, model: nn.Module, samples: int, seed: int) -> Sensitivity:
+    """`measured_sensitivity`, kept in build/<profile>, so that an interrupted run goes on from
+    there.
+    """
+    path = work.build / f"sensitivity_{seed}.safetensors"
+    origin = {"weights": weights_sha256(model), "samples": samples}
+    if not path.is_file():
+        measured = measured_sensitivity(model, samples, seed, CHANNELS)
+        parts = {"fisher/": measured.fisher, "curvature/": measured.curvature}
+        tensors = {f"{part}{n}": t for part, by_name in parts.items() for n, t in by_name.items()}
+        save_tensors(path, tensors, **origin)
+    tensors, _ = load_tensors(path, "make evidence", **origin)
+    return Sensitivity(
+        *(
+            {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
+            for part in ("fisher/", "curvature/")
+        )
     )
 
 
+def described(profile: str, images: int = DESCRIBED) -> Tables:
+    """What the images are like of rows that FID and damage order differently: uniform INT3 to INT6,
+    and two rules at 6 bits.
+    """
+    p, work, model = _opened(profile)
+    sampling = Sampling(images, p["SAMPLING_STEPS"], p["SEED"])
+    known = measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
+    plans = {
+        f"uniform {row.format.upper()}": row.plan
+        for row in uniform_rows(model, ("int3", "int4", "int6"))
+    }
+    plans |= {
+        f"{row.rule}, {row.bits:g} bits per weight": row.plan
+        for row in rules_at_bits(model, known, [6.0], p["SEED"], ("global", "magnitude"))
+        if row.rounding == "nearest"
+    }
+    sets = {"FP32": cached_samples(work, model, sampling).images}
+    for name, plan in plans.items():
+        small = dequantize(quantize(model, plan))
+        sets[name] = cached_samples(work, small, sampling, name).images
+    sets[published_images.REAL_DIGITS] = mnist(train=False)[0][HELD_OUT][:images]
+    network = classifier.load()
+    save_images(work, "evidence_images", {name: x[:SHOWN, 0].numpy() for name, x in sets.items()})
+    reference = metrics.mnist_reference(network)
+    return {"evidence_images": published_images.image_statistics(sets, network, reference)}
+
+
+STEPS: dict[str, Callable[[str], Tables]] = {
+    "noise_floor": noise_floor,
+    "evidence_budget": budgets,
+    "evidence_fresh": fresh_noise,
+    "evidence_coded": coded_files,
+    "evidence_int4": at_int4_bytes,
+    "evidence_damages": damages,
+    "evidence_rows": many_images,
+    "evidence_images": described,
+    "evidence_runs": training_runs,
+}
+# The other steps would take days at the poster's width.
+AT_POSTERS_SIZE = ("evidence_int4", "evidence_damages")
+
+
+def make_missing(profile: str, only: str = "", anew: bool = False) -> None:
+    """Make the tables of the steps whose table is missing; the step's own table is written last:
+    where it is, its others are.
+    """
+    work = Workspace(profile)
+    for name, make in STEPS.items():
+        if only not in ("", name) or (profile == "paper") != (name in AT_POSTERS_SIZE):
+            continue
+        if load_optional(work, name) is not None and not anew:
+            print(f"{name}: there already, in results/{profile}")
+            continue
+        for table, content in sorted(make(profile).items(), key=lambda item: item[0] == name):
+            save_table(work, table, content)
+            print(f"{table}: written to results/{profile}")
+
+
+def main() -> int:
+    """`make evidence`; errors are one sentence and exit status 1, with the steps made before left
+    as they were.
+    """
+    parser = argparse.ArgumentParser(prog="lafq.study.long_runs")
+    parser.add_argument("--profile", default="mini")
+    parser.add_argument("--anew", action="store_true", help="make every step again")
+    parser.add_argument("--only", default="", choices=["", "published", *STEPS])
+    help = "the authors' published images: a clone of their repository, or an npz file"
+    parser.add_argument("--published", type=Path, help=help)
+    args = parser.parse_args()
+    try:
+        if args.published:
+            published_images.measure(args.published, profile_parameters(args.profile)["SEED"])
+        elif args.only in ("", "published"):
+            print(
+                "published: the authors' images are not in this repository; PUBLISHED=path scores "
+                "them (07_audit)"
+            )
+        make_missing(args.profile, args.only, args.anew)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _opened(profile: str) -> tuple[dict[str, Any], Workspace, UNet]:
+    p = profile_parameters(profile)
+    work = Workspace.of(p)
+    return p, work, load_model(work, p["WIDTH"])
+
+
+def _rounded_alike(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if (row.rule, row.rounding) in FRESH]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ training digits 100-4,999 for Inception features, test digits 0-4,999 for the cl
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,33 +20,16 @@ from torch import Tensor
 
 from lafq.rng import generator
 from lafq.study import workspace
-from lafq.study.diffusion.mnist import mnist
-from lafq.study.images import bootstrap, classifier, inception, metrics
-from lafq.study.images.metrics import Reference
-from lafq.study.verdict import holm
-from lafq.tensors import atomic_write
-from typing import Any
-
-import numpy as np
-import pandas as pd
-import torch
-from torch import Tensor
-
-from lafq.rng import generator
+from lafq.study.claims import holm
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.subject import load_model
-from lafq.study.images import bootstrap, classifier, metrics
+from lafq.study.images import bootstrap, classifier, inception, metrics
+from lafq.study.images.classifier import Classifier
 from lafq.study.images.evaluate import load_inception
 from lafq.study.images.metrics import Reference
 from lafq.study.images.samples import Sampling, cached_samples
 from lafq.study.workspace import Workspace
-import pandas as pd
-import torch
-from torch import Tensor
-
-from lafq.study.images import metrics
-from lafq.study.images.classifier import Classifier
-from lafq.study.images.metrics import Reference
+from lafq.tensors import atomic_write
 
 FOLDER = workspace.RESULTS / "published"
 UNQUANTIZED = "FP32"
@@ -356,7 +340,7 @@ def noise_floor(parameters: dict[str, Any]) -> pd.DataFrame:
     ]
 
 
-REAL, FRAME = "real digits", 2
+REAL_DIGITS, FRAME = "real digits", 2
 
 
 def image_statistics(
@@ -384,7 +368,7 @@ def image_statistics(
             metrics.fid(features, reference),
             (features.double().mean(0) - mean).square().sum().item(),
         )
-        changed = (digits != first).double().mean().item() if name != REAL else float("nan")
+        changed = (digits != first).double().mean().item() if name != REAL_DIGITS else float("nan")
         shares = torch.bincount(digits, minlength=10) / len(digits)
         row = {"images": name, "n_images": len(of_set), "fid_mnist": fid, "mean_term": mean_term}
         row |= {"covariance_term": fid - mean_term, "ink": of_set.double().mean().item() / 255}
@@ -396,32 +380,9 @@ def image_statistics(
     return pd.DataFrame(rows)
 
 
-def why_fid_and_damage_differ(table: pd.DataFrame) -> str:
-    """What a table of `image_statistics` says of uniform INT4 beside INT3, and of the rule by
-    magnitude beside FP32.
-    """
-    rows = table.set_index("images")
-    three, four, fp32, real = (
-        rows.loc[name] for name in ("uniform INT3", "uniform INT4", "FP32", REAL)
-    )
-    magnitude = rows.loc["magnitude, 6 bits per weight"]
-    return (
-        f"N = {four['n_images']:.0f}, MNIST features: FID is {four['fid_mnist']:.0f} for uniform "
-        f"INT4 and "
-        f"{three['fid_mnist']:.0f} for INT3. The background of INT4's images has a grey value of "
-        f"{four['background']:.3f} (INT3: "
-        f"{three['background']:.3f}; real digits: {real['background']:.3f}). An MNIST classifier "
-        f"reads {four['share']:.0%} of "
-        f"INT4's images as {four['digit']:.0f}. FP32 has FID {fp32['fid_mnist']:.1f}; the rule "
-        f"magnitude at 6 bits has "
-        f"{magnitude['fid_mnist']:.1f}, while {magnitude['class_changed']:.0%} of its images show "
-        f"another digit."
-    )
-
-
 def with_damage(table: pd.DataFrame, budget: pd.DataFrame) -> pd.DataFrame:
     """A table of `image_statistics` with the damage of each set's model, from rows of
-    `budget.measure_candidates`.
+    `damage.measure_damage`.
     """
     names = [
         f"{row.method} INT{row.budget_bits:.0f}"

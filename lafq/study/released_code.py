@@ -7,6 +7,8 @@ docstring says how it is read here.
 
 import copy
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,31 +17,19 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from lafq.allocation.rules import GROUPS, by_layer, keep_ratio
 from lafq.quantization.model import dequantize, quantize
 from lafq.quantization.plan import make_plan
+from lafq.study import workspace
 from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
 from lafq.study.diffusion.unet import UNet, layer_of, quantizable
-from lafq.study.fisher_analysis import fisher_by_timestep
-from lafq.study.images import scoring
-from lafq.study.images.evaluate import evaluate
-from lafq.study.images.samples import Sampling
-from lafq.study.rows import KEY, Row
-from lafq.study.workspace import Workspace
-import math
-from collections.abc import Callable
-from typing import NamedTuple
-
-import pandas as pd
-import torch
-from torch import Tensor, nn
-
-from lafq.quantization.model import dequantize, quantize
-from lafq.study import threshold_rows, workspace
-from lafq.study.images import bootstrap, classifier, metrics
-from lafq.study.images.evaluate import InceptionFeatures, load_inception
+from lafq.study.fisher_by_timestep import fisher_by_timestep
+from lafq.study.images import bootstrap, classifier, metrics, scoring
+from lafq.study.images.evaluate import InceptionFeatures, evaluate, load_inception
 from lafq.study.images.samples import Sampling, cached_samples
+from lafq.study.poster import GROUPS
+from lafq.study.rows import KEY, Row, keep_ratio, ratio_rows, uniform_rows
 from lafq.study.workspace import Workspace
+
 
 def fresh_network(model: UNet, seed: int) -> UNet:
     """A network of the same shape as it is before training (R2)."""
@@ -88,10 +78,10 @@ def rank_correlation(ours: dict[str, Tensor], other: dict[str, Tensor]) -> dict[
     """Spearman's rank correlation of the values of all weights of each layer (NaN where all are
     equal).
     """
-    theirs = by_layer(other)
+    theirs = _by_layer(other)
     return {
         layer: _spearman(_flat(parts), _flat(theirs[layer]))
-        for layer, parts in by_layer(ours).items()
+        for layer, parts in _by_layer(ours).items()
     }
 
 
@@ -143,8 +133,7 @@ def fisher_choices(
 
 def choice_rows(found: dict[str, dict[str, Tensor]], ratio: float) -> list[Row]:
     """The ratio rule in INT8 on the Fisher values of every choice."""
-    plans = [make_plan(keep_ratio(values, ratio), "int8") for values in found.values()]
-    return [Row("ratio", f"{ratio:.2f}", "int8", "weight", "nearest", plan) for plan in plans]
+    return [row for values in found.values() for row in ratio_rows(values, [], [ratio])]
 
 
 def evaluate_choices(
@@ -190,7 +179,7 @@ def clamped(model: UNet, fisher: dict[str, Tensor], k: float) -> tuple[UNet, pd.
     """
     result, rows = copy.deepcopy(model), []
     parameters = dict(result.named_parameters())
-    for layer, parts in by_layer(fisher).items():
+    for layer, parts in _by_layer(fisher).items():
         values = torch.cat([f.flatten() for f in parts.values()]).double()
         low, high = (
             (values.mean() - k * values.std()).item(),
@@ -210,6 +199,13 @@ def clamped_losses(model: UNet, limited: UNet, seed: int) -> pd.DataFrame:
     return pd.DataFrame(
         [{name: scoring.held_out_losses(m, seed).mean().item() for name, m in models.items()}]
     )
+
+
+def _by_layer(values: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, value in values.items():
+        layers.setdefault(layer_of(name), {})[name] = value
+    return layers
 
 
 def _flat(layer: dict[str, Tensor]) -> np.ndarray:
@@ -274,7 +270,7 @@ def measure_protocol(
     """`protocol_choices` for uniform INT8 of a model, from the noise of the sampling's seed and of
     the next one.
     """
-    int8 = dequantize(quantize(model, threshold_rows.uniform(model, ("int8",))[0].plan))
+    int8 = dequantize(quantize(model, uniform_rows(model, ("int8",))[0].plan))
     other = sampling._replace(seed=sampling.seed + 1)
     drawn = [
         cached_samples(work, m, s).images

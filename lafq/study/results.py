@@ -6,15 +6,14 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from lafq.study import claims, poster
+from lafq.study import poster
 from lafq.study.images import samples
-from lafq.study.images.evaluate import evaluate, load_inception
+from lafq.study.images.evaluate import evaluate
 from lafq.study.images.samples import Sampling
 from lafq.study.rows import KEY, Row
 from lafq.study.workspace import (
     Workspace,
     load_images,
-    load_optional,
     load_table,
     read_table,
     save_images,

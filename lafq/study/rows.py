@@ -1,8 +1,8 @@
 """The rows of every table: what made a model (rule, setting, format, granularity, rounding), its
 quantization plan, and the functions that make the rows of each table.
 
-03 to 05 and 08 have uniform formats and the poster's threshold rules; 06, 09 and 11 have models of a
-budget in bits per weight: uniform formats, the allocator's, and threshold rules that fill it.
+03 to 05 and 08 have uniform formats and the poster's threshold rules; 06, 09 and 11 have models
+of a budget in bits per weight: uniform formats, the allocator's, and threshold rules that fill it.
 """
 
 from collections.abc import Collection, Sequence

@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 
 from lafq.quantization.model import weights_sha256
-from lafq.study import threshold_rows, workspace
+from lafq.study import rows as study_rows, workspace
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import samples
 from lafq.study.workspace import Workspace
@@ -49,7 +49,7 @@ def test_the_estimate_names_what_was_selected_and_grows_with_it():
 def test_published_rows_counted_are_those_made(tiny):
     ratios = check("paper", {}, notebooks())["PUBLISHED"]["ratios"]
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
-    rows = threshold_rows.published_rows(tiny, fisher, ratios, 20)
+    rows = study_rows.published_rows(tiny, fisher, ratios, 20)
     assert len(rows) == cost.PUBLISHED_ROWS + len(ratios) == 9
     assert all(row.inception for row in rows)
 

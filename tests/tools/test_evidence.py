@@ -12,7 +12,7 @@ from lafq.study.budget import budget, methods, summaries
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.fisher_analysis import fisher_by_timestep
+from lafq.study.fisher_by_timestep import fisher_by_timestep
 from lafq.study.images import samples
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors

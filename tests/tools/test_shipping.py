@@ -2,7 +2,7 @@ import pytest
 
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.model import dequantize, nbytes, quantize, weights_sha256
-from lafq.study.budget.methods import measured_sensitivity
+from lafq.study.rows import measured_sensitivity
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images import samples

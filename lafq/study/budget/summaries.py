@@ -3,16 +3,19 @@
 import numpy as np
 import pandas as pd
 
-from lafq.study.budget.methods import CODED, FEEDBACK
-from lafq.study.budget.rules import LAYERWISE, RATE, over_global
+from lafq.study.claims import LAYERWISE, RATE
+from lafq.study.damage import PROXIES
+from lafq.study.published_images import REAL_DIGITS
 from lafq.study.rows import BUDGET_KEY
 
 CODED_RATE = 3.0  # bits per weight of the file
+FEEDBACK = "error feedback"
+CODED = "allocator, entropy-coded"
 RISE = 0.03  # of the FP32 model's FID
 
 
 def with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> pd.DataFrame:
-    """Rows of `budget.measure_candidates` with fid_mnist_delta, _low, _high and n_images, empty
+    """Rows of `damage.measure_damage` with fid_mnist_delta, _low, _high and n_images, empty
     where `make evidence` has none.
     """
     names = {f"delta_fid_mnist{end}": f"fid_mnist_delta{end}" for end in ("", "_low", "_high")}
@@ -269,7 +272,7 @@ def at_int4_bytes(rows: pd.DataFrame, width: int) -> str:
 
 def on_images(claims: pd.DataFrame, width: int, images: int) -> str:
     """What one threshold per layer costs in FID over one for all, from the claims of
-    `rules.image_claims`.
+    `claims.rule_image_claims`.
     """
     row = claims[claims["quantity"].str.startswith("FID of ratio")].iloc[0]
     return (
@@ -297,3 +300,79 @@ def _int8(table: pd.DataFrame) -> pd.Series:
     """The largest uniform integer row."""
     uniform = table[(table["method"] == "uniform") & (table["budget_bits"] < 10)]
     return uniform.loc[uniform["budget_bits"].idxmax()]
+
+
+def rules_at_equal_bytes(table: pd.DataFrame, rounding: str) -> pd.DataFrame:
+    """Damage of every threshold rule over that of one threshold for all, by budget; rows of
+    `damage.measure_damage`.
+
+    One row per rule, one column per budget, intervals in brackets.
+    """
+    rows = table[(table["rounding"] == rounding) & table["over_global"].notna()]
+    cells = [over_global(row) for _, row in rows.iterrows()]
+    cells = np.where(
+        rows["rule"] == "global",
+        [f"1 (damage {d:.1e})" for d in rows["damage"]],
+        cells,
+    )
+    named = rows.assign(cell=cells)
+    named["budget"] = [f"{bits:g} bits per weight" for bits in named["budget_bits"]]
+    found = named.pivot(index="rule", columns="budget", values="cell")
+    return (
+        found.loc[named["rule"].unique(), named["budget"].unique()]
+        .rename_axis(columns=None)
+        .reset_index()
+    )
+
+
+def over_global(row: pd.Series) -> str:
+    """A row's damage over that of one threshold, with its interval."""
+    value, low, high = (
+        f"{v:,.0f}" if v >= 10 else f"{v:.1f}"
+        for v in row[[f"over_global{end}" for end in ("", "_low", "_high")]]
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def best_predictors(ranks: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """What predicts damage, from `rank_correlations` and from the measured damage of the plans of
+    `allocate_by_proxy`.
+    """
+    within = ranks.set_index("prediction").drop(columns="all formats")
+    by = {name: f"{within.loc[name].min():.2f} to {within.loc[name].max():.2f}" for name in PROXIES}
+    over = rows.set_index("method")["damage"] / rows.set_index("method")["damage"]["by measured"]
+    ranks_well = within.loc["Fisher x error"].min() > 0.95
+    return (
+        f"**Fisher information times squared rounding error "
+        f"{'ranks' if ranks_well else 'does not rank'} weight tensors by their "
+        f"damage.** Its rank correlation with the measured damage is {by['Fisher x error']} within "
+        f"a format. Fisher information "
+        f"alone has {by['Fisher']}, magnitude {by['magnitude']}. Each score also chose formats "
+        f"({rows['budget_bits'].iloc[0]:g} "
+        f"bits per weight). Formats by Fisher information times error do "
+        f"{over['by Fisher x error']:.1f} times the damage of "
+        f"formats by measured damage; by magnitude, {over['by magnitude']:.0f} times."
+    )
+
+
+def why_fid_and_damage_differ(table: pd.DataFrame) -> str:
+    """What a table of `image_statistics` says of uniform INT4 beside INT3, and of the rule by
+    magnitude beside FP32.
+    """
+    rows = table.set_index("images")
+    three, four, fp32, real = (
+        rows.loc[name] for name in ("uniform INT3", "uniform INT4", "FP32", REAL_DIGITS)
+    )
+    magnitude = rows.loc["magnitude, 6 bits per weight"]
+    return (
+        f"N = {four['n_images']:.0f}, MNIST features: FID is {four['fid_mnist']:.0f} for uniform "
+        f"INT4 and "
+        f"{three['fid_mnist']:.0f} for INT3. The background of INT4's images has a grey value of "
+        f"{four['background']:.3f} (INT3: "
+        f"{three['background']:.3f}; real digits: {real['background']:.3f}). An MNIST classifier "
+        f"reads {four['share']:.0%} of "
+        f"INT4's images as {four['digit']:.0f}. FP32 has FID {fp32['fid_mnist']:.1f}; the rule "
+        f"magnitude at 6 bits has "
+        f"{magnitude['fid_mnist']:.1f}, while {magnitude['class_changed']:.0%} of its images show "
+        f"another digit."
+    )

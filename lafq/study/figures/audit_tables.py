@@ -3,7 +3,7 @@
 import pandas as pd
 
 from lafq.study import workspace
-from lafq.study.audit.published_images import UNQUANTIZED
+from lafq.study.published_images import UNQUANTIZED
 from lafq.study.figures.tables import format_table
 from lafq.study.workspace import Workspace
 
@@ -19,7 +19,7 @@ def choices_shown(choices: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """What each choice of Fisher values keeps, and what the ratio rule on them does to FID and
     loss.
 
-    choices: `fisher_values.fisher_choices`; rows: 07_audit, INT8 with intervals.
+    choices: `released_code.fisher_choices`; rows: 07_audit, INT8 with intervals.
     """
     shown = choices[["choice", "rank_correlation", "kept_in_common"]].round(2)
     columns = ["threshold", "delta_fid_mnist", "delta_loss"]
@@ -44,7 +44,7 @@ def choices_said(rows: pd.DataFrame, choices: pd.DataFrame) -> str:
 
 
 def protocol_shown(table: pd.DataFrame, *choices: str) -> pd.DataFrame:
-    """The rows of a table of `protocol.protocol_choices` that speak of these choices, as they are
+    """The rows of a table of `released_code.protocol_choices` that speak of these choices, as they are
     shown.
     """
     rows = table[table["choice"].str.contains("|".join(choices))].reset_index(drop=True)
@@ -128,7 +128,7 @@ def published_sets(table: pd.DataFrame) -> str:
 
 
 def images_of_r1(protocol: pd.DataFrame, images: int) -> str:
-    """What the released sampling does to a quantized row: a sentence on `protocol.protocol_choices`
+    """What the released sampling does to a quantized row: a sentence on `released_code.protocol_choices`
     of so many images.
     """
     row = protocol[protocol["choice"].str.contains("R1")].iloc[-1]
@@ -144,7 +144,7 @@ def images_of_r1(protocol: pd.DataFrame, images: int) -> str:
 
 def fisher_of_r2(choices: pd.DataFrame, ratio: str) -> str:
     """What the Fisher values of an untrained network have in common with ours: a sentence on
-    `fisher_values.fisher_choices`.
+    `released_code.fisher_choices`.
     """
     row = choices.set_index("choice").loc[UNTRAINED]
     return (

@@ -5,7 +5,7 @@ import re
 import pandas as pd
 
 from lafq.quantization.formats import MIB
-from lafq.study.budget.methods import CODED, FEEDBACK
+from lafq.study.budget.summaries import CODED, FEEDBACK
 from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.diffusion.unet import LAYERS, UNet
 from lafq.study.results import METHODS
@@ -104,7 +104,7 @@ def tidy(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def damages_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `budget.measure_candidates` as it is shown, intervals in brackets; the rounding
+    """A table of `damage.measure_damage` as it is shown, intervals in brackets; the rounding
     stands in every name.
     """
     columns = ["method", "budget_bits", "mem_mib", "mem_share", "damage", "fid_mnist_delta"]

@@ -6,10 +6,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from lafq.study import poster
-from lafq.study.audit import published_images
-from lafq.study.budget import predictions, summaries
-from lafq.study.budget.methods import CODED, FEEDBACK
-from lafq.study.budget.predictions import PROXIES
+from lafq.study import published_images
+from lafq.study.budget import summaries
+from lafq.study.budget.summaries import CODED, FEEDBACK
+from lafq.study.damage import PROXIES
 from lafq.study.figures import audit_tables, budget_plots, claim_plots, plots, sentences
 
 
@@ -214,7 +214,7 @@ def test_what_predicts_damage(least, said):
         )
     }
     rows = pd.DataFrame({"method": damages.keys(), "damage": damages.values(), "budget_bits": 4.0})
-    found = predictions.best_predictors(ranks, rows)
+    found = summaries.best_predictors(ranks, rows)
     assert found.startswith(
         f"**Fisher information times squared rounding error {said} by their damage.**"
     )
