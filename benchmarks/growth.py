@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from lafq import (
     allocate,
-    dequantize,
     estimate_sensitivity,
     load_quantized,
     quantize,
@@ -38,14 +37,15 @@ from lafq.fisher.sensitivity import CHANNELS, LARGEST, Sensitivity
 from lafq.fisher.shrinkage import Moments
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB
+from lafq.quantization.model import dequantize_
 from lafq.study import workspace
 from lafq.study.damage import FRESH, FRESH_SEED
-from lafq.study.rows import mib_at
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images import scoring
+from lafq.study.rows import mib_at
 from lafq.study.workspace import Workspace, compute_on
 
 WORK = Workspace("benchmarks")
@@ -115,7 +115,7 @@ def one_step(step: str, width: int) -> dict[str, float]:
             save_quantized(path, small, model)
         work = {
             "estimate_sensitivity": lambda: estimate_sensitivity(model, batches, 0),
-            "allocate": lambda: allocate(model, known, mib, progress=False),
+            "allocate": lambda: allocate(model, known, memory_mib=mib, progress=False),
             "quantize": lambda: quantize(model, uniform),
             "save_quantized": lambda: save_quantized(path, small, model),
             "load_quantized": lambda: load_quantized(path, model),
@@ -188,7 +188,7 @@ def blocked() -> pd.DataFrame:
             )
             plan = allocate(model, known, mib_at(model, BITS), progress=False)
             errors = scoring.output_errors(
-                dequantize(quantize(model, plan)), outputs, noise, FRESH
+                dequantize_(quantize(model, plan)), outputs, noise, FRESH
             )[0]
             first = errors if first is None else first
             row = {

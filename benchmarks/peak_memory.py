@@ -24,7 +24,7 @@ from lafq.study import results
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.subject import load_fisher, load_model
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.rows import KEY
+from lafq.study.rows import KEY, published_rows
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import read_metadata
 

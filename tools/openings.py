@@ -7,8 +7,7 @@ from pathlib import Path
 
 import nbformat
 
-from lafq.study import poster, workspace
-from lafq.study import published_images
+from lafq.study import poster, published_images, workspace
 from lafq.study.budget import summaries
 from lafq.study.figures import audit_tables, sentences
 from lafq.study.rows import BASELINE

@@ -16,7 +16,7 @@ from lafq.allocation.coded import allocate_coded
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.formats import MIB
-from lafq.quantization.model import dequantize, quantize
+from lafq.quantization.model import dequantize_, quantize
 from lafq.study import workspace
 from lafq.study.diffusion.subject import PACKED, load_model
 from lafq.study.images import scoring
@@ -67,7 +67,7 @@ def ship(
     outputs = scoring.held_out_outputs(model, seed)
     damage = [
         scoring.output_mse(*scoring.output_errors(m, outputs, seed), seed)
-        for m in (model, dequantize(small))
+        for m in (model, dequantize_(small))
     ]
     return table.join(pd.DataFrame(damage)[["damage", "damage_low", "damage_high"]])
 

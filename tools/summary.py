@@ -2,8 +2,7 @@
 
 import pandas as pd
 
-from lafq.study import claims, poster, workspace
-from lafq.study import published_images
+from lafq.study import claims, poster, published_images, workspace
 from lafq.study.budget import summaries
 from lafq.study.figures import audit_tables, benchmarks, sentences, tables, terrain
 from lafq.study.workspace import Workspace

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lafq.allocation import allocate as solver
-from lafq.allocation.pareto import StorageOption, undominated
-from lafq.allocation.prediction import predicted_damage
-from lafq.fisher.sensitivity import Sensitivity
+from lafq.allocation.frontiers import StorageOption, undominated
+from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.channels import stored_bytes
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, fake_quantize, get_format, unshrunk_scale
-from lafq.quantization.model import bits_per_weight, dequantize, nbytes, quantize
+from lafq.quantization.model import bits_per_weight, dequantize_, nbytes, quantize
 from lafq.quantization.plan import Recipe
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
@@ -85,7 +84,7 @@ def measure_damage(
     outputs, full = scoring.held_out_outputs(model, noise, digits, first), nbytes(model, {})
     found, errors = [], {}
     for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
-        small, size = dequantize(quantized(model, row, seed)), nbytes(model, row.plan)
+        small, size = dequantize_(quantized(model, row, seed)), nbytes(model, row.plan)
         own, rise = scoring.output_errors(small, outputs, noise, first)
         errors[row[:5]] = own
         key = row.budget_key | {"budget_mib": mib_at(model, row.bits)}
@@ -164,7 +163,7 @@ def images_at_bits(
     shown = [BASELINE._replace(bits=32.0), *chosen]
     found, samples = [], {}
     for row in shown:
-        name, small = f"{row.bits:g} bits", dequantize(quantized(model, row, seed))
+        name, small = f"{row.bits:g} bits", dequantize_(quantized(model, row, seed))
         key, generated, _ = cached_samples(work, small, Sampling(IMAGES, steps, seed), name)
         samples[key] = generated[:, 0].numpy()
         size = {"mem_mib": nbytes(model, row.plan) / MIB, "sample": key}
@@ -198,7 +197,9 @@ def by_tensor(
         view = channel_view(model, name)
         w, f = view.of(weights[name]), view.of(calibration.fisher[name])
         change = fake_quantize(w, get_format(low), unshrunk_scale, f) - w
-        small = dequantize(quantize(model, {name: low}, Recipe(unshrunk_scale, calibration.fisher)))
+        small = dequantize_(
+            quantize(model, {name: low}, Recipe(unshrunk_scale, calibration.fisher))
+        )
         step = 4.0 ** -get_format(low).bits
         found.append(
             {

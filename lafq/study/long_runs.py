@@ -26,7 +26,7 @@ from dask.system import CPU_COUNT
 from torch import nn
 
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
-from lafq.quantization.model import dequantize, quantize, weights_sha256
+from lafq.quantization.model import dequantize_, quantize, weights_sha256
 from lafq.rng import generator
 from lafq.study import claims, damage, published_images
 from lafq.study.diffusion import training
@@ -279,7 +279,7 @@ def described(profile: str, images: int = DESCRIBED) -> Tables:
     }
     sets = {"FP32": cached_samples(work, model, sampling).images}
     for name, plan in plans.items():
-        small = dequantize(quantize(model, plan))
+        small = dequantize_(quantize(model, plan))
         sets[name] = cached_samples(work, small, sampling, name).images
     sets[published_images.REAL_DIGITS] = mnist(train=False)[0][HELD_OUT][:images]
     network = classifier.load()

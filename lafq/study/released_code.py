@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from lafq.quantization.model import dequantize, quantize
+from lafq.quantization.model import dequantize_, quantize
 from lafq.quantization.plan import make_plan
 from lafq.study import workspace
 from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
@@ -122,7 +122,7 @@ def fisher_choices(
         for low in ("int8", "int4"):
             plan = make_plan(keep_ratio(values, ratio), low)
             rise = (
-                (scoring.held_out_losses(dequantize(quantize(model, plan)), seed) - losses)
+                (scoring.held_out_losses(dequantize_(quantize(model, plan)), seed) - losses)
                 .mean()
                 .item()
             )
@@ -270,7 +270,7 @@ def measure_protocol(
     """`protocol_choices` for uniform INT8 of a model, from the noise of the sampling's seed and of
     the next one.
     """
-    int8 = dequantize(quantize(model, uniform_rows(model, ("int8",))[0].plan))
+    int8 = dequantize_(quantize(model, uniform_rows(model, ("int8",))[0].plan))
     other = sampling._replace(seed=sampling.seed + 1)
     drawn = [
         cached_samples(work, m, s).images

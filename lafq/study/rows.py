@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lafq.allocation import allocate as solver
 from lafq.allocation.coded import allocate_coded
-from lafq.allocation.pareto import ALLOCATED
+from lafq.allocation.frontiers import ALLOCATED
 from lafq.allocation.rules import RULES, by_granularity, keep_above, threshold_grid
 from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
 from lafq.quantization.channels import channels_by_format, counted_bytes
@@ -97,14 +97,15 @@ def recipe(
 
     fisher: samples, bins and seed of the empirical Fisher information. names: of all weights that
     the uniform rows quantize. A plan that stores them all alike is the uniform row, or the
-    baseline, whatever rule made it; nothing else is read from the plan.
+    baseline, whatever rule made it. An allocator's plan is named by its sha256, except by the
+    solver before `allocate`, whose rows are kept without.
     """
     low = {entry for entry in row.plan.values() if isinstance(entry, str)}
     if not row.plan and names:
         row = BASELINE
     elif row.rounding == "nearest" and len(low) == 1 and row.plan == dict.fromkeys(names, *low):
         row = Row("uniform", "all", low.pop(), "tensor", "nearest", row.plan)
-    found = {
+    words = {
         "weights": weights,
         "rule": _rule_in_recipes(row),
         "threshold": row.setting,
@@ -113,15 +114,17 @@ def recipe(
         "rounding": NEAREST_CODE,
     }
     if row.rule in ("baseline", "uniform"):
-        return found
+        return words
     if row.format == "coded":
-        found |= {"rule": "shipped", "format": "entropy-coded"}
-    found |= {
+        words |= {"rule": "shipped", "format": "entropy-coded"}
+    words |= {
         "threshold": row.target or row.setting,
         "kept": "fp32",
         "fisher": {"kind": "empirical", **fisher},
     }
-    return found | (row.made or {})
+    if row.rule in ("allocate", "allocate_all") and row.plan:
+        words["plan"] = Plan(row.plan).sha256
+    return words | (row.made or {})
 
 
 def _rule_in_recipes(row: Row) -> str:
@@ -178,6 +181,14 @@ def rule_scores(
 ) -> dict[str, Tensor]:
     """A rule's scores of Fisher values, with the poster's layers and groups."""
     return RULES[rule](by_granularity(fisher, granularity), layer_of, poster.group_of)
+
+
+def group_means(fisher: dict[str, Tensor]) -> dict[str, float]:
+    """Mean Fisher value over the units of each of the poster's groups."""
+    units: dict[str, list[Tensor]] = {group: [] for group in poster.GROUPS}
+    for name, values in fisher.items():
+        units[poster.group_of(name)].append(values.reshape(-1))
+    return {group: torch.cat(values).mean().item() for group, values in units.items()}
 
 
 def size_sweep(

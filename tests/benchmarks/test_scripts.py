@@ -11,7 +11,7 @@ from torch import nn
 
 from lafq import estimate_sensitivity
 from lafq.quantization.checkpoint import save_quantized
-from lafq.quantization.model import dequantize, nbytes, quantize, resident_bytes
+from lafq.quantization.model import dequantize_, nbytes, quantize, resident_bytes
 from lafq.rng import generator
 from lafq.study.diffusion.unet import UNet, quantizable
 
@@ -60,7 +60,7 @@ def test_a_peer_is_judged_at_its_own_bytes(script, tiny, digits, monkeypatch, tm
     monkeypatch.setattr(peers, "DIGITS", {4: 20})
     monkeypatch.setattr(peers, "PROFILES", {4: "smoke"})
     names = [n for n, p in tiny.named_parameters() if p.ndim > 1]
-    rounded = dequantize(quantize(tiny, dict.fromkeys(names, "int4")))
+    rounded = dequantize_(quantize(tiny, dict.fromkeys(names, "int4")))
     rows = {n: (4, _channels(tiny, n), 0) for n in names}
     monkeypatch.setattr(
         peers,

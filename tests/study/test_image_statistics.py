@@ -2,9 +2,9 @@ import pandas as pd
 import pytest
 import torch
 
-from lafq.study.published_images import REAL_DIGITS, image_statistics, with_damage
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.images import classifier, metrics
+from lafq.study.published_images import REAL_DIGITS, image_statistics, with_damage
 
 
 def test_ink_digits_and_the_two_terms_of_fid():
@@ -12,7 +12,12 @@ def test_ink_digits_and_the_two_terms_of_fid():
     network = classifier.load()
     reference = metrics.mnist_reference(network)
     ones = digits[labels == 1][:50]
-    sets = {"FP32": ones, "faint": ones // 2, "grey": ones // 2 + 20, REAL_DIGITS: digits[HELD_OUT][:50]}
+    sets = {
+        "FP32": ones,
+        "faint": ones // 2,
+        "grey": ones // 2 + 20,
+        REAL_DIGITS: digits[HELD_OUT][:50],
+    }
     table = image_statistics(sets, network, reference).set_index("images")
     assert table.loc["faint", "ink"] == pytest.approx(table.loc["FP32", "ink"] / 2, rel=0.05)
     assert table.loc[REAL_DIGITS, "background"] == 0
@@ -39,7 +44,9 @@ def test_each_set_has_the_damage_of_its_model():
     ]
     budget = pd.DataFrame(rows, columns=["method", "granularity", "budget_bits", "damage"])
     table = with_damage(
-        pd.DataFrame({"images": ["FP32", "uniform INT4", "global, 6 bits per weight", REAL_DIGITS]}),
+        pd.DataFrame(
+            {"images": ["FP32", "uniform INT4", "global, 6 bits per weight", REAL_DIGITS]}
+        ),
         budget,
     )
     assert table["damage"].fillna(0).tolist() == [0.0, 1.0, 3.0, 0.0]

@@ -2,7 +2,8 @@ import pandas as pd
 import pytest
 
 from lafq.quantization.model import weights_sha256
-from lafq.study import rows as study_rows, workspace
+from lafq.study import rows as study_rows
+from lafq.study import workspace
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import samples
 from lafq.study.workspace import Workspace

@@ -13,7 +13,8 @@ import torch
 from lafq.allocation.rules import by_granularity, keep_global
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import make_plan
-from lafq.study import results, rows as study_rows, workspace
+from lafq.study import results, workspace
+from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images import evaluate as evaluation

@@ -5,7 +5,8 @@ import torch
 
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import quantize
-from lafq.study import results, rows as study_rows, workspace
+from lafq.study import results, workspace
+from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation

@@ -3,8 +3,8 @@
 import pandas as pd
 
 from lafq.study import workspace
-from lafq.study.published_images import UNQUANTIZED
 from lafq.study.figures.tables import format_table
+from lafq.study.published_images import UNQUANTIZED
 from lafq.study.workspace import Workspace
 
 LEVEL = 0.05

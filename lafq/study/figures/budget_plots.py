@@ -9,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator
 
-from lafq.study.budget.summaries import CODED, FEEDBACK
+from lafq.study.budget.summaries import CODED, CODED_RATE, FEEDBACK
 from lafq.study.damage import PROXIES
-from lafq.study.budget.summaries import CODED_RATE
 from lafq.study.figures.plots import bars
 from lafq.study.figures.tables import with_rounding
 

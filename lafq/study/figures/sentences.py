@@ -6,8 +6,7 @@ import math
 
 import pandas as pd
 
-from lafq.study import poster
-from lafq.study import published_images
+from lafq.study import poster, published_images
 from lafq.study.budget import summaries
 
 FEATURES = {"fid_inception": "Inception", "fid_mnist": "MNIST"}

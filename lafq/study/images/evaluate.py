@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from lafq.quantization.model import dequantize, weights_sha256
+from lafq.quantization.model import dequantize_, weights_sha256
 from lafq.study import workspace
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.mnist import REFERENCE
@@ -86,7 +86,7 @@ def _rows(
     a time.
     """
     for i, candidate in enumerate(candidates, start=1):
-        rounded = dequantize(quantized(model, candidate, seed))
+        rounded = dequantize_(quantized(model, candidate, seed))
         sampled = draw(candidate, rounded, f"row {i} of {len(candidates)}")
         yield candidate, sampled, score(candidate, rounded, sampled)
 

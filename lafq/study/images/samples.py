@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lafq.quantization.checkpoint import save_quantized
-from lafq.quantization.model import dequantize, weights_sha256
+from lafq.quantization.model import dequantize_, weights_sha256
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.images import cluster
 from lafq.study.workspace import Workspace, kind_of_machine
@@ -187,7 +187,7 @@ def sample_on_cluster(
             with TemporaryDirectory() as folder:
                 file = Path(folder) / "packed.safetensors"
                 save_quantized(file, small, model)
-                whole = dequantize(small)
+                whole = dequantize_(small)
                 provenance = provenance_of(whole)
                 key, files = _place(work, whole, sampling, provenance)
                 if key not in waiting and not all(path.is_file() for path in files.values()):

@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from lafq.study import poster
-from lafq.study import published_images
+from lafq.study import poster, published_images
 from lafq.study.budget import summaries
 from lafq.study.budget.summaries import CODED, FEEDBACK
 from lafq.study.damage import PROXIES

@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 from distributed import LocalCluster
 
-from lafq.study import rows as study_rows, workspace
+from lafq.study import rows as study_rows
+from lafq.study import workspace
 from lafq.study.images import cluster, samples
 from lafq.study.images import evaluate as evaluation
 from lafq.study.rows import BASELINE

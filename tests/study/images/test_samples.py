@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from lafq.quantization.model import weights_sha256
-from lafq.study import results, rows as study_rows, workspace
+from lafq.study import results, workspace
+from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import quantizable
