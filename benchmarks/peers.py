@@ -32,7 +32,6 @@ from lafq.study.damage import FRESH, FRESH_SEED
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.subject import load_model
-from lafq.study.figures.benchmarks import OURS
 from lafq.study.images import scoring
 from lafq.study.workspace import Workspace, compute_on
 from lafq.tensors import load_tensors
@@ -40,6 +39,7 @@ from lafq.tensors import load_tensors
 WORK = Workspace("benchmarks")
 HERE = Path(__file__).parent
 BITS = (8, 6, 4, 3, 2)
+OURS = "lafq, uniform"
 SAMPLES, DIGITS = {16: 512, 64: 128}, {16: 500, 64: 100}
 SCALE_BYTES = 2  # a scale counts as FP16, as ours do
 # By library and width the bits, where all would take hours.

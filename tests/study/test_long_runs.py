@@ -10,8 +10,7 @@ from scipy import stats
 from lafq.study import claims as study_claims
 from lafq.study import long_runs, poster, workspace
 from lafq.study import rows as study_rows
-from lafq.study.budget import summaries
-from lafq.study.damage import measure_damage
+from lafq.study.damage import measure_damage, with_fid
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.unet import quantizable
@@ -174,7 +173,7 @@ def test_budget_rows_join_those_of_06(smoke, tiny, monkeypatch):
         *allocated,
         *study_rows.tuned_rows(allocated, [4.0], 2),
     ]
-    table = summaries.with_fid(measure_damage(tiny, rows, known, seed=0, digits=10), found)
+    table = with_fid(measure_damage(tiny, rows, known, seed=0, digits=10), found)
     joined = table[table["n_images"] == 20]
     assert len(joined) == (~found["rule"].isin(["baseline", *long_runs.RULES])).sum()
     assert joined["fid_mnist_delta"].notna().all()
