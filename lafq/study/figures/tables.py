@@ -72,7 +72,7 @@ def tidy(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def damages_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `budget.measure_candidates` as it is shown, intervals in brackets; the rounding
+    """A table of `damage.measure_damage` as it is shown, intervals in brackets; the rounding
     stands in every name.
     """
     columns = ["method", "budget_bits", "mem_mib", "mem_share", "damage", "fid_mnist_delta"]

@@ -9,14 +9,14 @@ import pandas as pd
 
 Spec = str | Callable[[Any], str]
 Column = str | tuple[str | Spec, ...] | Callable[[pd.Series], str]
-RULES = {"allocate": "allocator", "allocate_all": "allocator, all weights"}
-ROUNDINGS = {"nearest": "nearest code", "feedback": "error feedback", "none": ""}
+WORDS = {"allocate": "allocator", "allocate_all": "allocator, all weights"}
+ROUNDED = {"nearest": "nearest code", "feedback": "error feedback", "none": ""}
 
 
 def name(row: pd.Series) -> str:
     """How a reader sees the rule and the rounding of a row: "allocator, error feedback"."""
     rounding = "entropy-coded" if row["format"] == "coded" else row["rounding"]
-    words = RULES.get(row["rule"], row["rule"]), ROUNDINGS.get(rounding, rounding)
+    words = WORDS.get(row["rule"], row["rule"]), ROUNDED.get(rounding, rounding)
     return ", ".join(word for word in words if word)
 
 
