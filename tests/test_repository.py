@@ -16,7 +16,7 @@ from lafq.quantization.plan import make_plan
 from lafq.study import poster, workspace
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.images.candidates import KEY, Candidate, kept_share
+from lafq.study.rows import KEY, Row, kept_share
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import load_tensors
 from tools import readme, summary
@@ -214,7 +214,7 @@ def test_a_new_threshold_rule_as_contributing_shows_it(tiny):
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
     scope = {
         "Tensor": torch.Tensor,
-        "Candidate": Candidate,
+        "Row": Row,
         "make_plan": make_plan,
         "fisher": fisher,
         "rows": [],
@@ -236,9 +236,9 @@ def comparison():
 
 
 def test_comparison_has_its_columns_and_a_row_a_key(comparison):
-    assert list(comparison.columns) == poster.COLUMNS
+    assert list(comparison.columns[:-2]) == poster.COLUMNS
     assert not comparison.duplicated(KEY).any()
-    assert set(comparison["method"]) == {
+    assert set(comparison["rule"]) == {
         "baseline",
         "uniform",
         "global",
@@ -246,9 +246,9 @@ def test_comparison_has_its_columns_and_a_row_a_key(comparison):
         "mean_std",
         "ratio",
     }
-    ratios = comparison[comparison["method"] == "ratio"]
+    ratios = comparison[comparison["rule"] == "ratio"]
     for (low, granularity), rows in ratios.groupby(["format", "granularity"]):
-        assert rows["threshold"].tolist() == [f"{r:.2f}" for r in poster.RATIOS], (low, granularity)
+        assert rows["setting"].tolist() == [f"{r:.2f}" for r in poster.RATIOS], (low, granularity)
     assert len(ratios) == 4 * len(poster.RATIOS)
 
 

@@ -29,9 +29,9 @@ from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.subject import load_fisher, load_model
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import classifier, metrics
-from lafq.study.images.candidates import BASELINE
 from lafq.study.images.evaluate import evaluate, evaluate_large
 from lafq.study.images.samples import Sampling, cached_samples, weights_sha256
+from lafq.study.rows import BASELINE, by_budget
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import load_tensors, save_tensors
 
@@ -40,16 +40,18 @@ ALLOCATED, RULE_BITS = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
 # Bits per weight: of entropy-coded files, and of the allocator at the poster's size.
 CODED_FILES, AT_SIZE, FILES_BELOW = (2.0, 2.5), (2.5, 3.0, 4.0, 6.0), 9
 RULES = ("global", "group", "ratio", "magnitude", "random")
+# Rule and rounding.
 FRESH = (
-    "allocator",
-    "allocator, tuned",
-    *(f"{rule}, {methods.FEEDBACK}" for rule in ("global", "group", "ratio")),
+    ("allocate", "feedback"),
+    ("allocate", "tuned"),
+    *((rule, "feedback") for rule in ("global", "group", "ratio")),
 )
-# A row of 1,000 images takes minutes: of these methods no other budgets.
+# A row of 1,000 images takes minutes: of these no other budgets.
 SELECTED = {
-    f"uniform, {methods.FEEDBACK}": (),
-    "allocator, nearest code": (4.0,),
-    "allocator, all weights": (3.5,),
+    ("uniform", "feedback"): (),
+    ("allocate", "nearest"): (4.0,),
+    ("allocate_all", "feedback"): (3.5,),
+    **{(rule, "feedback"): () for rule in RULES},
 }
 
 
@@ -93,7 +95,7 @@ def budgets(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
     allocated = methods.allocated(model, known, list(ALLOCATED), granularities=("mixed",))
     rows = [
-        BASELINE._replace(threshold="32.000", bits=32.0),
+        BASELINE._replace(setting="32.000", bits=32.0),
         *methods.uniform(model, known),
         *allocated,
     ]
@@ -101,15 +103,11 @@ def budgets(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     rows += [
         row
         for row in methods.thresholds(model, known, list(RULE_BITS), p["SEED"])
-        if row.method in RULES
+        if row.rule in RULES
     ]
-    rows = [row for row in rows if row.bits in SELECTED.get(row.method, (row.bits,))]
+    rows = [row for row in rows if row.bits in SELECTED.get((row.rule, row.rounding), (row.bits,))]
     table, _ = evaluate(work, model, rows, Sampling(images, p["SAMPLING_STEPS"], p["SEED"]))
-    return {
-        "budget": table.rename(columns={"threshold": "budget_bits"}).drop(
-            columns=["format", "sample"]
-        )
-    }
+    return {"budget": by_budget(table).drop(columns="sample")}
 
 
 def fresh(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
@@ -123,13 +121,11 @@ def fresh(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     allocated = methods.allocated(model, known, [rules.RATE], ("mixed",), ablations=())
     found = [*allocated, *methods.tuned(allocated, [rules.RATE], p["TUNED"]["steps"])]
     found += methods.thresholds(model, known, [rules.RATE], p["SEED"])
-    chosen = [row for row in found if row.method in FRESH]
+    chosen = [row for row in found if (row.rule, row.rounding) in FRESH]
     table, samples = evaluate_large(
         work, model, chosen, Sampling(images, p["SAMPLING_STEPS"], seed)
     )
-    claims = rules.image_claims(
-        table[table["method"].str.contains(methods.FEEDBACK)], samples, seed
-    )
+    claims = rules.image_claims(table[table["rule"].isin(RULES)], samples, seed)
     return {"fresh": table, "fresh_claims": pd.DataFrame(claims)}
 
 
@@ -140,15 +136,11 @@ def coded(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
     model = load_model(work, p["WIDTH"])
     known = methods.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
     rows = [
-        BASELINE._replace(threshold="32.000", bits=32.0),
+        BASELINE._replace(setting="32.000", bits=32.0),
         *methods.coded(model, known, list(CODED_FILES)),
     ]
     table, _ = evaluate(work, model, rows, Sampling(images, p["SAMPLING_STEPS"], p["SEED"]))
-    return {
-        "coded": table.rename(columns={"threshold": "budget_bits"}).drop(
-            columns=["format", "sample"]
-        )
-    }
+    return {"coded": by_budget(table).drop(columns="sample")}
 
 
 def at_int4_bytes(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]:
@@ -164,11 +156,13 @@ def at_int4_bytes(profile: str, images: int = IMAGES) -> dict[str, pd.DataFrame]
     found = methods.allocated(model, known, [bits], ("mixed",), ablations=())
     found += methods.thresholds(model, known, [bits], seed, ("global", "ratio"))
     chosen = [
-        row._replace(made=methods.made(samples, seed)) for row in found if row.method in FRESH
+        row._replace(made=methods.made(samples, seed))
+        for row in found
+        if (row.rule, row.rounding) in FRESH
     ]
     sampling = Sampling(images, p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
     table, generated = evaluate_large(work, model, [*same, *chosen], sampling)
-    ruled = table[table["method"].str.contains(methods.FEEDBACK)]
+    ruled = table[table["rule"].isin(RULES)]
     claims = rules.image_claims(ruled, generated, seed, f"width {p['WIDTH']}, the bytes of INT4")
     return {"int4": table, "int4_claims": pd.DataFrame(claims)}
 
@@ -234,7 +228,9 @@ def described(profile: str, images: int = DESCRIBED) -> dict[str, pd.DataFrame]:
         for low in ("int3", "int4", "int6")
     }
     rules_at_6 = {
-        row.method: row.plan for row in methods.thresholds(model, known, [6.0], p["SEED"])
+        row.rule: row.plan
+        for row in methods.thresholds(model, known, [6.0], p["SEED"])
+        if row.rounding == "nearest"
     }
     chosen |= {f"{rule}, 6 bits per weight": rules_at_6[rule] for rule in ("global", "magnitude")}
     sets = {"FP32": cached_samples(work, model, sampling).images}

@@ -11,7 +11,7 @@ from lafq.study import poster, workspace
 from lafq.study.audit import published_images
 from lafq.study.budget import predictions, summaries
 from lafq.study.figures import audit_tables, sentences
-from lafq.study.images.candidates import BASELINE
+from lafq.study.rows import BASELINE
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import atomic_write
 

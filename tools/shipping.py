@@ -21,9 +21,9 @@ from lafq.study import workspace
 from lafq.study.budget import methods
 from lafq.study.diffusion.subject import PACKED, load_model
 from lafq.study.images import scoring
-from lafq.study.images.candidates import BASELINE, Candidate
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.samples import Sampling
+from lafq.study.rows import BASELINE, Row
 from lafq.study.workspace import Workspace, profile_parameters
 
 SHIPPED_MIB = 13.0
@@ -52,11 +52,12 @@ def ship(
     save_quantized(work.results / PACKED, small, model, compress=True)
     rows = [
         BASELINE._replace(inception=True),
-        Candidate(
-            "shipped",
+        Row(
+            "allocate",
             f"{file_mib:g} MiB",
-            "entropy-coded",
+            "coded",
             "channel",
+            "feedback",
             plan,
             inception=True,
             made=made,

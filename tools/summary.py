@@ -4,7 +4,7 @@ import pandas as pd
 
 from lafq.study import claims, poster, workspace
 from lafq.study.audit import published_images
-from lafq.study.budget import methods, rules, summaries
+from lafq.study.budget import rules, summaries
 from lafq.study.figures import audit_tables, benchmarks, sentences, tables, terrain
 from lafq.study.workspace import Workspace
 from tools import facts
@@ -79,7 +79,7 @@ def beyond(work: Workspace, paper: Workspace) -> dict[str, str]:
     coded_said = summaries.coded_summary(coded, workspace.load_optional(work, "evidence_coded"))
     return {
         "findings": "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(found, start=1)),
-        "rules": f"{markdown(rules.rules_at_equal_bytes(budget, methods.FEEDBACK))}\n\n{summaries.best_rule(budget)}",
+        "rules": f"{markdown(rules.rules_at_equal_bytes(budget, 'feedback'))}\n\n{summaries.best_rule(budget)}",
         "rules_claims": markdown(tables.rules_shown(rule_claims(work))),
         "int4": at_int4_bytes(int4, int4_claims),
         "damages": damages_at_size(workspace.load_table(paper, "evidence_damages")),

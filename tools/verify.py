@@ -110,7 +110,7 @@ def check_drawn(
 def check_packed(work: Workspace, width: int, seed: int) -> tuple[bool, str]:
     """The packed weights: their checksum, and images drawn from them."""
     model = dequantize(load_quantized(work.results / subject.PACKED, UNet(width)))
-    row = next(workspace.load_table(work, "packed").query("method == 'shipped'").itertuples())
+    row = next(workspace.load_table(work, "packed").query("rule == 'allocate'").itertuples())
     return check_drawn(work, "packed weights", model, row, PACKED_IMAGES, seed)
 
 
@@ -128,9 +128,7 @@ def check_weights(
     yield check_drawn(work, "FP32 baseline", model, baseline, IMAGES, parameters["SEED"])
     table = workspace.load_table(work, "03_global")
     for row in threshold_rows.uniform(model):
-        [found] = table[
-            (table["method"] == "uniform") & (table["format"] == row.format)
-        ].itertuples()
+        [found] = table[(table["rule"] == "uniform") & (table["format"] == row.format)].itertuples()
         small = dequantize(quantize(model, row.plan))
         yield check_drawn(
             work, f"uniform {row.format.upper()}", small, found, IMAGES, parameters["SEED"]

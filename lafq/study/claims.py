@@ -162,14 +162,14 @@ def best_ratio(
     found = []
     for low in formats:
         rows = table[
-            (table["method"] == "ratio")
+            (table["rule"] == "ratio")
             & (table["format"] == low)
             & (table["granularity"] == "weight")
         ]
-        rows = rows[rows["threshold"].isin([f"{r:.2f}" for r in poster.RATIOS])].drop_duplicates(
-            "threshold"
+        rows = rows[rows["setting"].isin([f"{r:.2f}" for r in poster.RATIOS])].drop_duplicates(
+            "setting"
         )
-        inside = rows["threshold"].astype(float).between(*poster.BEST_RATIOS).to_numpy(copy=True)
+        inside = rows["setting"].astype(float).between(*poster.BEST_RATIOS).to_numpy(copy=True)
         if inside.all() or not inside.any():
             continue
         scored = [by.scored(sample) for sample in rows["sample"]]
@@ -200,10 +200,12 @@ def layerwise_images(table: pd.DataFrame, by: Judge) -> Claim:
     """C4, images: of the layer-wise rows with INT8 the nearest in size to uniform FP16, against
     uniform FP16.
     """
-    uniform = table[(table["method"] == "uniform") & (table["format"] == "fp16")].iloc[0]
-    rows = table[table["method"].isin(LAYERWISE) & (table["format"] == "int8")]
+    uniform = table[(table["rule"] == "uniform") & (table["format"] == "fp16")].iloc[0]
+    rows = table[table["rule"].isin(LAYERWISE) & (table["format"] == "int8")]
     row = rows.loc[(rows["mem_mib"] - uniform["mem_mib"]).abs().idxmin()]
-    named = f"{row['method']} {row['threshold']}, INT8 by {row['granularity']} ({row['mem_mib']:.2f} MiB)"
+    named = (
+        f"{row['rule']} {row['setting']}, INT8 by {row['granularity']} ({row['mem_mib']:.2f} MiB)"
+    )
     quantity = (
         f"FID of {named} minus FID of uniform FP16 ({uniform['mem_mib']:.2f} MiB; {by.features})"
     )

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from lafq.study.images.candidates import KEY
-
 BASELINE_MIB = 134.20
 RATIOS = (0.30, 0.32, 0.35, 0.38, 0.40, 0.42, 0.45, 0.48)
 BEST_RATIOS = (0.35, 0.40)
@@ -64,7 +62,7 @@ TARGET_SHARE = {
 COLUMNS = [
     *(
         "profile",
-        *KEY,
+        *("rule", "setting", "format", "granularity", "rounding"),
         "fid_paper",
         "is_paper",
         "mem_paper_mib",
@@ -100,7 +98,7 @@ def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
     none.
     """
     ours = table.assign(profile=profile)
-    published = [_published(row.method, row.threshold, row.format) for row in ours.itertuples()]
+    published = [_published(row.rule, row.setting, row.format) for row in ours.itertuples()]
     ours["fid_paper"] = [p.fid if p else None for p, _ in published]
     ours["is_paper"] = [p.inception_score if p else None for p, _ in published]
     ours["mem_paper_mib"] = [m for _, m in published]
@@ -108,7 +106,8 @@ def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
         ["fid_paper", "is_paper", "mem_paper_mib"]
     ].astype(float)
     ours["mem_share_paper"] = ours["mem_paper_mib"] / BASELINE_MIB
-    return ours.reindex(columns=COLUMNS)  # tables of earlier versions have fewer
+    old = [name for name in ("method", "threshold") if name in ours]
+    return ours.reindex(columns=[*COLUMNS, *old])  # tables of earlier versions have fewer
 
 
 def _published(method: str, threshold: str, low: str) -> tuple[Published | None, float | None]:

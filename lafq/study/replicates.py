@@ -25,9 +25,9 @@ from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.fisher_analysis import fisher_by_timestep
 from lafq.study.images.bootstrap import LEVEL
-from lafq.study.images.candidates import BASELINE, Candidate
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.samples import Sampling
+from lafq.study.rows import BASELINE, Row
 from lafq.study.verdict import verdict
 from lafq.study.workspace import Workspace
 
@@ -39,7 +39,7 @@ VARYING = {
 }
 
 
-def claimed_rows(model: nn.Module, fisher: dict[str, torch.Tensor], count: int) -> list[Candidate]:
+def claimed_rows(model: nn.Module, fisher: dict[str, torch.Tensor], count: int) -> list[Row]:
     """The rows C3 and C4 speak of, in INT8: the baseline, uniform FP16, the group row at the
     paper's size, the ratios.
     """

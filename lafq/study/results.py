@@ -8,14 +8,15 @@ from torch import nn
 
 from lafq.study import claims, poster
 from lafq.study.images import samples
-from lafq.study.images.candidates import KEY, Candidate
 from lafq.study.images.evaluate import evaluate, load_inception, measure_peak_memory
 from lafq.study.images.samples import Sampling
+from lafq.study.rows import KEY, Row
 from lafq.study.workspace import (
     Workspace,
     load_images,
     load_optional,
     load_table,
+    read_table,
     save_images,
     save_table,
 )
@@ -68,10 +69,10 @@ def evaluate_rows(
     work: Workspace,
     name: str,
     model: nn.Module,
-    rows: list[Candidate],
+    rows: list[Row],
     sampling: Sampling,
     inception_reference: int = 0,
-    compared: Sequence[Candidate] = (),
+    compared: Sequence[Row] = (),
 ) -> None:
     """Evaluate the candidates of a notebook and write its table, its images and their peak memory.
 
@@ -81,7 +82,7 @@ def evaluate_rows(
     table, images = evaluate(work, model, rows, sampling, inception_reference)
     save_rows(work, name, table, images)
     update(work, "peak_memory", measure_peak_memory(work, model, rows))
-    keys = {tuple(getattr(row, column) for column in KEY) for row in compared}
+    keys = {row[: len(KEY)] for row in compared}
     if keys:
         compared_rows = table[[key in keys for key in table[KEY].itertuples(index=False)]]
         update_comparison(work, poster.compare(compared_rows, work.profile))
@@ -89,27 +90,25 @@ def evaluate_rows(
 
 def update(work: Workspace, name: str, rows: pd.DataFrame) -> None:
     """Put rows into the table <name>.csv in place of those of the same KEY."""
-    known = load_optional(work, name)
+    there = (work.results / f"{name}.csv").is_file()
+    known = read_table(work, name) if there else None
     save_table(work, name, pd.concat([known, rows]).drop_duplicates(KEY, keep="last"))
 
 
 def update_comparison(work: Workspace, rows: pd.DataFrame) -> pd.DataFrame:
     """Put rows of `poster.compare` into results/<profile>/paper_comparison.csv in place of those of
-    the same methods.
+    the same rules.
 
     Returns the rows as the file has them.
     """
-    path = work.results / "paper_comparison.csv"
-    if path.is_file():
-        old = load_table(work, "paper_comparison")
+    if (work.results / "paper_comparison.csv").is_file():
+        old = read_table(work, "paper_comparison")
         # The file's own columns may be in another order, or fewer, where an earlier version wrote
         # it.
-        rows = pd.concat([old[~old["method"].isin(rows["method"])], rows])[list(rows.columns)]
+        rows = pd.concat([old[~old["rule"].isin(rows["rule"])], rows])[list(rows.columns)]
     rows = rows.drop_duplicates(KEY, keep="last")
-    order = [METHODS.index(m) for m in rows["method"]]
-    rows = rows.assign(order=order).sort_values(
-        ["order", "threshold", "format", "granularity"], kind="stable"
-    )
+    order = [METHODS.index(rule) for rule in rows["rule"]]
+    rows = rows.assign(order=order).sort_values(["order", *KEY[1:]], kind="stable")
     save_table(work, "paper_comparison", rows.drop(columns="order"))
     return load_table(work, "paper_comparison")
 

@@ -20,20 +20,20 @@ from lafq.quantization.formats import MIB
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import make_plan
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.images.candidates import BASELINE, Candidate
 from lafq.study.poster import TARGET_SHARE
+from lafq.study.rows import BASELINE, Row
 
 
 def size_sweep(
     model: nn.Module, scores: dict[str, Tensor], format: str, granularity: str, count: int
 ) -> pd.DataFrame:
-    """Size of the plan at every threshold of `rules.threshold_grid`: columns format, granularity,
+    """Size of the plan at every threshold of `threshold_grid`: columns format, granularity,
     threshold, kept_share, mem_mib, mem_share.
 
     scores: one value per weight, or per weight tensor. kept_share: of the weights of the six
     layers; mem_mib: of the whole model. Only numbers of kept weights are counted, no masks built,
     which takes seconds at width 64; a test holds the sizes equal to those of the plans
-    (`candidates.sizes`).
+    (`rows.sizes`).
     """
     values, weights = threshold_grid(scores, count), quantizable(model)
     thresholds = torch.tensor(values, dtype=next(iter(scores.values())).dtype)
@@ -86,7 +86,7 @@ def nearest_size(sweeps: pd.DataFrame, share: float) -> pd.DataFrame:
     kinds = [sweeps["format"], sweeps["granularity"]]
     found = sweeps.loc[(sweeps["mem_share"] - share).abs().groupby(kinds).idxmin()]
     counts = sweeps.groupby(kinds)["threshold"].transform("size")[found.index]
-    # These words stand for the threshold in `samples.provenance`, as its last digits differ between
+    # These words stand for the threshold in `rows.recipe`, as its last digits differ between
     # machines: do not reword them.
     return found.assign(
         target=[f"nearest to {share:.4f} of FP32 of {n} cuts" for n in counts]
@@ -99,18 +99,19 @@ def candidates_at(
     chosen: pd.DataFrame,
     scores: dict[str, dict[str, Tensor]],
     inception: bool = False,
-) -> list[Candidate]:
+) -> list[Row]:
     """A candidate for every row of `nearest_size`; its threshold is written `symbol=value`.
 
     scores: by granularity, Fisher values, or what a rule makes of them (`relative_to_group`,
     `standardized`): all keep what lies at or above the threshold.
     """
     return [
-        Candidate(
+        Row(
             method,
             f"{symbol}={row.threshold:.3g}",
             row.format,
             row.granularity,
+            "nearest",
             make_plan(keep_global(scores[row.granularity], row.threshold), row.format),
             inception,
             row.target,
@@ -119,11 +120,17 @@ def candidates_at(
     ]
 
 
-def uniform(model: nn.Module, formats: tuple[str, ...] = ("fp16", "int8")) -> list[Candidate]:
+def uniform(model: nn.Module, formats: tuple[str, ...] = ("fp16", "int8")) -> list[Row]:
     """All weights of the six layers in one format: the rows that go with every table."""
     return [
-        Candidate(
-            "uniform", "all", low, "tensor", dict.fromkeys(quantizable(model), low), inception=True
+        Row(
+            "uniform",
+            "all",
+            low,
+            "tensor",
+            "nearest",
+            dict.fromkeys(quantizable(model), low),
+            inception=True,
         )
         for low in formats
     ]
@@ -131,16 +138,17 @@ def uniform(model: nn.Module, formats: tuple[str, ...] = ("fp16", "int8")) -> li
 
 def ratio_candidates(
     fisher: dict[str, Tensor], ratios: list[float], coarse: list[float], formats: list[str]
-) -> list[Candidate]:
+) -> list[Row]:
     """The ratio sweep: the paper's ratios by tensor and by weight, the coarse ones by weight;
     Inception by weight.
     """
     return [
-        Candidate(
+        Row(
             "ratio",
             f"{ratio:.2f}",
             low,
             granularity,
+            "nearest",
             make_plan(keep_ratio(by_granularity(fisher, granularity), ratio), low),
             inception=granularity == "weight" and ratio in ratios,
         )
@@ -152,7 +160,7 @@ def ratio_candidates(
 
 def published_rows(
     model: nn.Module, fisher: dict[str, Tensor], ratios: list[float], count: int
-) -> list[Candidate]:
+) -> list[Row]:
     """The rows of the poster's table in INT8 on single weights, beside the baseline and both
     uniform formats.
 

@@ -260,46 +260,40 @@ def test_smallest_possible_size_is_the_one_named(model, fisher):
 
 def test_thresholds_fill_the_budget(model, fisher):
     rows = methods.thresholds(model, Sensitivity(fisher, {}), [3.5, 12.0, 20.0], seed=0)
-    plain = {"global", "group", "ratio", "mean_std", "magnitude", "random"}
-    assert {r.method for r in rows} == plain | {f"{rule}, {methods.FEEDBACK}" for rule in plain}
+    names = {"global", "group", "ratio", "mean_std", "magnitude", "random"}
+    assert {r.rule for r in rows} == names
+    assert {(r.bits, r.format) for r in rows} == {(3.5, "int3"), (12.0, "int8"), (20.0, "fp16")}
     assert len(rows) == 36
     for row in rows:
         size = nbytes(model, row.plan) / MIB
         assert 0.97 * methods.mib_at(model, row.bits) < size <= methods.mib_at(model, row.bits)
-    ratio = next(r for r in rows if r.method == "ratio" and r.bits == 12)
+    ratio = next(r for r in rows if r.rule == "ratio" and r.bits == 12)
     kept = [
         p.keep_mask.float().mean().item() for n, p in ratio.plan.items() if n.startswith("Layer1")
     ]
     assert 0 < np.mean(kept) < 1
 
 
-def test_rules_are_compared_with_one_threshold_that_is_rounded_alike():
-    rows = (
-        methods.budget_candidate("ratio", "weight", 4.0, {}),
-        methods.budget_candidate("ratio, error feedback", "weight", 4.0, {}),
-    )
-    assert [methods.rule_beside(row) for row in rows] == [
-        ("global", 4.0),
-        ("global, error feedback", 4.0),
-    ]
-
-
 @pytest.mark.slow
 def test_ratios_of_damages_are_paired(model, known):
     found = [*methods.uniform(model, known), *methods.thresholds(model, known, [4.0], seed=0)]
-    table = budget.measure_candidates(model, found, known, seed=0, digits=20).set_index("method")
-    int8 = table[(table.index == "uniform") & (table["budget_bits"].between(8, 9))].iloc[0]
+    table = budget.measure_candidates(model, found, known, seed=0, digits=20)
+    table = table.set_index(["rule", "rounding"])
+    int8 = table.loc["uniform", "nearest"].query("format == 'int8'").iloc[0]
     assert (int8["over_int8"], int8["over_int8_low"], int8["over_int8_high"]) == (1, 1, 1)
-    for rounding in ("", f", {methods.FEEDBACK}"):
-        whole, ratio = table.loc[f"global{rounding}"], table.loc[f"ratio{rounding}"]
+    for rounding in ("nearest", "feedback"):
+        [whole], [ratio] = (
+            [row for _, row in table.loc[[(rule, rounding)]].iterrows()]
+            for rule in ("global", "ratio")
+        )
         assert whole["over_global"] == 1
         assert ratio["over_global"] == pytest.approx(ratio["damage"] / whole["damage"])
         assert ratio["over_global_low"] <= ratio["over_global"] <= ratio["over_global_high"]
     again = budget.measure_candidates(model, found[:1], known, seed=0, digits=20, fresh=True)
     assert again["damage"].item() != table["damage"].iloc[0]
-    shown = rules.rules_at_equal_bytes(table.reset_index(), methods.FEEDBACK)
+    shown = rules.rules_at_equal_bytes(table.reset_index(), "feedback")
     assert shown["rule"].tolist() == ["global", "group", "ratio", "mean_std", "magnitude", "random"]
-    assert [claim.verdict for claim in rules.damage_claims(table.reset_index(), methods.FEEDBACK)]
+    assert [claim.verdict for claim in rules.damage_claims(table.reset_index(), "feedback")]
 
 
 @pytest.mark.parametrize(
@@ -307,12 +301,13 @@ def test_ratios_of_damages_are_paired(model, known):
     [(2, 9, "contradicted"), (0.2, 0.9, "supported"), (0.5, 2, "inconclusive")],
 )
 def test_claims_about_rules_follow_from_their_intervals(low, high, said):
-    rows = [{"method": f"{rule}, error feedback", "budget_bits": 4.0} for rule in rules.LAYERWISE]
+    key = {"granularity": "weight", "rounding": "feedback", "budget_bits": 4.0}
+    rows = [key | {"rule": rule} for rule in rules.LAYERWISE]
     found = rules.damage_claims(
         pd.DataFrame(rows).assign(
             over_global=(low + high) / 2, over_global_low=low, over_global_high=high
         ),
-        "error feedback",
+        "feedback",
     )
     assert [claim.verdict for claim in found] == [said] * 3
 
@@ -327,15 +322,15 @@ def test_judged_rows_measure_the_plan(model, known):
     rows = [*methods.uniform(model, known)[:5], *methods.allocated(model, known, [4.0])]
     table = budget.measure_candidates(model, rows, known, seed=0, digits=20)
     assert list(table.columns) == budget.COLUMNS
-    uniform = table[table["method"] == "uniform"]
+    uniform = table[table["rule"] == "uniform"]
     assert (uniform["damage"].diff().dropna() < 0).all()
     assert (table["damage_low"] <= table["damage"]).all()
     assert uniform["bits_per_weight"].round().tolist() == [2, 3, 4, 6, 8]
-    mixed = table[table["granularity"] == "mixed"].set_index("method")["damage"]
+    mixed = table[table["granularity"] == "mixed"].set_index(["rule", "rounding"])["damage"]
     assert (
-        mixed["allocator, all weights"]
-        < mixed["allocator"]
-        < mixed["allocator, nearest code"]
+        mixed["allocate_all", "feedback"]
+        < mixed["allocate", "feedback"]
+        < mixed["allocate", "nearest"]
         < uniform["damage"].iloc[1]
     )
     sizes = table[table["granularity"] == "mixed"]["mem_mib"]
@@ -348,12 +343,8 @@ def test_judged_rows_measure_the_plan(model, known):
 def test_tuned_rows_are_the_allocators_with_less_damage(model, known):
     allocated = methods.allocated(model, known, [4.0], granularities=("mixed",))
     rows = methods.tuned(allocated, [4.0], steps=40)
-    assert [(r.method, r.granularity, r.bits, r.tuned) for r in rows] == [
-        ("allocator, tuned", "mixed", 4.0, 40)
-    ]
-    before = next(
-        r for r in allocated if (r.method, r.granularity, r.bits) == ("allocator", "mixed", 4.0)
-    )
+    assert [(*r[:5], r.tuned) for r in rows] == [("allocate", "4.000", "any", "mixed", "tuned", 40)]
+    before = next(r for r in allocated if methods.is_allocated(r))
     table = budget.measure_candidates(model, [before, *rows], known, seed=0, digits=50)
     assert table["mem_mib"].nunique() == table["predicted"].nunique() == 1
     assert table["damage"][1] < table["damage"][0]

@@ -60,9 +60,9 @@ def test_rank_correlation_and_kept_weights(values):
     assert fisher_values.kept_in_common(values, unrelated, 0.35) == pytest.approx(0.35, abs=0.01)
 
 
-def test_candidates_keep_the_ratio(values):
-    [row] = fisher_values.candidates({"x": values}, 0.35, "int8")
-    assert (row.method, row.threshold, row.format) == ("ratio", "0.35, x", "int8")
+def test_choices_keep_the_ratio(values):
+    [row] = fisher_values.choice_rows({"x": values}, 0.35)
+    assert row[:5] == ("ratio", "0.35", "int8", "weight", "nearest")
     assert all(torch.equal(row.plan[n].keep_mask, m) for n, m in keep_ratio(values, 0.35).items())
 
 

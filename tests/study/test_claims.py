@@ -8,6 +8,7 @@ from lafq.study.claims import Judge
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.unet import LAYERS
 from lafq.study.images.scoring import Scored
+from lafq.study.rows import KEY
 
 BINS, BLOCKS = range(0, 1000, 100), 10
 WEIGHTS = pd.Series({f"{layer}.{i}": 10 + i for layer in LAYERS for i in range(3)})
@@ -80,12 +81,7 @@ def ratio_rows(inside, outside, formats=("fp16",)):
         for i, r in enumerate(poster.RATIOS):
             best = poster.BEST_RATIOS[0] <= r <= poster.BEST_RATIOS[1]
             images[f"{low}{i}"] = digits(inside if best else outside, seed=i)
-            key = {
-                "method": "ratio",
-                "threshold": f"{r:.2f}",
-                "format": low,
-                "granularity": "weight",
-            }
+            key = dict(zip(KEY, ("ratio", f"{r:.2f}", low, "weight", "nearest"), strict=True))
             rows.append(key | {"sample": f"{low}{i}"})
     return pd.DataFrame(rows), images
 
@@ -130,7 +126,7 @@ def made_up(values, spread, margin=0.0, seed=0):
 )
 def test_c3_by_the_margin(gain, spread, margin, expected):
     table, _ = ratio_rows(0, 0)
-    inside = table["threshold"].astype(float).between(*poster.BEST_RATIOS)
+    inside = table["setting"].astype(float).between(*poster.BEST_RATIOS)
     fids = dict(zip(table["sample"], 60 - gain * inside, strict=True))
     [claim] = claims.best_ratio(table, made_up(fids, spread, margin))
     assert claim.verdict == expected
@@ -142,7 +138,7 @@ def test_c3_is_corrected_for_the_number_of_formats():
     beside another test.
     """
     table, _ = ratio_rows(0, 0, ("fp16", "int8"))
-    inside = table["threshold"].astype(float).between(*poster.BEST_RATIOS)
+    inside = table["setting"].astype(float).between(*poster.BEST_RATIOS)
     gain = inside * np.where(table["format"] == "fp16", 0.0, 1.55)
     by = made_up(dict(zip(table["sample"], 60 - gain, strict=True)), 1.0)
     alone, both = claims.best_ratio(table, by, ["int8"])[0], claims.best_ratio(table, by)[1]
@@ -154,7 +150,7 @@ def test_c3_is_corrected_for_the_number_of_formats():
 
 def test_c3_needs_ratios_on_both_sides():
     table, _ = ratio_rows(0, 0)
-    table = table[table["threshold"].isin(["0.35", "0.38"])]
+    table = table[table["setting"].isin(["0.35", "0.38"])]
     assert claims.best_ratio(table, made_up(dict.fromkeys(table["sample"], 60.0), 1.0)) == []
 
 
@@ -168,7 +164,7 @@ def test_c3_needs_ratios_on_both_sides():
     ],
 )
 def test_c4_compares_rows_of_equal_bytes(change, spread, expected):
-    columns = ["method", "threshold", "format", "granularity", "mem_mib", "sample"]
+    columns = [*KEY[:4], "mem_mib", "sample"]
     rows = [
         ("uniform", "all", "fp16", "tensor", 4.0, "u"),
         ("group", "a", "int8", "weight", 4.1, "g"),

@@ -78,7 +78,7 @@ def smoke(sandbox, tiny):
 def test_rows_have_blocks_and_claims(smoke):
     found = evidence.rows("smoke", images=40)
     rows = found["rows"]
-    assert rows["method"].value_counts().to_dict() == {
+    assert rows["rule"].value_counts().to_dict() == {
         "baseline": 1,
         "uniform": 1,
         "group": 1,
@@ -154,17 +154,11 @@ def test_budget_rows_join_those_of_06(smoke, tiny, monkeypatch):
     monkeypatch.setattr(evidence, "ALLOCATED", (3.5, 4.0))
     monkeypatch.setattr(evidence, "RULE_BITS", (4.0,))
     found = evidence.budgets("smoke", images=20)["budget"]
-    assert found["method"].tolist()[0] == "baseline"
-    assert set(found["method"]) == {
-        *(
-            "baseline",
-            "uniform",
-            "allocator",
-            "allocator, tuned",
-            "allocator, nearest code",
-            "allocator, all weights",
-        ),
-        *("global", "group", "ratio", "magnitude", "random"),
+    assert found["rule"].tolist()[0] == "baseline"
+    assert set(zip(found["rule"], found["rounding"], strict=True)) == {
+        *(("baseline", "none"), ("uniform", "nearest"), ("allocate_all", "feedback")),
+        *(("allocate", rounding) for rounding in ("feedback", "tuned", "nearest")),
+        *((rule, "nearest") for rule in evidence.RULES),
     }
     known = methods.measured_sensitivity(tiny, 20, seed=0)
     allocated = methods.allocated(tiny, known, list(evidence.ALLOCATED), granularities=("mixed",))
@@ -173,21 +167,17 @@ def test_budget_rows_join_those_of_06(smoke, tiny, monkeypatch):
         budget.measure_candidates(tiny, rows, known, seed=0, digits=10), found
     )
     joined = table[table["n_images"] == 20]
-    assert (
-        len(joined)
-        == (
-            ~found["method"].isin(["baseline", "global", "group", "ratio", "magnitude", "random"])
-        ).sum()
-    )
+    assert len(joined) == (~found["rule"].isin(["baseline", *evidence.RULES])).sum()
     assert joined["fid_mnist_delta"].notna().all()
 
 
 @pytest.mark.slow
 def test_fresh_rows_and_their_claims(smoke, tiny):
     found = evidence.fresh("smoke", images=20)
-    assert found["fresh"]["method"].tolist() == [
-        *("baseline", "allocator", "allocator, tuned"),
-        *(f"{rule}, {methods.FEEDBACK}" for rule in ("global", "group", "ratio")),
+    assert found["fresh"][["rule", "rounding"]].to_numpy().tolist() == [
+        ["baseline", "none"],
+        *(["allocate", rounding] for rounding in ("feedback", "tuned")),
+        *([rule, "feedback"] for rule in ("global", "group", "ratio")),
     ]
     assert (found["fresh"]["n_images"] == 20).all()
     assert found["fresh_claims"]["quantity"].str.contains("minus that of global").tolist() == [
@@ -199,14 +189,9 @@ def test_fresh_rows_and_their_claims(smoke, tiny):
 @pytest.mark.slow
 def test_rows_at_the_bytes_of_int4_and_their_claim(smoke):
     found = evidence.at_int4_bytes("smoke", images=20)
-    table = found["int4"].set_index("method")
+    table = found["int4"].set_index("rule")
     assert table.index.tolist() == [
-        "baseline",
-        "uniform",
-        "uniform",
-        "allocator",
-        f"global, {methods.FEEDBACK}",
-        f"ratio, {methods.FEEDBACK}",
+        *("baseline", "uniform", "uniform", "allocate", "global", "ratio")
     ]
     int4 = table[table["format"] == "int4"]["mem_mib"].item()
     assert (table[table["granularity"].isin(["mixed", "weight"])]["mem_mib"] <= int4 + 1e-6).all()
@@ -220,17 +205,14 @@ def test_damages_go_on_from_the_sensitivity_that_was_kept(smoke, monkeypatch):
     monkeypatch.setattr(evidence, "AT_SIZE", (4.0,))
     monkeypatch.setattr(evidence, "CODED_FILES", (3.0,))
     table = evidence.damages("smoke")["damages"]
-    assert set(table["method"]) == {
-        *("uniform", f"uniform, {methods.FEEDBACK}", "allocator", methods.CODED),
-        *methods.RULES,
-        *(f"{rule}, {methods.FEEDBACK}" for rule in methods.RULES),
-    }
+    assert set(table["rule"]) == {"uniform", "allocate", *methods.RULES}
+    assert set(table[table["rule"] == "allocate"]["format"]) == {"any", "coded"}
     assert (table["damage_low"] <= table["damage"]).all()
-    with_files = table["method"].isin(["uniform", "allocator", methods.CODED]) & (
+    with_files = table["rule"].isin(["uniform", "allocate"]) & (
         table["budget_bits"] < evidence.FILES_BELOW
     )
     assert table.loc[with_files, "file_mib"].notna().all()
-    assert table.loc[table["method"].isin(methods.RULES), "file_mib"].isna().all()
+    assert table.loc[table["rule"].isin(methods.RULES), "file_mib"].isna().all()
     monkeypatch.setattr(methods, "measured_sensitivity", None)
     pd.testing.assert_frame_equal(
         evidence.damages("smoke")["damages"].drop(columns="peak_mib"),

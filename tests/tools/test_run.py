@@ -18,7 +18,7 @@ from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images import evaluate as evaluation
 from lafq.study.images import samples
-from lafq.study.images.candidates import Candidate, sizes
+from lafq.study.rows import BASELINE, KEY, Row, sizes
 from lafq.study.workspace import Workspace, profile_parameters
 from tools import run
 from tools.notebooks import notebooks
@@ -227,8 +227,8 @@ def evaluate(model, candidates, **changes):
 def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cached_samples, tiny):
     fp16 = dict.fromkeys(quantizable(tiny), "fp16")
     rows = [
-        Candidate("baseline", "none", "fp32", "none", {}),
-        Candidate("ratio", "0.00", "fp16", "weight", fp16),
+        BASELINE,
+        Row("ratio", "0.00", "fp16", "weight", "nearest", fp16),
         *threshold_rows.uniform(tiny, ("fp16",)),
     ]
     table, images = evaluate(tiny, rows)
@@ -245,7 +245,7 @@ def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cache
 
 @pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypatch):
-    rows = [Candidate("baseline", "none", "fp32", "none", {}), *threshold_rows.uniform(tiny)]
+    rows = [BASELINE, *threshold_rows.uniform(tiny)]
     whole, _ = evaluate(tiny, rows)
     shutil.rmtree(workspace.BUILD)
     calls = []
@@ -322,9 +322,9 @@ def test_weights_of_another_width_or_training_are_refused(sandbox, changes, mess
 
 
 def test_a_bad_plan_stops_before_sampling(sandbox, cached_samples, tiny):
-    good = Candidate("baseline", "none", "fp32", "none", {})
+    good = BASELINE
     with pytest.raises(ValueError, match="unknown format 'int1'"):
-        evaluate(tiny, [good, Candidate("x", "", "int1", "tensor", {"inp.weight": "int1"})])
+        evaluate(tiny, [good, Row("x", "", "int1", "tensor", "nearest", {"inp.weight": "int1"})])
     with pytest.raises(ValueError, match="0 images asked for"):
         evaluate(tiny, [good], images=0)
     with pytest.raises(ValueError, match=r"ratio 1.2 is outside \[0, 1\]"):
@@ -391,25 +391,15 @@ def test_set_up_refuses():
             Workspace.open("smoke", 2, "cuda")
 
 
-def test_gather_replaces_only_the_methods_it_is_given(sandbox):
-    def row(method, threshold, fid):
-        return pd.DataFrame(
-            [
-                {
-                    "profile": "smoke",
-                    "method": method,
-                    "threshold": threshold,
-                    "format": "fp16",
-                    "granularity": "t",
-                    "fid": fid,
-                }
-            ]
-        )
+def test_gather_replaces_only_the_rules_it_is_given(sandbox):
+    def row(rule, setting, fid):
+        key = dict(zip(KEY, (rule, setting, "fp16", "t", "nearest"), strict=True))
+        return pd.DataFrame([{"profile": "smoke", **key, "fid": fid}])
 
     results.update_comparison(SMOKE, row("ratio", "0.35", 1.0))
     results.update_comparison(SMOKE, row("baseline", "none", 2.0))
     table = results.update_comparison(SMOKE, row("ratio", "0.40", 3.0))
-    assert table[["method", "threshold", "fid"]].to_numpy().tolist() == [
+    assert table[["rule", "setting", "fid"]].to_numpy().tolist() == [
         ["baseline", "none", 2.0],
         ["ratio", "0.40", 3.0],
     ]
@@ -421,7 +411,7 @@ def test_gather_replaces_only_the_methods_it_is_given(sandbox):
 
 
 def test_tables_and_images_come_back(sandbox):
-    table = pd.DataFrame({"threshold": ["none", "0.30"], "value": [1.5, float("nan")]})
+    table = pd.DataFrame({"setting": ["none", "0.30"], "value": [1.5, float("nan")]})
     results.save_rows(SMOKE, "x", table, {"a": np.zeros((2, 32, 32), np.uint8)})
     loaded, images = results.load_rows(SMOKE, "x")
     pd.testing.assert_frame_equal(table, loaded)

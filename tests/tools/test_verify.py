@@ -10,7 +10,7 @@ from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation
 from lafq.study.images import samples
-from lafq.study.images.candidates import Candidate
+from lafq.study.rows import BASELINE, Row
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors
 from tools import compare, verify
@@ -25,12 +25,14 @@ def made(tiny, sandbox, monkeypatch):
     path = SMOKE.results / subject.WEIGHTS
     save_tensors(path, dict(tiny.named_parameters()), width=4, seed=0, **p["TRAINING"])
     path.rename(sandbox / "weights.safetensors")
-    baseline = Candidate("baseline", "none", "fp32", "none", {})
+    baseline = BASELINE
     plan = dict.fromkeys(quantizable(tiny), "int4")
     tables = {
         "01_baseline": [baseline],
         "03_global": threshold_rows.uniform(tiny),
-        "packed": [Candidate("shipped", "1 MiB", "mixed", "mixed", plan, made={"rounding": "x"})],
+        "packed": [
+            Row("allocate", "1 MiB", "coded", "channel", "feedback", plan, made={"rounding": "x"})
+        ],
     }
     for name, rows in tables.items():
         results.save_rows(SMOKE, name, *evaluation.evaluate(SMOKE, tiny, rows, SAMPLING))

@@ -22,7 +22,10 @@ from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
 from lafq.study.diffusion.unet import UNet, layer_of, quantizable
 from lafq.study.fisher_analysis import fisher_by_timestep
 from lafq.study.images import scoring
-from lafq.study.images.candidates import Candidate
+from lafq.study.images.evaluate import evaluate
+from lafq.study.images.samples import Sampling
+from lafq.study.rows import KEY, Row
+from lafq.study.workspace import Workspace
 
 
 def fresh_network(model: UNet, seed: int) -> UNet:
@@ -125,18 +128,23 @@ def fisher_choices(
     return pd.DataFrame(rows)
 
 
-def candidates(found: dict[str, dict[str, Tensor]], ratio: float, low: str) -> list[Candidate]:
-    """The ratio rule on the Fisher values of every choice, to sample and score."""
-    return [
-        Candidate(
-            "ratio",
-            f"{ratio:.2f}, {name}",
-            low,
-            "weight",
-            make_plan(keep_ratio(values, ratio), low),
-        )
-        for name, values in found.items()
-    ]
+def choice_rows(found: dict[str, dict[str, Tensor]], ratio: float) -> list[Row]:
+    """The ratio rule in INT8 on the Fisher values of every choice."""
+    plans = [make_plan(keep_ratio(values, ratio), "int8") for values in found.values()]
+    return [Row("ratio", f"{ratio:.2f}", "int8", "weight", "nearest", plan) for plan in plans]
+
+
+def evaluate_choices(
+    work: Workspace,
+    model: nn.Module,
+    found: dict[str, dict[str, Tensor]],
+    ratio: float,
+    sampling: Sampling,
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """`evaluate` of `choice_rows`, with a column choice behind the key."""
+    table, images = evaluate(work, model, choice_rows(found, ratio), sampling)
+    table.insert(len(KEY), "choice", list(found))
+    return table, images
 
 
 def released_groups(model: nn.Module, fisher: dict[str, Tensor]) -> pd.DataFrame:

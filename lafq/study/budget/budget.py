@@ -19,12 +19,12 @@ from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import bits_per_weight, dequantize, nbytes
-from lafq.study.budget.methods import bits_of, mib_at, rule_beside
+from lafq.study.budget.methods import bits_of, is_allocated, mib_at
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import scoring
-from lafq.study.images.candidates import Candidate, quantized
 from lafq.study.images.peak_memory import PeakMeter
 from lafq.study.images.samples import Sampling, cached_samples
+from lafq.study.rows import BASELINE, BUDGET_KEY, Row, quantized
 from lafq.study.workspace import Workspace
 
 HALF_PIXELS = 512
@@ -33,17 +33,10 @@ FRESH, FRESH_SEED = (
     100,
 )  # the first held-out digit, and what is added to the seed of the noise
 IMAGES = 7
+UNIFORM_INT8 = ("uniform", "int8", "tensor", "nearest")
 COLUMNS = [
-    *(
-        "method",
-        "granularity",
-        "budget_bits",
-        "budget_mib",
-        "mem_mib",
-        "mem_share",
-        "bits_per_weight",
-        "predicted",
-    ),
+    *BUDGET_KEY,
+    *("budget_mib", "mem_mib", "mem_share", "bits_per_weight", "predicted"),
     *("damage", "damage_low", "damage_high", "delta_loss"),
     *(
         "over_int8",
@@ -58,7 +51,7 @@ COLUMNS = [
 
 def measure_candidates(
     model: nn.Module,
-    rows: list[Candidate],
+    rows: list[Row],
     validation: Sensitivity,
     seed: int,
     digits: int,
@@ -80,13 +73,8 @@ def measure_candidates(
     for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
         small, size = dequantize(quantized(model, row, seed)), nbytes(model, row.plan)
         own, rise = scoring.output_errors(small, outputs, noise, first)
-        errors[row.method, row.bits, row.granularity] = own
-        key = {
-            "method": row.method,
-            "granularity": row.granularity,
-            "budget_bits": round(row.bits, 3),
-            "budget_mib": mib_at(model, row.bits),
-        }
+        errors[row[:5]] = own
+        key = row.budget_key | {"budget_mib": mib_at(model, row.bits)}
         stored = {
             "mem_mib": size / MIB,
             "mem_share": size / full,
@@ -96,14 +84,12 @@ def measure_candidates(
             "predicted": predicted_damage(model, small, validation) / HALF_PIXELS
         } | scoring.output_mse(own, rise, seed)
         found.append(key | stored | damages)
-    int8 = [
-        own for (method, bits, _), own in errors.items() if method == "uniform" and 8 <= bits < 16
-    ]
+    int8 = [own for key, own in errors.items() if key[:1] + key[2:] == UNIFORM_INT8]
     for row, numbers in zip(rows, found, strict=True):
-        own = errors[row.method, row.bits, row.granularity]
+        own = errors[row[:5]]
         references = {
             "over_int8": int8[0] if int8 else None,
-            "over_global": errors.get((*rule_beside(row), row.granularity)),
+            "over_global": errors.get(("global", *row[1:5])),
         }
         for name, reference in references.items():
             ratio = (
@@ -115,13 +101,11 @@ def measure_candidates(
     return pd.DataFrame(found)[COLUMNS]
 
 
-def coded_files(
-    work: Workspace, model: nn.Module, rows: list[Candidate], seed: int
-) -> pd.DataFrame:
+def coded_files(work: Workspace, model: nn.Module, rows: list[Row], seed: int) -> pd.DataFrame:
     """Of every row the MiB of its entropy-coded file, header included, and peak MiB of sampling a
     digit from it.
 
-    Columns method, granularity, budget_bits, file_mib, peak_mib; peaks repeat to a few tenths, so
+    Columns BUDGET_KEY, file_mib, peak_mib; peaks repeat to a few tenths, so
     they are whole MiB.
     """
     found = []
@@ -130,16 +114,12 @@ def coded_files(
         for row in tqdm(rows, desc="entropy-coded files", unit="row", leave=False):
             save_quantized(path, quantized(model, row, seed), model, compress=True)
             size = path.stat().st_size / MIB
-            found.append(
-                (row.method, row.granularity, round(row.bits, 3), size, round(meter.mib(path)))
-            )
-    return pd.DataFrame(
-        found, columns=["method", "granularity", "budget_bits", "file_mib", "peak_mib"]
-    )
+            found.append(row.budget_key | {"file_mib": size, "peak_mib": round(meter.mib(path))})
+    return pd.DataFrame(found, columns=[*BUDGET_KEY, "file_mib", "peak_mib"])
 
 
 def bits_by_tensor(
-    model: nn.Module, fisher: dict[str, Tensor], rows: list[Candidate], granularity: str = "mixed"
+    model: nn.Module, fisher: dict[str, Tensor], rows: list[Row], granularity: str = "mixed"
 ) -> pd.DataFrame:
     """Bits per weight of every weight tensor in the allocator's candidates of a granularity.
 
@@ -153,7 +133,7 @@ def bits_by_tensor(
             bits_per_weight(model, row.plan, [name]),
         )
         for row in rows
-        if row.method == "allocator" and row.granularity == granularity
+        if is_allocated(row, granularity)
         for name in quantizable(model)
     ]
     return pd.DataFrame(found, columns=["budget_bits", "parameter", "fisher", "bits_per_weight"])
@@ -162,7 +142,7 @@ def bits_by_tensor(
 def images(
     work: Workspace,
     model: nn.Module,
-    rows: list[Candidate],
+    rows: list[Row],
     bits: list[float],
     steps: int,
     seed: int,
@@ -172,22 +152,13 @@ def images(
 
     Returns one row per model, columns KEY, mem_mib, sample, and uint8 images (7, 32, 32) by sample.
     """
-    chosen = [
-        row
-        for b in bits
-        for row in rows
-        if row.method == "allocator" and row.granularity == "mixed" and abs(row.bits - b) < 1e-6
-    ]
-    models = {"32 bits": (model, {})}
-    models |= {
-        f"{row.bits:g} bits": (dequantize(quantized(model, row, seed)), row.plan) for row in chosen
-    }
+    chosen = [row for b in bits for row in rows if is_allocated(row) and abs(row.bits - b) < 1e-6]
+    shown = [BASELINE._replace(bits=32.0), *chosen]
     found, samples = [], {}
-    for name, (own, plan) in models.items():
-        key, generated, _ = cached_samples(work, own, Sampling(IMAGES, steps, seed), name)
+    for row in shown:
+        name, small = f"{row.bits:g} bits", dequantize(quantized(model, row, seed))
+        key, generated, _ = cached_samples(work, small, Sampling(IMAGES, steps, seed), name)
         samples[key] = generated[:, 0].numpy()
-        method, low = ("allocator", "mixed") if plan else ("baseline", "fp32")
-        found.append((method, name, low, low, nbytes(model, plan) / MIB, key))
-    return pd.DataFrame(
-        found, columns=["method", "threshold", "format", "granularity", "mem_mib", "sample"]
-    ), samples
+        size = {"mem_mib": nbytes(model, row.plan) / MIB, "sample": key}
+        found.append(row.key | {"setting": name} | size)
+    return pd.DataFrame(found), samples

@@ -21,18 +21,22 @@ from lafq.rng import generator
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.images.candidates import Candidate
+from lafq.study.rows import Row
 
 INTEGERS = ("int2", "int3", "int4", "int6", "int8")
+# The names that figures and pages still use.
 FEEDBACK = "error feedback"
 CODED = "allocator, entropy-coded"
-ABLATIONS = NEAREST, ALL_WEIGHTS = "allocator, nearest code", "allocator, all weights"
+ALL_WEIGHTS = ("allocate_all", "feedback")
+ABLATIONS = (("allocate", "nearest"), ALL_WEIGHTS)
 RULES = ("global", "group", "ratio", "mean_std", "magnitude", "random")
 
 
-def budget_candidate(method: str, granularity: str, bits: float, plan: Plan) -> Candidate:
-    """A plan of 06_budget, named by its method and its budget in bits per weight."""
-    return Candidate(method, f"{bits:.3f}", "bits", granularity, plan, bits=bits)
+def budget_row(
+    rule: str, format: str, granularity: str, rounding: str, bits: float, plan: Plan
+) -> Row:
+    """A plan of 06_budget, made for a budget in bits per weight."""
+    return Row(rule, f"{bits:.3f}", format, granularity, rounding, plan, bits=bits)
 
 
 def measured_sensitivity(
@@ -72,20 +76,19 @@ def bits_of(model: nn.Module, plan: Plan) -> float:
     return bits_per_weight(model, plan, quantizable(model))
 
 
-def uniform(model: nn.Module, calibration: Sensitivity) -> list[Candidate]:
+def uniform(model: nn.Module, calibration: Sensitivity) -> list[Row]:
     """All weights in one format: rounded as everywhere, and with the allocator's scales and error
     feedback.
     """
     plans = {low: Plan(dict.fromkeys(quantizable(model), low)) for low in (*INTEGERS, "fp16")}
-    found = [
-        budget_candidate("uniform", "tensor", bits_of(model, plan), plan) for plan in plans.values()
-    ]
+    bits = {low: bits_of(model, plan) for low, plan in plans.items()}
     recipe = Recipe(unshrunk_scale, calibration.fisher, calibration.curvature)
-    return found + [
-        budget_candidate(
-            f"uniform, {FEEDBACK}", "tensor", bits_of(model, plans[f]), Plan(plans[f], recipe)
-        )
-        for f in INTEGERS
+    return [
+        *(budget_row("uniform", f, "tensor", "nearest", bits[f], plans[f]) for f in plans),
+        *(
+            budget_row("uniform", f, "tensor", "feedback", bits[f], Plan(plans[f], recipe))
+            for f in INTEGERS
+        ),
     ]
 
 
@@ -94,20 +97,19 @@ def allocated(
     calibration: Sensitivity,
     bits: list[float],
     granularities: tuple[str, ...] = ALLOCATED,
-    ablations: tuple[str, ...] = ABLATIONS,
-) -> list[Candidate]:
+    ablations: tuple[tuple[str, str], ...] = ABLATIONS,
+) -> list[Row]:
     """The allocator at these granularities and budgets.
 
-    ablations: of "mixed", also without error feedback, or with all weights to choose from.
+    ablations: rule and rounding of "mixed" plans beside: to the nearest code, or with all weights
+    to choose from.
     A budget below the smallest possible size is left out, and a line says so.
     """
-    rows, layers = [], {name: calibration.fisher[name] for name in quantizable(model)}
-    methods = [
-        ("allocator", granularity, layers, calibration.curvature) for granularity in granularities
-    ]
-    varied = {NEAREST: (layers, None), ALL_WEIGHTS: (calibration.fisher, calibration.curvature)}
-    methods += [(method, "mixed", *varied[method]) for method in ablations]
-    for method, granularity, fisher, curvature in methods:
+    layers, rows = {name: calibration.fisher[name] for name in quantizable(model)}, []
+    kinds = [("allocate", "feedback", granularity) for granularity in granularities]
+    for rule, rounding, granularity in [*kinds, *((*kind, "mixed") for kind in ablations)]:
+        fisher = calibration.fisher if rule == "allocate_all" else layers
+        curvature = calibration.curvature if rounding == "feedback" else None
         frontiers = solver.frontiers_of(
             model, fisher, granularity, STUDY_FORMATS, curvature=curvature
         )
@@ -116,13 +118,13 @@ def allocated(
             try:
                 plan = solver.solve_budget(model, frontiers, mib_at(model, b), recipe=recipe)
             except ValueError:
-                print(f"{method}, {granularity}: {b:.2f} bits per weight cannot be met")
+                print(f"{rule}, {rounding}, {granularity}: {b:.2f} bits per weight cannot be met")
                 continue
-            rows.append(budget_candidate(method, granularity, b, plan))
+            rows.append(budget_row(rule, "any", granularity, rounding, b, plan))
     return rows
 
 
-def coded(model: nn.Module, calibration: Sensitivity, bits: list[float]) -> list[Candidate]:
+def coded(model: nn.Module, calibration: Sensitivity, bits: list[float]) -> list[Row]:
     """The steps that `allocate_coded` chooses for all weights, in files of as many bytes as
     `mib_at` counts for these bits.
 
@@ -133,30 +135,30 @@ def coded(model: nn.Module, calibration: Sensitivity, bits: list[float]) -> list
         try:
             plan = allocate_coded(model, calibration, mib_at(model, b), progress=False)
         except ValueError:
-            print(f"{CODED}: a file of {b:.2f} bits per weight cannot be met")
+            print(f"entropy-coded: a file of {b:.2f} bits per weight cannot be met")
             continue
-        rows.append(budget_candidate(CODED, "channel", b, plan))
+        rows.append(budget_row("allocate", "coded", "channel", "feedback", b, plan))
     return rows
 
 
-def beside_coded(rows: list[Candidate]) -> list[Candidate]:
+def beside_coded(rows: list[Row]) -> list[Row]:
     """The rows that the coded ones are compared with: uniform formats, and the allocator that has
     all weights to choose from.
     """
-    methods = ("uniform", f"uniform, {FEEDBACK}", ALL_WEIGHTS)
-    return [row for row in rows if row.method in methods and row.bits < 10]
+    return [row for row in rows if row.rule in ("uniform", "allocate_all") and row.bits < 10]
 
 
-def tuned(rows: list[Candidate], bits: list[float], steps: int) -> list[Candidate]:
+def tuned(rows: list[Row], bits: list[float], steps: int) -> list[Row]:
     """The allocator's rows of granularity "mixed" at these budgets, with biases and norms tuned for
     so many steps.
     """
-    chosen = [
-        row
-        for row in rows
-        if row.method == "allocator" and row.granularity == "mixed" and row.bits in bits
-    ]
-    return [row._replace(method="allocator, tuned", tuned=steps) for row in chosen]
+    chosen = [row for row in rows if is_allocated(row) and row.bits in bits]
+    return [row._replace(rounding="tuned", tuned=steps) for row in chosen]
+
+
+def is_allocated(row: Row, granularity: str = "mixed") -> bool:
+    """Whether the allocator chose the row's formats, and rounded it with error feedback."""
+    return row[:1] + row[2:5] == ("allocate", "any", granularity, "feedback")
 
 
 def thresholds(
@@ -165,14 +167,14 @@ def thresholds(
     bits: list[float],
     seed: int,
     rules: Sequence[str] = RULES,
-) -> list[Candidate]:
+) -> list[Row]:
     """The poster's four rules, and the same with magnitude or random scores: single weights kept,
     up to the same bytes.
 
     What is not kept goes to the largest integer format below the budget, what is kept stays FP16
     (FP32 where even all FP16 fits).
     Every plan comes twice: with the usual scales and nearest codes, and rounded as the allocator's
-    plans are (FEEDBACK).
+    plans are.
     """
     g, fisher = generator(seed), {name: calibration.fisher[name] for name in quantizable(model)}
     scores = {
@@ -189,17 +191,9 @@ def thresholds(
         for name in rules if fitting else ():
             high = "fp32" if fitting[-1] == "fp16" else "fp16"
             plan = at_bytes(model, scores[name], fitting[-1], high, mib_at(model, b))
-            rows.append(budget_candidate(name, "weight", b, plan))
-            rows.append(budget_candidate(f"{name}, {FEEDBACK}", "weight", b, Plan(plan, recipe)))
+            for rounding, rounded in (("nearest", plan), ("feedback", Plan(plan, recipe))):
+                rows.append(budget_row(name, fitting[-1], "weight", rounding, b, rounded))
     return rows
-
-
-def rule_beside(row: Candidate) -> tuple[str, float]:
-    """Method and budget of the row that a threshold rule is compared with: one threshold for all,
-    rounded alike.
-    """
-    _, comma, rounding = row.method.partition(", ")
-    return f"global{comma}{rounding}", row.bits
 
 
 def at_bytes(

@@ -20,10 +20,10 @@ from lafq.quantization.plan import Recipe
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
 from lafq.study.budget.budget import HALF_PIXELS
-from lafq.study.budget.methods import budget_candidate, mib_at
+from lafq.study.budget.methods import budget_row, mib_at
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import scoring
-from lafq.study.images.candidates import Candidate
+from lafq.study.rows import Row
 
 PROXIES = ("curvature x error", "Fisher x error", "rounding error", "Fisher", "magnitude", "random")
 
@@ -108,7 +108,7 @@ def best_predictors(ranks: pd.DataFrame, rows: pd.DataFrame) -> str:
 
 def allocate_by_proxy(
     model: nn.Module, points: pd.DataFrame, bits: float, calibration: Sensitivity
-) -> list[Candidate]:
+) -> list[Row]:
     """The same allocation (granularity "tensor") by every prediction of `by_tensor`, and by the
     measurement itself.
     """
@@ -124,5 +124,5 @@ def allocate_by_proxy(
         plan = solver.solve_budget(
             model, frontiers, mib_at(model, bits), recipe=Recipe(unshrunk_scale, calibration.fisher)
         )
-        rows.append(budget_candidate(f"by {proxy}", "tensor", bits, plan))
+        rows.append(budget_row(proxy, "any", "tensor", "nearest", bits, plan))
     return rows

@@ -22,20 +22,17 @@ def rules_at_equal_bytes(table: pd.DataFrame, rounding: str) -> pd.DataFrame:
     """Damage of every threshold rule over that of one threshold for all, by budget; rows of
     `budget.measure_candidates`.
 
-    rounding: the end of the methods' names, "" for nearest codes. One row per rule, one column per
+    One row per rule, one column per
     budget, intervals in brackets.
     """
-    ours = (
-        table["method"].str.endswith(rounding) if rounding else ~table["method"].str.contains(",")
-    )
-    rows = table[ours & table["over_global"].notna()]
+    rows = table[(table["rounding"] == rounding) & table["over_global"].notna()]
     cells = [over_global(row) for _, row in rows.iterrows()]
     cells = np.where(
-        rows["method"].str.startswith("global"),
+        rows["rule"] == "global",
         [f"1 (damage {d:.1e})" for d in rows["damage"]],
         cells,
     )
-    named = rows.assign(rule=rows["method"].str.split(",").str[0], cell=cells)
+    named = rows.assign(cell=cells)
     named["budget"] = [f"{bits:g} bits per weight" for bits in named["budget_bits"]]
     found = named.pivot(index="rule", columns="budget", values="cell")
     return (
@@ -58,10 +55,11 @@ def damage_claims(table: pd.DataFrame, rounding: str) -> list[Claim]:
     """Damage of every layer-wise rule over that of the global one, rounded alike, at RATE bits per
     weight.
     """
-    at_rate = table[np.isclose(table["budget_bits"], RATE)].set_index("method")
+    alike = table[np.isclose(table["budget_bits"], RATE) & (table["rounding"] == rounding)]
+    at_rate = alike[alike["granularity"] == "weight"].set_index("rule")
     found = []
     for rule, words in LAYERWISE.items():
-        row = at_rate.loc[f"{rule}, {rounding}"]
+        row = at_rate.loc[rule]
         ends = row["over_global_low"], row["over_global_high"]
         quantity = f"damage of {words} divided by that of global ({RATE:g} bits per weight, equal bytes and rounding)"
         said = verdict(*ends, above=False, null=1.0)
@@ -80,10 +78,7 @@ def image_claims(
 
     size: these bytes, in words.
     """
-    by, samples = (
-        judge(images, seed, None),
-        table.assign(rule=table["method"].str.split(",").str[0]).set_index("rule")["sample"],
-    )
+    by, samples = judge(images, seed, None), table.set_index("rule")["sample"]
     whole, found = by.scored(samples["global"]), []
     for rule in (rule for rule in LAYERWISE if rule in samples):
         own = by.scored(samples[rule])

@@ -5,6 +5,7 @@ import pandas as pd
 
 from lafq.study.budget.methods import CODED, FEEDBACK
 from lafq.study.budget.rules import LAYERWISE, RATE, over_global
+from lafq.study.rows import BUDGET_KEY
 
 CODED_RATE = 3.0  # bits per weight of the file
 RISE = 0.03  # of the FP32 model's FID
@@ -18,7 +19,7 @@ def with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> pd.DataFrame
     columns = [*names.values(), "n_images"]
     if evidence is None:
         return table.assign(**dict.fromkeys(columns, np.nan))
-    key = ["method", "granularity", "budget_bits"]
+    key = BUDGET_KEY
     found = evidence.rename(columns=names).assign(budget_bits=evidence["budget_bits"].astype(float))
     return table.merge(found[key + columns], on=key, how="left")
 

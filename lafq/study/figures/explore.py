@@ -35,8 +35,8 @@ from lafq.study.budget.budget import HALF_PIXELS
 from lafq.study.budget.methods import measured_sensitivity
 from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import layer_of, quantizable
-from lafq.study.images.candidates import kept_share
 from lafq.study.images.samples import Sampling, cached_samples
+from lafq.study.rows import kept_share
 from lafq.study.workspace import Workspace
 
 RULES = {

@@ -8,8 +8,8 @@ from lafq.quantization.formats import MIB
 from lafq.study.budget.methods import CODED, FEEDBACK
 from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.diffusion.unet import LAYERS, UNet
-from lafq.study.images.candidates import KEY
 from lafq.study.results import METHODS
+from lafq.study.rows import KEY
 from lafq.study.workspace import Workspace, load_optional, load_table
 
 SHOWN = [

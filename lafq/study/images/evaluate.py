@@ -17,21 +17,22 @@ from lafq.quantization.model import dequantize, quantize, weights_sha256
 from lafq.study import workspace
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.mnist import REFERENCE
+from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import bootstrap, classifier, inception, metrics, samples, scoring
-from lafq.study.images.candidates import BASELINE, KEY, Candidate, quantized, sizes
 from lafq.study.images.peak_memory import PeakMeter
 from lafq.study.images.samples import Sampled, Sampling, cached_samples, sample_on_cluster
+from lafq.study.rows import BASELINE, KEY, Row, quantized, recipe, sizes
 from lafq.study.workspace import Workspace
 
 # From a candidate, its quantized model read back in FP32, and (Draw) the label of a progress bar.
-Draw = Callable[[Candidate, nn.Module, str], Sampled]
-Score = Callable[[Candidate, nn.Module, Sampled], dict[str, float]]
+Draw = Callable[[Row, nn.Module, str], Sampled]
+Score = Callable[[Row, nn.Module, Sampled], dict[str, float]]
 
 
 def evaluate(
     work: Workspace,
     model: nn.Module,
-    candidates: list[Candidate],
+    candidates: list[Row],
     sampling: Sampling,
     inception_reference: int = 0,
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
@@ -53,7 +54,7 @@ def evaluate(
         )
         sample_on_cluster(work, model, copies, len(candidates), sampling)
 
-    def draw(candidate: Candidate, rounded: nn.Module, label: str) -> Sampled:
+    def draw(candidate: Row, rounded: nn.Module, label: str) -> Sampled:
         return cached_samples(work, rounded, sampling, label, provenance_of(candidate, rounded))
 
     features = load_inception(work, inception_reference)
@@ -65,7 +66,7 @@ def evaluate(
     rows, images = [], {}
     for candidate, sampled, scores in _rows(model, candidates, sampling.seed, draw, score):
         images[sampled.key] = sampled.images[:, 0].numpy()
-        named, size = {name: getattr(candidate, name) for name in KEY}, stored[len(rows)]
+        named, size = candidate.key, stored[len(rows)]
         how = {
             "n_images": sampling.images,
             "steps": sampling.steps,
@@ -83,8 +84,8 @@ def evaluate(
 
 
 def _rows(
-    model: nn.Module, candidates: list[Candidate], seed: int, draw: Draw, score: Score
-) -> Iterator[tuple[Candidate, Sampled, dict[str, float]]]:
+    model: nn.Module, candidates: list[Row], seed: int, draw: Draw, score: Score
+) -> Iterator[tuple[Row, Sampled, dict[str, float]]]:
     """Quantize, sample, score: one candidate after another, so that one quantized model is held at
     a time.
     """
@@ -111,7 +112,7 @@ def _scores(
     )
     losses, found = scoring.held_out_losses(model, seed), {}
 
-    def score(candidate: Candidate, rounded: nn.Module, sampled: Sampled) -> dict[str, float]:
+    def score(candidate: Row, rounded: nn.Module, sampled: Sampled) -> dict[str, float]:
         key = sampled.key, candidate.inception
         if key not in found:
             scored = score_images(
@@ -128,25 +129,22 @@ def _scores(
 
 def _provenances(
     work: Workspace, model: nn.Module
-) -> Callable[[Candidate, nn.Module], samples.Provenance]:
+) -> Callable[[Row, nn.Module], samples.Provenance]:
     """A function of a candidate and its quantized model: its provenance, or an earlier candidate's
     with the very same weights.
     """
     of_model, first = weights_sha256(model), {}
 
-    def provenance_of(candidate: Candidate, rounded: nn.Module) -> samples.Provenance:
-        needs_none = candidate.method in ("baseline", "uniform") or candidate.made
-        own = samples.provenance(
-            model, candidate, of_model, {} if needs_none else subject.fisher_settings(work)
-        )
+    def provenance_of(candidate: Row, rounded: nn.Module) -> samples.Provenance:
+        needs_none = candidate.rule in ("baseline", "uniform") or candidate.made
+        fisher = {} if needs_none else subject.fisher_settings(work)
+        own = recipe(candidate, of_model, fisher, quantizable(model))
         return first.setdefault(weights_sha256(rounded), own)
 
     return provenance_of
 
 
-def measure_peak_memory(
-    work: Workspace, model: nn.Module, candidates: list[Candidate]
-) -> pd.DataFrame:
+def measure_peak_memory(work: Workspace, model: nn.Module, candidates: list[Row]) -> pd.DataFrame:
     """Peak memory of sampling from each candidate's file, in whole MiB (it repeats to a few
     tenths): columns KEY and peak_mib.
     """
@@ -155,17 +153,17 @@ def measure_peak_memory(
         path = Path(folder) / "peak.safetensors"
         for candidate in candidates:
             save_quantized(path, quantize(model, candidate.plan), model)
-            found.append([*(getattr(candidate, name) for name in KEY), round(meter.mib(path))])
+            found.append(candidate.key | {"peak_mib": round(meter.mib(path))})
     return pd.DataFrame(found, columns=[*KEY, "peak_mib"])
 
 
 def evaluate_large(
-    work: Workspace, model: nn.Module, candidates: list[Candidate], sampling: Sampling
+    work: Workspace, model: nn.Module, candidates: list[Row], sampling: Sampling
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """`evaluate` with many images, the unquantized model first, and the columns of
     `block_statistics` for blocks of a tenth.
     """
-    rows = [BASELINE, *(row for row in candidates if row.method != "baseline")]
+    rows = [BASELINE, *(row for row in candidates if row.rule != "baseline")]
     table, images = evaluate(work, model, rows, sampling)
     return table.merge(
         block_statistics(images, table["sample"][0], sampling.images // 10), on="sample", how="left"
@@ -179,7 +177,7 @@ def quality(work: Workspace, model: nn.Module, sampling: Sampling, block: int) -
     One row for all images and one per block: columns images (a range), n_images, fid_mnist,
     is_mnist, kid_mnist.
     """
-    own = samples.provenance(model, BASELINE, weights_sha256(model), {}) if work.keep else None
+    own = recipe(BASELINE, weights_sha256(model), {}) if work.keep else None
     network, generated = (
         classifier.load(),
         cached_samples(work, model, sampling, provenance=own).images,

@@ -7,7 +7,7 @@ from (`sample_key`).
 
 The provenance says in words how the weights were made: sha256 of the FP32 weights, rule, threshold,
 format, granularity, format of the weights kept, rounding, and the settings of the Fisher
-information (`provenance`; files call it "recipe"). With KEEP, the key of a row is the first 16
+information (`rows.recipe`). With KEEP, the key of a row is the first 16
 hexadecimal digits of the sha256 of the JSON of recipe, steps, seed and batch, its keys sorted. A
 file is named <key>_<first image>-<last image>.npz. Fisher values computed on another machine differ
 in their last bits and flip some masks; the provenance finds the images all the same, and the record
@@ -31,14 +31,11 @@ from torch import Tensor, nn
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize, weights_sha256
 from lafq.study.diffusion.ddpm import sample
-from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import cluster
-from lafq.study.images.candidates import Candidate
 from lafq.study.workspace import Workspace, kind_of_machine
 from lafq.tensors import atomic_write
 
 Provenance = dict[str, Any]
-ROUNDING = "nearest code, scale of the largest weight"
 
 
 class Sampling(NamedTuple):
@@ -60,43 +57,6 @@ class Sampled(NamedTuple):
     key: str
     images: Tensor
     machines: frozenset[str]
-
-
-def provenance(
-    model: nn.Module, candidate: Candidate, weights: str, fisher: dict[str, int]
-) -> Provenance:
-    """How the weights of a row are made from the FP32 weights with the sha256 `weights`
-    (`weights_sha256`).
-
-    A plan that stores all weights alike is the uniform row, or the baseline, whatever rule made it.
-    fisher: samples, bins and seed of the empirical Fisher information.
-    """
-    method, threshold, format, granularity, plan = candidate[:5]
-    formats = {entry for entry in plan.values() if isinstance(entry, str)}
-    if not plan:
-        method, threshold, format, granularity = "baseline", "none", "fp32", "none"
-    elif (
-        not candidate.made
-        and len(formats) == 1
-        and plan == dict.fromkeys(quantizable(model), (entry := formats.pop()))
-    ):
-        method, threshold, format, granularity = "uniform", "all", entry, "tensor"
-    found = {
-        "weights": weights,
-        "rule": method,
-        "threshold": threshold,
-        "format": format,
-        "granularity": granularity,
-        "rounding": ROUNDING,
-    }
-    if method in ("baseline", "uniform"):
-        return found
-    found |= {
-        "threshold": candidate.target or threshold,
-        "kept": "fp32",
-        "fisher": {"kind": "empirical", **fisher},
-    }
-    return found | (candidate.made or {})
 
 
 def row_key(provenance: Provenance, sampling: Sampling) -> str:

@@ -3,7 +3,7 @@ import pytest
 
 from lafq.study import workspace
 from lafq.study.figures import audit_tables, benchmarks, tables, terrain
-from lafq.study.images.candidates import KEY
+from lafq.study.rows import KEY
 from lafq.study.workspace import Workspace
 
 
@@ -16,7 +16,9 @@ def rows(steps, thresholds):
     }
     return pd.DataFrame(
         [
-            dict(zip(KEY, ("ratio", t, "int8", "weight"), strict=True)) | columns | {"steps": steps}
+            dict(zip(KEY, ("ratio", t, "int8", "weight", "nearest"), strict=True))
+            | columns
+            | {"steps": steps}
             for t in thresholds
         ]
     )
@@ -24,7 +26,7 @@ def rows(steps, thresholds):
 
 def test_rows_with_two_numbers_of_steps_stand_side_by_side():
     found = tables.by_steps(rows(1000, ["0.35", "0.40"]), rows(100, ["0.30", "0.40"]))
-    assert found["threshold"].tolist() == ["0.40"]
+    assert found["setting"].tolist() == ["0.40"]
     assert found["FID, 1,000 steps"].item() == "60.00"
     assert found["difference from FP32, 100 steps"].item() == "+0.250 [-0.500, +1.000]"
 

@@ -14,7 +14,7 @@ from lafq.study import threshold_rows, workspace
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import cluster, samples
 from lafq.study.images import evaluate as evaluation
-from lafq.study.images.candidates import BASELINE
+from lafq.study.rows import BASELINE
 from lafq.study.workspace import Workspace
 from tools.notebooks import notebooks
 from tools.run import check

@@ -16,6 +16,7 @@ from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation
 from lafq.study.images import samples
 from lafq.study.images.samples import Sampling
+from lafq.study.rows import recipe
 from lafq.study.workspace import Workspace, kind_of_machine
 
 SMOKE = Workspace("smoke")
@@ -58,7 +59,7 @@ def files():
 
 def test_keys_are_what_they_were(tiny, rows):
     """Images of the paper profile are found by these keys: a change here loses hours of sampling."""
-    provenances = [samples.provenance(tiny, row, "0" * 64, FISHER) for row in rows]
+    provenances = [recipe(row, "0" * 64, FISHER, quantizable(tiny)) for row in rows]
     assert provenances[2] == {
         "weights": "0" * 64,
         "rule": "global",
@@ -90,8 +91,8 @@ def test_committed_images_are_named_by_their_recipe():
 
 def test_a_plan_that_treats_all_weights_alike_is_the_uniform_row_or_the_baseline(tiny, rows):
     uniform, ratio = (
-        samples.provenance(tiny, rows[1], "w", FISHER),
-        {r.threshold: samples.provenance(tiny, r, "w", FISHER) for r in rows[3:]},
+        recipe(rows[1], "w", FISHER, quantizable(tiny)),
+        {r.setting: recipe(r, "w", FISHER, quantizable(tiny)) for r in rows[3:]},
     )
     assert ratio["0.00"] == uniform
     assert ratio["1.00"]["rule"] == "baseline"
@@ -308,7 +309,7 @@ def test_the_kind_of_machine_names_what_decides_the_last_bits():
 
 
 def test_provenances_do_not_depend_on_the_weights_drawn_from(tiny, rows):
-    provenance = samples.provenance(tiny, rows[2], weights_sha256(tiny), FISHER)
+    provenance = recipe(rows[2], weights_sha256(tiny), FISHER, quantizable(tiny))
     assert weights_sha256(tiny) in provenance.values()
     assert "drawn_from" not in provenance
 
