@@ -75,7 +75,7 @@ packed: $(READY)  ## pack the paper profile's weights into an entropy-coded file
 	@$(BIN)/python -m tools.shipping $(if $(PROFILE),--profile $(PROFILE))
 
 classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
-	@$(BIN)/python -m lafq.study.images.classifier
+	@$(BIN)/python -m lafq.study.images.features
 
 ##@ for whoever changes lafq
 

@@ -24,12 +24,13 @@ from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, unshrunk_scale
 from lafq.quantization.model import bits_per_weight, nbytes
 from lafq.quantization.plan import Plan, Recipe
+from lafq.study import damage
 from lafq.study.budget.budget import FRESH, FRESH_SEED
+from lafq.study.diffusion import training
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.images import scoring
 from lafq.study.workspace import Workspace, compute_on
 
 LOW, SIZES = ("midrise2", "int2", "int3", "int4"), (0, 128, 64, 32)  # 0: one scale per channel
@@ -54,10 +55,10 @@ def rows() -> list[dict]:
     names = list(quantizable(model))
     known = estimate_sensitivity(model, noised_batches(mnist(train=True)[0], SAMPLES, 0), 0)
     recipe = Recipe(unshrunk_scale, known.fisher, known.curvature)
-    outputs = scoring.held_out_outputs(model, FRESH_SEED, DIGITS, FRESH)
+    outputs = training.held_out_outputs(model, FRESH_SEED, DIGITS, FRESH)
 
     def errors(plan: Plan) -> Tensor:
-        return scoring.output_errors(
+        return damage.output_errors(
             dequantize(quantize(model, plan, recipe)), outputs, FRESH_SEED, FRESH
         )[0]
 
@@ -96,7 +97,7 @@ def rows() -> list[dict]:
             row |= dict(
                 zip(
                     ("over", "over_low", "over_high"),
-                    scoring.ratio_of_means(found, before, FRESH_SEED),
+                    damage.ratio_of_means(found, before, FRESH_SEED),
                     strict=True,
                 )
             )

@@ -38,14 +38,14 @@ from lafq.fisher.sensitivity import CHANNELS, LARGEST, Sensitivity
 from lafq.fisher.shrinkage import Moments
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB
-from lafq.study import workspace
+from lafq.study import damage, workspace
 from lafq.study.budget.budget import FRESH, FRESH_SEED
 from lafq.study.budget.methods import mib_at
+from lafq.study.diffusion import training
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import UNet
-from lafq.study.images import scoring
 from lafq.study.workspace import Workspace, compute_on
 
 WORK = Workspace("benchmarks")
@@ -179,7 +179,7 @@ def blocked() -> pd.DataFrame:
         if all((width, *setting) in there for setting in settings):
             continue
         model, noise = load_model(Workspace(PROFILES[width]), width), FRESH_SEED
-        outputs = scoring.held_out_outputs(model, noise, DIGITS[width], FRESH)
+        outputs = training.held_out_outputs(model, noise, DIGITS[width], FRESH)
         digits, first = mnist(train=True)[0], None
         for largest, channels in settings:
             sizes = {"largest": largest, "channels": channels}
@@ -187,9 +187,9 @@ def blocked() -> pd.DataFrame:
                 model, noised_batches(digits, SAMPLES[width], 0), 0, **sizes
             )
             plan = allocate(model, known, mib_at(model, BITS), progress=False)
-            errors = scoring.output_errors(
-                dequantize(quantize(model, plan)), outputs, noise, FRESH
-            )[0]
+            errors = damage.output_errors(dequantize(quantize(model, plan)), outputs, noise, FRESH)[
+                0
+            ]
             first = errors if first is None else first
             row = {
                 "width": width,
@@ -200,7 +200,7 @@ def blocked() -> pd.DataFrame:
             row |= {
                 "pass_ratio": pass_ratio(model, list(noised_batches(digits, 5 * BATCH, 1)), **sizes)
             }
-            ratio = scoring.ratio_of_means(errors, first, 0)
+            ratio = damage.ratio_of_means(errors, first, 0)
             row |= {"damage": errors.mean().item()} | dict(
                 zip(("over_whole", "over_whole_low", "over_whole_high"), ratio, strict=True)
             )

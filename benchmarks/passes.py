@@ -24,10 +24,10 @@ from lafq.quantization.model import nbytes
 from lafq.rng import generator
 from lafq.study import workspace
 from lafq.study.budget.budget import HALF_PIXELS
+from lafq.study.diffusion import training
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.subject import load_model
-from lafq.study.images import scoring
 from lafq.study.workspace import Workspace, compute_on
 
 WORK = Workspace("benchmarks")
@@ -71,10 +71,10 @@ def small(layers: list[nn.Module], shape: tuple[int, ...]) -> Subject:
 def diffusion(width: int = 16) -> Subject:
     """The trained diffusion model of profile mini."""
     model, digits = load_model(Workspace("mini"), width), mnist(train=True)[0]
-    outputs = scoring.held_out_outputs(model, FRESH_SEED, FRESH)
+    outputs = training.held_out_outputs(model, FRESH_SEED, FRESH)
 
     def damage(copy: nn.Module) -> float:
-        error = scoring.output_errors(copy, outputs, FRESH_SEED)[0].mean().item()
+        error = damage.output_errors(copy, outputs, FRESH_SEED)[0].mean().item()
         return HALF_PIXELS * error
 
     return Subject(

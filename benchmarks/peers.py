@@ -27,13 +27,13 @@ from lafq.allocation import allocate as solver
 from lafq.quantization.formats import MIB, bit_bytes, unshrunk_scale
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import Plan, Recipe
-from lafq.study import workspace
+from lafq.study import damage, workspace
 from lafq.study.budget.budget import FRESH, FRESH_SEED
+from lafq.study.diffusion import training
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.subject import load_model
 from lafq.study.figures.benchmarks import OURS
-from lafq.study.images import scoring
 from lafq.study.workspace import Workspace, compute_on
 from lafq.tensors import load_tensors
 
@@ -129,7 +129,9 @@ class Judge:
         self.known = estimate_sensitivity(
             self.model, noised_batches(mnist(train=True)[0], SAMPLES[width], SEED), SEED
         )
-        self.outputs = scoring.held_out_outputs(self.model, SEED + FRESH_SEED, DIGITS[width], FRESH)
+        self.outputs = training.held_out_outputs(
+            self.model, SEED + FRESH_SEED, DIGITS[width], FRESH
+        )
         self.fronts = solver.frontiers_of(
             self.model, self.known.fisher, "mixed", curvature=self.known.curvature
         )
@@ -137,7 +139,7 @@ class Judge:
 
     def errors(self, whole: nn.Module) -> Tensor:
         """Mean squared change of the output, one number per digit."""
-        return scoring.output_errors(whole, self.outputs, SEED + FRESH_SEED, FRESH)[0]
+        return damage.output_errors(whole, self.outputs, SEED + FRESH_SEED, FRESH)[0]
 
     def allocated(self, size: int, names: set[str]) -> Tensor:
         """`errors` of the allocator's plan of these bytes, in which only these weights may be
@@ -199,7 +201,7 @@ class Judge:
         }
         for name, chosen in (("all", set(self.known.fisher)), ("shared", names)):
             ours = self.allocated(size, chosen)
-            ratio = scoring.ratio_of_means(ours, theirs, SEED)
+            ratio = damage.ratio_of_means(ours, theirs, SEED)
             found[f"damage_{name}"] = ours.mean().item()
             found |= dict(
                 zip((f"over_{name}", f"over_{name}_low", f"over_{name}_high"), ratio, strict=True)

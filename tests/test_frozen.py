@@ -6,7 +6,7 @@ from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize, weights_sha256
 from lafq.study import workspace
 from lafq.study.diffusion.unet import UNet
-from lafq.study.images.samples import Sampling, read, row_key
+from lafq.study.images.sampling import Sampling, read, row_key
 
 PAPER = workspace.RESULTS / "paper"
 KEPT_SHA256 = "7cfa5ede0e0b80a49c2cab401af89479bc4a72a88089b9bf864ecdc552c7c263"

@@ -17,7 +17,7 @@ from lafq.quantization import tuning
 from lafq.quantization.model import weights_sha256
 from lafq.study.diffusion.subject import WEIGHTS, load_model
 from lafq.study.diffusion.unet import UNet, layer_of, quantizable
-from lafq.study.images.samples import read, samples_folder
+from lafq.study.images.sampling import read, samples_folder
 from lafq.study.workspace import Workspace, compute_on
 
 INCEPTION = 11.4e9  # operations for one image of 299x299: Szegedy et al. 2016, "Rethinking the Inception Architecture"

@@ -4,7 +4,8 @@ import pytest
 from lafq.quantization.model import weights_sha256
 from lafq.study import threshold_rows, workspace
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.images import samples
+from lafq.study.images import sampling
+from lafq.study.images.sampling import ImageStore
 from lafq.study.workspace import Workspace
 from lafq.tensors import save_tensors
 from tools import cost
@@ -57,9 +58,9 @@ def test_published_rows_counted_are_those_made(tiny):
 def test_images_that_are_kept_count_for_the_estimate(tiny, sandbox):
     save_tensors(SMOKE.results / "ema.safetensors", dict(tiny.named_parameters()), width=4)
     provenance = {"weights": weights_sha256(tiny), "rule": "baseline"}
-    samples.cached_samples(SMOKE, tiny, samples.Sampling(3, 2, 0, 2), provenance=provenance)
+    ImageStore(SMOKE).draw(tiny, sampling.Sampling(3, 2, 0, 2), recipe=provenance)
     samples.cached_samples(
-        SMOKE, tiny, samples.Sampling(3, 2, 0, 2), provenance=provenance | {"weights": "other"}
+        SMOKE, tiny, sampling.Sampling(3, 2, 0, 2), recipe=provenance | {"weights": "other"}
     )
     assert cost.kept_flop(SMOKE, 4) == 3 * 2 * cost.forward_flop(4)
 

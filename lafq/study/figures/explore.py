@@ -35,7 +35,7 @@ from lafq.study.budget.budget import HALF_PIXELS
 from lafq.study.budget.methods import measured_sensitivity
 from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import layer_of, quantizable
-from lafq.study.images.samples import Sampling, cached_samples
+from lafq.study.images.sampling import ImageStore, Sampling, cached_samples
 from lafq.study.rows import kept_share
 from lafq.study.workspace import Workspace
 
@@ -131,7 +131,7 @@ def subject_of(
     sampling: Sampling,
 ) -> Subject:
     """The subject of a model whose sensitivity is at hand."""
-    digits = cached_samples(work, model, sampling).images[:, 0].numpy()
+    digits = ImageStore(work).draw(model, sampling).images[:, 0].numpy()
     int8 = dequantize(quantize(model, dict.fromkeys(quantizable(model), "int8")))
     return Subject(
         work,

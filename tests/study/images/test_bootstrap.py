@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
+from lafq.study.diffusion import training
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.images import bootstrap as iv
-from lafq.study.images import classifier, metrics, scoring
+from lafq.study.images import evaluate as evaluation
+from lafq.study.images import metrics, scoring
+from lafq.study.images.features import load_classifier
 from lafq.study.images.metrics import Reference
 
 
@@ -30,7 +33,7 @@ def everything(n):
 @pytest.mark.parametrize(("n", "d"), [(40, 16), (300, 16), (100, 128)])
 def test_a_resample_of_everything_is_the_value(n, d):
     other, x = reference(d), gaussians(n, d, 0)
-    assert iv.fid_bootstrap(other, everything(n))(x).item() == pytest.approx(
+    assert metrics.fid_draws(x, other, everything(n)).item() == pytest.approx(
         metrics.fid(x, other), rel=1e-5
     )
 
@@ -38,20 +41,20 @@ def test_a_resample_of_everything_is_the_value(n, d):
 def test_kid_and_inception_score_of_everything_are_the_values():
     other, x = reference(8), gaussians(400, 8, 0, shift=0.5)
     # torch-fidelity averages over 100 subsets of the reference, here it is taken whole.
-    assert iv.kid_bootstrap(other, everything(400))(x).item() == pytest.approx(
+    assert metrics.kid_draws(x, other, everything(400)).item() == pytest.approx(
         metrics.kid(x, other), rel=0.05
     )
     logits = torch.randn(50, 10, generator=torch.Generator().manual_seed(0)) * 3
-    assert iv.inception_score_bootstrap(everything(50))(logits).item() == pytest.approx(
+    assert metrics.inception_score_draws(logits, everything(50)).item() == pytest.approx(
         metrics.inception_score(logits), rel=1e-5
     )
 
 
 def test_a_resample_scores_as_the_repeated_images_do():
     other, x = reference(16), gaussians(60, 16, 1)
-    indices = iv.resamples(60, seed=0, count=3)
+    indices = metrics.resamples(60, seed=0, count=3)
     expected = [metrics.fid(x[i], other) for i in indices]
-    assert iv.fid_bootstrap(other, indices)(x).tolist() == pytest.approx(expected, rel=1e-5)
+    assert metrics.fid_draws(x, other, indices).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def coverage(n, d, trials):
@@ -67,8 +70,8 @@ def coverage(n, d, trials):
     hits, plain = 0, 0
     for i in range(trials):
         x = gaussians(n, d, i)
-        draws = iv.fid_bootstrap(other, iv.resamples(n, seed=i, count=300))(x)
-        low, high = iv.interval(metrics.fid(x, other), draws)
+        draws = iv.fid_bootstrap(other, metrics.resamples(n, seed=i, count=300))(x)
+        low, high = metrics.interval(metrics.fid(x, other), draws)
         hits += low <= expected <= high
         low, high = torch.quantile(
             draws, torch.tensor([0.025, 0.975], dtype=torch.float64)
@@ -100,11 +103,11 @@ def test_intervals_cover_a_paired_difference():
     expected = sum(deltas[trials:]) / 200
     hits, widths = 0, []
     for i in range(trials):
-        draws = iv.fid_bootstrap(other, iv.resamples(n, seed=i, count=300))
+        draws = iv.fid_bootstrap(other, metrics.resamples(n, seed=i, count=300))
         a, b = draws(pairs[i][0]), draws(pairs[i][1])
-        low, high = iv.interval(deltas[i], b - a)
+        low, high = metrics.interval(deltas[i], b - a)
         hits += low <= expected <= high
-        alone = iv.interval(0, a)
+        alone = metrics.interval(0, a)
         widths.append((high - low) / (alone[1] - alone[0]))
     assert hits / trials >= 0.85
     assert max(widths) < 0.3  # common noise: far narrower than one side's interval
@@ -113,30 +116,30 @@ def test_intervals_cover_a_paired_difference():
 def test_equal_images_differ_by_nothing():
     images = mnist(train=False)[0][HELD_OUT][:20]
     score = scoring.make_scorer(20, 0, None)
-    row = scoring.against_baseline(score(images), score(images.clone()))
+    row = evaluation.against_baseline(score(images), score(images.clone()))
     for metric in ("fid_mnist", "is_mnist", "kid_mnist"):
         assert [row[f"delta_{metric}{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
         assert row[f"{metric}_low"] < row[metric] < row[f"{metric}_high"]
     assert torch.isnan(torch.tensor(row["fid_inception"]))
-    same = scoring.paired_change(torch.ones(5), torch.ones(5), images, images, 0)
+    same = evaluation.paired_change(torch.ones(5), torch.ones(5), images, images, 0)
     assert (same["rmse"], same["psnr"], same["class_changed"]) == (0, math.inf, 0)
 
 
 def test_other_images_have_another_class_and_a_known_psnr():
     digits, labels = mnist(train=False)
     other = torch.cat([digits[labels == 1][:5], digits[labels == 0][:5]])
-    row = scoring.paired_change(torch.ones(5), torch.ones(5), other, digits[labels == 1][:10], 0)
+    row = evaluation.paired_change(torch.ones(5), torch.ones(5), other, digits[labels == 1][:10], 0)
     assert row["class_changed"] == pytest.approx(0.5)
     faint = torch.full((4, 1, 32, 32), 26, dtype=torch.uint8)
-    assert scoring.paired_change(torch.ones(5), torch.ones(5), faint, torch.zeros_like(faint), 0)[
-        "psnr"
-    ] == pytest.approx(20 * math.log10(255 / 26), abs=1e-4)
+    assert evaluation.paired_change(
+        torch.ones(5), torch.ones(5), faint, torch.zeros_like(faint), 0
+    )["psnr"] == pytest.approx(20 * math.log10(255 / 26), abs=1e-4)
 
 
 def test_a_handful_of_images_has_intervals():
     images = mnist(train=False)[0][HELD_OUT][:3]
     score = scoring.make_scorer(3, 0, None)
-    row = scoring.against_baseline(score(images), score(images))
+    row = evaluation.against_baseline(score(images), score(images))
     assert all(v == v for k, v in row.items() if "inception" not in k)
 
 
@@ -146,11 +149,11 @@ def test_damage_is_of_the_scale_it_says(tiny):
         torch.full((4, 1, 32, 32), 255, dtype=torch.uint8),
     )
     losses = torch.rand(50, generator=torch.Generator().manual_seed(0))
-    row = scoring.paired_change(losses + 0.1, losses, white, black, 0)
+    row = evaluation.paired_change(losses + 0.1, losses, white, black, 0)
     assert (row["rmse"], row["psnr"]) == (1, 0)
     assert row["delta_loss_low"] == pytest.approx(0.1) == row["delta_loss_high"]
-    first = scoring.held_out_losses(tiny, seed=0, digits=20)
-    assert torch.equal(first, scoring.held_out_losses(tiny, seed=0, digits=20))
+    first = training.held_out_losses(tiny, seed=0, digits=20)
+    assert torch.equal(first, training.held_out_losses(tiny, seed=0, digits=20))
     assert first.shape == (20,)
     assert 0.5 < first.mean() < 2
 
@@ -159,7 +162,7 @@ def test_damage_is_of_the_scale_it_says(tiny):
 def test_torchmetrics_agrees():
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    network = classifier.load()
+    network = load_classifier()
     images = mnist(train=False)[0]
 
     class Features(torch.nn.Module):
@@ -181,4 +184,4 @@ def test_torchmetrics_agrees():
 
 def test_fid_at_infinity_is_the_intercept():
     sizes = [200, 500, 1000]
-    assert iv.fid_at_infinity(sizes, [7 + 300 / n for n in sizes]) == pytest.approx(7)
+    assert metrics.fid_at_infinity(sizes, [7 + 300 / n for n in sizes]) == pytest.approx(7)

@@ -12,15 +12,16 @@ from distributed import Client, LocalCluster
 from lafq.quantization.model import dequantize, quantize
 from lafq.study import threshold_rows, workspace
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.images import cluster, samples
+from lafq.study.images import cluster, sampling
 from lafq.study.images import evaluate as evaluation
+from lafq.study.images.sampling import ImageStore
 from lafq.study.rows import BASELINE
 from lafq.study.workspace import Workspace
 from tools.notebooks import notebooks
 from tools.run import check
 
 SMOKE = Workspace("smoke")
-DRAWN = samples.Sampling(3, 2, 0)
+DRAWN = sampling.Sampling(3, 2, 0)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_rows_are_the_same_bytes_on_a_cluster(two_workers, sandbox, tiny, monkey
     here, images = evaluation.evaluate(SMOKE, tiny, rows, DRAWN)
     with monkeypatch.context() as patch:
         patch.setattr(workspace, "BUILD", sandbox / "elsewhere")
-        patch.setattr(samples, "sample", None)
+        patch.setattr(sampling, "sample", None)
         there, drawn = evaluation.evaluate(on(two_workers), tiny, rows, DRAWN)
     pd.testing.assert_frame_equal(here, there, check_exact=True)
     assert images.keys() == drawn.keys()
@@ -62,14 +63,14 @@ def test_images_kept_by_recipe_are_the_same_files_on_a_cluster(
 ):
     drawn, rows = DRAWN._replace(batch=2), threshold_rows.uniform(tiny)
     here, _ = evaluation.evaluate(Workspace("smoke", keep=True), tiny, rows, drawn)
-    first = {path.name: samples.read(path) for path in samples.samples_folder(SMOKE).iterdir()}
+    first = {path.name: sampling.read(path) for path in ImageStore(SMOKE).folder.iterdir()}
     monkeypatch.setattr(workspace, "RESULTS", sandbox / "elsewhere")
     there, _ = evaluation.evaluate(on(two_workers, keep=True), tiny, rows, drawn)
     pd.testing.assert_frame_equal(
         here.drop(columns="same_machine"), there.drop(columns="same_machine"), check_exact=True
     )
-    for path in samples.samples_folder(SMOKE).iterdir():
-        images, record = samples.read(path)
+    for path in ImageStore(SMOKE).folder.iterdir():
+        images, record = sampling.read(path)
         assert np.array_equal(images, first[path.name][0])
         assert record["drawn_from"] == first[path.name][1]["drawn_from"]
 
@@ -95,7 +96,7 @@ def test_a_killed_worker_loses_no_row(two_workers, sandbox, tiny, monkeypatch):
     assert kept.keys() == {samples.sample_key(model, *DRAWN[:3]) for model in expected}
     for model in expected:
         assert np.array_equal(
-            kept[samples.sample_key(model, *DRAWN[:3])], samples.sample(model, *DRAWN[:3]).numpy()
+            kept[samples.sample_key(model, *DRAWN[:3])], sampling.sample(model, *DRAWN[:3]).numpy()
         )
 
 

@@ -8,11 +8,12 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from lafq.study import workspace
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.images import classifier, inception, metrics, scoring
+from lafq.study.images.features import load_classifier
 
 
 @pytest.fixture(scope="module")
 def network():
-    return classifier.load()
+    return load_classifier()
 
 
 def gaussian_reference(mean, scale, n=20_000, d=4):
@@ -66,7 +67,7 @@ class Registered(FeatureExtractorBase):
 
     def __init__(self, name, features_list, **kwargs):
         super().__init__(name, features_list)
-        self.network = classifier.load()
+        self.network = load_classifier()
 
     @staticmethod
     def get_provided_features_list():
@@ -225,7 +226,7 @@ def test_inception_score_where_the_weights_have_the_last_layer():
     assert inception.has_logits(extractor)
     features, logits = metrics.inception_features(extractor, images)
     assert logits.shape == (6, 1008)
-    score = scoring.make_scorer(6, 0, metrics.Reference.of(features))
+    score = scoring.make_scorer(6, 0, metrics.Reference(features))
     found = score(images, (features, logits))
     assert found.values["is_inception"] == pytest.approx(metrics.inception_score(logits))
     assert len(found.draws["is_inception"]) == 1000
@@ -262,4 +263,4 @@ def test_inception_tells_digits_from_noise():
 )
 def test_images_of_another_kind_are_refused(images):
     with pytest.raises(ValueError, match=r"images must be uint8 \(N, 1, 32, 32\), these are"):
-        metrics.mnist_features(classifier.load(), images)
+        metrics.mnist_features(load_classifier(), images)

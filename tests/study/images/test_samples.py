@@ -14,8 +14,8 @@ from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation
-from lafq.study.images import samples
-from lafq.study.images.samples import Sampling
+from lafq.study.images import sampling
+from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import recipe
 from lafq.study.workspace import Workspace, kind_of_machine
 
@@ -54,7 +54,7 @@ def evaluate(tiny, rows):
 
 
 def files():
-    return sorted(samples.samples_folder(SMOKE).iterdir())
+    return sorted(ImageStore(SMOKE).folder.iterdir())
 
 
 def test_keys_are_what_they_were(tiny, rows):
@@ -71,18 +71,18 @@ def test_keys_are_what_they_were(tiny, rows):
         "fisher": {"kind": "empirical", "samples": 2000, "bins": 20, "seed": 0},
     }
     keys = [
-        samples.row_key(provenance, Sampling(100, steps=100, seed=0, batch=25))
+        sampling.row_key(provenance, Sampling(100, steps=100, seed=0, batch=25))
         for provenance in provenances
     ]
     assert keys == KEYS
     other = [Sampling(100, *draw) for draw in ((1000, 0, 25), (100, 1, 25), (100, 0, 50))]
-    assert len({samples.row_key(provenances[0], draw) for draw in other} | {keys[0]}) == 4
+    assert len({sampling.row_key(provenances[0], draw) for draw in other} | {keys[0]}) == 4
 
 
 def test_committed_images_are_named_by_their_recipe():
     for path in (workspace.ROOT / "results" / "paper" / "samples").glob("*.npz"):
-        images, record = samples.read(path)
-        key = samples.row_key(
+        images, record = sampling.read(path)
+        key = sampling.row_key(
             record["recipe"], Sampling(100, record["steps"], record["seed"], record["batch"])
         )
         first = int(path.stem[17:22])
@@ -107,7 +107,7 @@ def test_images_are_kept_in_batches_and_found_again(tiny, rows, monkeypatch):
         for name in files()
     )
     assert np.array_equal(
-        images[table["sample"][0]], samples.stored_images(SMOKE, table["sample"][0], 5)
+        images[table["sample"][0]], ImageStore(SMOKE).images(table["sample"][0], 5)
     )
     by_weights, same = evaluation.evaluate(SMOKE, tiny, rows, DRAW)
     pd.testing.assert_frame_equal(table.drop(columns="sample"), by_weights.drop(columns="sample"))
@@ -121,13 +121,13 @@ def test_images_are_kept_in_batches_and_found_again(tiny, rows, monkeypatch):
         np.array_equal(images[key], found)
         for key, found in results.load_rows(SMOKE, "x")[1].items()
     )
-    monkeypatch.setattr(samples, "sample", None)
+    monkeypatch.setattr(sampling, "sample", None)
     pd.testing.assert_frame_equal(table, evaluate(tiny, rows)[0])
     with pytest.raises(
         FileNotFoundError,
         match=r"6 images of row .* are needed, .* has 5: `make reproduce PROFILE=smoke`",
     ):
-        samples.stored_images(SMOKE, table["sample"][0], 6)
+        ImageStore(SMOKE).images(table["sample"][0], 6)
 
 
 def test_where_images_go_is_for_the_profile_to_say(tiny, rows):
@@ -158,20 +158,20 @@ def test_a_baseline_of_other_sampling_is_refused(tiny, rows):
 
 def test_files_that_begin_with_the_same_image_are_not_read_twice(tiny, sandbox):
     longer = {
-        n: samples.cached_samples(KEEPING, tiny, DRAW._replace(images=n), provenance={"rule": "x"})
+        n: ImageStore(KEEPING).draw(tiny, DRAW._replace(images=n), recipe={"rule": "x"})
         for n in (3, 5)
     }
     key = longer[5].key
     assert key == longer[3].key
     names = [path.name[16:] for path in files()]
     assert names == ["_00000-00001.npz", "_00002-00002.npz", "_00002-00003.npz", "_00004-00004.npz"]
-    assert np.array_equal(samples.stored_images(SMOKE, key, 5), longer[5].images[:, 0].numpy())
+    assert np.array_equal(ImageStore(SMOKE).images(key, 5), longer[5].images[:, 0].numpy())
 
 
 def test_another_batch_size_draws_anew(tiny, sandbox):
     """Without KEEP the key does not name the batch, and the last bits depend on it."""
     for batch in (2, 5):
-        assert len(samples.cached_samples(SMOKE, tiny, DRAW._replace(batch=batch)).images) == 5
+        assert len(ImageStore(SMOKE).draw(tiny, DRAW._replace(batch=batch)).images) == 5
     assert sorted(path.name for path in (SMOKE.build / "samples").iterdir()) == [
         "batch-2",
         "batch-5",
@@ -183,17 +183,17 @@ import sys, torch
 from pathlib import Path
 from lafq.study import workspace
 from lafq.study.diffusion.unet import UNet
-from lafq.study.images import samples
-from lafq.study.images.samples import Sampling
+from lafq.study.images import sampling
+from lafq.study.images.sampling import Sampling
 from lafq.study.workspace import Workspace
 workspace.RESULTS = Path(sys.argv[1])
 torch.manual_seed(0), torch.set_num_threads(1)
-keep = samples._keep
+keep = sampling._keep
 def said(path, *rest):
     keep(path, *rest)
     print(path.name, flush=True)
-samples._keep = said
-samples.cached_samples(Workspace("smoke"), UNet(4).eval(), Sampling(40, 20, 0, 2), provenance={"rule": "killed"})
+sampling._keep = said
+samples.cached_samples(Workspace("smoke"), UNet(4).eval(), Sampling(40, 20, 0, 2), recipe={"rule": "killed"})
 """
 
 
@@ -218,12 +218,12 @@ def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox
         samples, "sample", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k)
     )
     arguments = (SMOKE, tiny, Sampling(40, 20, 0, 2))
-    resumed = samples.cached_samples(*arguments, provenance={"rule": "killed"})
+    resumed = samples.cached_samples(*arguments, recipe={"rule": "killed"})
     assert len(drawn) == 20 - len(finished)
     kept = {path.name: path.read_bytes() for path in files()}
     assert {name: kept[name] for name in finished} == finished
     monkeypatch.setattr(workspace, "RESULTS", sandbox / "whole")
-    whole = samples.cached_samples(*arguments, provenance={"rule": "killed"})
+    whole = samples.cached_samples(*arguments, recipe={"rule": "killed"})
     assert np.array_equal(whole.images, resumed.images)
     assert {path.name: path.read_bytes() for path in files()} == kept
 
@@ -318,8 +318,8 @@ def test_provenances_do_not_depend_on_the_weights_drawn_from(tiny, rows):
 def test_the_spread_of_fid_takes_the_baselines_kept_images(tiny, sandbox, monkeypatch):
     sampling = Sampling(images=8, steps=2, seed=0, batch=2)
     table, _ = evaluation.evaluate(KEEPING, tiny, [], sampling)
-    assert table.empty and len(list(samples.samples_folder(KEEPING).iterdir())) == 4
-    monkeypatch.setattr(samples, "sample", None)
+    assert table.empty and len(list(ImageStore(KEEPING).folder.iterdir())) == 4
+    monkeypatch.setattr(sampling, "sample", None)
     found = evaluation.quality(KEEPING, tiny, sampling, 4)
     assert found["images"].tolist() == ["0-7", "0-3", "4-7"]
     assert found["fid_mnist"].nunique() == 3
