@@ -22,7 +22,6 @@ from lafq.study.diffusion.unet import layer_of
 from lafq.study.images import metrics
 from lafq.study.images.evaluate import Scored, Scorer
 from lafq.study.images.features import FeatureExtractor, mnist_extractor
-from lafq.study.images.features import mnist_extractor
 from lafq.study.verdict import FID_MARGIN, MARGIN_IMAGES, holm, verdict
 
 FRONT = ("Layer1", "Layer2")

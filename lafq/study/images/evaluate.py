@@ -141,8 +141,8 @@ class Evaluation:
     @cached_property
     def expected(self) -> tuple[Scored, Tensor]:
         """The scores of the FP32 model's images, and its held-out losses."""
-        losses = held_out_losses(self.model, self.sampling.seed)
-        return self._scored(self.baseline, self.inception_rows), losses
+        scored = self._scored(self.baseline, self.inception_rows)
+        return scored, held_out_losses(self.model, self.sampling.seed)
 
     def draw(self, row: Row, rounded: nn.Module, label: str) -> Sampled:
         """The images of a row; rounded: its quantized model, read back in FP32."""
@@ -203,13 +203,13 @@ def evaluate(
     run = Evaluation(work, model, sampling, inception, any(row.inception for row in rows))
     if work.scheduler:
         run.draw_on_cluster(rows)
-    lines, images = [], {}
+    baseline, lines, images = run.baseline, [], {}
     for row, size in zip(rows, stored, strict=True):
         # One quantized model is held at a time.
         rounded = dequantize(quantized(model, row, sampling.seed))
         sampled = run.draw(row, rounded, f"row {len(lines) + 1} of {len(rows)}")
         scores = run.score(row, rounded, sampled)
-        how = _how(sampling, sampled, run.baseline, inception_reference if inception else 0)
+        how = _how(sampling, sampled, baseline, inception_reference if inception else 0)
         lines.append({**row.key, **size, **scores, **how})
         images[sampled.key] = sampled.images[:, 0].numpy()
         print(

