@@ -59,6 +59,7 @@ benchmark: $(READY)  ## what quantized models cost to run, groups of weights, Fi
 	@$(BIN)/python benchmarks/fisher.py
 	@$(BIN)/python benchmarks/binder.py
 	@$(BIN)/python benchmarks/passes.py
+	@$(BIN)/python benchmarks/peak_memory.py
 
 peers: $(READY)  ## the allocator beside five other libraries at equal bytes (installs each beside .venv; about an hour)
 	@$(BIN)/python benchmarks/peers.py

@@ -191,7 +191,8 @@ def allocating() -> list[dict]:
             {n: correlated(channel_view(model, n).size[1]) for n in fisher} if feedback else {}
         )
         start = time.perf_counter()
-        solver.allocate(model, Sensitivity(fisher, curvature), 17.0, granularity, progress=False)
+        known = Sensitivity(fisher, curvature)
+        solver.allocate(model, known, memory_mib=17.0, granularity=granularity, progress=False)
         seconds = time.perf_counter() - start
         table.append(
             {

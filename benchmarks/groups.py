@@ -17,12 +17,12 @@ import torch
 from running import write
 from torch import Tensor, nn
 
-from lafq import dequantize, estimate_sensitivity, quantize
+from lafq import estimate_sensitivity, quantize
 from lafq.allocation.allocate import frontiers_of, solve_budget
 from lafq.quantization.channels import WeightSpec
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, unshrunk_scale
-from lafq.quantization.model import bits_per_weight, nbytes
+from lafq.quantization.model import bits_per_weight, dequantize_, nbytes
 from lafq.quantization.plan import Plan, Recipe
 from lafq.study import damage
 from lafq.study.budget.budget import FRESH, FRESH_SEED
@@ -59,7 +59,7 @@ def rows() -> list[dict]:
 
     def errors(plan: Plan) -> Tensor:
         return damage.output_errors(
-            dequantize(quantize(model, plan, recipe)), outputs, FRESH_SEED, FRESH
+            dequantize_(quantize(model, plan, recipe)), outputs, FRESH_SEED, FRESH
         )[0]
 
     def plans() -> Iterator[tuple[str, str, Plan]]:

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from lafq import (
     allocate,
-    dequantize,
     estimate_sensitivity,
     load_quantized,
     quantize,
@@ -38,6 +37,7 @@ from lafq.fisher.sensitivity import CHANNELS, LARGEST, Sensitivity
 from lafq.fisher.shrinkage import Moments
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB
+from lafq.quantization.model import dequantize_
 from lafq.study import damage, workspace
 from lafq.study.budget.budget import FRESH, FRESH_SEED
 from lafq.study.budget.methods import mib_at
@@ -115,7 +115,7 @@ def one_step(step: str, width: int) -> dict[str, float]:
             save_quantized(path, small, model)
         work = {
             "estimate_sensitivity": lambda: estimate_sensitivity(model, batches, 0),
-            "allocate": lambda: allocate(model, known, mib, progress=False),
+            "allocate": lambda: allocate(model, known, memory_mib=mib, progress=False),
             "quantize": lambda: quantize(model, uniform),
             "save_quantized": lambda: save_quantized(path, small, model),
             "load_quantized": lambda: load_quantized(path, model),
@@ -187,9 +187,9 @@ def blocked() -> pd.DataFrame:
                 model, noised_batches(digits, SAMPLES[width], 0), 0, **sizes
             )
             plan = allocate(model, known, mib_at(model, BITS), progress=False)
-            errors = damage.output_errors(dequantize(quantize(model, plan)), outputs, noise, FRESH)[
-                0
-            ]
+            errors = damage.output_errors(
+                dequantize_(quantize(model, plan)), outputs, noise, FRESH
+            )[0]
             first = errors if first is None else first
             row = {
                 "width": width,

@@ -17,10 +17,10 @@ from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq import allocate, dequantize, estimate_sensitivity, quantize
+from lafq import allocate, estimate_sensitivity, quantize
 from lafq.fisher.sensitivity import BATCH
 from lafq.quantization.formats import MIB, STUDY_FORMATS
-from lafq.quantization.model import nbytes
+from lafq.quantization.model import dequantize_, nbytes
 from lafq.rng import generator
 from lafq.study import workspace
 from lafq.study.budget.budget import HALF_PIXELS
@@ -124,7 +124,7 @@ def measured(name: str, subject: Subject, passes: Iterable[int] = PASSES) -> pd.
     uniform = dict.fromkeys([n for n, p in model.named_parameters() if p.ndim > 1], "int4")
     mib, of_uniform, rows = (
         nbytes(model, uniform) / MIB,
-        subject.damage(dequantize(quantize(model, uniform))),
+        subject.damage(dequantize_(quantize(model, uniform))),
         [],
     )
     todo = [
@@ -135,8 +135,8 @@ def measured(name: str, subject: Subject, passes: Iterable[int] = PASSES) -> pd.
     ]
     for count, draw, kind in tqdm(todo, desc=name, leave=False):
         found = estimate_sensitivity(model, subject.batches(count, draw), draw, **ESTIMATES[kind])
-        plan = allocate(model, found, mib, formats=STUDY_FORMATS, progress=False)
-        damage = subject.damage(dequantize(quantize(model, plan)))
+        plan = allocate(model, found, memory_mib=mib, formats=STUDY_FORMATS, progress=False)
+        damage = subject.damage(dequantize_(quantize(model, plan)))
         row = {"network": name, "passes": count, "draw": draw, "estimates": kind}
         rows.append(
             row | {"over_uniform": damage / of_uniform, "over_predicted": damage / plan.damage}

@@ -22,10 +22,10 @@ import torch
 from peer import LIBRARIES, PROFILES, SEED
 from torch import Tensor, nn
 
-from lafq import dequantize, estimate_sensitivity, quantize
+from lafq import estimate_sensitivity, quantize
 from lafq.allocation import allocate as solver
 from lafq.quantization.formats import MIB, bit_bytes, unshrunk_scale
-from lafq.quantization.model import nbytes
+from lafq.quantization.model import dequantize_, nbytes
 from lafq.quantization.plan import Plan, Recipe
 from lafq.study import damage, workspace
 from lafq.study.budget.budget import FRESH, FRESH_SEED
@@ -147,7 +147,7 @@ class Judge:
         """
         fronts = {n: front for n, front in self.fronts.items() if n in names}
         plan = solver.solve_budget(self.model, fronts, size / MIB, self.recipe)
-        return self.errors(dequantize(quantize(self.model, plan)))
+        return self.errors(dequantize_(quantize(self.model, plan)))
 
     def uniform(self, bits: int) -> dict[str, Any]:
         """lafq without the allocator: all weights in one format, rounded to the nearest code."""
@@ -157,7 +157,7 @@ class Judge:
             "",
             bits,
             nbytes(self.model, plan),
-            dequantize(quantize(self.model, plan)),
+            dequantize_(quantize(self.model, plan)),
             set(plan),
         )
 

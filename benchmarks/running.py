@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lafq.quantization.formats import MIB
-from lafq.quantization.model import dequantize, quantize, resident_bytes
+from lafq.quantization.model import dequantize_, quantize, resident_bytes
 from lafq.rng import generator
 from lafq.study import workspace
 from lafq.study.diffusion.ddpm import add_noise, unit_interval
@@ -61,7 +61,7 @@ def rows(width: int) -> list[dict]:
     model = load_model(Workspace(PROFILES[width]), width)
     small = {low: quantize(model, dict.fromkeys(quantizable(model), low)) for low in FORMATS}
     runs = {f"{low}, packed": (m, resident_bytes(m)) for low, m in small.items()}
-    runs["int8, dequantized"] = (dequantize(small["int8"]), resident_bytes(model))
+    runs["int8, dequantized"] = (dequantize_(small["int8"]), resident_bytes(model))
     runs["bfloat16 compute"] = (bfloat16(copy.deepcopy(model)), resident_bytes(model))
     x, t = noised_digits(100)
     expected, table = model(x, t), []

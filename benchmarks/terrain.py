@@ -39,11 +39,11 @@ from terrain_model import (
 )
 from torch import Tensor, nn
 
-from lafq import allocate, allocate_coded, quantize, save_quantized
+from lafq import allocate, quantize, save_quantized
 from lafq.allocation import allocate as solver
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.formats import MIB, unshrunk_scale
-from lafq.quantization.model import dequantize, nbytes, resident_bytes
+from lafq.quantization.model import dequantize_, nbytes, resident_bytes
 from lafq.quantization.plan import Plan, Recipe
 from lafq.study import workspace
 from lafq.study.workspace import compute_on
@@ -81,7 +81,7 @@ def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Call
         return solver.solve_budget(model, frontiers, mib, recipe=recipe)
 
     def sensitive() -> Plan:
-        rounded = dequantize(quantize(model, alike["int4"]))
+        rounded = dequantize_(quantize(model, alike["int4"]))
         error = {
             n: (f * (rounded.get_parameter(n) - model.get_parameter(n)).square()).sum().item()
             for n, f in known.fisher.items()
@@ -102,12 +102,12 @@ def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Call
         yield (
             CODED,
             f"bytes of uniform {low}",
-            partial(allocate_coded, model, known, nbytes(model, alike[low]) / MIB),
+            partial(allocate, model, known, file_mib=nbytes(model, alike[low]) / MIB),
         )
     yield (
         CODED,
         f"{TENTH:.0%} of FP32",
-        partial(allocate_coded, model, known, TENTH * resident_bytes(model) / MIB),
+        partial(allocate, model, known, file_mib=TENTH * resident_bytes(model) / MIB),
     )
     for library, (_, settings) in PEERS.items():
         for setting in settings:
@@ -232,7 +232,7 @@ def make_rows(
             "mem_share": size / resident_bytes(model),
             "file_mib": file / MIB,
         }
-        return own | measured(dequantize(small), expected, look, drawn, name)
+        return own | measured(dequantize_(small), expected, look, drawn, name)
 
     for library, (quantizer, settings) in PEERS.items():
         for setting in settings:
@@ -252,9 +252,11 @@ def by_passes(model: nn.Module, expected: Tensor) -> None:
         if any(row["passes"] == passes for row in rows):
             continue
         known = sensitivity(model) if passes == PASSES else estimated(model, passes)
-        plan = allocate(model, known, nbytes(model, dict.fromkeys(known.fisher, "int4")) / MIB)
+        plan = allocate(
+            model, known, memory_mib=nbytes(model, dict.fromkeys(known.fisher, "int4")) / MIB
+        )
         mse = 2 * plan.damage / SIZE**2
-        found = decibels(expected, outputs(dequantize(quantize(model, plan)), JUDGED))
+        found = decibels(expected, outputs(dequantize_(quantize(model, plan)), JUDGED))
         rows.append(
             {
                 "passes": passes,

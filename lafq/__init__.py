@@ -1,9 +1,8 @@
 """lafq: quantize a network where its Fisher information says that it hurts least.
 
-Seven names serve a model of your own: `estimate_sensitivity`, `allocate`, `allocate_coded`,
-`quantize`, `dequantize`, `save_quantized`, `load_quantized`. The packages hold the study of the
-paper: `quantization`, `fisher` and `allocation` are the method, `diffusion` the model,
-`evaluation`, `paper` and `presentation` the study. Each may import those before it.
+Six names serve a model of your own: `estimate_sensitivity`, `allocate`, `quantize`, `dequantize`,
+`save_quantized`, `load_quantized`. `quantization`, `fisher` and `allocation` are the method;
+`study` is the poster's experiment, which the method does not import.
 """
 
 from importlib import import_module
@@ -13,7 +12,6 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "estimate_sensitivity": "lafq.fisher.sensitivity",
     "allocate": "lafq.allocation.allocate",
-    "allocate_coded": "lafq.allocation.coded",
     "quantize": "lafq.quantization.model",
     "dequantize": "lafq.quantization.model",
     "save_quantized": "lafq.quantization.checkpoint",

@@ -3,7 +3,7 @@
 import hashlib
 
 from lafq.quantization.checkpoint import load_quantized
-from lafq.quantization.model import dequantize, weights_sha256
+from lafq.quantization.model import dequantize_, weights_sha256
 from lafq.study import workspace
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images.sampling import Sampling, read, row_key
@@ -23,5 +23,5 @@ def test_kept_images_have_the_keys_that_they_had():
 
 
 def test_the_packed_file_holds_the_weights_that_it_held():
-    model = dequantize(load_quantized(PAPER / "packed.safetensors", UNet(64)))
+    model = dequantize_(load_quantized(PAPER / "packed.safetensors", UNet(64)))
     assert weights_sha256(model) == PACKED_SHA256

@@ -18,7 +18,7 @@ from dask.system import CPU_COUNT
 from torch import nn
 
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
-from lafq.quantization.model import dequantize, quantize, weights_sha256
+from lafq.quantization.model import dequantize_, quantize, weights_sha256
 from lafq.quantization.plan import Plan
 from lafq.study import replicates, threshold_rows, workspace
 from lafq.study.audit import published_images
@@ -209,9 +209,7 @@ def damages(profile: str) -> dict[str, pd.DataFrame]:
     table = budget.measure_candidates(
         model, in_files + ruled, other, seed, p["DAMAGE_DIGITS"], fresh=True
     )
-    files = budget.coded_files(
-        work, model, [row for row in in_files if row.bits < FILES_BELOW], seed
-    )
+    files = budget.coded_files(model, [row for row in in_files if row.bits < FILES_BELOW], seed)
     return {"damages": table.merge(files, how="left")}
 
 
@@ -235,7 +233,7 @@ def described(profile: str, images: int = DESCRIBED) -> dict[str, pd.DataFrame]:
     chosen |= {f"{rule}, 6 bits per weight": rules_at_6[rule] for rule in ("global", "magnitude")}
     sets = {"FP32": ImageStore(work).draw(model, sampling).images}
     sets |= {
-        name: ImageStore(work).draw(dequantize(quantize(model, plan)), sampling, name).images
+        name: ImageStore(work).draw(dequantize_(quantize(model, plan)), sampling, name).images
         for name, plan in chosen.items()
     }
     sets[REAL] = mnist(train=False)[0][HELD_OUT][:images]

@@ -16,7 +16,7 @@ from lafq.allocation.coded import allocate_coded
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.formats import MIB
-from lafq.quantization.model import dequantize, quantize
+from lafq.quantization.model import dequantize_, quantize
 from lafq.study import damage, workspace
 from lafq.study.budget import methods
 from lafq.study.diffusion import training
@@ -68,7 +68,7 @@ def ship(
     outputs = training.held_out_outputs(model, seed)
     damage = [
         damage.output_mse(*damage.output_errors(m, outputs, seed), seed)
-        for m in (model, dequantize(small))
+        for m in (model, dequantize_(small))
     ]
     return table.join(pd.DataFrame(damage)[["damage", "damage_low", "damage_high"]])
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lafq.quantization.checkpoint import load_quantized
-from lafq.quantization.model import dequantize, quantize
+from lafq.quantization.model import dequantize_, quantize
 from lafq.study import threshold_rows, workspace
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
@@ -109,7 +109,7 @@ def check_drawn(
 
 def check_packed(work: Workspace, width: int, seed: int) -> tuple[bool, str]:
     """The packed weights: their checksum, and images drawn from them."""
-    model = dequantize(load_quantized(work.results / subject.PACKED, UNet(width)))
+    model = dequantize_(load_quantized(work.results / subject.PACKED, UNet(width)))
     row = next(workspace.load_table(work, "packed").query("rule == 'allocate'").itertuples())
     return check_drawn(work, "packed weights", model, row, PACKED_IMAGES, seed)
 
@@ -129,7 +129,7 @@ def check_weights(
     table = workspace.load_table(work, "03_global")
     for row in threshold_rows.uniform(model):
         [found] = table[(table["rule"] == "uniform") & (table["format"] == row.format)].itertuples()
-        small = dequantize(quantize(model, row.plan))
+        small = dequantize_(quantize(model, row.plan))
         yield check_drawn(
             work, f"uniform {row.format.upper()}", small, found, IMAGES, parameters["SEED"]
         )

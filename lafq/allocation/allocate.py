@@ -1,106 +1,91 @@
-"""Spend a byte budget where the Fisher information says: a format for every tensor, channel or
-weight of a model.
+"""Spend bytes where the Fisher information says: a format for every tensor, channel or weight.
 
-Each parameter has a frontier of choices (bytes, predicted damage); one of each is to be taken, of
-least total damage within the
-budget: the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger 2004, chapter 11). It is
-solved by dynamic programming on rounded bytes, which exchanges then improve; a test holds the
-result within 2 % of an integer program's optimum.
+Each parameter has a frontier of choices, of b bytes and damage d; one of each is taken, of least
+total damage within the budget B: the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger
+2004, chapter 11). At a price p per byte every parameter by itself takes the choice of least
+d + p b; one price for all makes the bytes fit. With the excess e = d + p b - min(d + p b) of a
+choice
+
+    total damage = bound + sum of e + p (B - total bytes),
+
+where no plan within B does less than the bound. So what the price leaves of B is filled with
+choices of small excess, by search over sums of them.
 """
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq.allocation.pareto import ALLOCATED, StorageOption, pareto_front
+from lafq.allocation.coded import allocate_coded
+from lafq.allocation.frontiers import ALLOCATED, StorageOption, frontier
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.networks import unwrapped
 from lafq.quantization.channels import weight_spec
 from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_plan
 from lafq.quantization.formats import DEFAULT_FORMATS, FORMATS, MIB, get_format, unshrunk_scale
 from lafq.quantization.model import nbytes, weights_sha256
-from lafq.quantization.plan import Entries, Plan, Recipe
+from lafq.quantization.plan import Allocation, Plan, Recipe
 
-EXCHANGES = 200
-CELLS, WORK = 2**16, 2**24
 NEAREST = Recipe(unshrunk_scale)
+CLOSE = 1e-3  # the share of the damage that a plan may lie above the bound without a search
+SUMS = 4096  # that the search keeps
 
-
-class Allocation(Plan):
-    """A plan within a budget, with what is known of it.
-
-    nbytes: of the whole model under the plan; damage: the predicted rise of half the squared error,
-    summed over the output. It is too low where plan and rounding fit the noise of few draws
-    (`prediction.predicted_damage` predicts from others).
-    file_bytes: of the entropy-coded file, where the plan was made for one (`coded.allocate_coded`);
-    else 0.
-    report: one row per parameter, columns parameter, weights, bits_per_weight, formats, kept
-    (single weights in FP16), damage.
-    """
-
-    def __init__(
-        self,
-        entries: Entries,
-        recipe: Recipe,
-        source: str,
-        nbytes: int,
-        damage: float,
-        report: pd.DataFrame,
-        file_bytes: int = 0,
-    ) -> None:
-        super().__init__(entries, recipe, source)
-        self.nbytes, self.damage, self.report, self.file_bytes = nbytes, damage, report, file_bytes
+Frontier = list[StorageOption]
 
 
 def allocate(
     model: nn.Module,
     sensitivity: Sensitivity,
-    budget_mib: float,
+    *,
+    memory_mib: float | None = None,
+    file_mib: float | None = None,
     granularity: str = "mixed",
     formats: tuple[str, ...] = DEFAULT_FORMATS,
-    progress: bool = True,
     groups: tuple[int, ...] = (),
+    progress: bool = True,
 ) -> Allocation:
-    """Choose the formats of least predicted damage that store the whole model in `budget_mib` MiB
-    (2**20 bytes) or less.
+    """Plan of least predicted damage for a size in memory, or for that of an entropy-coded file.
 
     Args:
         model: any network with FP32 weights.
         sensitivity: as `sensitivity.estimate_sensitivity` gives it; parameters that it does not
             name stay in FP32. Without a curvature, weights are planned for rounding to the nearest
             code; with it, for error feedback.
-        budget_mib: of all that must be stored, biases, norms, scales and masks included.
+        memory_mib: MiB (2**20 bytes) of all that must be stored, biases, norms, scales and masks
+            included. The next three arguments are for it alone.
+        file_mib: MiB of the file that `save_quantized(..., compress=True)` writes
+            (`coded.allocate_coded`).
         granularity: "tensor", "channel" or "mixed" (channels, and single weights in FP16 where that
             pays).
+        formats: to choose from.
         groups: numbers of consecutive weights that may share a scale, as (128, 64, 32); none: a
             scale per channel. Each takes as long again.
 
     Returns the plan, with its rounding recipe: `quantize(model, plan)`.
-    Raises ValueError as `check_plan`; for an unknown granularity or format, Fisher values that do
-    not fit, and a budget below what is possible, naming the smallest.
+    Raises ValueError unless one of the two sizes is given; as `check_plan`; for an unknown
+    granularity or format, Fisher values that do not fit, and a size below what is possible, naming
+    the smallest.
 
     >>> import torch
     >>> from lafq import estimate_sensitivity
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     >>> sensitivity = estimate_sensitivity(model, [(torch.randn(8, 64),) for _ in range(4)], seed=0)
-    >>> plan = allocate(model, sensitivity, budget_mib=0.005, progress=False)
+    >>> plan = allocate(model, sensitivity, memory_mib=0.005, progress=False)
     >>> plan.nbytes <= 0.005 * 2**20, sorted(plan)
     (True, ['0.weight', '2.weight'])
     """
-    model = unwrapped(model)
-    fronts = frontiers_of(
-        model, sensitivity.fisher, granularity, formats, progress, sensitivity.curvature, groups
-    )
-    return solve_budget(
-        model,
-        fronts,
-        budget_mib,
-        recipe=Recipe(unshrunk_scale, sensitivity.fisher, sensitivity.curvature),
-    )
+    if (memory_mib is None) == (file_mib is None):
+        raise ValueError("give memory_mib or file_mib: a plan is made for one of these sizes")
+    if file_mib is not None:
+        return allocate_coded(model, sensitivity, file_mib, progress)
+    fisher, curvature = sensitivity.fisher, sensitivity.curvature
+    fronts = frontiers_of(model, fisher, granularity, formats, progress, curvature, groups)
+    return solve_budget(model, fronts, memory_mib, Recipe(unshrunk_scale, fisher, curvature))
 
 
 def frontiers_of(
@@ -111,11 +96,11 @@ def frontiers_of(
     progress: bool = True,
     curvature: dict[str, Tensor] | None = None,
     groups: tuple[int, ...] = (),
-) -> dict[str, list[StorageOption]]:
+) -> dict[str, Frontier]:
     """The frontier of every parameter that `fisher` names: made once, it serves any number of
-    budgets.
+    budgets. Arguments and errors are those of `allocate`.
     """
-    model = unwrapped(model)
+    model, curvature = unwrapped(model), curvature or {}
     if granularity not in ALLOCATED:
         raise ValueError(
             f"unknown granularity {granularity!r}: choose one of {', '.join(ALLOCATED)}"
@@ -132,31 +117,23 @@ def frontiers_of(
     parameters = dict(model.named_parameters())
     for name, values in fisher.items():
         check_fisher(name, parameters[name], values)
-    check_curvature(model, curvature or {})
-    bar = tqdm(
-        fisher.items(),
-        desc="damage by format",
-        unit="tensor",
-        leave=False,
-        **({} if progress else {"disable": True}),
-    )
-    found = {}
-    for name, values in bar:
-        common = (curvature or {}).get(name)
-        sides = (parameters[name].detach().cpu(), values.detach().cpu(), channel_view(model, name))
-        found[name] = pareto_front(
-            *sides, granularity, formats, None if common is None else common.cpu(), groups
-        )
-    return found
+    check_curvature(model, curvature)
+    fronts = {}
+    hidden = {} if progress else {"disable": True}
+    for name, values in tqdm(
+        fisher.items(), desc="damage by format", unit="tensor", leave=False, **hidden
+    ):
+        shared = curvature[name].cpu() if name in curvature else None
+        sides = parameters[name].detach().cpu(), values.detach().cpu(), channel_view(model, name)
+        fronts[name] = frontier(*sides, granularity, formats, shared, groups)
+    return fronts
 
 
 def solve_budget(
-    model: nn.Module,
-    frontiers: dict[str, list[StorageOption]],
-    budget_mib: float,
-    recipe: Recipe = NEAREST,
+    model: nn.Module, frontiers: dict[str, Frontier], memory_mib: float, recipe: Recipe = NEAREST
 ) -> Allocation:
-    """One choice of every frontier, of least total damage within the budget.
+    """One choice of every frontier, of least total damage within the budget; ValueError for one
+    below the smallest possible.
 
     recipe: the rounding that the frontiers were made for, which the plan carries.
     """
@@ -164,107 +141,115 @@ def solve_budget(
     rest = nbytes(model, dict.fromkeys(frontiers, "fp32")) - sum(
         4 * model.get_parameter(n).numel() for n in frontiers
     )
-    budget = budget_mib * MIB + 0.5 - rest  # half a byte: MiB are not exact
-    least = sum(choices[0].nbytes for choices in frontiers.values())
+    fronts = list(frontiers.values())
+    budget = memory_mib * MIB + 0.5 - rest  # half a byte: MiB are not exact
+    least = sum(front[0].nbytes for front in fronts)
     if not budget >= least:
         smallest = math.ceil((least + rest) / MIB * 1e4) / 1e4
         raise ValueError(
-            f"a budget of {budget_mib} MiB cannot be met: the smallest possible is {smallest} MiB"
+            f"a budget of {memory_mib} MiB cannot be met: the smallest possible is {smallest} MiB"
         )
-    lists = list(frontiers.values())
-    taken = local_search(lists, knapsack_dp(lists, budget), budget)
-    chosen = {name: choices[i] for (name, choices), i in zip(frontiers.items(), taken, strict=True)}
-    plan = {name: c.entry for name, c in chosen.items() if c.entry != "fp32"}
+    taken = filled(fronts, budget, *one_price(fronts, budget))
+    chosen = {n: front[i] for (n, front), i in zip(frontiers.items(), taken, strict=True)}
+    entries = {name: choice.entry for name, choice in chosen.items() if choice.entry != "fp32"}
+    plan = Plan(entries, recipe, weights_sha256(model))
     rows = [_report(name, model.get_parameter(name).numel(), c) for name, c in chosen.items()]
-    total = sum(c.damage for c in chosen.values())
-    return Allocation(
-        plan, recipe, weights_sha256(model), nbytes(model, plan), total, pd.DataFrame(rows)
-    )
+    total = sum(choice.damage for choice in chosen.values())
+    return Allocation(plan, nbytes(model, plan), total, pd.DataFrame(rows))
 
 
-def knapsack_dp(lists: list[list[StorageOption]], budget: float) -> list[int]:
-    """Dynamic programming over the bytes beyond the smallest choices, rounded up to cells of what
-    is left of the budget.
+def one_price(fronts: list[Frontier], budget: float) -> tuple[list[int], float]:
+    """What each parameter takes at the least price at which the bytes fit, and that price per byte;
+    0 where the largest choices fit.
     """
-    grid = min(CELLS, WORK // sum(len(choices) for choices in lists))
-    cell = max(budget - sum(choices[0].nbytes for choices in lists), 1) / grid
-    best = np.zeros(grid + 1)
-    taken = []
-    for choices in lists:
-        cells = [math.ceil((c.nbytes - choices[0].nbytes) / cell) for c in choices]
-        options = np.full((len(choices), grid + 1), np.inf)
-        for option, more, c in zip(options, cells, choices, strict=True):
-            if more <= grid:
-                option[more:] = best[: grid + 1 - more] + c.damage
-        taken.append((options.argmin(0), cells))
-        best = options.min(0)
-    left, found = grid, []
-    for chosen, cells in reversed(taken):
-        found.append(int(chosen[left]))
-        left -= cells[found[-1]]
-    return found[::-1]
+    steps = []
+    for i, front in enumerate(fronts):
+        for low, high in pairwise(lower_hull(front)):
+            more = front[high].nbytes - front[low].nbytes
+            steps.append(((front[low].damage - front[high].damage) / more, i, high, more))
+    steps.sort(key=lambda step: -step[0])
+    taken, left = [0] * len(fronts), budget - sum(front[0].nbytes for front in fronts)
+    for price, i, choice, more in steps:
+        if more > left:
+            return taken, price
+        taken[i], left = choice, left - more
+    return taken, 0.0
 
 
-def local_search(lists: list[list[StorageOption]], taken: list[int], budget: float) -> list[int]:
-    """Improve a choice: while the damage falls, change one parameter, or two at once, within the
-    budget.
+def lower_hull(front: Frontier) -> list[int]:
+    """The corners of a frontier's lower convex hull, by number: what some price would choose."""
+    corners: list[int] = []
+    for i, (size, damage, _) in enumerate(front):
+        while len(corners) > 1:
+            first, last = front[corners[-2]], front[corners[-1]]
+            below = (damage - first.damage) * (last.nbytes - first.nbytes)
+            if (last.damage - first.damage) * (size - first.nbytes) < below:
+                break
+            corners.pop()
+        corners.append(i)
+    return corners
+
+
+def filled(fronts: list[Frontier], budget: float, taken: list[int], price: float) -> list[int]:
+    """The choices of least damage within the budget, found from those at a price."""
+    start = [front[i] for front, i in zip(fronts, taken, strict=True)]
+    left = budget - sum(choice.nbytes for choice in start)
+    lost = price * left  # above the bound
+    if lost <= CLOSE * sum(choice.damage for choice in start):
+        return taken
+    near = []
+    for front, now in zip(fronts, start, strict=True):
+        more = np.array([c.nbytes - now.nbytes for c in front], dtype=float)
+        excess = np.array([c.damage - now.damage for c in front]) + price * more
+        index = np.flatnonzero(excess <= lost)
+        near.append((more[index], excess[index].clip(0), index))
+    order = sorted(range(len(near)), key=lambda i: len(near[i][0]))
+    least = [near[i][0].min() for i in order]
+    sums, found, trail = np.zeros((1, 2)), lost, []
+    for place, i in enumerate(order):
+        more, excess, _ = near[i]
+        every = (sums[:, None] + np.stack([more, excess], 1)).reshape(-1, 2)
+        found = _least_lost(every, price, left, found)
+        keep = _worth_keeping(every, price, left - sum(least[place + 1 :]), found)
+        trail.append(np.divmod(keep, len(more)))
+        sums = every[keep]
+    best, taken = int((sums[:, 1] - price * sums[:, 0]).argmin()), list(taken)
+    for i, (parent, choice) in zip(reversed(order), reversed(trail), strict=True):
+        taken[i], best = int(near[i][2][choice[best]]), int(parent[best])
+    return taken
+
+
+def _least_lost(sums: np.ndarray, price: float, left: float, found: float) -> float:
+    """The least known excess and price of what is left, with sums (bytes, excess) that fit."""
+    fits = sums[sums[:, 0] <= left]
+    return min(found, (fits[:, 1] + price * (left - fits[:, 0])).min(initial=found))
+
+
+def _worth_keeping(sums: np.ndarray, price: float, most: float, found: float) -> np.ndarray:
+    """Sums (bytes, excess), by number, that may lead to less than is found, and that no other beats
+    in both bytes and damage; at most SUMS of them, those of least excess.
     """
-    owner = np.repeat(np.arange(len(lists)), [len(choices) for choices in lists])
-    size = np.array([c.nbytes for choices in lists for c in choices], dtype=float)
-    damage = np.array([c.damage for choices in lists for c in choices])
-    starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    current = starts + np.array(taken)
-    for _ in range(EXCHANGES):
-        more, change = size - size[current][owner], damage - damage[current][owner]
-        left = budget - size[current].sum()
-        single = np.where(more <= left, change, 0)
-        partner = _best_partner(more, change, owner, left)
-        both = np.where(partner < 0, 0, change + change[partner])
-        first = both.argmin()
-        if min(single.min(), both[first]) >= -1e-12 * damage[current].sum():
-            break
-        for j in [single.argmin()] if single.min() <= both[first] else [first, partner[first]]:
-            current[owner[j]] = j
-    return (current - starts).tolist()
-
-
-def _best_partner(
-    more: np.ndarray, change: np.ndarray, owner: np.ndarray, left: float
-) -> np.ndarray:
-    """For each change of one parameter the change of another one of least damage that fits with it,
-    or -1.
-
-    Changes are sorted by bytes. Those that fit with a given one then come first, and the best of
-    them is known, with the best of another owner, in case both are of the same parameter.
-    """
-    by_bytes = np.argsort(more, kind="stable")
-    changes, owners, one, two = change.tolist(), owner.tolist(), -1, -1
-    best = [(one, two)]
-    for j in by_bytes.tolist():
-        if one < 0 or changes[j] < changes[one]:
-            one, two = j, two if one >= 0 and owners[one] == owners[j] else one
-        elif owners[j] != owners[one] and (two < 0 or changes[j] < changes[two]):
-            two = j
-        best.append((one, two))
-    found = np.array(best)[np.searchsorted(more[by_bytes], left - more, side="right")]
-    same = (found[:, 0] >= 0) & (owner[found[:, 0]] == owner)
-    return np.where(same, found[:, 1], found[:, 0])
+    size, excess = sums.T
+    index = np.flatnonzero((excess <= found) & (size <= most))
+    damage = excess - price * size
+    index = index[np.lexsort((damage[index], size[index]))]
+    best = np.minimum.accumulate(damage[index])
+    index = index[np.append(True, damage[index][1:] < best[:-1])]
+    return index[np.argsort(excess[index], kind="stable")[:SUMS]]
 
 
 def _report(name: str, weights: int, choice: StorageOption) -> dict:
-    low, kept, _, _, group = weight_spec(choice.entry)
-    rows = [low] if isinstance(low, str) else low
-    counts = {f: rows.count(f) for f in FORMATS if f in rows}
-    formats = (
-        next(iter(counts))
-        if len(counts) == 1
-        else ", ".join(f"{n} rows {f}" for f, n in counts.items())
+    format, kept, _, _, group = weight_spec(choice.entry)
+    channels = [format] if isinstance(format, str) else format
+    counts = {f: channels.count(f) for f in FORMATS if f in channels}
+    words = (
+        ", ".join(f"{n} rows {f}" for f, n in counts.items()) if len(counts) > 1 else channels[0]
     )
-    formats += f", groups of {group}" if group else ""
-    row = {
+    return {
         "parameter": name,
         "weights": weights,
         "bits_per_weight": 8 * choice.nbytes / weights,
-        "formats": formats,
+        "formats": words + (f", groups of {group}" if group else ""),
+        "kept": 0 if kept is None else int(kept.sum()),
+        "damage": choice.damage,
     }
-    return row | {"kept": 0 if kept is None else int(kept.sum()), "damage": choice.damage}

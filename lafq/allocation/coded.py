@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq.allocation.allocate import Allocation
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.networks import unwrapped
 from lafq.quantization.channels import ChannelView, WeightSpec
@@ -37,7 +36,7 @@ from lafq.quantization.checks import (
 from lafq.quantization.entropy_coding import compress_parts
 from lafq.quantization.formats import FORMATS, FP16_MAX, MIB, absmax_scale, unshrunk_scale
 from lafq.quantization.model import nbytes, weights_sha256, with_quantized
-from lafq.quantization.plan import Plan, Recipe
+from lafq.quantization.plan import Allocation, Plan, Recipe
 from lafq.quantization.quantized_weight import QuantizedWeight
 from lafq.quantization.rounding import Factor, damage, factor, rounded
 
@@ -47,7 +46,7 @@ FINEST = (
     2**14
 )  # steps in a channel's largest weight; with error feedback codes then stay within INT16
 COARSEST = 200.0  # log2 of a number at which every weight rounds to 0
-INTEGERS = sorted((f for f in FORMATS.values() if f.qmax and not f.qmax % 1), key=lambda f: f.bits)
+INTEGERS = sorted((f for f in FORMATS.values() if f.levels % 2), key=lambda f: f.bits)
 
 
 class _Tensor(NamedTuple):
@@ -98,8 +97,8 @@ def allocate_coded(
     >>> from lafq import estimate_sensitivity
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-    >>> sensitivity = estimate_sensitivity(model, [(torch.randn(8, 64),) for _ in range(32)],
-    seed=0)
+    >>> batches = [torch.randn(8, 64) for _ in range(32)]
+    >>> sensitivity = estimate_sensitivity(model, batches, seed=0)
     >>> plan = allocate_coded(model, sensitivity, file_mib=0.005, progress=False)
     >>> plan.file_bytes <= 0.005 * 2**20 < plan.nbytes + 2000, sorted(plan)
     (True, ['0.weight', '2.weight'])
@@ -120,15 +119,8 @@ def allocate_coded(
     rows = [_report(name, part.values.numel(), found) for name, part in parts.items()]
     recipe = Recipe(unshrunk_scale, sensitivity.fisher, sensitivity.curvature)
     total = sum(found.damages.values())
-    return Allocation(
-        found.plan,
-        recipe,
-        weights_sha256(model),
-        nbytes(model, found.plan),
-        total,
-        pd.DataFrame(rows),
-        found.file_bytes,
-    )
+    plan = Plan(found.plan, recipe, weights_sha256(model))
+    return Allocation(plan, nbytes(model, plan), total, pd.DataFrame(rows), found.file_bytes)
 
 
 def _prepared(model: nn.Module, sensitivity: Sensitivity) -> dict[str, _Tensor]:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from lafq.fisher.shrinkage import Moments
 from lafq.networks import arguments_of, checked_output, evaluating, unwrapped
-from lafq.quantization.checks import channel_view
+from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_names
+from lafq.quantization.rounding import damage
 from lafq.rng import generator
 
 BATCH = 8
@@ -97,9 +98,9 @@ def estimate_sensitivity(
             pass and memory for a gradient.
 
     >>> import torch
-    >>> model = nn.Linear(3, 2)
-    >>> estimate_sensitivity(model, [(torch.randn(8, 3),) for _ in
-    range(100)]).curvature["weight"].shape torch.Size([3, 3])
+    >>> batches = [torch.randn(8, 3) for _ in range(100)]
+    >>> estimate_sensitivity(nn.Linear(3, 2), batches).curvature["weight"].shape
+    torch.Size([3, 3])
 
     Needs C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that
     does, and for draws below 1.
@@ -130,6 +131,49 @@ def estimate_sensitivity(
         *_curvatures(moments, len(traces), shrink),
         effective,
     )
+
+
+def predicted_damage(model: nn.Module, small: nn.Module, other: Sensitivity) -> float:
+    """Half the squared error, summed over the output, that a quantized copy of a model is predicted
+    to make.
+
+    Args:
+        model: the FP32 model.
+        small: what `quantize` makes of it, or that dequantized.
+        other: from other batches and another seed than the plan's, with `estimate_sensitivity(...,
+            shrink=False)`, as shrinking moves the estimate.
+
+    Raises ValueError for Fisher values or a curvature that do not fit the model.
+
+    >>> import torch
+    >>> from lafq import estimate_sensitivity, quantize
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    >>> batches = [torch.randn(8, 16) for _ in range(32)]
+    >>> other = estimate_sensitivity(model, batches, seed=1, shrink=False)
+    >>> small = quantize(model, {"0.weight": "int4", "2.weight": "int4"})
+    >>> 0 < predicted_damage(model, small, other) < 1
+    True
+    """
+    model = unwrapped(model)
+    parameters = check_names(model, other.fisher, "the Fisher values name")
+    check_curvature(model, other.curvature)
+    total = 0.0
+    for name, values in other.fisher.items():
+        check_fisher(name, parameters[name], values)
+        view = channel_view(model, name)
+        owner, _, attribute = name.rpartition(".")
+        stored = getattr(
+            unwrapped(small).get_submodule(owner), attribute
+        )  # unpacked, where it is packed
+        change = view.of(stored.detach() - parameters[name].detach()).cpu()
+        curvature = other.curvature.get(name)
+        total += (
+            damage(change, view.of(values).cpu(), None if curvature is None else curvature.cpu())
+            .sum()
+            .item()
+        )
+    return total
 
 
 def _curvatures(

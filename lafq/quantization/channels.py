@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lafq.quantization.formats import FORMATS, Format, bit_bytes, get_format, packed_bytes
+from lafq.quantization.formats import BY_CODE, Format, bit_bytes, get_format, packed_bytes
 
-ORDER = tuple(FORMATS)
 CHANNEL_CODE_BITS = 4
 
 
@@ -105,11 +104,11 @@ class ChannelView(NamedTuple):
                 f"`steps`, or fp16"
             )
         known = [get_format(f) for f in ((format,) if isinstance(format, str) else set(format))]
-        if len(self.shape) < 2 and any(f.qmax for f in known):
+        if len(self.shape) < 2 and any(f.is_integer for f in known):
             raise ValueError(
                 f"{name} has shape {self.shape}: integers need two dimensions, choose fp16 or fp32"
             )
-        if get_format(keep_format).qmax:
+        if get_format(keep_format).is_integer:
             raise ValueError(f"kept weights cannot be {keep_format}: choose fp32 or fp16")
         if keep_mask is not None and (
             keep_mask.shape != self.shape or keep_mask.dtype != torch.bool
@@ -153,7 +152,9 @@ def counted_bytes(
     """
     total = bit_bytes(CHANNEL_CODE_BITS, view.size[0]) if len(by_format) > 1 else 0
     total += sum(
-        2 * len(r) * scales_per_channel(view.size[1], group) for f, r in by_format.items() if f.qmax
+        2 * len(r) * scales_per_channel(view.size[1], group)
+        for f, r in by_format.items()
+        if f.is_integer
     )
     return (
         total
@@ -189,8 +190,8 @@ def channels_by_format(
                 channels, device=device
             )
         }
-    codes = torch.tensor([ORDER.index(name) for name in format], device=device)
-    return {FORMATS[ORDER[i]]: (codes == i).nonzero()[:, 0] for i in codes.unique().tolist()}
+    codes = torch.tensor([get_format(name).code for name in format], device=device)
+    return {BY_CODE[i]: (codes == i).nonzero()[:, 0] for i in codes.unique().tolist()}
 
 
 def mask_encoding(by_format: dict[Format, Tensor], in_row: Tensor, length: int) -> tuple[str, int]:

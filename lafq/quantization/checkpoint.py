@@ -13,9 +13,8 @@ from lafq.quantization.model import tied, weights_sha256, with_quantized
 from lafq.quantization.quantized_weight import QuantizedWeight
 from lafq.tensors import load_tensors, save_tensors
 
-# Version 1 has no coded streams, int7, int5 and midrise2, version 2 no groups; files without these
-# still bear it.
-FORMAT_VERSION = 3
+# Versions 2 and 3 brought coded streams and groups; version 4 has no `width` in its metadata.
+FORMAT_VERSION = 4
 
 
 def save_quantized(
@@ -32,10 +31,9 @@ def save_quantized(
     torch.Size([2, 4])
 
     compress: entropy-code the integers (`entropy_coding`). Nothing is lost, and the loaded model
-    takes the same memory. The metadata holds the format version, the plan in words, the width (None
-    for a model without one), the source's sha256, and a checksum of the whole file. Raises
-    ValueError for a state that is no tensor, and for a name that would be taken for a part of a
-    planned parameter.
+    takes the same memory. The metadata holds the format version, the plan in words, the
+    source's sha256, and a checksum of the whole file. Raises ValueError for a state that is no
+    tensor, and for a name that would be taken for a part of a planned parameter.
     """
     path, packed, plan, chains, tensors = Path(path), unwrapped(packed), {}, {}, {}
     for name, module in packed.named_modules():
@@ -70,14 +68,7 @@ def save_quantized(
             tensors[name] = tensor
     shared = tied(tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in shared}
-    new = any(
-        "coded" in words or {"int7", "int5", "midrise2"} & set(words["formats"])
-        for words in plan.values()
-    )
-    version = (
-        FORMAT_VERSION if any("group" in words for words in plan.values()) else 2 if new else 1
-    )
-    about = {"format_version": version, "width": _width(packed), "source": weights_sha256(source)}
+    about = {"format_version": FORMAT_VERSION, "source": weights_sha256(source)}
     save_tensors(
         path, tensors, sealed=True, **about, plan=plan, **({"tied": shared} if shared else {})
     )
@@ -100,11 +91,6 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
         )
     if not version:
         raise ValueError(f"{path} is no packed model: give a file that `save_quantized` wrote")
-    if about["width"] != _width(model):
-        raise ValueError(
-            f"{path} is of width {about['width']}, the model of {_width(model)}: build the model "
-            f"anew"
-        )
     if source not in (None, about["source"]):
         raise ValueError(
             f"{path} was made of weights {about['source'][:12]}, not of {source[:12]}: pack these "
@@ -152,8 +138,3 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
             f"CPU, not on meta"
         )
     return loaded
-
-
-def _width(model: nn.Module) -> int | None:
-    width = getattr(model, "width", None)
-    return width if isinstance(width, int) else None

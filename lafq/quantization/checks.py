@@ -50,7 +50,9 @@ def check_values(model: nn.Module, plan: Entries) -> None:
         if (
             0
             < largest
-            < max((least_absmax(f) for f in formats if steps is None or not f.qmax), default=0.0)
+            < max(
+                (least_absmax(f) for f in formats if steps is None or not f.is_integer), default=0.0
+            )
         ):
             raise ValueError(
                 f"{name} holds weights of {largest:.1g} at most, too small for FP16 numbers and "

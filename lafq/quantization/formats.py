@@ -8,7 +8,7 @@ s: `absmax_scale` takes the smallest s that clips nothing, `weighted_mse_scale` 
 
 Symmetric codes leave one of four 2-bit codes unused. The format "midrise2" uses all: codes -1.5,
 -0.5, 0.5, 1.5 (a mid-rise quantizer, which has no level at 0; Gersho and Gray 1992, section 5.4).
-Its qmax is 1.5, and its codes are the halves.
+It has four levels, so its qmax is 1.5.
 
 Weights come as rows, (output channels, weights per channel).
 """
@@ -22,29 +22,48 @@ from torch import Tensor
 
 
 class Format(NamedTuple):
-    """A number format: bits per weight and, of an integer, the largest code; a half-integer one
-    where there is no code 0.
+    """A number format.
+
+    bits: per weight. code: the number by which a file names it for a channel, which is never given
+    to another. levels: of an integer, how many values a code has; 0 for FP32 and FP16.
     """
 
     name: str
     bits: int
-    qmax: float = 0
+    code: int
+    levels: int = 0
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether weights are codes times a scale."""
+        return self.levels > 0
+
+    @property
+    def qmax(self) -> float:
+        """The largest code of an integer; a half-integer where there is no code 0."""
+        return (self.levels - 1) / 2
 
 
-# A file names a channel's format by its place here, so new formats come last.
 FORMATS = {
     f.name: f
     for f in (
-        *(Format("fp32", 32), Format("fp16", 16)),
-        *(Format(f"int{b}", b, 2 ** (b - 1) - 1) for b in (8, 6, 4, 3, 2, 7, 5, 16)),
-        Format("midrise2", 2, 1.5),
+        Format("fp32", 32, code=0),
+        Format("fp16", 16, code=1),
+        Format("int8", 8, code=2, levels=255),
+        Format("int6", 6, code=3, levels=63),
+        Format("int4", 4, code=4, levels=15),
+        Format("int3", 3, code=5, levels=7),
+        Format("int2", 2, code=6, levels=3),
+        Format("int7", 7, code=7, levels=127),
+        Format("int5", 5, code=8, levels=31),
+        Format("int16", 16, code=9, levels=2**16 - 1),
+        Format("midrise2", 2, code=10, levels=4),
     )
 }
-STUDY_FORMATS = tuple(FORMATS)[:7]  # what the tables of the study choose from
-DEFAULT_FORMATS = (
-    *STUDY_FORMATS,
-    "midrise2",
-)  # what `allocate` chooses from; the others serve `allocate_coded`
+BY_CODE = {f.code: f for f in FORMATS.values()}
+# What the tables of the study choose from, and `allocate`; the others serve files of free steps.
+STUDY_FORMATS = ("fp32", "fp16", "int8", "int6", "int4", "int3", "int2")
+DEFAULT_FORMATS = (*STUDY_FORMATS, "midrise2")
 FP16_MAX = torch.finfo(torch.float16).max
 COARSE = torch.logspace(0, math.log10(0.15), 14).tolist()
 FINE = (1, 0.95, 1.05, 0.98, 1.02, 1)
@@ -65,7 +84,7 @@ def least_absmax(f: Format) -> float:
     """Smallest max |w| that a tensor may have to be stored in a format: below it, FP16 numbers or
     scales err by 3 % and more.
     """
-    return 0.0 if f.bits == 32 else max(1, f.qmax) * 2**-20
+    return 0.0 if f.bits == 32 else (max(1, f.qmax) if f.is_integer else 1) * 2**-20
 
 
 def nearest_code(values: Tensor, qmax: float) -> Tensor:
@@ -151,7 +170,7 @@ def fake_quantize(
     """The rows (R, C) as they are read after being stored in a format: what rounding leaves of
     them.
     """
-    if not f.qmax:
+    if not f.is_integer:
         return rows.half().float() if f.bits == 16 else rows
     scales = spread_scale(grouped_scale(scale, rows, f.qmax, fisher, group), len(rows), group)
     scales = scales if group else scales[:, None]
@@ -200,7 +219,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def packed_bytes(format: Format, count: int) -> int:
     """Bytes of `count` weights in a format, without scales."""
-    return bit_bytes(format.bits, count) if format.qmax else count * format.bits // 8
+    return bit_bytes(format.bits, count) if format.is_integer else count * format.bits // 8
 
 
 def bit_bytes(bits: int, count: int) -> int:

@@ -6,7 +6,7 @@ plan stay as they are, bit for bit.
 
 `quantize` copies any module; the planned weights then exist in stored form only, and are unpacked
 for each use, a layer at a time (a torch parametrization: whatever reads `layer.weight` gets the
-FP32 weight). `dequantize` trades that memory for speed.
+FP32 weight). `dequantize` and `dequantize_` trade that memory for speed.
 """
 
 import copy
@@ -108,10 +108,8 @@ def _warn_of_copies(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
-@torch.no_grad()
 def dequantize(packed: nn.Module) -> nn.Module:
-    """Turn a quantized copy, in place, into an ordinary model with the same weights in FP32;
-    returns it.
+    """An ordinary model with the weights of a quantized copy, unpacked to FP32; the copy stays.
 
     >>> from torch import nn
     >>> layer = nn.Linear(4, 2)
@@ -119,6 +117,12 @@ def dequantize(packed: nn.Module) -> nn.Module:
     >>> (fast.weight - layer.weight).abs().max() < 1e-3
     tensor(True)
     """
+    return dequantize_(copy.deepcopy(unwrapped(packed)))
+
+
+@torch.no_grad()
+def dequantize_(packed: nn.Module) -> nn.Module:
+    """`dequantize` in place, without the memory of a second model; returns the model."""
     packed = unwrapped(packed)
     if vars(packed).get("save_pretrained") is _refuse_save_pretrained:
         del packed.save_pretrained

@@ -2,12 +2,17 @@
 it.
 """
 
-from typing import NamedTuple
+import hashlib
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lafq.quantization.channels import WeightSpec
+from lafq.quantization.channels import WeightSpec, weight_spec
 from lafq.quantization.formats import ScaleRule, absmax_scale, get_format
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Entries = dict[str, str | WeightSpec]
 
@@ -16,10 +21,9 @@ class Recipe(NamedTuple):
     """How weights are rounded.
 
     scale: a rule of `formats`. fisher: by parameter name, Fisher values of its shape, which weight
-    the error where the rule asks
-    for it. curvature: by parameter name, (C, C) or in blocks (B, S, S), for the C weights of an
-    output channel; the weights named are rounded with error feedback, the others to the nearest
-    code.
+    the error where the rule asks for it. curvature: by parameter name, (C, C) or in blocks
+    (B, S, S), for the C weights of an output channel; the weights named are rounded with error
+    feedback, the others to the nearest code.
     """
 
     scale: ScaleRule = absmax_scale
@@ -43,6 +47,41 @@ class Plan(Entries):
     ) -> None:
         super().__init__(entries or {})
         self.recipe, self.source = recipe, source
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal sha256 of the entries, masks and steps included; not of the recipe."""
+        content = hashlib.sha256()
+        for name in sorted(self):
+            format, mask, keep_format, steps, group = weight_spec(self[name])
+            content.update(repr((name, format, keep_format, group)).encode())
+            for tensor in (mask, steps):
+                values = torch.empty(0) if tensor is None else tensor.detach().cpu().flatten()
+                content.update(repr(tuple(values.shape)).encode())
+                content.update(values.view(torch.uint8).numpy().tobytes())
+        return content.hexdigest()
+
+
+class Allocation(Plan):
+    """A plan within a budget, with what is known of it.
+
+    nbytes: of the whole model under the plan. damage: the predicted rise of half the squared error,
+    summed over the output; too low where plan and rounding fit the noise of few draws
+    (`sensitivity.predicted_damage` predicts from others). file_bytes: of the entropy-coded file,
+    where the plan was made for one; else 0. report: one row per parameter, columns parameter,
+    weights, bits_per_weight, formats, kept (single weights in FP16), damage.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        nbytes: int,
+        damage: float,
+        report: "pd.DataFrame",
+        file_bytes: int = 0,
+    ) -> None:
+        super().__init__(plan, plan.recipe, plan.source)
+        self.nbytes, self.damage, self.report, self.file_bytes = nbytes, damage, report, file_bytes
 
 
 def make_plan(keep_mask: dict[str, Tensor], format: str, keep_format: str = "fp32") -> Plan:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lafq.quantization.channels import (
     CHANNEL_CODE_BITS,
-    ORDER,
     ChannelView,
     WeightSpec,
     channels_by_format,
@@ -17,6 +16,7 @@ from lafq.quantization.channels import (
     weight_spec,
 )
 from lafq.quantization.formats import (
+    BY_CODE,
     FORMATS,
     FP16_MAX,
     Format,
@@ -86,15 +86,15 @@ class QuantizedWeight(nn.Module):
         for f, r in by_format.items():
             chosen = (
                 encode(rest[r], scales[r] if group else scales[r][:, None], f.qmax)
-                if f.qmax
+                if f.is_integer
                 else rest[r]
             )
             chosen = chosen.flatten() if free is None else chosen[free[r]]
-            parts[f.name] = pack_bits(chosen, f.bits) if f.qmax else chosen.to(_dtype(f))
+            parts[f.name] = pack_bits(chosen, f.bits) if f.is_integer else chosen.to(_dtype(f))
         if len(by_format) > 1:
             codes = torch.zeros(view.size[0], dtype=torch.uint8, device=weight.device)
             for f, r in by_format.items():
-                codes[r] = ORDER.index(f.name)
+                codes[r] = f.code
             parts["formats"] = pack_bits(codes, CHANNEL_CODE_BITS)
         return cls(parts, view)
 
@@ -138,7 +138,7 @@ class QuantizedWeight(nn.Module):
         return {
             name: len(rows) * length - (0 if mask is None else int(mask[rows].sum()))
             for name, rows in self._rows_of_format().items()
-            if FORMATS[name].qmax
+            if FORMATS[name].is_integer
         }
 
     def _mask(self) -> Tensor | None:
@@ -158,12 +158,12 @@ class QuantizedWeight(nn.Module):
         parts, channels = dict(self.named_buffers()), self.view.size[0]
         if "formats" not in parts:
             return {
-                next(f for f in ORDER if f in parts): torch.arange(
+                next(f for f in FORMATS if f in parts): torch.arange(
                     channels, device=next(self.buffers()).device
                 )
             }
         codes = unpack_bits(parts["formats"], CHANNEL_CODE_BITS, channels)
-        return {ORDER[i]: (codes == i).nonzero()[:, 0] for i in codes.unique().tolist()}
+        return {BY_CODE[i].name: (codes == i).nonzero()[:, 0] for i in codes.unique().tolist()}
 
     def _group(self) -> int:
         """Weights that share a scale, where those of a channel have several; else 0."""
@@ -171,7 +171,7 @@ class QuantizedWeight(nn.Module):
         found = {
             length * len(rows) // len(parts[f"{f}_scale"])
             for f, rows in self._rows_of_format().items()
-            if FORMATS[f].qmax
+            if FORMATS[f].is_integer
         }
         return next((group for group in found if 0 < group < length), 0)
 
@@ -181,7 +181,7 @@ class QuantizedWeight(nn.Module):
         words: dict[str, Any] = {
             "shape": list(self.view.shape),
             "groups": self.view.groups,
-            "formats": [f for f in ORDER if f in parts],
+            "formats": [f for f in FORMATS if f in parts],
         }
         if group := self._group():
             words["group"] = group
@@ -215,7 +215,7 @@ def _scales(
         {},
     )
     for f, r in by_format.items():
-        if f.qmax:
+        if f.is_integer:
             of_rows = None if fisher is None else fisher[r]
             chosen = (
                 grouped_scale(scale, rest[r], f.qmax, of_rows, group)
@@ -250,14 +250,14 @@ def _decode(
     (None: everywhere).
     """
     f = FORMATS[name]
-    if f.qmax:
+    if f.is_integer:
         count = channels * length if free is None else int(free.sum())
         values = unpack_bits(parts[name], f.bits, count).float().sub_(f.qmax)
     else:
         values = parts[name].to(torch.float32, copy=True)
     if free is not None:
         values = torch.zeros(channels, length, device=values.device).masked_scatter_(free, values)
-    if f.qmax:
+    if f.is_integer:
         scale = parts[f"{name}_scale"].float()
         values = values.view(len(scale), -1).mul_(scale[:, None])
     return values.view(channels, length)

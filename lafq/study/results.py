@@ -7,7 +7,7 @@ import pandas as pd
 from torch import nn
 
 from lafq.study import claims, poster
-from lafq.study.images.evaluate import evaluate, measure_peak_memory
+from lafq.study.images.evaluate import evaluate
 from lafq.study.images.features import inception_extractor
 from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import KEY, Row
@@ -58,14 +58,13 @@ def evaluate_rows(
     inception_reference: int = 0,
     compared: Sequence[Row] = (),
 ) -> None:
-    """Evaluate the candidates of a notebook and write its table, its images and their peak memory.
+    """Evaluate the candidates of a notebook and write its table and its images.
 
     compared: those of the rows that go into paper_comparison.csv. The rest as in
     `evaluate.evaluate`.
     """
     table, images = evaluate(work, model, rows, sampling, inception_reference)
     save_rows(work, name, table, images)
-    update(work, "peak_memory", measure_peak_memory(work, model, rows))
     keys = {row[: len(KEY)] for row in compared}
     if keys:
         compared_rows = table[[key in keys for key in table[KEY].itertuples(index=False)]]

@@ -4,8 +4,6 @@ from torch import nn
 
 from lafq import (
     allocate,
-    allocate_coded,
-    dequantize,
     estimate_sensitivity,
     load_quantized,
     quantize,
@@ -15,7 +13,7 @@ from lafq.allocation import coded
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import FORMATS, MIB
-from lafq.quantization.model import nbytes, resident_bytes
+from lafq.quantization.model import dequantize_, nbytes, resident_bytes
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
 
@@ -44,7 +42,7 @@ def subject():
 
 def error(model, plan, fresh):
     with torch.no_grad():
-        return (dequantize(quantize(model, plan))(fresh) - model(fresh)).square().flatten(1).sum(
+        return (dequantize_(quantize(model, plan))(fresh) - model(fresh)).square().flatten(1).sum(
             1
         ).mean().item() / 2
 
@@ -52,7 +50,7 @@ def error(model, plan, fresh):
 @pytest.mark.parametrize("mib", [0.025, 0.04, 0.07])
 def test_the_file_takes_the_budget(subject, tmp_path, mib):
     model, sensitivity, fresh = subject
-    plan = allocate_coded(model, sensitivity, mib, progress=False)
+    plan = allocate(model, sensitivity, file_mib=mib, progress=False)
     small, path = quantize(model, plan), tmp_path / "small.safetensors"
     save_quantized(path, small, model, compress=True)
     assert plan.file_bytes == path.stat().st_size
@@ -65,8 +63,8 @@ def test_the_file_takes_the_budget(subject, tmp_path, mib):
 
 def test_predicted_damage_is_that_of_the_stored_weights(subject):
     model, sensitivity, fresh = subject
-    plan = allocate_coded(model, sensitivity, 0.04, progress=False)
-    small = dequantize(quantize(model, plan))
+    plan = allocate(model, sensitivity, file_mib=0.04, progress=False)
+    small = dequantize_(quantize(model, plan))
     total = 0.0
     for name, fisher in sensitivity.fisher.items():
         view = channel_view(model, name)
@@ -80,7 +78,7 @@ def test_predicted_damage_is_that_of_the_stored_weights(subject):
 def test_a_larger_file_does_less_damage(subject):
     model, sensitivity, _ = subject
     damages = [
-        allocate_coded(model, sensitivity, mib, progress=False).damage
+        allocate(model, sensitivity, file_mib=mib, progress=False).damage
         for mib in (0.02, 0.03, 0.05, 0.08)
     ]
     assert damages == sorted(damages, reverse=True)
@@ -95,22 +93,22 @@ def test_less_damage_than_fixed_formats_in_a_file_of_equal_bytes(subject, tmp_pa
     fixed = allocate(
         model,
         sensitivity,
-        nbytes(model, dict.fromkeys(sensitivity.fisher, "int3")) / MIB,
+        memory_mib=nbytes(model, dict.fromkeys(sensitivity.fisher, "int3")) / MIB,
         progress=False,
     )
     save_quantized(path, quantize(model, fixed), model, compress=True)
-    free = allocate_coded(model, sensitivity, path.stat().st_size / MIB, progress=False)
+    free = allocate(model, sensitivity, file_mib=path.stat().st_size / MIB, progress=False)
     assert error(model, free, fresh) < 0.8 * error(model, fixed, fresh)
 
 
 def test_codes_are_as_wide_as_their_channel_needs(subject):
     model, sensitivity, _ = subject
-    plan = allocate_coded(model, sensitivity, 0.06, progress=False)
+    plan = allocate(model, sensitivity, file_mib=0.06, progress=False)
     for name, stored in quantize(model, plan).named_parameters():
         assert name not in plan or stored.numel() == 0
     for name, entry in plan.items():
         rows = channel_view(model, name).of(
-            dequantize(quantize(model, plan)).get_parameter(name).detach()
+            dequantize_(quantize(model, plan)).get_parameter(name).detach()
         )
         largest = (rows / entry.steps.float()[:, None]).round().abs().amax(1)
         for low, code in zip(entry.format, largest.tolist(), strict=True):
@@ -122,7 +120,7 @@ def test_codes_are_as_wide_as_their_channel_needs(subject):
 
 def test_works_without_a_curvature(subject):
     model, sensitivity, fresh = subject
-    plan = allocate_coded(model, Sensitivity(sensitivity.fisher, {}), 0.04, progress=False)
+    plan = allocate(model, Sensitivity(sensitivity.fisher, {}), file_mib=0.04, progress=False)
     assert plan.file_bytes <= 0.04 * MIB
     assert error(model, plan, fresh) == pytest.approx(plan.damage, rel=0.5)
 
@@ -131,8 +129,8 @@ def test_channels_that_do_not_matter_round_to_nothing(subject):
     model, sensitivity, _ = subject
     fisher = {n: f.clone() for n, f in sensitivity.fisher.items()}
     fisher["2.weight"][:5] = 0
-    small = dequantize(
-        quantize(model, allocate_coded(model, Sensitivity(fisher, {}), 0.04, progress=False))
+    small = dequantize_(
+        quantize(model, allocate(model, Sensitivity(fisher, {}), file_mib=0.04, progress=False))
     )
     assert not small.get_parameter("2.weight")[:5].any()
     assert small.get_parameter("2.weight")[5:].any()
@@ -163,7 +161,7 @@ def test_channels_that_do_not_matter_round_to_nothing(subject):
 def test_bad_input_is_one_sentence(subject, change, message):
     model, sensitivity, _ = subject
     with pytest.raises(ValueError, match=message):
-        allocate_coded(
+        allocate(
             **{
                 "model": model,
                 "sensitivity": sensitivity,

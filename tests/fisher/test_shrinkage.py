@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from lafq import allocate, dequantize, estimate_sensitivity, quantize
-from lafq.allocation.prediction import predicted_damage
+from lafq import allocate, estimate_sensitivity, quantize
+from lafq.fisher.sensitivity import predicted_damage
 from lafq.fisher.shrinkage import Moments
 from lafq.quantization.formats import MIB, unshrunk_scale
-from lafq.quantization.model import nbytes, resident_bytes
+from lafq.quantization.model import dequantize_, nbytes, resident_bytes
 from lafq.quantization.plan import Recipe
 from lafq.rng import generator
 
@@ -136,7 +136,7 @@ def test_a_plan_from_blocks_is_better_than_nearest_codes():
         recipe = Recipe(unshrunk_scale, whole.fisher, curvature)
         with torch.no_grad():
             return (
-                (dequantize(quantize(model, plan, recipe))(fresh) - model(fresh))
+                (dequantize_(quantize(model, plan, recipe))(fresh) - model(fresh))
                 .square()
                 .mean()
                 .item()
@@ -144,7 +144,7 @@ def test_a_plan_from_blocks_is_better_than_nearest_codes():
 
     assert error(whole.curvature) < error(blocks.curvature) < error(None)
     mib = nbytes(model, plan) / MIB
-    assert allocate(model, blocks, mib, progress=False).nbytes <= mib * MIB
+    assert allocate(model, blocks, memory_mib=mib, progress=False).nbytes <= mib * MIB
 
 
 def test_damage_from_other_passes_is_what_is_measured():
@@ -246,7 +246,7 @@ def test_few_passes_give_a_plan_no_worse_than_uniform(make, passes):
 
     def error(plan):
         with torch.no_grad():
-            return (dequantize(quantize(model, plan))(fresh) - model(fresh)).square().flatten(
+            return (dequantize_(quantize(model, plan))(fresh) - model(fresh)).square().flatten(
                 1
             ).sum(1).mean().item() / 2
 
@@ -254,7 +254,7 @@ def test_few_passes_give_a_plan_no_worse_than_uniform(make, passes):
         allocate(
             model,
             estimate_sensitivity(model, batches, shrink=shrink),
-            nbytes(model, uniform) / MIB,
+            memory_mib=nbytes(model, uniform) / MIB,
             progress=False,
         )
         for shrink in (True, False)

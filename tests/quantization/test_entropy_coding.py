@@ -12,7 +12,7 @@ from lafq.quantization.quantized_weight import QuantizedWeight
 from lafq.rng import generator
 from lafq.study.diffusion.unet import UNet
 
-INTEGERS = [f for f in FORMATS.values() if f.qmax]
+INTEGERS = [f for f in FORMATS.values() if f.is_integer]
 
 
 def gaussian_codes(low, count=20000, spread=0.25):

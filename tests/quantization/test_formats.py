@@ -30,7 +30,7 @@ def test_codes_come_back_from_dense_bytes(bits, count):
     )
     packed = pack_bits(codes, bits)
     assert packed.dtype == torch.uint8
-    assert packed.numel() == packed_bytes(formats.Format("x", bits, 1), count)
+    assert packed.numel() == packed_bytes(formats.Format("x", bits, 0, 1), count)
     assert packed.numel() * 8 <= count * bits + 7 * 2
     assert torch.equal(unpack_bits(packed, bits, count), codes)
 

@@ -11,7 +11,7 @@ from lafq.quantization import formats
 from lafq.quantization.channels import ChannelView, WeightSpec
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import FORMATS
-from lafq.quantization.model import dequantize, nbytes, quantize, resident_bytes
+from lafq.quantization.model import dequantize_, nbytes, quantize, resident_bytes
 from lafq.quantization.plan import Recipe, make_plan
 from lafq.study.diffusion.unet import UNet, quantizable
 
@@ -79,7 +79,7 @@ def test_unpacking_changes_no_image(tiny, name):
     )
     with torch.no_grad():
         before = packed(x, t)
-        unpacked = dequantize(packed)
+        unpacked = dequantize_(packed)
         assert torch.equal(before, unpacked(x, t))
     assert {n: p.shape for n, p in unpacked.named_parameters()} == {
         n: p.shape for n, p in tiny.named_parameters()
@@ -90,7 +90,7 @@ def test_unpacking_changes_no_image(tiny, name):
 def test_only_the_named_tensors_change_and_the_original_is_untouched(tiny):
     before = copy.deepcopy(tiny.state_dict())
     name = "Layer5.resample.weight"
-    copied = dequantize(quantize(tiny, {name: "int8"}))
+    copied = dequantize_(quantize(tiny, {name: "int8"}))
     for n, p in copied.named_parameters():
         assert torch.equal(p, before[n]) == (n != name)
     assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
@@ -114,7 +114,7 @@ def test_the_packed_form_is_the_only_copy(tiny):
 @pytest.mark.parametrize("low", ["int8", "int6", "int4", "int3", "int2"])
 def test_values_are_those_of_the_definition(tiny, low):
     weights, qmax = quantizable(tiny), FORMATS[low].qmax
-    copied = dict(dequantize(quantize(tiny, dict.fromkeys(weights, low))).named_parameters())
+    copied = dict(dequantize_(quantize(tiny, dict.fromkeys(weights, low))).named_parameters())
     for name, w in weights.items():
         axis = int(name in TRANSPOSED)
         rows = w.transpose(0, axis).flatten(1)
@@ -126,10 +126,10 @@ def test_values_are_those_of_the_definition(tiny, low):
 def test_fp16_rounds_and_channels_go_their_own_way(tiny):
     w = tiny.Layer4.resample.weight.detach()
     low = tuple("fp16" if i % 2 else "int8" for i in range(w.shape[1]))
-    copied = dequantize(
+    copied = dequantize_(
         quantize(tiny, {"Layer4.resample.weight": WeightSpec(low)})
     ).Layer4.resample.weight
-    whole = dequantize(quantize(tiny, {"Layer4.resample.weight": "int8"})).Layer4.resample.weight
+    whole = dequantize_(quantize(tiny, {"Layer4.resample.weight": "int8"})).Layer4.resample.weight
     assert torch.equal(copied[:, 1::2], w[:, 1::2].half().float())
     assert torch.equal(copied[:, ::2], whole[:, ::2])
 
@@ -141,10 +141,10 @@ def test_a_group_is_rounded_like_a_channel_of_its_own():
     torch.manual_seed(0)
     layer, wide = torch.nn.Conv2d(4, 6, 3), torch.nn.Linear(12, 18)
     wide.weight.data = layer.weight.data.movedim(1, -1).reshape(18, 12)
-    found = dequantize(
+    found = dequantize_(
         quantize(layer, {"weight": WeightSpec("int4", group=12)}, Recipe(formats.unshrunk_scale))
     )
-    expected = dequantize(quantize(wide, {"weight": "int4"}, Recipe(formats.unshrunk_scale)))
+    expected = dequantize_(quantize(wide, {"weight": "int4"}, Recipe(formats.unshrunk_scale)))
     assert torch.equal(found.weight.movedim(1, -1).reshape(18, 12), expected.weight)
     assert nbytes(layer, {"weight": WeightSpec("int4", group=12)}) == nbytes(
         layer, {"weight": "int4"}
@@ -199,7 +199,7 @@ def test_fisher_weighted_scales_err_less_where_it_counts(tiny):
     plan = dict.fromkeys(weights, "int3")
 
     def damage(*choice):
-        copied = dict(dequantize(quantize(tiny, plan, Recipe(*choice))).named_parameters())
+        copied = dict(dequantize_(quantize(tiny, plan, Recipe(*choice))).named_parameters())
         return sum((fisher[n] * (copied[n] - w).square()).sum() for n, w in weights.items())
 
     squares = damage(formats.weighted_mse_scale)
@@ -308,7 +308,7 @@ def test_any_network(network):
         full, small, coarse = (
             read(m(*x)) for m in (model, packed, quantize(model, dict.fromkeys(names, "int2")))
         )
-        assert torch.equal(read(dequantize(packed)(*x)), small)
+        assert torch.equal(read(dequantize_(packed)(*x)), small)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert 0 < (small - full).norm() < 0.05 * full.norm()
     assert (coarse - full).norm() > 5 * (small - full).norm()

@@ -10,7 +10,7 @@ from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity, monte_car
 from lafq.quantization.channels import WeightSpec
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import absmax_scale, unshrunk_scale
-from lafq.quantization.model import dequantize, nbytes, quantize, resident_bytes
+from lafq.quantization.model import dequantize_, nbytes, quantize, resident_bytes
 from lafq.quantization.plan import Recipe
 from lafq.quantization.rounding import damage, factor, round_with_error_feedback, rounded
 from lafq.rng import generator
@@ -256,7 +256,7 @@ def test_pack_with_feedback_takes_the_same_bytes_and_less_damage(trained_like, d
     ((x, t),) = noised_batches(digits, 64, 1, batch=64)
     with torch.inference_mode():
         y = model(x, t)
-        off = [(dequantize(small)(x, t) - y).square().mean().item() for small in (near, fed)]
+        off = [(dequantize_(small)(x, t) - y).square().mean().item() for small in (near, fed)]
     assert off[1] < 0.7 * off[0]
 
 
@@ -266,15 +266,21 @@ def test_allocation_predicts_what_pack_stores(trained_like, granularity):
     model, (fisher, curvature) = trained_like
     budget = 0.3 * nbytes(model, {}) / 2**20
     found = solver.allocate(
-        model, Sensitivity(fisher, curvature), budget, granularity, progress=False
+        model,
+        Sensitivity(fisher, curvature),
+        memory_mib=budget,
+        granularity=granularity,
+        progress=False,
     )
-    stored = quantizable(dequantize(quantize(model, found)))
+    stored = quantizable(dequantize_(quantize(model, found)))
     total = 0.0
     for n, w in quantizable(model).items():
         rows = channel_view(model, n)
         total += damage(rows.of(stored[n] - w), rows.of(fisher[n]), curvature[n]).sum().item()
     assert found.damage == pytest.approx(total, rel=0.02)
-    plain = solver.allocate(model, Sensitivity(fisher, {}), budget, granularity, progress=False)
+    plain = solver.allocate(
+        model, Sensitivity(fisher, {}), memory_mib=budget, granularity=granularity, progress=False
+    )
     assert found.damage < plain.damage
 
 
@@ -300,7 +306,7 @@ def test_every_layer_kind_keeps_its_shape_and_other_weights(digits):
     names = ["0.weight", "1.weight", "3.weight"]
     found = estimate_sensitivity(network, itertools.repeat((inputs,), 8), 0, names)
     recipe = Recipe(unshrunk_scale, found.fisher, found.curvature)
-    fed = dequantize(quantize(network, dict.fromkeys(names, "int4"), recipe))
+    fed = dequantize_(quantize(network, dict.fromkeys(names, "int4"), recipe))
     stored = dict(fed.named_parameters())
     for n, p in network.named_parameters():
         assert stored[n].shape == p.shape
@@ -318,7 +324,7 @@ def test_kept_fp16_weights_that_take_up_errors_stay_finite():
     keep = torch.tensor([[True, False, False]])
     curvature = torch.full((3, 3), 0.5) + torch.diag(torch.tensor([0.4, 0.5, 0.5]))
     recipe = Recipe(absmax_scale, None, {"weight": curvature})
-    stored = dequantize(
+    stored = dequantize_(
         quantize(layer, {"weight": WeightSpec("int2", keep, "fp16")}, recipe)
     ).weight
     assert stored.tolist() == [[65504.0, 30000.0, 0.0]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lafq.quantization.model import dequantize, nbytes, quantize, resident_bytes, weights_sha256
+from lafq.quantization.model import dequantize_, nbytes, quantize, resident_bytes, weights_sha256
 from lafq.quantization.tuning import tune
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.unet import quantizable
@@ -28,14 +28,14 @@ def change(model, small, digits):
 
 @pytest.mark.slow
 def test_output_comes_nearer_on_other_draws_at_the_same_bytes(tiny, plan, digits):
-    before = dequantize(quantize(tiny, plan))
+    before = dequantize_(quantize(tiny, plan))
     packed = quantize(tiny, plan)
     whole = weights_sha256(tiny)
     assert tune(tiny, packed, batches(digits, 100), 100) is packed
     assert resident_bytes(packed) == nbytes(tiny, plan)
     assert weights_sha256(tiny) == whole
     assert all(p.requires_grad for p in tiny.parameters())
-    after = dequantize(packed)
+    after = dequantize_(packed)
     assert change(tiny, after, digits) < 0.8 * change(tiny, before, digits)
     for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True):
         assert torch.equal(p, q) == (p.ndim > 1), name
@@ -49,9 +49,9 @@ def test_a_shift_of_the_mean_is_taken_out_exactly():
     layer = nn.Sequential(nn.Linear(6, 4)).eval()
     x = torch.randn(1, 6)
     packed = quantize(layer, {"0.weight": "int3"})
-    off = dequantize(quantize(layer, {"0.weight": "int3"}))(x) - layer(x)
+    off = dequantize_(quantize(layer, {"0.weight": "int3"}))(x) - layer(x)
     tune(layer, packed, ((x,) for _ in range(3000)), 3000)
-    moved = dequantize(packed)[0].bias - layer[0].bias
+    moved = dequantize_(packed)[0].bias - layer[0].bias
     assert off.abs().min() > 1e-3
     assert torch.allclose(moved, -off[0], atol=1e-4)
 

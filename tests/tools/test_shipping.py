@@ -1,7 +1,7 @@
 import pytest
 
 from lafq.quantization.checkpoint import load_quantized, save_quantized
-from lafq.quantization.model import dequantize, nbytes, quantize, weights_sha256
+from lafq.quantization.model import dequantize_, nbytes, quantize, weights_sha256
 from lafq.study.budget.methods import measured_sensitivity
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet
@@ -30,7 +30,7 @@ def test_the_packed_file_is_the_row_that_was_measured(sandbox, tiny, known, monk
     path = SMOKE.results / subject.PACKED
     assert path.stat().st_size <= budget * 2**20
     assert table["damage"].tolist()[0] == 0 < table["damage"].iloc[1]
-    small = dequantize(load_quantized(path, UNet(4)))
+    small = dequantize_(load_quantized(path, UNet(4)))
     [first, _] = sorted(ImageStore(SMOKE).folder.glob(f"{table['sample'].iloc[1]}_*.npz"))
     images, record = sampling.read(first)
     assert record["recipe"]["rounding"] == MADE["rounding"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from lafq.allocation.rules import GROUPS, by_layer, keep_ratio
-from lafq.quantization.model import dequantize, quantize
+from lafq.quantization.model import dequantize_, quantize
 from lafq.quantization.plan import make_plan
 from lafq.study.diffusion import training
 from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
@@ -119,7 +119,7 @@ def fisher_choices(
         for low in ("int8", "int4"):
             plan = make_plan(keep_ratio(values, ratio), low)
             rise = (
-                (training.held_out_losses(dequantize(quantize(model, plan)), seed) - losses)
+                (training.held_out_losses(dequantize_(quantize(model, plan)), seed) - losses)
                 .mean()
                 .item()
             )

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lafq.quantization.model import dequantize, quantize
+from lafq.quantization.model import dequantize_, quantize
 from lafq.study import threshold_rows
 from lafq.study.diffusion.mnist import REFERENCE, mnist, unpadded
 from lafq.study.images import metrics
@@ -42,7 +42,7 @@ def measure_protocol(
     """`protocol_choices` for uniform INT8 of a model, from the noise of the sampling's seed and of
     the next one.
     """
-    int8 = dequantize(quantize(model, threshold_rows.uniform(model, ("int8",))[0].plan))
+    int8 = dequantize_(quantize(model, threshold_rows.uniform(model, ("int8",))[0].plan))
     other = sampling._replace(seed=sampling.seed + 1)
     drawn = [
         ImageStore(work).draw(m, s).images

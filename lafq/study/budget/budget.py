@@ -14,16 +14,14 @@ import pandas as pd
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq.allocation.prediction import predicted_damage
-from lafq.fisher.sensitivity import Sensitivity
+from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.formats import MIB
-from lafq.quantization.model import bits_per_weight, dequantize, nbytes
+from lafq.quantization.model import bits_per_weight, dequantize_, nbytes
 from lafq.study import damage
 from lafq.study.budget.methods import bits_of, is_allocated, mib_at
 from lafq.study.diffusion import training
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.images.peak_memory import PeakMeter
 from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import BASELINE, BUDGET_KEY, Row, quantized
 from lafq.study.workspace import Workspace
@@ -72,7 +70,7 @@ def measure_candidates(
     outputs, full = training.held_out_outputs(model, noise, digits, first), nbytes(model, {})
     found, errors = [], {}
     for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
-        small, size = dequantize(quantized(model, row, seed)), nbytes(model, row.plan)
+        small, size = dequantize_(quantized(model, row, seed)), nbytes(model, row.plan)
         own, rise = damage.output_errors(small, outputs, noise, first)
         errors[row[:5]] = own
         key = row.budget_key | {"budget_mib": mib_at(model, row.bits)}
@@ -102,21 +100,15 @@ def measure_candidates(
     return pd.DataFrame(found)[COLUMNS]
 
 
-def coded_files(work: Workspace, model: nn.Module, rows: list[Row], seed: int) -> pd.DataFrame:
-    """Of every row the MiB of its entropy-coded file, header included, and peak MiB of sampling a
-    digit from it.
-
-    Columns BUDGET_KEY, file_mib, peak_mib; peaks repeat to a few tenths, so
-    they are whole MiB.
-    """
+def coded_files(model: nn.Module, rows: list[Row], seed: int) -> pd.DataFrame:
+    """BUDGET_KEY and file_mib of every row: its entropy-coded file in MiB, header included."""
     found = []
-    with TemporaryDirectory() as folder, PeakMeter(work.device) as meter:
+    with TemporaryDirectory() as folder:
         path = Path(folder) / "row.safetensors"
         for row in tqdm(rows, desc="entropy-coded files", unit="row", leave=False):
             save_quantized(path, quantized(model, row, seed), model, compress=True)
-            size = path.stat().st_size / MIB
-            found.append(row.budget_key | {"file_mib": size, "peak_mib": round(meter.mib(path))})
-    return pd.DataFrame(found, columns=[*BUDGET_KEY, "file_mib", "peak_mib"])
+            found.append(row.budget_key | {"file_mib": path.stat().st_size / MIB})
+    return pd.DataFrame(found, columns=[*BUDGET_KEY, "file_mib"])
 
 
 def bits_by_tensor(
@@ -157,7 +149,7 @@ def images(
     shown = [BASELINE._replace(bits=32.0), *chosen]
     found, samples = [], {}
     for row in shown:
-        name, small = f"{row.bits:g} bits", dequantize(quantized(model, row, seed))
+        name, small = f"{row.bits:g} bits", dequantize_(quantized(model, row, seed))
         key, generated, _ = ImageStore(work).draw(small, Sampling(IMAGES, steps, seed), name)
         samples[key] = generated[:, 0].numpy()
         size = {"mem_mib": nbytes(model, row.plan) / MIB, "sample": key}

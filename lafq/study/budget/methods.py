@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lafq.allocation import allocate as solver
 from lafq.allocation.coded import allocate_coded
-from lafq.allocation.pareto import ALLOCATED
+from lafq.allocation.frontiers import ALLOCATED
 from lafq.allocation.rules import by_layer, keep_global, relative_to_group, standardized
 from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
 from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale

@@ -10,12 +10,12 @@ from torch import nn
 from tqdm import tqdm
 
 from lafq.allocation import allocate as solver
-from lafq.allocation.pareto import StorageOption, undominated
+from lafq.allocation.frontiers import StorageOption, undominated
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.channels import stored_bytes
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import fake_quantize, get_format, unshrunk_scale
-from lafq.quantization.model import dequantize, quantize
+from lafq.quantization.model import dequantize_, quantize
 from lafq.quantization.plan import Recipe
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
@@ -51,7 +51,9 @@ def by_tensor(
         view = channel_view(model, name)
         w, f = view.of(weights[name]), view.of(calibration.fisher[name])
         change = fake_quantize(w, get_format(low), unshrunk_scale, f) - w
-        small = dequantize(quantize(model, {name: low}, Recipe(unshrunk_scale, calibration.fisher)))
+        small = dequantize_(
+            quantize(model, {name: low}, Recipe(unshrunk_scale, calibration.fisher))
+        )
         step = 4.0 ** -get_format(low).bits
         found.append(
             {

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lafq.allocation.allocate import frontiers_of, solve_budget
-from lafq.allocation.pareto import StorageOption
-from lafq.allocation.prediction import predicted_damage
+from lafq.allocation.frontiers import StorageOption
 from lafq.allocation.rules import (
     GRANULARITIES,
     by_granularity,
@@ -26,16 +25,16 @@ from lafq.allocation.rules import (
     relative_to_group,
     standardized,
 )
-from lafq.fisher.sensitivity import Sensitivity
+from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
-from lafq.quantization.model import bits_per_weight, dequantize, kept_weights, nbytes, quantize
+from lafq.quantization.model import bits_per_weight, dequantize_, kept_weights, nbytes, quantize
 from lafq.quantization.plan import Plan, Recipe, make_plan
 from lafq.study.budget.budget import HALF_PIXELS
 from lafq.study.budget.methods import measured_sensitivity
 from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import layer_of, quantizable
-from lafq.study.images.sampling import ImageStore, Sampling, cached_samples
+from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import kept_share
 from lafq.study.workspace import Workspace
 
@@ -132,7 +131,7 @@ def subject_of(
 ) -> Subject:
     """The subject of a model whose sensitivity is at hand."""
     digits = ImageStore(work).draw(model, sampling).images[:, 0].numpy()
-    int8 = dequantize(quantize(model, dict.fromkeys(quantizable(model), "int8")))
+    int8 = dequantize_(quantize(model, dict.fromkeys(quantizable(model), "int8")))
     return Subject(
         work,
         model,
@@ -206,8 +205,8 @@ def outcome(subject: Subject, setting: Setting) -> Outcome:
     """Everything that is shown of a setting; raises as `plan_of`."""
     words, plan = plan_of(subject, setting)
     model = subject.model
-    whole = dequantize(quantize(model, plan))
-    digits = cached_samples(subject.work, whole, subject.sampling).images[:, 0].numpy()
+    whole = dequantize_(quantize(model, plan))
+    digits = ImageStore(subject.work).draw(whole, subject.sampling).images[:, 0].numpy()
     damage = predicted_damage(model, whole, subject.validation) / HALF_PIXELS
     stored, share = nbytes(model, plan), kept_share(model, plan)
     return Outcome(setting, words, plan, stored, share, damage, by_tensor(model, plan), digits)

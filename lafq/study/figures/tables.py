@@ -182,17 +182,13 @@ def at_posters_size(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def coded_bytes(work: Workspace, table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `coded_shown` with their file, resident and peak MiB side by side."""
-    key, sizes = ["method", "granularity", "budget_bits"], ["file_mib", "mem_mib", "peak_mib"]
-    shown = coded_shown(table).merge(named_by_rounding(load_table(work, "11_peak_memory")), on=key)
-    return shown[
-        [
-            "method",
-            "budget_bits",
-            *sizes,
-            *(c for c in ("over_int8", "fid_mnist_delta") if c in shown),
-        ]
-    ]
+    """The rows of `coded_shown` with their file, resident and (measured once) peak MiB."""
+    shown, peaks = coded_shown(table), load_optional(work, "11_peak_memory")
+    if peaks is not None:
+        key = ["method", "granularity", "budget_bits"]
+        shown = shown.merge(named_by_rounding(peaks), on=key)
+    columns = ("file_mib", "mem_mib", "peak_mib", "over_int8", "fid_mnist_delta")
+    return shown[["method", "budget_bits", *(c for c in columns if c in shown)]]
 
 
 def comparison(work: Workspace, *methods: str) -> pd.DataFrame:
@@ -283,10 +279,13 @@ def evidence_claims(work: Workspace) -> pd.DataFrame | None:
 
 
 def peaks(work: Workspace, table: pd.DataFrame) -> pd.DataFrame:
-    """Peak memory of sampling from each row's file beside the bytes that it stores; a measurement,
-    which may differ by 1 MiB.
+    """Peak memory of sampling from each row's file, where it was measured (benchmarks/peak_memory),
+    beside the bytes that it stores.
     """
-    found = table[[*KEY, "mem_mib"]].merge(load_table(work, "peak_memory"), on=KEY)
+    measured = load_optional(work, "peak_memory")
+    if measured is None:
+        return pd.DataFrame()
+    found = table[[*KEY, "mem_mib"]].merge(measured, on=KEY)
     return format_table(found, [*KEY, "mem_mib", "peak_mib"])
 
 

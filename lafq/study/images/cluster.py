@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from lafq.quantization.checkpoint import load_quantized
-from lafq.quantization.model import dequantize
+from lafq.quantization.model import dequantize_
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
 from lafq.study.workspace import compute_on, kind_of_machine
@@ -38,7 +38,7 @@ def draw(packed: bytes, how: dict[str, Any]) -> tuple[np.ndarray, str]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "packed.safetensors"
         path.write_bytes(packed)
-        model = dequantize(load_quantized(path, UNet(how["width"]))).to(device)
+        model = dequantize_(load_quantized(path, UNet(how["width"]))).to(device)
     images = sample(model, how["images"], how["steps"], how["seed"], how["batch"])
     return images.numpy(), kind_of_machine()
 

@@ -4,8 +4,6 @@ against the FP32 model's.
 
 from collections.abc import Sequence
 from functools import cached_property, partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lafq.quantization.checkpoint import save_quantized
-from lafq.quantization.model import dequantize, quantize, weights_sha256
+from lafq.quantization.model import dequantize_, weights_sha256
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import unit_interval
 from lafq.study.diffusion.mnist import REFERENCE
@@ -27,9 +24,8 @@ from lafq.study.images.features import (
     inception_extractor,
     mnist_extractor,
 )
-from lafq.study.images.peak_memory import PeakMeter
 from lafq.study.images.sampling import ImageStore, Recipe, Sampled, Sampling
-from lafq.study.rows import BASELINE, KEY, Row, quantized, recipe, sizes
+from lafq.study.rows import BASELINE, Row, quantized, recipe, sizes
 from lafq.study.workspace import Workspace
 
 METRICS = tuple(f"{metric}_{name}" for name in NAMES for metric in ("fid", "is", "kid"))
@@ -206,7 +202,7 @@ def evaluate(
     baseline, lines, images = run.baseline, [], {}
     for row, size in zip(rows, stored, strict=True):
         # One quantized model is held at a time.
-        rounded = dequantize(quantized(model, row, sampling.seed))
+        rounded = dequantize_(quantized(model, row, sampling.seed))
         sampled = run.draw(row, rounded, f"row {len(lines) + 1} of {len(rows)}")
         scores = run.score(row, rounded, sampled)
         how = _how(sampling, sampled, baseline, inception_reference if inception else 0)
@@ -233,19 +229,6 @@ def _how(
         "reference": reference,
         "sample": sampled.key,
     }
-
-
-def measure_peak_memory(work: Workspace, model: nn.Module, rows: list[Row]) -> pd.DataFrame:
-    """Peak memory of sampling from each row's file, in whole MiB (it repeats to a few tenths):
-    columns KEY and peak_mib.
-    """
-    lines = []
-    with TemporaryDirectory() as folder, PeakMeter(work.device) as meter:
-        path = Path(folder) / "peak.safetensors"
-        for row in rows:
-            save_quantized(path, quantize(model, row.plan), model)
-            lines.append(row.key | {"peak_mib": round(meter.mib(path))})
-    return pd.DataFrame(lines, columns=[*KEY, "peak_mib"])
 
 
 def quality(work: Workspace, model: nn.Module, sampling: Sampling, block: int) -> pd.DataFrame:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lafq.quantization.checkpoint import save_quantized
-from lafq.quantization.model import dequantize, weights_sha256
+from lafq.quantization.model import dequantize_, weights_sha256
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.images import cluster
 from lafq.study.workspace import (
@@ -164,13 +164,14 @@ class ImageStore:
 
         def tasks() -> Iterator[tuple[str, bytes]]:
             for small, recipe_of in copies:
-                whole = dequantize(small)
+                packed = _packed(small, model)
+                whole = dequantize_(small)
                 recipe, weights = recipe_of(whole), weights_sha256(whole)
                 key, files = self._place(weights, sampling, recipe)
                 if key not in waiting and not all(path.is_file() for path in files.values()):
                     record = {"recipe": recipe, **sampling.record, "drawn_from": weights}
                     waiting[key] = files, record
-                    yield key, _packed(small, model)
+                    yield key, packed
 
         def keep(key: str, drawn: np.ndarray, machine: str) -> None:
             files, record = waiting[key]
