@@ -6,7 +6,7 @@ import pytest
 
 from lafq.study import workspace
 from lafq.study.workspace import profile_parameters
-from tools import notebooks, publishing
+from tools import notebooks, publish
 
 NOTEBOOKS = notebooks.notebooks()
 PROFILES = sorted(workspace.PROFILES.glob("*.yaml"))
@@ -94,9 +94,9 @@ def test_the_path_pattern_sees_a_path():
 
 
 def test_paper_stands_beside_mini_with_its_own_values_and_links():
-    folder = workspace.NOTEBOOKS / publishing.PAPER
+    folder = workspace.NOTEBOOKS / publish.PAPER
     names = sorted(path.name for path in folder.glob("*.ipynb"))
-    assert names == sorted(path.name for path in publishing.rendered(publishing.PAPER))
+    assert names == sorted(path.name for path in publish.rendered(publish.PAPER))
     for path in folder.glob("*.ipynb"):
         ours = notebooks.declared(path)
         expected = profile_parameters("paper")

@@ -17,7 +17,7 @@ from lafq.quantization import tuning
 from lafq.quantization.model import weights_sha256
 from lafq.study.diffusion.subject import WEIGHTS, load_model
 from lafq.study.diffusion.unet import UNet, layer_of, quantizable
-from lafq.study.images.sampling import read, samples_folder
+from lafq.study.images.sampling import ImageStore, read
 from lafq.study.workspace import Workspace, compute_on
 
 INCEPTION = 11.4e9  # operations for one image of 299x299: Szegedy et al. 2016, "Rethinking the Inception Architecture"
@@ -134,7 +134,7 @@ def kept_flop(work: Workspace, width: int) -> float:
     if not (work.results / WEIGHTS).is_file():
         return 0.0
     weights, steps = weights_sha256(load_model(work, width)), 0
-    for path in samples_folder(work).glob("*.npz"):
+    for path in ImageStore(work).folder.glob("*.npz"):
         pixels, record = read(path)
         steps += len(pixels) * record["steps"] * (record["recipe"]["weights"] == weights)
     return steps * forward_flop(width)

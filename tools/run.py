@@ -32,7 +32,7 @@ from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import atomic_write, remove_leftovers
 from tools import compare
 from tools.notebooks import QUIET_KERNEL, clean, declared, notebooks
-from tools.publishing import publish, published
+from tools.publish import publish, published
 
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
 MAY_BE_ZERO = ("SEED", "INCEPTION_REFERENCE", "TRAINING.warmup", "TRAINING.decay")
@@ -215,9 +215,9 @@ def main() -> int:
 def refresh_pages() -> None:
     """Bring the numbers of README and model card up to date."""
     # Imported here because it draws on every table, which only a publisher has.
-    from tools import crate, readme
+    from tools import crate, pages
 
-    readme.refresh()
+    pages.refresh()
     crate.write()
     print(
         "README.md, docs/ and results/MODEL_CARD.md: numbers refreshed from results/; "

@@ -123,7 +123,7 @@ class Evaluation:
         inception_rows: bool,
     ) -> None:
         self.work, self.model, self.sampling = work, model, sampling
-        self.store, self.scorer = ImageStore(work), Scorer(sampling.images, sampling.seed)
+        self.store = ImageStore(work)
         self.extractors = [mnist_extractor(), *([inception] if inception else [])]
         self.inception_rows = inception_rows
         self.recipes: dict[str, Recipe] = {}
@@ -174,7 +174,8 @@ class Evaluation:
         return self.scores[key]
 
     def _scored(self, sampled: Sampled, inception: bool) -> Scored:
-        return self.scorer.score(sampled.images, self.extractors[: 2 if inception else 1])
+        scorer = Scorer(self.sampling.images, self.sampling.seed)
+        return scorer.score(sampled.images, self.extractors[: 2 if inception else 1])
 
 
 def evaluate(
