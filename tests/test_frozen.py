@@ -1,4 +1,4 @@
-"""What a redesign must leave as it is: the keys of kept images, and the weights of the packed file."""
+"""What a redesign must not change: the keys of kept images, the weights of the packed file."""
 
 import hashlib
 
