@@ -14,6 +14,7 @@ import jinja2
 import nbformat
 import numpy as np
 import pandas as pd
+import yaml
 
 from lafq.quantization.formats import MIB
 from lafq.study import poster, workspace
@@ -21,15 +22,32 @@ from lafq.study.audit.published_images import fid_noise
 from lafq.study.budget.budget import bits_of_equal_damage
 from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.figures import text
+from lafq.study.workspace import profile_parameters
 from lafq.tensors import atomic_write, sha256
-from tools.notebooks import notebooks
 
+EXPLORER = "00_explore"
 BLOCKS = workspace.ROOT / "docs" / "blocks"
 README, CARD = workspace.ROOT / "README.md", workspace.ROOT / "results" / "MODEL_CARD.md"
 PAGES = (README, CARD, *sorted((workspace.ROOT / "docs").glob("*.md")))
 MARKED = re.compile(
     r"(?P<open><!-- (?P<name>\w+) -->\n).*?(?P<close><!-- /(?P=name) -->)", flags=re.DOTALL
 )
+
+
+def notebooks(only: str = "", profile: str = "") -> list[Path]:
+    """The numbered notebooks in order, or those whose name begins with `only`; 00 last, as it opens
+    what 01 makes. profile: without `only`, those that this profile's file names, if it names any.
+    """
+    every = sorted(workspace.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    every.sort(key=lambda path: path.stem == EXPLORER)
+    if profile and not only:
+        profile_parameters(profile)
+        about = yaml.safe_load((workspace.PROFILES / f"{profile}.yaml").read_text())
+        return [path for path in every if path.stem in about.get("notebooks", path.stem)]
+    if not (found := [path for path in every if path.name.startswith(only)]):
+        names = ", ".join(path.stem for path in every)
+        raise ValueError(f"no notebook's name begins with {only!r}: choose one of {names}")
+    return found
 
 
 @cache

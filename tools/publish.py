@@ -18,10 +18,43 @@ from lafq.study import workspace
 from lafq.study.workspace import profile_parameters
 from lafq.tensors import atomic_write
 from tools import pages
-from tools.notebooks import EXPLORER, QUIET_KERNEL, clean, declared, notebooks
+from tools.pages import EXPLORER, notebooks
 
 PAPER = "paper"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
 MAIN_TABLE = {"01_train": "01_baseline"}
+
+
+def declared(notebook: Path) -> dict[str, Any]:
+    """The parameters that a notebook's `parameters` cell declares, with their defaults."""
+    found: dict[str, Any] = {}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            exec(cell.source, {}, found)
+    return found
+
+
+def clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:
+    """Write a notebook without what names this run or machine: papermill's record, times, progress
+    bars, versions.
+
+    Widgets go too: their state is not kept, and a page that shows the notebook could not draw them
+    without it.
+    """
+    notebook = notebook or nbformat.read(path, as_version=4)
+    notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec",) if k in notebook.metadata}
+    notebook.metadata["language_info"] = {"name": "python"}
+    for cell in notebook.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "code":
+            cell.outputs = [
+                o
+                for o in cell.outputs
+                if o.get("name") != "stderr" and WIDGET not in o.get("data", {})
+            ]
+    with atomic_write(path) as temporary, temporary.open("w") as file:
+        nbformat.write(notebook, file)
 
 
 def publish(only: str = "") -> None:

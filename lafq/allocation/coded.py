@@ -89,7 +89,7 @@ def allocate_coded(
 
     Returns the plan, with its rounding recipe: `quantize(model, plan)`. In memory its codes are
     bit-packed, each channel in the narrowest integer format that holds them, so the plan's nbytes
-    exceed its file_bytes. Columns of its report: as `allocate.Allocation`, bits_per_weight in the
+    exceed its file_bytes. Columns of its report: as `plan.Allocation`, bits_per_weight in the
     file. Raises ValueError as `check_plan`; for Fisher values that do not fit, weights that are not
     finite, and a budget below what is possible, naming the smallest.
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lafq.study import workspace
-from tools import notebooks, pages
+from tools import pages, publish
 
 BLOCKS = sorted(path.name.removesuffix(".md.j2") for path in pages.BLOCKS.glob("[!_]*.md.j2"))
 PAPER = sorted((workspace.NOTEBOOKS / "paper").glob("*.ipynb"))
@@ -29,17 +29,17 @@ def test_numbers_on_a_page_are_those_of_results(path):
 
 
 @pytest.mark.parametrize(
-    "path", notebooks.notebooks() + PAPER, ids=lambda p: f"{p.parent.name}-{p.stem}"
+    "path", pages.notebooks() + PAPER, ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
 def test_numbers_in_a_notebooks_text_are_those_of_results(path):
-    profile = notebooks.declared(path)["PROFILE"]
+    profile = publish.declared(path)["PROFILE"]
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "markdown":
             assert pages.filled(cell.source, profile) == cell.source
 
 
 def test_every_block_is_used_once():
-    read = [nbformat.read(path, as_version=4) for path in notebooks.notebooks()]
+    read = [nbformat.read(path, as_version=4) for path in pages.notebooks()]
     cells = [c.source for n in read for c in n.cells if c.cell_type == "markdown"]
     texts = (*(path.read_text() for path in pages.PAGES), *cells)
     assert Counter(m["name"] for t in texts for m in pages.MARKED.finditer(t)) == Counter(BLOCKS)

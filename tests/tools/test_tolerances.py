@@ -4,7 +4,7 @@ import yaml
 
 from lafq.study import workspace
 from lafq.study.workspace import Workspace
-from tools import compare
+from tools import verify
 
 SMOKE = Workspace("smoke")
 ROWS = pd.DataFrame({"method": ["a", "b"], "fid_mnist": [90.0, 91.0], "sample": ["x", "y"]})
@@ -15,12 +15,12 @@ CLAIMS = pd.DataFrame({"claim": ["C1"], "measured": [134.0], "verdict": ["suppor
 def kept(sandbox):
     workspace.save_table(SMOKE, "03_global", ROWS)
     workspace.save_table(SMOKE, "claims", CLAIMS)
-    compare.keep_aside(SMOKE)
+    verify.keep_aside(SMOKE)
 
 
 def test_equal_tables(kept, capsys):
     workspace.save_table(SMOKE, "06_new", ROWS)
-    assert compare.report(SMOKE)
+    assert verify.report(SMOKE)
     assert capsys.readouterr().out == (
         "reproduced: 3 of 3 rows of 2 tables within the declared tolerance, 1 of 1 verdicts equal\n"
     )
@@ -30,7 +30,7 @@ def test_what_another_machine_changes_is_within_the_tolerance(kept):
     workspace.save_table(
         SMOKE, "03_global", ROWS.assign(fid_mnist=[90.015, 91.0], sample=["other", "names"])
     )
-    assert not compare.compared(SMOKE)[1]
+    assert not verify.compared(SMOKE)[1]
 
 
 @pytest.mark.parametrize(
@@ -60,19 +60,19 @@ def test_what_another_machine_changes_is_within_the_tolerance(kept):
 )
 def test_what_is_out_is_named(kept, name, table, said, line, capsys):
     workspace.save_table(SMOKE, name, table)
-    assert not compare.report(SMOKE)
+    assert not verify.report(SMOKE)
     printed = capsys.readouterr().out
     assert said in printed
     assert line in printed
 
 
 def test_nothing_is_said_of_a_first_run(sandbox, capsys):
-    compare.keep_aside(SMOKE)
-    assert compare.report(SMOKE)
+    verify.keep_aside(SMOKE)
+    assert verify.report(SMOKE)
     assert not capsys.readouterr().out
 
 
 def test_every_tolerance_has_its_reason():
-    for rule in yaml.safe_load(compare.TOLERANCES.read_text()):
+    for rule in yaml.safe_load(verify.TOLERANCES.read_text()):
         assert rule["reason"]
         assert rule.get("ignore") or rule.get("absolute", 0) + rule.get("relative", 0) > 0
