@@ -6,7 +6,7 @@ from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize_, weights_sha256
 from lafq.study import poster, rows, workspace
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.images.samples import Sampling, read, row_key
+from lafq.study.images.sampling import Sampling, read, row_key
 from lafq.study.rows import Row, recipe
 
 PAPER = workspace.RESULTS / "paper"

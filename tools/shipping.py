@@ -17,10 +17,11 @@ from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize_, quantize
 from lafq.study import workspace
+from lafq.study.damage import output_errors, output_mse
 from lafq.study.diffusion.subject import PACKED, load_model
-from lafq.study.images import scoring
+from lafq.study.diffusion.training import held_out_outputs
 from lafq.study.images.evaluate import evaluate
-from lafq.study.images.samples import Sampling
+from lafq.study.images.sampling import Sampling
 from lafq.study.rows import BASELINE, Row, made, measured_sensitivity
 from lafq.study.workspace import Workspace, profile_parameters
 
@@ -63,10 +64,9 @@ def ship(
     ]
     table, _ = evaluate(work, model, rows, sampling, inception_reference)
     seed = sampling.seed + OTHER_NOISE
-    outputs = scoring.held_out_outputs(model, seed)
+    outputs = held_out_outputs(model, seed)
     damage = [
-        scoring.output_mse(*scoring.output_errors(m, outputs, seed), seed)
-        for m in (model, dequantize_(small))
+        output_mse(*output_errors(m, outputs, seed), seed) for m in (model, dequantize_(small))
     ]
     return table.join(pd.DataFrame(damage)[["damage", "damage_low", "damage_high"]])
 

@@ -20,9 +20,13 @@ from torch import Tensor
 from lafq.rng import generator
 from lafq.study import poster
 from lafq.study.diffusion.unet import layer_of
-from lafq.study.images import bootstrap
-from lafq.study.images.evaluate import InceptionFeatures, load_inception
-from lafq.study.images.scoring import Scored, make_scorer
+from lafq.study.images import metrics
+from lafq.study.images.evaluate import Scored, Scorer
+from lafq.study.images.features import (
+    FeatureExtractor,
+    inception_extractor,
+    mnist_extractor,
+)
 from lafq.study.results import load_rows
 from lafq.study.workspace import Workspace, load_optional, load_table
 
@@ -122,26 +126,21 @@ class Judge(NamedTuple):
     margin: float
 
 
-def judge(images: dict[str, np.ndarray], seed: int, inception: InceptionFeatures | None) -> Judge:
+def judge(images: dict[str, np.ndarray], seed: int, inception: FeatureExtractor | None) -> Judge:
     """The judge of rows with these images, uint8 (N, 32, 32): on Inception features, or without
     them on the classifier's.
     """
     count = len(next(iter(images.values())))
-    score = make_scorer(count, seed, inception.reference if inception else None)
+    scorer, extractor = Scorer(count, seed), inception or mnist_extractor()
 
     @cache
     def scored(sample: str) -> Scored:
-        generated = torch.from_numpy(images[sample])[:, None]
-        return score(generated, inception.extract(generated) if inception else None)
+        return scorer.score(torch.from_numpy(images[sample])[:, None], [extractor])
 
+    features, margin = "MNIST", 0.0
     if inception:
-        return Judge(
-            scored,
-            "fid_inception",
-            f"Inception features, N = {count}",
-            FID_MARGIN * (count == MARGIN_IMAGES),
-        )
-    return Judge(scored, "fid_mnist", f"MNIST features, N = {count}", 0.0)
+        features, margin = "Inception", FID_MARGIN * (count == MARGIN_IMAGES)
+    return Judge(scored, f"fid_{extractor.name}", f"{features} features, N = {count}", margin)
 
 
 def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int) -> list[Claim]:
@@ -156,7 +155,7 @@ def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int
     trace, early = _trace_by_side(blocks, weights, front)
     chosen = torch.randint(
         trace.shape[-1],
-        (bootstrap.RESAMPLES, *trace.shape[1:]),
+        (metrics.RESAMPLES, *trace.shape[1:]),
         generator=generator(seed, trace.shape[-1]),
     )
     draws = torch.stack([side.expand(len(chosen), -1, -1).gather(2, chosen) for side in trace], 1)
@@ -183,7 +182,7 @@ def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int
     claims = []
     for claim, (quantity, words) in quantities.items():
         measured = quantity(trace).item()
-        ends = (measured, *bootstrap.interval(measured, quantity(draws)))
+        ends = (measured, *metrics.interval(measured, quantity(draws)))
         ends = ends if claim == "C2 share" else tuple(math.exp(end) for end in ends)
         what = verdict(*ends[1:], above=True, null=NULL[claim])
         claims.append(Claim(claim, SAID[claim], f"{words} ({kind})", *ends, what))
@@ -289,7 +288,7 @@ def layerwise_images(table: pd.DataFrame, by: Judge) -> Claim:
 
 
 def _contrast(claim: str, quantity: str, measured: float, draws: Tensor, margin: float) -> Claim:
-    low, high = bootstrap.interval(measured, draws)
+    low, high = metrics.interval(measured, draws)
     return Claim(
         claim,
         SAID[claim],
@@ -323,7 +322,7 @@ def image_claims(
     tables, images = zip(*(load_rows(work, name) for name in names), strict=True)
     table = pd.concat(tables, ignore_index=True)
     of_sample = {sample: pixels for part in images for sample, pixels in part.items()}
-    by = judge(of_sample, seed, load_inception(work, inception_reference))
+    by = judge(of_sample, seed, inception_extractor(inception_reference))
     return [*best_ratio(table, by), layerwise_images(table, by)]
 
 
@@ -350,7 +349,7 @@ def _student(values: list[float]) -> tuple[float, float, float]:
     """Mean, and the ends of its 95 % interval."""
     if len(values) < 2:
         raise ValueError(f"{len(values)} training run: an interval over runs needs at least two")
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(bootstrap.LEVEL)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(metrics.LEVEL)
     return sum(values) / len(values), float(low), float(high)
 
 
@@ -389,7 +388,7 @@ def rule_image_claims(
     for rule in (rule for rule in RULE_WORDS if rule in samples):
         scored = by.scored(samples[rule])
         value = scored.values[by.metric] - whole.values[by.metric]
-        ends = bootstrap.interval(value, scored.draws[by.metric] - whole.draws[by.metric])
+        ends = metrics.interval(value, scored.draws[by.metric] - whole.draws[by.metric])
         quantity = f"FID of {RULE_WORDS[rule]} minus that of global ({size}; {by.features})"
         holds = verdict(*ends, above=False)
         claims.append(Claim("rules", RULES_SAID, quantity, value, *ends, holds))

@@ -25,9 +25,10 @@ from lafq.quantization.model import bits_per_weight, dequantize_, nbytes, quanti
 from lafq.quantization.plan import Recipe
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
+from lafq.study.diffusion.training import held_out_outputs
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.images import scoring
-from lafq.study.images.samples import Sampling, cached_samples
+from lafq.study.images.metrics import interval, mean_draws, resamples
+from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import (
     BASELINE,
     BUDGET_KEY,
@@ -62,6 +63,48 @@ COLUMNS = [
 ]
 
 
+def output_errors(
+    model: nn.Module, outputs: tuple[Tensor, Tensor], seed: int, first: int = 0
+) -> tuple[Tensor, float]:
+    """Mean squared difference per pixel of a model's output from the unquantized model's, for each
+    held-out digit (digits,), and the rise of the denoising loss.
+
+    outputs: the unquantized model's, as `held_out_outputs` gives them for the same seed and first
+    digit.
+    """
+    expected, noise = outputs
+    predicted, _ = held_out_outputs(model, seed, len(noise), first)
+    rise = (predicted - noise).square().mean() - (expected - noise).square().mean()
+    return (predicted - expected).square().flatten(1).mean(1), rise.item()
+
+
+def ratio_of_means(
+    errors: Tensor, reference: Tensor | float, seed: int
+) -> tuple[float, float, float]:
+    """Mean error over the mean of a reference, with its 95 % interval: a bootstrap over the digits,
+    paired, of the logarithm.
+
+    A few digits have most of the error, and on the ratio's own scale the interval reaches below
+    zero.
+    """
+    if not errors.any():
+        return 0.0, 0.0, 0.0
+    indices = resamples(len(errors), seed)
+    paired = isinstance(reference, Tensor)
+    value = (errors.mean() / (reference.mean() if paired else reference)).item()
+    draws = mean_draws(errors, indices) / (mean_draws(reference, indices) if paired else reference)
+    low, high = interval(math.log(value), draws.log())
+    return value, math.exp(low), math.exp(high)
+
+
+def output_mse(errors: Tensor, rise: float, seed: int) -> dict[str, float]:
+    """`damage`, the mean of `output_errors` with its 95 % interval over the digits, and
+    `delta_loss`.
+    """
+    value, low, high = ratio_of_means(errors, 1.0, seed)
+    return {"damage": value, "damage_low": low, "damage_high": high, "delta_loss": rise}
+
+
 def measure_damage(
     model: nn.Module,
     rows: list[Row],
@@ -81,11 +124,11 @@ def measure_damage(
     rounding.
     """
     noise, first = (seed + FRESH_SEED, FRESH) if fresh else (seed, 0)
-    outputs, full = scoring.held_out_outputs(model, noise, digits, first), nbytes(model, {})
+    outputs, full = held_out_outputs(model, noise, digits, first), nbytes(model, {})
     found, errors = [], {}
     for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
         small, size = dequantize_(quantized(model, row, seed)), nbytes(model, row.plan)
-        own, rise = scoring.output_errors(small, outputs, noise, first)
+        own, rise = output_errors(small, outputs, noise, first)
         errors[row[:5]] = own
         key = row.budget_key | {"budget_mib": mib_at(model, row.bits)}
         stored = {
@@ -95,7 +138,7 @@ def measure_damage(
         }
         damages = {
             "predicted": predicted_damage(model, small, validation) / HALF_PIXELS
-        } | scoring.output_mse(own, rise, seed)
+        } | output_mse(own, rise, seed)
         found.append(key | stored | damages)
     int8 = [own for key, own in errors.items() if key[:1] + key[2:] == UNIFORM_INT8]
     for row, numbers in zip(rows, found, strict=True):
@@ -105,11 +148,7 @@ def measure_damage(
             "over_global": errors.get(("global", *row[1:5])),
         }
         for name, reference in references.items():
-            ratio = (
-                (math.nan,) * 3
-                if reference is None
-                else scoring.ratio_of_means(own, reference, seed)
-            )
+            ratio = (math.nan,) * 3 if reference is None else ratio_of_means(own, reference, seed)
             numbers |= dict(zip((name, f"{name}_low", f"{name}_high"), ratio, strict=True))
     return pd.DataFrame(found)[COLUMNS]
 
@@ -164,7 +203,7 @@ def images_at_bits(
     found, samples = [], {}
     for row in shown:
         name, small = f"{row.bits:g} bits", dequantize_(quantized(model, row, seed))
-        key, generated, _ = cached_samples(work, small, Sampling(IMAGES, steps, seed), name)
+        key, generated, _ = ImageStore(work).draw(small, Sampling(IMAGES, steps, seed), name)
         samples[key] = generated[:, 0].numpy()
         size = {"mem_mib": nbytes(model, row.plan) / MIB, "sample": key}
         found.append(row.key | {"setting": name} | size)
@@ -183,7 +222,7 @@ def by_tensor(
     Columns parameter, format, nbytes, measured, and the predictions of PROXIES.
     """
     outputs, weights, found, g = (
-        scoring.held_out_outputs(model, seed, digits),
+        held_out_outputs(model, seed, digits),
         quantizable(model),
         [],
         generator(seed, 2),
@@ -206,7 +245,7 @@ def by_tensor(
                 "parameter": name,
                 "format": low,
                 "nbytes": stored_bytes(view, low),
-                "measured": scoring.output_errors(small, outputs, seed)[0].mean().item(),
+                "measured": output_errors(small, outputs, seed)[0].mean().item(),
                 "curvature x error": damage(change, f, calibration.curvature[name].to(f))
                 .sum()
                 .item()

@@ -34,9 +34,9 @@ from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.subject import load_fisher, load_model
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.fisher_by_timestep import fisher_by_timestep
-from lafq.study.images import classifier, metrics
 from lafq.study.images.evaluate import evaluate, evaluate_large
-from lafq.study.images.samples import Sampling, cached_samples
+from lafq.study.images.features import mnist_extractor
+from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import (
     BASELINE,
     Row,
@@ -277,15 +277,14 @@ def described(profile: str, images: int = DESCRIBED) -> Tables:
         for row in rules_at_bits(model, known, [6.0], p["SEED"], ("global", "magnitude"))
         if row.rounding == "nearest"
     }
-    sets = {"FP32": cached_samples(work, model, sampling).images}
+    store = ImageStore(work)
+    sets = {"FP32": store.draw(model, sampling).images}
     for name, plan in plans.items():
         small = dequantize_(quantize(model, plan))
-        sets[name] = cached_samples(work, small, sampling, name).images
+        sets[name] = store.draw(small, sampling, name).images
     sets[published_images.REAL_DIGITS] = mnist(train=False)[0][HELD_OUT][:images]
-    network = classifier.load()
     save_images(work, "evidence_images", {name: x[:SHOWN, 0].numpy() for name, x in sets.items()})
-    reference = metrics.mnist_reference(network)
-    return {"evidence_images": published_images.image_statistics(sets, network, reference)}
+    return {"evidence_images": published_images.image_statistics(sets, mnist_extractor())}
 
 
 STEPS: dict[str, Callable[[str], Tables]] = {

@@ -8,10 +8,11 @@ from lafq.study.damage import (
     allocate_by_proxy,
     by_tensor,
     measure_damage,
+    output_errors,
     rank_correlations,
 )
+from lafq.study.diffusion.training import held_out_outputs
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.images import scoring
 from lafq.study.rows import (
     allocated_at_bits,
     bits_of,
@@ -73,8 +74,8 @@ def test_judged_rows_measure_the_plan(model, known):
     )
     sizes = table[table["granularity"] == "mixed"]["mem_mib"]
     assert sizes.between(0.98 * mib_at(model, 4.0), mib_at(model, 4.0)).all()
-    before = scoring.held_out_outputs(model, 0, 20)
-    assert not scoring.output_errors(model, before, 0)[0].any()
+    before = held_out_outputs(model, 0, 20)
+    assert not output_errors(model, before, 0)[0].any()
 
 
 @pytest.mark.slow
