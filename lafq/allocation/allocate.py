@@ -25,7 +25,7 @@ from lafq.allocation.frontiers import ALLOCATED, StorageOption, frontier
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.networks import unwrapped
 from lafq.quantization.channels import weight_spec
-from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_plan
+from lafq.quantization.checks import channel_view, check_estimates, check_plan
 from lafq.quantization.formats import DEFAULT_FORMATS, FORMATS, MIB, get_format, unshrunk_scale
 from lafq.quantization.model import nbytes, weights_sha256
 from lafq.quantization.plan import Allocation, Plan, Recipe
@@ -79,6 +79,7 @@ def allocate(
     >>> plan.nbytes <= 0.005 * 2**20, sorted(plan)
     (True, ['0.weight', '2.weight'])
     """
+    model = unwrapped(model)
     if (memory_mib is None) == (file_mib is None):
         raise ValueError("give memory_mib or file_mib: a plan is made for one of these sizes")
     if file_mib is not None:
@@ -114,10 +115,7 @@ def frontiers_of(
             "give the Fisher values of one parameter at least, and fp32 or fp16 among the formats"
         )
     check_plan(model, dict.fromkeys(fisher, "fp16"))
-    parameters = dict(model.named_parameters())
-    for name, values in fisher.items():
-        check_fisher(name, parameters[name], values)
-    check_curvature(model, curvature)
+    parameters = check_estimates(model, fisher, curvature)
     fronts = {}
     hidden = {} if progress else {"disable": True}
     for name, values in tqdm(

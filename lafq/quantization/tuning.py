@@ -37,20 +37,15 @@ def tune(
     """
     model, whole = unwrapped(model), packed
     packed = unwrapped(packed)
-    if steps < 1 or not any(
-        p.ndim < 2 and _place(packed, name) is not None for name, p in model.named_parameters()
-    ):
+    if steps < 1 or not _tunable(model, packed):
         raise ValueError("tuning needs one step at least, and a model that has biases or norms")
     with evaluating(model, gradients=True):
         fitted = _fit(model, packed, batches, steps)
     with torch.no_grad():
         for name, value in fitted.items():
             place = _place(packed, name)
-            place.copy_(
-                (
-                    value.clamp(-FP16_MAX, FP16_MAX) if place.dtype == torch.float16 else value
-                ).view_as(place)
-            )
+            limited = value.clamp(-FP16_MAX, FP16_MAX) if place.dtype == torch.float16 else value
+            place.copy_(limited.view_as(place))
     return whole
 
 
@@ -62,11 +57,7 @@ def _fit(
     with torch.no_grad():
         for name, p in small.named_parameters():
             p.copy_(_stored(packed, name))
-    free = {
-        name: p.requires_grad_(True)
-        for name, p in small.named_parameters()
-        if p.ndim < 2 and _place(packed, name) is not None
-    }
+    free = {name: p.requires_grad_(True) for name, p in _tunable(small, packed).items()}
     optimizer = torch.optim.Adam(free.values(), lr=PEAK)
     device, done, warm = next(model.parameters()).device, 0, max(1, round(WARMUP * steps))
     rate = torch.optim.lr_scheduler.LambdaLR(
@@ -90,6 +81,11 @@ def _fit(
             f"batches or fewer steps"
         )
     return {name: value.detach() for name, value in free.items()}
+
+
+def _tunable(model: nn.Module, packed: nn.Module) -> dict[str, nn.Parameter]:
+    vectors = {name: p for name, p in model.named_parameters() if p.ndim < 2}
+    return {name: p for name, p in vectors.items() if _place(packed, name) is not None}
 
 
 def _stored(packed: nn.Module, name: str) -> Tensor:
