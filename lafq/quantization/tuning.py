@@ -89,17 +89,17 @@ def _tunable(model: nn.Module, packed: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _stored(packed: nn.Module, name: str) -> Tensor:
-    owner, _, own = name.rpartition(".")
-    return getattr(packed.get_submodule(owner), own)
+    owner, _, vector = name.rpartition(".")
+    return getattr(packed.get_submodule(owner), vector)
 
 
 def _place(packed: nn.Module, name: str) -> Tensor | None:
     """Where a quantized copy has a vector: its parameter, or its one stored part; None where it is
     stored in several.
     """
-    owner, _, own = name.rpartition(".")
+    owner, _, vector = name.rpartition(".")
     module = packed.get_submodule(owner)
-    if own not in getattr(module, "parametrizations", {}):
-        return getattr(module, own)
-    parts = list(module.parametrizations[own][0].buffers())
+    if vector not in getattr(module, "parametrizations", {}):
+        return getattr(module, vector)
+    parts = list(module.parametrizations[vector][0].buffers())
     return parts[0] if len(parts) == 1 else None
