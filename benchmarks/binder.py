@@ -15,7 +15,7 @@ import tempfile
 import time
 
 import pandas as pd
-from running import write
+from shared import run, write
 
 from lafq.study import workspace
 
@@ -24,8 +24,8 @@ EXECUTE = """
 import nbformat, resource, sys
 from nbclient import NotebookClient
 
-client = NotebookClient(nbformat.read(sys.argv[1], as_version=4), resources={"metadata": {"path": sys.argv[2]}})
-client.execute()
+notebook, resources = nbformat.read(sys.argv[1], as_version=4), {"metadata": {"path": sys.argv[2]}}
+NotebookClient(notebook, resources=resources).execute()
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

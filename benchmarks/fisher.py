@@ -10,14 +10,15 @@ the same batch.
 
 import itertools
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 
-import pandas as pd
 import torch
-from running import write
+from shared import run as run_script
+from shared import write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,14 +31,14 @@ from lafq.study.diffusion.ddpm import add_noise, unit_interval
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import TIMESTEPS, UNet, quantizable
-from lafq.study.workspace import Workspace, compute_on
+from lafq.study.workspace import Workspace
 
 BATCH = {16: 32, 64: 8}
 ROUNDS = {16: 7, 64: 3}
 CHUNK = 8
 DRAWS = 64
 PASSES = 8  # of the curvature, whose last step comes once for all passes
-Method = Callable[[], dict[str, Tensor]]
+Method = Callable[..., dict[str, Tensor]]
 
 
 def batch(size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,25 +155,21 @@ def rows(width: int) -> list[dict]:
             "empirical",
             with_backpack(names, width, model.state_dict()),
         )
+
+    def seconds(function: Method) -> float:
+        start = time.perf_counter()
+        function(model, names, *data)
+        return time.perf_counter() - start
+
     table = []
     for method, (kind, run) in tqdm(methods.items(), desc=f"width {width}"):
-        found, ratios = run(model, names, *data), []
         passes = PASSES if "curvature" in method else 1
         timed = partial(run, passes=passes) if passes > 1 else run
-        for _ in range(ROUNDS[width]):
-            seconds = []
-            for function in (ordinary, timed):
-                start = time.perf_counter()
-                function(model, names, *data)
-                seconds.append(time.perf_counter() - start)
-            ratios.append(seconds[1] / passes / seconds[0])
-        row = {
-            "method": method,
-            "width": width,
-            "batch": BATCH[width],
-            "cost_ratio": statistics.median(ratios),
-        }
-        table.append(row | {"relative_error": error(found, exact[kind])})
+        pairs = [(seconds(ordinary), seconds(timed)) for _ in range(ROUNDS[width])]
+        row = {"method": method, "width": width, "batch": BATCH[width]}
+        row["cost_ratio"] = statistics.median(ours / passes / one for one, ours in pairs)
+        row["relative_error"] = error(run(model, names, *data), exact[kind])
+        table.append(row)
     return table
 
 
@@ -193,16 +190,8 @@ def allocating() -> list[dict]:
         start = time.perf_counter()
         known = Sensitivity(fisher, curvature)
         solver.allocate(model, known, memory_mib=17.0, granularity=granularity, progress=False)
-        seconds = time.perf_counter() - start
-        table.append(
-            {
-                "width": 64,
-                "granularity": granularity,
-                "curvature": feedback,
-                "budget_mib": 17.0,
-                "seconds": seconds,
-            }
-        )
+        row = {"width": 64, "granularity": granularity, "curvature": feedback, "budget_mib": 17.0}
+        table.append(row | {"seconds": time.perf_counter() - start})
     return table
 
 
@@ -214,12 +203,9 @@ def correlated(size: int) -> Tensor:
 
 def main() -> None:
     """Write and print the two tables."""
-    compute_on(2, "cpu")
     write("allocation", allocating())
-    write(
-        "fisher", pd.DataFrame([row for width in BATCH for row in rows(width)]).to_dict("records")
-    )
+    write("fisher", [row for width in BATCH for row in rows(width)])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -10,27 +10,22 @@ with groups over that without.
 """
 
 import math
+import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from running import write
-from torch import Tensor, nn
+from shared import Subject, over, run, write
+from torch import nn
 
-from lafq import estimate_sensitivity, quantize
 from lafq.allocation.allocate import frontiers_of, solve_budget
+from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.channels import WeightSpec
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, unshrunk_scale
-from lafq.quantization.model import bits_per_weight, dequantize_, nbytes
+from lafq.quantization.model import bits_per_weight, nbytes
 from lafq.quantization.plan import Plan, Recipe
-from lafq.study.budget.budget import FRESH, FRESH_SEED
-from lafq.study.diffusion.ddpm import noised_batches
-from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.subject import load_model
+from lafq.study.budget.budget import FRESH_SEED
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.images import scoring
-from lafq.study.workspace import Workspace, compute_on
 
 LOW, SIZES = ("midrise2", "int2", "int3", "int4"), (0, 128, 64, 32)  # 0: one scale per channel
 ALLOCATED = ("int3", "int4", "int6")
@@ -47,65 +42,45 @@ def grouped(model: nn.Module, low: str, size: int) -> Plan:
     return plan
 
 
+def plans(model: nn.Module, known: Sensitivity, recipe: Recipe) -> Iterator[tuple[str, str, Plan]]:
+    """Format, group and plan of every row."""
+    for low in LOW:
+        yield from ((low, str(size or "channel"), grouped(model, low, size)) for size in SIZES)
+    fronts = {
+        name: frontiers_of(model, known.fisher, "mixed", curvature=known.curvature, groups=groups)
+        for name, groups in (("channel", ()), ("any", SIZES[1:]))
+    }
+    for low in ALLOCATED:
+        mib = nbytes(model, dict.fromkeys(known.fisher, low)) / MIB
+        for name, front in fronts.items():
+            yield f"allocator, bytes of {low}", name, solve_budget(model, front, mib, recipe)
+
+
 @torch.no_grad()
-def rows() -> list[dict]:
-    """One row per format and size of group, then the allocator's."""
-    model = load_model(Workspace("mini"), 16)
-    names = list(quantizable(model))
-    known = estimate_sensitivity(model, noised_batches(mnist(train=True)[0], SAMPLES, 0), 0)
+def main() -> None:
+    """Write the table: one row per format and size of group, then the allocator's."""
+    subject = Subject(16, DIGITS)
+    model, known = subject.model, subject.sensitivity(SAMPLES)
     recipe = Recipe(unshrunk_scale, known.fisher, known.curvature)
-    outputs = scoring.held_out_outputs(model, FRESH_SEED, DIGITS, FRESH)
-
-    def errors(plan: Plan) -> Tensor:
-        return scoring.output_errors(
-            dequantize_(quantize(model, plan, recipe)), outputs, FRESH_SEED, FRESH
-        )[0]
-
-    def plans() -> Iterator[tuple[str, str, Plan]]:
-        for low in LOW:
-            yield from ((low, str(size or "channel"), grouped(model, low, size)) for size in SIZES)
-        fronts = {
-            groups: frontiers_of(
-                model, known.fisher, "mixed", curvature=known.curvature, groups=groups
-            )
-            for groups in ((), SIZES[1:])
-        }
-        for low in ALLOCATED:
-            mib = nbytes(model, dict.fromkeys(known.fisher, low)) / MIB
-            for groups, front in fronts.items():
-                yield (
-                    f"allocator, bytes of {low}",
-                    "any" if groups else "channel",
-                    solve_budget(model, front, mib, recipe),
-                )
-
     table, first, before = [], {}, torch.empty(0)
-    for format, group, plan in plans():
-        found, bits = errors(plan), bits_per_weight(model, plan, names)
-        row: dict[str, Any] = {
-            "format": format,
-            "group": group,
-            "bits_per_weight": bits,
-            "damage": found.mean().item(),
-        }
+    for format, group, plan in plans(model, known, recipe):
+        found, bits = (
+            subject.planned(plan, recipe),
+            bits_per_weight(model, plan, list(quantizable(model))),
+        )
+        row = {"format": format, "group": group, "bits_per_weight": bits}
+        row["damage"] = found.mean().item()
         if group == "channel":
             first, before = row, found
         else:
             row["decibels"] = 10 * math.log10(first["damage"] / row["damage"])
         if group == "any":
-            row |= dict(
-                zip(
-                    ("over", "over_low", "over_high"),
-                    scoring.ratio_of_means(found, before, FRESH_SEED),
-                    strict=True,
-                )
-            )
+            row |= over("over", found, before, FRESH_SEED)
         elif group != "channel":
             row["decibels_per_bit"] = row["decibels"] / (bits - first["bits_per_weight"])
         table.append(row)
-    return table
+    write("groups", table)
 
 
 if __name__ == "__main__":
-    compute_on(2, "cpu")
-    write("groups", rows())
+    sys.exit(run(main))

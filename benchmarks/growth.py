@@ -24,31 +24,20 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from shared import WORK, Subject, Table, forget_peak, memory, over, run
 from torch import Tensor, nn
 
-from lafq import (
-    allocate,
-    estimate_sensitivity,
-    load_quantized,
-    quantize,
-    save_quantized,
-)
+from lafq import allocate, estimate_sensitivity, load_quantized, quantize, save_quantized
 from lafq.fisher.sensitivity import CHANNELS, LARGEST, Sensitivity
 from lafq.fisher.shrinkage import Moments
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB
-from lafq.quantization.model import dequantize_
 from lafq.study import workspace
-from lafq.study.budget.budget import FRESH, FRESH_SEED
 from lafq.study.budget.methods import mib_at
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import UNet
-from lafq.study.images import scoring
-from lafq.study.workspace import Workspace, compute_on
 
-WORK = Workspace("benchmarks")
 WIDTHS = (8, 16, 32, 64, 128)
 NAMED = {"estimate_sensitivity": "estimate_sensitivity (one pass)"}
 STEPS = ("estimate_sensitivity", "allocate", "quantize", "save_quantized", "load_quantized")
@@ -61,7 +50,6 @@ BLOCKS = {
     64: ((LARGEST, ALL), (LARGEST, CHANNELS), (LARGEST, 64), (1152, CHANNELS)),
 }
 SAMPLES, DIGITS = {16: 512, 64: 128}, {16: 500, 64: 100}
-PROFILES = {16: "mini", 64: "paper"}
 
 
 def random_sensitivity(model: nn.Module) -> Sensitivity:
@@ -79,18 +67,10 @@ def random_sensitivity(model: nn.Module) -> Sensitivity:
     return Sensitivity(fisher, curvature)
 
 
-def memory(field: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM the most since the last reset."""
-    line = next(
-        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)
-    )
-    return int(line.split()[1]) / 1024
-
-
 def measured(work: Callable[[], Any]) -> dict[str, float]:
     """Seconds of a call, and MiB that it took above what was held before."""
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    forget_peak()
     start = time.perf_counter()
     work()
     return {"seconds": time.perf_counter() - start, "peak_mib": memory("VmHWM") - before}
@@ -98,7 +78,6 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
 
 def one_step(step: str, width: int) -> dict[str, float]:
     """Seconds and MiB of a step; of estimate_sensitivity, seconds per pass."""
-    compute_on(2, "cpu")
     torch.manual_seed(0)
     model = UNet(width).eval()
     known = random_sensitivity(model) if step == "allocate" else None
@@ -126,31 +105,13 @@ def one_step(step: str, width: int) -> dict[str, float]:
     return found | {"weights": sum(p.numel() for p in model.parameters())}
 
 
-def grown() -> pd.DataFrame:
-    """The table of growth, row by row."""
-    table = workspace.load_optional(WORK, "growth")
-    rows = [] if table is None else table.to_dict("records")
-    there = {(row["width"], row["step"]) for row in rows}
-    for width in WIDTHS:
-        for step in STEPS:
-            if (width, step) in there:
-                continue
-            done = subprocess.run(
-                [sys.executable, __file__, step, str(width)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise RuntimeError(
-                    f"{step} at width {width}: {done.stderr.strip().splitlines()[-1]}"
-                )
-            row = {"width": width, "step": step, **json.loads(done.stdout.splitlines()[-1])}
-            rows.append(row)
-            rows.sort(key=lambda row: (row["width"], STEPS.index(row["step"])))
-            workspace.save_table(WORK, "growth", pd.DataFrame(rows))
-            print(row, flush=True)
-    return workspace.load_table(WORK, "growth")
+def in_a_process(step: str, width: int) -> dict[str, Any]:
+    """`one_step` in a process of its own; RuntimeError with its last line where it fails."""
+    command = [sys.executable, __file__, step, str(width)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{step} at width {width}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def pass_ratio(model: nn.Module, batches: list[tuple[Tensor, ...]], **sizes: int) -> float:
@@ -168,46 +129,31 @@ def pass_ratio(model: nn.Module, batches: list[tuple[Tensor, ...]], **sizes: int
     return statistics.median(ratios)
 
 
-def blocked() -> pd.DataFrame:
-    """The table of blocks: damage of the allocator's plan at BITS per weight, over that with the
+def blocked(table: Table) -> None:
+    """The rows of blocks: damage of the allocator's plan at BITS per weight, over that with the
     whole curvature.
     """
-    table = workspace.load_optional(WORK, "blocks")
-    rows = [] if table is None else table.to_dict("records")
-    there = {(row["width"], row["largest"], row["channels"]) for row in rows}
     for width, settings in BLOCKS.items():
-        if all((width, *setting) in there for setting in settings):
+        if all((width, *setting) in table for setting in settings):
             continue
-        model, noise = load_model(Workspace(PROFILES[width]), width), FRESH_SEED
-        outputs = scoring.held_out_outputs(model, noise, DIGITS[width], FRESH)
-        digits, first = mnist(train=True)[0], None
+        subject, first = Subject(width, DIGITS[width]), None
         for largest, channels in settings:
             sizes = {"largest": largest, "channels": channels}
-            known = estimate_sensitivity(
-                model, noised_batches(digits, SAMPLES[width], 0), 0, **sizes
+            known = subject.sensitivity(SAMPLES[width], **sizes)
+            plan = allocate(
+                subject.model, known, memory_mib=mib_at(subject.model, BITS), progress=False
             )
-            plan = allocate(model, known, mib_at(model, BITS), progress=False)
-            errors = scoring.output_errors(
-                dequantize_(quantize(model, plan)), outputs, noise, FRESH
-            )[0]
+            errors = subject.planned(plan)
             first = errors if first is None else first
+            batches = list(noised_batches(mnist(train=True)[0], 5 * BATCH, 1))
             row = {
-                "width": width,
-                **sizes,
                 "columns": max(h.shape[-1] for h in known.curvature.values()),
+                "curvature_mib": sum(4 * h.numel() for h in known.curvature.values()) / MIB,
+                "pass_ratio": pass_ratio(subject.model, batches, **sizes),
+                "damage": errors.mean().item(),
+                **over("over_whole", errors, first),
             }
-            row |= {"curvature_mib": sum(4 * h.numel() for h in known.curvature.values()) / MIB}
-            row |= {
-                "pass_ratio": pass_ratio(model, list(noised_batches(digits, 5 * BATCH, 1)), **sizes)
-            }
-            ratio = scoring.ratio_of_means(errors, first, 0)
-            row |= {"damage": errors.mean().item()} | dict(
-                zip(("over_whole", "over_whole_low", "over_whole_high"), ratio, strict=True)
-            )
-            rows.append(row)
-            print(row, flush=True)
-        workspace.save_table(WORK, "blocks", pd.DataFrame(rows))
-    return workspace.load_table(WORK, "blocks")
+            table.add((width, largest, channels), lambda row=row: row)
 
 
 def draw(table: pd.DataFrame) -> None:
@@ -221,32 +167,23 @@ def draw(table: pd.DataFrame) -> None:
     for ax, label in zip(axes, ("seconds", "peak MiB above the model"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel="weights of the model", ylabel=label)
     axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    most = table.loc[table.groupby("step")["weights"].idxmax()].set_index("step")
-    slowest, largest = most["seconds"].idxmax(), most["peak_mib"].idxmax()
-    title = f"{slowest} takes the most time (estimate_sensitivity counted per pass), {largest} the most memory"
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle("Time and memory by the size of the model", fontsize=11)
     workspace.save_figure(WORK, "growth", figure, "random weights; two cores")
     plt.close(figure)
 
 
-def main() -> int:
+def main() -> None:
     """One step of one width as JSON, or both tables and the figure."""
     if len(sys.argv) == 3:
         print(json.dumps(one_step(sys.argv[1], int(sys.argv[2]))))
-        return 0
-    compute_on(2, "cpu")
-    try:
-        draw(grown())
-        blocked()
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    print(
-        "written: results/benchmarks/growth.csv, results/benchmarks/blocks.csv, "
-        "figures/benchmarks/growth.png"
-    )
-    return 0
+        return
+    table = Table("growth", ("width", "step"))
+    for width in WIDTHS:
+        for step in STEPS:
+            table.add((width, step), lambda step=step, width=width: in_a_process(step, width))
+    draw(table.frame)
+    blocked(Table("blocks", ("width", "largest", "channels")))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -7,15 +7,18 @@ networks and eight noised digits for the diffusion model. No plan has seen the i
 damage. Writes results/benchmarks/passes.csv and figures/benchmarks/passes.png.
 """
 
+import itertools
+import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import shared
 import torch
 from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lafq import allocate, estimate_sensitivity, quantize
 from lafq.fisher.sensitivity import BATCH
@@ -26,11 +29,7 @@ from lafq.study import workspace
 from lafq.study.budget.budget import HALF_PIXELS
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.subject import load_model
-from lafq.study.images import scoring
-from lafq.study.workspace import Workspace, compute_on
 
-WORK = Workspace("benchmarks")
 PASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ESTIMATES = {"shrunk": {}, "plain": {"shrink": False}, "shrunk, 4 draws": {"draws": 4}}
 FRESH, FRESH_SEED = 256, 1000
@@ -68,80 +67,55 @@ def small(layers: list[nn.Module], shape: tuple[int, ...]) -> Subject:
     return Subject(model, batches, damage)
 
 
-def diffusion(width: int = 16) -> Subject:
+def diffusion() -> Subject:
     """The trained diffusion model of profile mini."""
-    model, digits = load_model(Workspace("mini"), width), mnist(train=True)[0]
-    outputs = scoring.held_out_outputs(model, FRESH_SEED, FRESH)
-
-    def damage(copy: nn.Module) -> float:
-        error = scoring.output_errors(copy, outputs, FRESH_SEED)[0].mean().item()
-        return HALF_PIXELS * error
-
+    judge, digits = shared.Subject(16, FRESH, FRESH_SEED, first=0), mnist(train=True)[0]
     return Subject(
-        model, lambda count, draw: noised_batches(digits, BATCH * count, draw), damage, draws=1
+        judge.model,
+        lambda count, draw: noised_batches(digits, BATCH * count, draw),
+        lambda copy: HALF_PIXELS * judge.errors(copy).mean().item(),
+        draws=1,
     )
 
 
 def subjects() -> dict[str, Subject]:
     """The networks by name; random weights come from fixed seeds."""
+    conv = partial(nn.Conv2d, padding=1)
     torch.manual_seed(0)
-    conv = [
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.SiLU(),
-        nn.Conv2d(16, 16, 3, padding=1),
-        nn.SiLU(),
-        nn.Conv2d(16, 3, 3, padding=1),
-    ]
+    three = [conv(3, 16, 3), nn.SiLU(), conv(16, 16, 3), nn.SiLU(), conv(16, 3, 3)]
     torch.manual_seed(1)
     linear = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)]
     torch.manual_seed(2)
-    down = [
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.GroupNorm(4, 8),
-        nn.SiLU(),
-        nn.Conv2d(8, 16, 3, padding=1, stride=2),
-    ]
-    up = [
-        nn.GroupNorm(4, 16),
-        nn.SiLU(),
-        nn.ConvTranspose2d(16, 8, 4, stride=2, padding=1),
-        nn.SiLU(),
-        nn.Conv2d(8, 1, 3, padding=1),
-    ]
+    down = [conv(1, 8, 3), nn.GroupNorm(4, 8), nn.SiLU(), conv(8, 16, 3, stride=2)]
+    up = [nn.GroupNorm(4, 16), nn.SiLU(), nn.ConvTranspose2d(16, 8, 4, stride=2, padding=1)]
+    up += [nn.SiLU(), conv(8, 1, 3)]
     return {
-        "three convolutions": small(conv, (3, 16, 16)),
+        "three convolutions": small(three, (3, 16, 16)),
         "two linear layers": small(linear, (64,)),
         "down and up": small(down + up, (1, 16, 16)),
         "diffusion model": diffusion(),
     }
 
 
-def measured(name: str, subject: Subject, passes: Iterable[int] = PASSES) -> pd.DataFrame:
+def measured(
+    table: shared.Table, name: str, subject: Subject, passes: Iterable[int] = PASSES
+) -> None:
     """One row per number of passes, draw and estimate: measured damage over uniform INT4's, and
     over the predicted one.
     """
     model = subject.model
     uniform = dict.fromkeys([n for n, p in model.named_parameters() if p.ndim > 1], "int4")
-    mib, of_uniform, rows = (
-        nbytes(model, uniform) / MIB,
-        subject.damage(dequantize_(quantize(model, uniform))),
-        [],
-    )
-    todo = [
-        (count, draw, kind)
-        for count in passes
-        for draw in range(subject.draws)
-        for kind in ESTIMATES
-    ]
-    for count, draw, kind in tqdm(todo, desc=name, leave=False):
+    mib = nbytes(model, uniform) / MIB
+    of_uniform = subject.damage(dequantize_(quantize(model, uniform)))
+
+    def row(count: int, draw: int, kind: str) -> dict[str, float]:
         found = estimate_sensitivity(model, subject.batches(count, draw), draw, **ESTIMATES[kind])
         plan = allocate(model, found, memory_mib=mib, formats=STUDY_FORMATS, progress=False)
         damage = subject.damage(dequantize_(quantize(model, plan)))
-        row = {"network": name, "passes": count, "draw": draw, "estimates": kind}
-        rows.append(
-            row | {"over_uniform": damage / of_uniform, "over_predicted": damage / plan.damage}
-        )
-    return pd.DataFrame(rows)
+        return {"over_uniform": damage / of_uniform, "over_predicted": damage / plan.damage}
+
+    for key in itertools.product(passes, range(subject.draws), ESTIMATES):
+        table.add((name, *key), partial(row, *key))
 
 
 def draw(table: pd.DataFrame) -> None:
@@ -149,16 +123,9 @@ def draw(table: pd.DataFrame) -> None:
     workspace.set_style()
     figure, axes = plt.subplots(1, 4, figsize=(11, 3.1), sharex=True)
     for ax, (name, rows) in zip(axes, table.groupby("network", sort=False), strict=True):
-        for (kind, own), style in zip(
-            rows.groupby("estimates", sort=False), ("o-", "s--", "^:"), strict=True
-        ):
-            ax.plot(
-                "passes",
-                "over_uniform",
-                style,
-                data=own.groupby("passes")["over_uniform"].mean().reset_index(),
-                label=kind,
-            )
+        means = rows.groupby(["estimates", "passes"], sort=False)["over_uniform"].mean()
+        for kind, style in zip(ESTIMATES, ("o-", "s--", "^:"), strict=True):
+            ax.plot(means[kind].index, means[kind], style, label=kind)
         ax.axhline(1, color="0.4", lw=1)
         ax.set(xscale="log", yscale="log", title=name, xlabel="passes")
         if rows["over_uniform"].min() > SMALLEST:
@@ -166,31 +133,22 @@ def draw(table: pd.DataFrame) -> None:
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.tick_params(labelsize=9)
-    axes[0].set(
-        ylabel="damage / uniform INT4's",
-        xticks=[1, 4, 16, 64, 256],
-        xticklabels=["1", "4", "16", "64", "256"],
-    )
+    ticks = [1, 4, 16, 64, 256]
+    axes[0].set(ylabel="damage / uniform INT4's", xticks=ticks, xticklabels=map(str, ticks))
     axes[-1].legend(title="estimates", fontsize=8, title_fontsize=8)
-    worst = table.groupby("estimates")["over_uniform"].max()
-    title = f"The worst single plan does {worst['shrunk']:.2f} times uniform INT4's damage with shrunk estimates"
-    figure.suptitle(f"{title}, {worst['plain']:.1f} times with plain means", fontsize=11)
-    workspace.save_figure(
-        WORK, "passes", figure, "equal bytes; lower is better; small networks: mean of three draws"
-    )
+    figure.suptitle("Damage by the passes behind a sensitivity", fontsize=11)
+    note = "equal bytes; lower is better; small networks: mean of three draws"
+    workspace.save_figure(shared.WORK, "passes", figure, note)
     plt.close(figure)
 
 
 def main() -> None:
     """Write the table and the figure."""
-    compute_on(2, "cpu")
-    tables = []
+    table = shared.Table("passes", ("network", "passes", "draw", "estimates"))
     for name, subject in subjects().items():
-        tables.append(measured(name, subject))
-        workspace.save_table(WORK, "passes", pd.concat(tables, ignore_index=True))
-    draw(workspace.load_table(WORK, "passes"))
-    print("written: results/benchmarks/passes.csv, figures/benchmarks/passes.png")
+        measured(table, name, subject)
+    draw(table.frame)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(shared.run(main))

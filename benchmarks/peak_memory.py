@@ -26,7 +26,6 @@ from lafq.study.diffusion.subject import load_fisher, load_model
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.rows import KEY
 from lafq.study.workspace import Workspace, profile_parameters
-from lafq.tensors import read_metadata
 
 # glibc then returns what is freed at once: the peak is of live memory, not of the allocator's
 # habits.
@@ -37,27 +36,22 @@ ALLOCATOR = {
 }
 
 
-def peak_mib(path: Path, device: str = "cpu", steps: int = 4) -> float:
+def peak_mib(path: Path, width: int, device: str = "cpu", steps: int = 4) -> float:
     """Peak MiB while a U-Net written by `save_quantized` is loaded and samples a digit; ValueError
     when the measuring process fails, with its last line.
     """
-    command = [
-        sys.executable,
-        __file__,
-        str(path),
-        device,
-        str(steps),
-        str(torch.get_num_threads()),
-    ]
+    asked = map(str, (__file__, path, width, device, steps, torch.get_num_threads()))
     environment = {**os.environ, **ALLOCATOR, "TQDM_DISABLE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *asked], env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(f"measuring the memory of {path} failed: {last}")
     return float(done.stdout)
 
 
-def _measure(path: Path, device: torch.device, steps: int) -> float:
+def _measure(path: Path, width: int, device: torch.device, steps: int) -> float:
     # Once with a tiny model, so that the libraries' own pages are there before.
     with TemporaryDirectory() as folder:
         tiny, warm = UNet(4), Path(folder) / "tiny.safetensors"
@@ -67,7 +61,7 @@ def _measure(path: Path, device: torch.device, steps: int) -> float:
         del tiny, small
     before = memory("VmRSS")
     with torch.device("meta"):
-        skeleton = UNet(read_metadata(path)["width"])
+        skeleton = UNet(width)
     model = load_quantized(path, skeleton).to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -88,15 +82,18 @@ def rows(profile: str) -> pd.DataFrame:
         path = Path(folder) / "row.safetensors"
         for row in threshold_rows.published_rows(model, fisher, ratios, p["THRESHOLDS"]):
             save_quantized(path, quantize(model, row.plan), model)
-            found.append(row.key | {"peak_mib": round(peak_mib(path, work.device.type))})
+            found.append(
+                row.key | {"peak_mib": round(peak_mib(path, p["WIDTH"], work.device.type))}
+            )
     return pd.DataFrame(found, columns=[*KEY, "peak_mib"])
 
 
 def main() -> None:
     """Measure the profiles whose weights and Fisher values are there."""
-    if len(sys.argv) == 5:  # the process of `peak_mib`
-        torch.set_num_threads(int(sys.argv[4]))
-        print(_measure(Path(sys.argv[1]), torch.device(sys.argv[2]), int(sys.argv[3])))
+    if len(sys.argv) == 6:  # the process of `peak_mib`
+        path, width, device, steps, threads = sys.argv[1:]
+        torch.set_num_threads(int(threads))
+        print(_measure(Path(path), int(width), torch.device(device), int(steps)))
         return
     for profile in PROFILES.values():
         try:

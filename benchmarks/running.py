@@ -7,26 +7,25 @@ Times are medians of ratios to an FP32 pass run just before.
 
 import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
-import pandas as pd
 import torch
+from shared import PROFILES, run, write
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize_, quantize, resident_bytes
 from lafq.rng import generator
-from lafq.study import workspace
 from lafq.study.diffusion.ddpm import add_noise, unit_interval
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import TIMESTEPS, quantizable
-from lafq.study.workspace import Workspace, compute_on
-from lafq.tensors import atomic_write
+from lafq.study.workspace import Workspace
 
-PROFILES, ROUNDS = {16: "mini", 64: "paper"}, {(16, 1): 15, (16, 100): 5, (64, 1): 5, (64, 100): 1}
+ROUNDS = {(16, 1): 15, (16, 100): 5, (64, 1): 5, (64, 100): 1}
 FORMATS = ("fp16", "int8", "int4", "int2")
 
 
@@ -65,16 +64,12 @@ def rows(width: int) -> list[dict]:
     runs["bfloat16 compute"] = (bfloat16(copy.deepcopy(model)), resident_bytes(model))
     x, t = noised_digits(100)
     expected, table = model(x, t), []
-    for name, (run, size) in tqdm(runs.items(), desc=f"width {width}"):
-        row = {
-            "width": width,
-            "model": name,
-            "mem_mib": size / MIB,
-            "damage": (run(x, t) - expected).square().mean().item(),
-        }
+    for name, (model_run, size) in tqdm(runs.items(), desc=f"width {width}"):
+        row = {"width": width, "model": name, "mem_mib": size / MIB}
+        row["damage"] = (model_run(x, t) - expected).square().mean().item()
         for batch in (1, 100):
             pairs = [
-                (seconds(model, x[:batch], t[:batch]), seconds(run, x[:batch], t[:batch]))
+                (seconds(model, x[:batch], t[:batch]), seconds(model_run, x[:batch], t[:batch]))
                 for _ in range(ROUNDS[width, batch])
             ]
             row[f"time_batch_{batch}"] = statistics.median(own / full for full, own in pairs)
@@ -82,18 +77,8 @@ def rows(width: int) -> list[dict]:
     return table
 
 
-def write(name: str, rows: list[dict]) -> None:
-    """Write and print one table."""
-    table, path = pd.DataFrame(rows), workspace.RESULTS / "benchmarks" / f"{name}.csv"
-    with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.4g")
-    print(table.to_string(index=False))
-    print(f"written: {path.relative_to(workspace.ROOT)}")
-
-
 def main() -> None:
     """Write and print the table; the poster's width only where its weights are."""
-    compute_on(2, "cpu")
     found = rows(16)
     write("running", found)
     try:
@@ -104,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -1,5 +1,5 @@
-"""What the benchmarks share: a table that is continued where it was left, and the memory of a
-process.
+"""What the benchmarks share: a table that is continued where it was left, the diffusion model and
+the damage of its quantized copies, and the memory of a process.
 """
 
 import sys
@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from torch import Tensor, nn
 
+from lafq import estimate_sensitivity, quantize
+from lafq.fisher.sensitivity import Sensitivity
+from lafq.quantization.model import dequantize_
+from lafq.quantization.plan import Plan, Recipe
+from lafq.study.budget.budget import FRESH, FRESH_SEED
+from lafq.study.diffusion.ddpm import noised_batches
+from lafq.study.diffusion.mnist import mnist
+from lafq.study.diffusion.subject import load_model
+from lafq.study.images import scoring
 from lafq.study.workspace import Workspace, compute_on, load_optional, save_table
 
 WORK = Workspace("benchmarks")
 PROFILES = {16: "mini", 64: "paper"}  # whose weights a width has
+SEED = 0
 
 
 class Table:
@@ -40,6 +51,45 @@ class Table:
     def frame(self) -> pd.DataFrame:
         """The table as it is now."""
         return pd.DataFrame(self.rows)
+
+
+class Subject:
+    """The trained diffusion model of a width, and the damage of quantized copies: mean squared
+    change of the output, on held-out digits and noise that no plan has seen.
+    """
+
+    def __init__(self, width: int, digits: int, seed: int = FRESH_SEED, first: int = FRESH) -> None:
+        self.width, self.seed, self.first = width, seed, first
+        self.model = load_model(Workspace(PROFILES[width]), width)
+        self.outputs = scoring.held_out_outputs(self.model, seed, digits, first)
+
+    def sensitivity(self, samples: int, seed: int = SEED, **sizes: int) -> Sensitivity:
+        """From so many noised training digits."""
+        batches = noised_batches(mnist(train=True)[0], samples, seed)
+        return estimate_sensitivity(self.model, batches, seed, **sizes)
+
+    def errors(self, whole: nn.Module) -> Tensor:
+        """The damage of a copy that computes in FP32, by digit."""
+        return scoring.output_errors(whole, self.outputs, self.seed, self.first)[0]
+
+    def planned(self, plan: Plan | dict, *recipe: Recipe) -> Tensor:
+        """`errors` of the model quantized by a plan."""
+        return self.errors(dequantize_(quantize(self.model, plan, *recipe)))
+
+
+def over(name: str, errors: Tensor, reference: Tensor, seed: int = SEED) -> dict[str, float]:
+    """The mean error over that of a reference, paired over the digits, with its interval: the
+    columns name, name_low and name_high.
+    """
+    ratio = scoring.ratio_of_means(errors, reference, seed)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), ratio, strict=True))
+
+
+def write(name: str, rows: list[dict]) -> None:
+    """Write and print a table that is made anew."""
+    table = pd.DataFrame(rows)
+    save_table(WORK, name, table)
+    print(table.to_string(index=False), f"written: results/benchmarks/{name}.csv", sep="\n")
 
 
 def memory(field: str) -> float:

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from by_layer import by_layer, layer_inputs, quanto, stored_bytes, torchao
+from shared import Table, run
 from terrain_model import (
     CHUNK,
     JUDGED,
@@ -46,7 +47,6 @@ from lafq.quantization.formats import MIB, unshrunk_scale
 from lafq.quantization.model import dequantize_, nbytes, resident_bytes
 from lafq.quantization.plan import Plan, Recipe
 from lafq.study import workspace
-from lafq.study.workspace import compute_on
 from lafq.tensors import load_tensors, save_tensors
 
 SHOWN = 3
@@ -145,28 +145,18 @@ def measured(
     return {"decibels": decibels(expected, found), **distances(look, character(found))}
 
 
-def main() -> int:
-    """Make the rows that are missing and the figure; errors are one sentence and exit status 1."""
+def main() -> None:
+    """Make the rows that are missing and the figure."""
     # The converter warns of what its resizing leaves out; `load` compares the output with ONNX
     # Runtime's.
     warnings.filterwarnings("ignore", module="onnx2pytorch")
     try:
-        compute_on(2, "cpu")
         model = load()
-        known = sensitivity(model)
-        expected = outputs(model, JUDGED)
-        look = character(expected)
-        make_rows(model, known, expected, look)
-        by_passes(model, expected)
     except ModuleNotFoundError as error:
-        print(
-            f"stopped: {error.name} is not installed: `make terrain` installs it", file=sys.stderr
-        )
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
+        raise RuntimeError(f"{error.name} is not installed: `make terrain` installs it") from None
+    known, expected = sensitivity(model), outputs(model, JUDGED)
+    make_rows(model, known, expected, character(expected))
+    by_passes(model, expected)
 
 
 def make_rows(
@@ -177,25 +167,18 @@ def make_rows(
     A row that is there is made again only where the figure needs its maps, which are kept in
     build/.
     """
-    table = workspace.load_optional(WORK, "terrain")
-    rows = [] if table is None else table.to_dict("records")
-    maps_at = WORK.build / "maps.safetensors"
-    drawn = (
-        load_tensors(maps_at, "make terrain")[0]
-        if maps_at.is_file()
-        else {"fp32 none": expected[:CHUNK]}
-    )
+    table, maps_at = Table("terrain", ("method", "format"), WORK), WORK.build / "maps.safetensors"
+    drawn = {"fp32 none": expected[:CHUNK]}
+    if maps_at.is_file():
+        drawn, _ = load_tensors(maps_at, "make terrain")
 
     def add(method: str, format: str, make: Callable[[], dict[str, Any]]) -> None:
-        made = any((row["method"], row["format"]) == (method, format) for row in rows)
-        if made and ((method, format) not in DRAWN.values() or f"{method} {format}" in drawn):
-            return
-        row = {"method": method, "format": format, **make()}
+        key = (method, format)
+        if key not in table:
+            table.add(key, make)
+        elif key in DRAWN.values() and " ".join(key) not in drawn:
+            make()
         save_tensors(maps_at, drawn)
-        if not made:
-            rows.append(row)
-            workspace.save_table(WORK, "terrain", pd.DataFrame(rows))
-        print(f"{method} {format}: {row['mem_mib']:.2f} MiB, {row['decibels']:.1f} dB", flush=True)
 
     full = resident_bytes(model) / MIB
     add(
@@ -213,12 +196,9 @@ def make_rows(
         with torch.no_grad():
             small, left = by_layer(quantizer(setting))(model, inputs)
         size = stored_bytes(small)
-        own = {
-            "mem_mib": size / MIB,
-            "mem_share": size / resident_bytes(model),
-            "layers_left_fp32": left,
-        }
-        return own | measured(small, expected, look, drawn, name)
+        sizes = {"mem_mib": size / MIB, "mem_share": size / resident_bytes(model)}
+        sizes["layers_left_fp32"] = left
+        return sizes | measured(small, expected, look, drawn, name)
 
     def ours(plan_of: Callable[[], Plan], name: str) -> dict[str, Any]:
         small = quantize(model, plan_of())
@@ -227,45 +207,34 @@ def make_rows(
             save_quantized(path, small, model, compress=True)
             file = path.stat().st_size
         size = resident_bytes(small)
-        own = {
-            "mem_mib": size / MIB,
-            "mem_share": size / resident_bytes(model),
-            "file_mib": file / MIB,
-        }
-        return own | measured(dequantize_(small), expected, look, drawn, name)
+        sizes = {"mem_mib": size / MIB, "mem_share": size / resident_bytes(model)}
+        sizes["file_mib"] = file / MIB
+        return sizes | measured(dequantize_(small), expected, look, drawn, name)
 
     for library, (quantizer, settings) in PEERS.items():
         for setting in settings:
             add(library, str(setting), partial(peer, setting, quantizer, f"{library} {setting}"))
     for method, format, plan_of in plans(model, known):
         add(method, format, partial(ours, plan_of, f"{method} {format}"))
-    draw(pd.DataFrame(rows), drawn)
+    draw(table.frame, drawn)
 
 
 def by_passes(model: nn.Module, expected: Tensor) -> None:
     """The table results/terrain/passes.csv: decibels of the allocator's plan at INT4's bytes by the
     passes behind it.
     """
-    table = workspace.load_optional(WORK, "passes")
-    rows = [] if table is None else table.to_dict("records")
-    for passes in FEWER:
-        if any(row["passes"] == passes for row in rows):
-            continue
+
+    def row(passes: int) -> dict[str, float]:
         known = sensitivity(model) if passes == PASSES else estimated(model, passes)
-        plan = allocate(
-            model, known, memory_mib=nbytes(model, dict.fromkeys(known.fisher, "int4")) / MIB
-        )
+        mib = nbytes(model, dict.fromkeys(known.fisher, "int4")) / MIB
+        plan = allocate(model, known, memory_mib=mib)
         mse = 2 * plan.damage / SIZE**2
         found = decibels(expected, outputs(dequantize_(quantize(model, plan)), JUDGED))
-        rows.append(
-            {
-                "passes": passes,
-                "decibels": found,
-                "predicted": 10 * np.log10(expected.var().item() / mse),
-            }
-        )
-        workspace.save_table(WORK, "passes", pd.DataFrame(rows))
-        print(f"{passes} passes: {found:.1f} dB", flush=True)
+        return {"decibels": found, "predicted": 10 * np.log10(expected.var().item() / mse)}
+
+    table = Table("passes", ("passes",), WORK)
+    for passes in FEWER:
+        table.add((passes,), partial(row, passes))
 
 
 def other_noise(model: nn.Module, look: dict[str, np.ndarray]) -> dict[str, float]:
@@ -289,17 +258,11 @@ def draw(table: pd.DataFrame, drawn: dict[str, Tensor]) -> None:
             ax.imshow(z, cmap="viridis", vmin=0, vmax=top)
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(f"{title}{size}", fontsize=8)
-    uniform, ours = (
-        by.loc[DRAWN[name], "decibels"] for name in ("uniform INT4", "allocator, INT4's bytes")
-    )
-    figure.suptitle(
-        f"Signal over error at INT4's bytes: {ours:.0f} dB (allocator), {uniform:.0f} dB (uniform)",
-        fontsize=10,
-    )
-    note = "height maps from the same noise; colours from 0 to the highest point of the FP32 map"
+    figure.suptitle("Height maps from the same noise", fontsize=10)
+    note = "colours from 0 to the highest point of the FP32 map"
     workspace.save_figure(WORK, "maps", figure, note, pixels=True, model="a public model of others")
     plt.close(figure)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -6,9 +6,9 @@ import pytest
 
 from lafq.study import workspace
 from lafq.study.workspace import profile_parameters
-from tools import notebooks, publishing
+from tools import pages, publish
 
-NOTEBOOKS = notebooks.notebooks()
+NOTEBOOKS = pages.notebooks()
 PROFILES = sorted(workspace.PROFILES.glob("*.yaml"))
 MACHINE_PATH = re.compile(
     r"(?<![\w.:/<])/[A-Za-z][\w.-]*/[\w.-]"
@@ -31,7 +31,7 @@ def used(path):
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.stem)
 def test_every_parameter_of_a_profile_is_declared_where_it_is_used(profile):
     parameters = profile_parameters(profile.stem)
-    declared = {path.stem: set(notebooks.declared(path)) for path in NOTEBOOKS}
+    declared = {path.stem: set(publish.declared(path)) for path in NOTEBOOKS}
     assert parameters["PROFILE"] == profile.stem
     assert not set(parameters) - set().union(*declared.values())
     for path in NOTEBOOKS:
@@ -45,9 +45,9 @@ def test_profiles_name_the_same_parameters():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_committed_defaults_are_minis_or_where_mini_does_not_run_it_papers(path):
-    runs = path in notebooks.notebooks(profile="mini")
+    runs = path in pages.notebooks(profile="mini")
     mini = profile_parameters("mini" if runs else "paper")
-    values = notebooks.declared(path)
+    values = publish.declared(path)
     assert values["COMPUTE"] is False
     assert {n: v for n, v in values.items() if n in mini} == {
         n: mini[n] for n in values if n in mini
@@ -67,7 +67,7 @@ def test_committed_notebook_is_executed_clean_and_small(path):
         for output in cell.outputs:
             assert output.output_type != "error"
             assert output.get("name") != "stderr"
-            assert notebooks.WIDGET not in output.get("data", {})
+            assert publish.WIDGET not in output.get("data", {})
             assert not MACHINE_PATH.search(
                 str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
             )
@@ -94,11 +94,11 @@ def test_the_path_pattern_sees_a_path():
 
 
 def test_paper_stands_beside_mini_with_its_own_values_and_links():
-    folder = workspace.NOTEBOOKS / publishing.PAPER
+    folder = workspace.NOTEBOOKS / publish.PAPER
     names = sorted(path.name for path in folder.glob("*.ipynb"))
-    assert names == sorted(path.name for path in publishing.rendered(publishing.PAPER))
+    assert names == sorted(path.name for path in publish.rendered(publish.PAPER))
     for path in folder.glob("*.ipynb"):
-        ours = notebooks.declared(path)
+        ours = publish.declared(path)
         expected = profile_parameters("paper")
         assert {n: v for n, v in ours.items() if n in expected} == {
             n: expected[n] for n in ours if n in expected

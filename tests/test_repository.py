@@ -19,12 +19,11 @@ from lafq.study.diffusion.unet import quantizable
 from lafq.study.rows import KEY, Row, kept_share
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import load_tensors
-from tools import readme, summary
+from tools import pages
 
 MINI = Workspace("mini")
 
 ROOT = workspace.ROOT
-PAGES = readme.PAGES
 DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
 
 
@@ -61,39 +60,8 @@ def test_environment_is_yaml():
     ]
 
 
-@pytest.fixture(scope="module")
-def blocks():
-    return summary.blocks()
-
-
-@pytest.fixture
-def known_blocks(monkeypatch, blocks):
-    monkeypatch.setattr(readme, "blocks", lambda profile: blocks)
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
-def test_numbers_on_a_page_are_those_of_results(path, known_blocks):
-    text = path.read_text()
-    assert readme.filled(text) == text
-
-
-def test_every_block_is_on_one_page(blocks):
-    marks = [name for path in PAGES for name in re.findall(r"<!-- (\w+) -->", path.read_text())]
-    assert sorted(marks) == sorted(blocks)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["<!-- nonsense -->\n<!-- /nonsense -->", "<!-- claims -->\n"],
-    ids=["unknown", "not closed"],
-)
-def test_marks_that_make_no_block(text, known_blocks):
-    with pytest.raises(ValueError, match=r"nonsense|marks make 0 blocks"):
-        readme.filled(text)
-
-
 TEXTS = [
-    *PAGES,
+    *pages.PAGES,
     *(
         ROOT / name
         for name in ("CONTRIBUTING.md", "CHANGELOG.md", "results/README.md", "data/README.md")
@@ -156,19 +124,12 @@ def test_modules_and_names_that_docstrings_mention_are_there():
                 assert name in defined(modules[module]), (path, f"{module}.{name}")
 
 
-def test_a_changed_number_is_noticed(known_blocks):
-    text = (ROOT / "docs" / "paper-and-ours.md").read_text()
-    assert "| 59.30 |" in text
-    changed = text.replace("| 59.30 |", "| 59.31 |")
-    assert readme.filled(changed) != changed
-
-
 def test_the_readme_is_short():
-    assert len(readme.PATH.read_text().split()) <= 900
+    assert len(pages.README.read_text().split()) <= 900
 
 
 def test_readme_names_the_two_commands():
-    text = readme.PATH.read_text()
+    text = pages.README.read_text()
     assert "make reproduce" in text
     assert "make test" in text
     assert re.search(r"^\s*make test", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)

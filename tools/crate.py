@@ -25,27 +25,23 @@ def crate() -> Entity:
     and profile.
     """
     about = yaml.safe_load((workspace.ROOT / "CITATION.cff").read_text())
-    actions, files = [], {}
+    paper, actions = about["references"][0], []
+    weights = _file(workspace.RESULTS / "mini" / WEIGHTS)
+    files = {weights["@id"]: weights}
     for record in sorted(workspace.RESULTS.glob("*/record.json")):
-        if record.parent.name == "smoke":
-            continue
-        for notebook, parameters in sorted(json.loads(record.read_text())["notebooks"].items()):
-            made = [
-                path
-                for path in sorted(record.parent.glob(f"{notebook[:2]}_*"))
-                if path.suffix in (".csv", ".npz")
-            ]
-            files |= {f"notebooks/{notebook}.ipynb": _software(f"notebooks/{notebook}.ipynb")} | {
-                _name(p): _file(p) for p in made
-            }
-            actions.append(_action(record.parent.name, notebook, parameters, made))
-    weights = workspace.RESULTS / "mini" / WEIGHTS
-    files[_name(weights)] = _file(weights)
+        profile, ran = record.parent.name, json.loads(record.read_text())["notebooks"]
+        for notebook, parameters in sorted(ran.items() if profile != "smoke" else ()):
+            found = sorted(record.parent.glob(f"{notebook[:2]}_*"))
+            made = [_file(path) for path in found if path.suffix in (".csv", ".npz")]
+            software = _software(f"notebooks/{notebook}.ipynb")
+            files |= {entity["@id"]: entity for entity in (software, *made)}
+            actions.append(_action(profile, notebook, parameters, made))
+    description = "Notebooks, code, weights and tables: one command computes each number anew."
     root = {
         "@id": "./",
         "@type": "Dataset",
         "name": about["title"],
-        "description": "Notebooks, code, trained weights and tables: one command computes each number anew.",
+        "description": description,
         "version": about["version"],
         "datePublished": str(about["date-released"]),
         "license": {"@id": LICENSE},
@@ -54,63 +50,38 @@ def crate() -> Entity:
         "hasPart": [{"@id": name} for name in files],
         "mentions": [{"@id": action["@id"]} for action in actions],
     }
-    paper = about["references"][0]
+    version = {"conformsTo": {"@id": "https://w3id.org/ro/crate/1.1"}, "about": {"@id": "./"}}
+    written = {"name": paper["title"], "datePublished": str(paper["year"])}
     context = [
-        {
-            "@id": PATH.name,
-            "@type": "CreativeWork",
-            "conformsTo": {"@id": "https://w3id.org/ro/crate/1.1"},
-            "about": {"@id": "./"},
-        },
+        {"@id": PATH.name, "@type": "CreativeWork", **version},
         {"@id": LICENSE, "@type": "CreativeWork", "name": "MIT License"},
         {"@id": "#authors", "@type": "Organization", "name": about["authors"][0]["name"]},
-        {
-            "@id": "#paper",
-            "@type": "ScholarlyArticle",
-            "name": paper["title"],
-            "datePublished": str(paper["year"]),
-        },
+        {"@id": "#paper", "@type": "ScholarlyArticle", **written},
     ]
-    return {
-        "@context": "https://w3id.org/ro/crate/1.1/context",
-        "@graph": [root, *context, *files.values(), *actions],
-    }
-
-
-def _name(path: Path) -> str:
-    return f"results/{path.relative_to(workspace.RESULTS).as_posix()}"
+    graph = [root, *context, *files.values(), *actions]
+    return {"@context": "https://w3id.org/ro/crate/1.1/context", "@graph": graph}
 
 
 def _software(name: str) -> Entity:
-    return {
-        "@id": name,
-        "@type": ["File", "SoftwareSourceCode"],
-        "name": name,
-        "encodingFormat": "application/x-ipynb+json",
-    }
+    kind = {"@type": ["File", "SoftwareSourceCode"], "encodingFormat": "application/x-ipynb+json"}
+    return {"@id": name, "name": name, **kind}
 
 
 def _file(path: Path) -> Entity:
-    return {
-        "@id": _name(path),
-        "@type": "File",
-        "name": path.name,
-        "contentSize": path.stat().st_size,
-        "sha256": sha256(path),
-    }
+    name = f"results/{path.relative_to(workspace.RESULTS).as_posix()}"
+    content = {"contentSize": path.stat().st_size, "sha256": sha256(path)}
+    return {"@id": name, "@type": "File", "name": path.name, **content}
 
 
-def _action(profile: str, notebook: str, parameters: Entity, made: list[Path]) -> Entity:
-    settings = ", ".join(
-        f"{name}={value}" for name, value in sorted(parameters.items()) if name != "PROFILE"
-    )
+def _action(profile: str, notebook: str, parameters: Entity, made: list[Entity]) -> Entity:
+    settings = (f"{name}={value}" for name, value in sorted(parameters.items()))
     return {
         "@id": f"#{profile}-{notebook}",
         "@type": "CreateAction",
         "name": f"{notebook} with profile {profile}",
-        "description": settings,
+        "description": ", ".join(word for word in settings if not word.startswith("PROFILE=")),
         "instrument": {"@id": f"notebooks/{notebook}.ipynb"},
-        "result": [{"@id": _name(path)} for path in made],
+        "result": [{"@id": file["@id"]} for file in made],
     }
 
 

@@ -1,9 +1,10 @@
-"""The pages and notebooks, typed in docs/blocks/ with slots for numbers, filled from results/.
+"""The pages and the notebooks' Markdown, typed in docs/blocks/ with slots for numbers.
 
 Text between `<!-- NAME -->` and `<!-- /NAME -->` in a page, or in a Markdown cell of a notebook,
-is docs/blocks/NAME.md.j2 rendered by Jinja2.
+is docs/blocks/NAME.md.j2, rendered by Jinja2 with the numbers of results/.
 """
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -13,11 +14,18 @@ import jinja2
 import nbformat
 import numpy as np
 import pandas as pd
+import yaml
 
-from lafq.study import workspace
+from lafq.quantization.formats import MIB
+from lafq.study import poster, workspace
+from lafq.study.audit.published_images import fid_noise
+from lafq.study.budget.budget import bits_of_equal_damage
+from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.figures import text
-from lafq.tensors import atomic_write
+from lafq.study.workspace import profile_parameters
+from lafq.tensors import atomic_write, sha256
 
+EXPLORER = "00_explore"
 BLOCKS = workspace.ROOT / "docs" / "blocks"
 README, CARD = workspace.ROOT / "README.md", workspace.ROOT / "results" / "MODEL_CARD.md"
 PAGES = (README, CARD, *sorted((workspace.ROOT / "docs").glob("*.md")))
@@ -26,17 +34,34 @@ MARKED = re.compile(
 )
 
 
+def notebooks(only: str = "", profile: str = "") -> list[Path]:
+    """The numbered notebooks in order, or those whose name begins with `only`; 00 last, as it opens
+    what 01 makes. profile: without `only`, those that this profile's file names, if it names any.
+    """
+    every = sorted(workspace.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    every.sort(key=lambda path: path.stem == EXPLORER)
+    if profile and not only:
+        profile_parameters(profile)
+        about = yaml.safe_load((workspace.PROFILES / f"{profile}.yaml").read_text())
+        return [path for path in every if path.stem in about.get("notebooks", path.stem)]
+    if not (found := [path for path in every if path.name.startswith(only)]):
+        names = ", ".join(path.stem for path in every)
+        raise ValueError(f"no notebook's name begins with {only!r}: choose one of {names}")
+    return found
+
+
 @cache
-def _table(name: str) -> pd.DataFrame:
-    path = workspace.RESULTS / f"{name}.csv"
-    if not path.is_file():
-        raise ValueError(f"there is no table {name} in results/")
-    return pd.read_csv(path, dtype={"setting": str}, keep_default_na=True)
+def _table(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype={"setting": str})
 
 
-def rows(name: str, **where: Any) -> pd.DataFrame:
-    """Rows of results/<name>.csv whose columns have these values (or one of a list of values)."""
-    table = _table(name)
+def rows(name: str | list[str], **where: Any) -> pd.DataFrame:
+    """Rows of results/<name>.csv (of several: joined) whose columns have these values, or one of a
+    list of values.
+    """
+    names = [name] if isinstance(name, str) else name
+    tables = [_table(workspace.RESULTS / f"{n}.csv") for n in names]
+    table = pd.concat(tables, ignore_index=True)
     for column, value in where.items():
         if isinstance(value, float):
             table = table[np.isclose(table[column], value)]
@@ -53,6 +78,24 @@ def row(name: str, **where: Any) -> pd.Series:
     return found.iloc[0]
 
 
+def record(name: str) -> dict[str, Any]:
+    """The record results/<name>.json."""
+    return json.loads((workspace.RESULTS / f"{name}.json").read_text())
+
+
+def file(name: str) -> dict[str, Any]:
+    """Bytes, MiB and sha256 of a file in results/."""
+    path = workspace.RESULTS / name
+    size = path.stat().st_size
+    return {"bytes": size, "mib": size / MIB, "sha256": sha256(path)}
+
+
+def exponent(table: pd.DataFrame, column: str, by: str) -> float:
+    """How a column grows with `by`: the slope of the logarithms between its two largest values."""
+    (x1, y1), (x2, y2) = np.log(table.nlargest(2, by)[[by, column]].to_numpy())
+    return float((y1 - y2) / (x1 - x2))
+
+
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -61,26 +104,22 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"to": text.write, "percent": lambda x: f"{x:.1%}"}
-    environment.globals |= {
-        "rows": rows,
-        "row": row,
-        "interval": text.interval,
-        "table": text.table,
-        "markdown": text.markdown,
-        "holds": text.holds,
-    }
+    environment.filters |= {"to": text.write, "percent": "{:.1%}".format}
+    helpers = (rows, row, record, file, exponent, bits_of_equal_damage, fid_noise)
+    helpers += (workspace.profile_parameters, text.interval, text.table, text.markdown)
+    environment.globals |= {f.__name__: f for f in (*helpers, text.holds, text.name)}
+    environment.globals |= {"poster": poster, "reference": REFERENCE}
+    environment.globals["notebooks"] = [path.stem for path in notebooks()]
     return environment
 
 
 def block(name: str, profile: str = "mini") -> str:
-    """The text of one block; ValueError that names it where it is not there or no longer holds."""
+    """The text of one block; ValueError that names it where it is missing or no longer holds."""
     try:
-        return _environment().get_template(f"{name}.md.j2").render(profile=profile).strip()
-    except jinja2.TemplateNotFound:
-        raise ValueError(f"a page has a mark {name!r}, but there is no {name}.md.j2") from None
-    except ValueError as error:
-        raise ValueError(f"docs/blocks/{name}.md.j2: {error}") from error
+        rendered = _environment().get_template(f"{name}.md.j2").render(profile=profile)
+    except (ValueError, LookupError, OSError, jinja2.TemplateError) as error:
+        raise ValueError(f"docs/blocks/{name}.md.j2: {type(error).__name__}: {error}") from error
+    return re.sub(r"\n{3,}", "\n\n", rendered.strip())
 
 
 def filled(page: str, profile: str = "mini") -> str:
@@ -104,9 +143,9 @@ def fill_notebook(notebook: nbformat.NotebookNode, profile: str) -> None:
             cell.source = filled(cell.source, profile)
 
 
-def refresh(pages: tuple[Path, ...] = PAGES) -> None:
+def refresh() -> None:
     """Write the pages' numbers anew."""
-    for path in pages:
+    for path in PAGES:
         page = filled(path.read_text())
         with atomic_write(path) as temporary:
             temporary.write_text(page)

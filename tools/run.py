@@ -30,9 +30,9 @@ from lafq.study.diffusion import subject
 from lafq.study.images import cluster
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import atomic_write, remove_leftovers
-from tools import compare
-from tools.notebooks import QUIET_KERNEL, clean, declared, notebooks
-from tools.publishing import publish, published
+from tools import verify
+from tools.pages import notebooks
+from tools.publish import QUIET_KERNEL, clean, declared, publish, published
 
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
 MAY_BE_ZERO = ("SEED", "INCEPTION_REFERENCE", "TRAINING.warmup", "TRAINING.decay")
@@ -101,7 +101,7 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
         writable(folder)
         remove_leftovers(folder)
     if anew:
-        compare.keep_aside(work)
+        verify.keep_aside(work)
         shutil.rmtree(work.build / "samples", ignore_errors=True)
         if parameters["TRAIN"] and selected[0].stem == "01_train":
             (work.build / "checkpoint.pt").unlink(missing_ok=True)
@@ -136,7 +136,7 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
         f"done in {(time.monotonic() - began) / 60:.1f} minutes: tables in results/{profile}, "
         f"figures in figures/{profile}, executed notebooks in build/{profile}"
     )
-    compare.report(work)
+    verify.report(work)
     print("`make publish` refreshes notebooks/ and README.md from these results")
 
 
@@ -215,9 +215,9 @@ def main() -> int:
 def refresh_pages() -> None:
     """Bring the numbers of README and model card up to date."""
     # Imported here because it draws on every table, which only a publisher has.
-    from tools import crate, readme
+    from tools import crate, pages
 
-    readme.refresh()
+    pages.refresh()
     crate.write()
     print(
         "README.md, docs/ and results/MODEL_CARD.md: numbers refreshed from results/; "

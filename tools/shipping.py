@@ -15,7 +15,6 @@ from torch import nn
 from lafq.allocation.coded import allocate_coded
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.checkpoint import save_quantized
-from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize_, quantize
 from lafq.study import workspace
 from lafq.study.budget import methods
@@ -97,24 +96,6 @@ def main() -> int:
         return 1
     print(f"written: results/{args.profile}/{PACKED}, packed.csv")
     return 0
-
-
-def sentence(work: Workspace) -> str:
-    """What the packed weights of a profile cost."""
-    row, file = (
-        workspace.load_table(work, "packed").iloc[-1],
-        (work.results / PACKED).stat().st_size / MIB,
-    )
-    low, high = row["delta_fid_inception_low"], row["delta_fid_inception_high"]
-    return (
-        f"The packed weights take {row['mem_mib']:.2f} MiB in memory ({row['mem_share']:.1%} of "
-        f"FP32) and {file:.2f} MiB in the "
-        "entropy-coded file. They change FID by "
-        f"{row['delta_fid_inception']:+.2f} [{low:+.2f}, {high:+.2f}] (Inception features, N = "
-        f"{row['n_images']:.0f}, "
-        f"{row['steps']:.0f} sampling steps, the same noise); {row['class_changed']:.0%} of the "
-        f"images show another digit."
-    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Check the committed results of a profile, in minutes and without its FP32 weights: `make verify`.
 
 Of a profile that keeps no images, the tables of the last run are compared with those before it
-(`compare.compared`). Otherwise:
+(`compared`). Otherwise:
 
 Every image file is read and held against its own record; the classifier's scores of all images are
 computed again and compared with the tables; a few images are drawn again, from the packed weights
@@ -9,14 +9,17 @@ and, where they are given, from the FP32 weights.
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from torch import nn
 
 from lafq.quantization.checkpoint import load_quantized
@@ -27,7 +30,6 @@ from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images import classifier, metrics, samples
 from lafq.study.workspace import Workspace, compute_on, profile_parameters
-from tools import compare
 
 PACKED_IMAGES, IMAGES = 8, 4
 # Another processor, or other kernels on the same one, computes other last bits. Scores of equal
@@ -38,6 +40,97 @@ SCORES = {"fid_mnist": 0.02, "is_mnist": 0.001, "kid_mnist": 0.02}
 # 25; between uniform INT8 and FP32 it is 0.14.
 GREY_LEVELS = 0.02
 ROUNDED = 5e-6
+TOLERANCES = Path(__file__).with_name("tolerances.yaml")
+# Words that name the weights, the machine or a rounded number.
+WORDS = ("sample", "reference", "note", "quantity", "same_machine", "target")
+SHOWN = 10
+
+
+def before(work: Workspace) -> Path:
+    """Where a run keeps the tables that were there before it."""
+    return work.build / "before"
+
+
+def keep_aside(work: Workspace) -> None:
+    """Copy the tables of a profile to `before`, in place of what is there."""
+    shutil.rmtree(before(work), ignore_errors=True)
+    before(work).mkdir(parents=True)
+    for path in work.results.glob("*.csv"):
+        shutil.copy(path, before(work))
+
+
+def compared(work: Workspace) -> tuple[str, list[str]]:
+    """One sentence on all tables of a profile, and a line for every row or verdict that is out of
+    its tolerance.
+
+    A table that has been made for the first time is left out; one that is gone is out of its
+    tolerance.
+    """
+    rows, verdicts, out = [0, 0], [0, 0], []
+    tables = sorted(before(work).glob("*.csv"))
+    for path in tables:
+        name, new = path.stem, work.results / path.name
+        old = _read(path)
+        if (
+            not new.is_file()
+            or list((table := _read(new)).columns) != list(old.columns)
+            or len(table) != len(old)
+        ):
+            rows[1] += len(old)
+            out.append(f"{name}: other rows or columns than before")
+            continue
+        same = pd.DataFrame(
+            {
+                column: _within(name, column, table[column], old[column])
+                for column in old.columns
+                if column not in WORDS
+            }
+        )
+        if "verdict" in same:
+            verdicts = [verdicts[0] + same["verdict"].sum(), verdicts[1] + len(same)]
+        holds = same.all(axis=1)
+        rows = [rows[0] + holds.sum(), rows[1] + len(same)]
+        for i in np.flatnonzero(~holds):
+            off = same.columns[~same.iloc[i]]
+            what = ", ".join(f"{c} {table[c][i]} (before: {old[c][i]})" for c in off[:3])
+            out.append(
+                f"{name}, row {i + 1}: {what}"
+                + (f" and {len(off) - 3} more" if len(off) > 3 else "")
+            )
+    said = f"reproduced: {rows[0]:,} of {rows[1]:,} rows of {len(tables)} tables within the declared tolerance, "
+    return said + f"{verdicts[0]} of {verdicts[1]} verdicts equal", out
+
+
+def report(work: Workspace) -> bool:
+    """Print `compared`, its first lines; returns whether all is within tolerance. Says nothing
+    where nothing was kept aside.
+    """
+    if not any(before(work).glob("*.csv")):
+        return True
+    said, out = compared(work)
+    more = [f"and {len(out) - SHOWN} more"] * (len(out) > SHOWN)
+    print("\n  ".join([said, *out[:SHOWN], *more]))
+    return not out
+
+
+def _read(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
+def _within(name: str, column: str, new: pd.Series, old: pd.Series) -> np.ndarray:
+    """Which rows of a column are the same: numbers within the tolerance, words letter by letter."""
+    rule = next(
+        r
+        for r in yaml.safe_load(TOLERANCES.read_text())
+        if fnmatch(name, r["table"]) and fnmatch(column, r["column"])
+    )
+    if rule.get("ignore"):
+        return np.ones(len(new), dtype=bool)
+    if not (pd.api.types.is_numeric_dtype(new) and pd.api.types.is_numeric_dtype(old)):
+        return (new.astype(str) == old.astype(str)).to_numpy()
+    return np.isclose(
+        new, old, atol=rule.get("absolute", 0.0), rtol=rule.get("relative", 0.0), equal_nan=True
+    )
 
 
 def image_tables(work: Workspace) -> dict[str, pd.DataFrame]:
@@ -145,12 +238,12 @@ def checks(work: Workspace, path: Path | None) -> Iterator[tuple[bool | None, st
                 f"results/{work.profile}/samples is missing: `git checkout -- "
                 f"results/{work.profile}` restores it"
             )
-        if not compare.before(work).is_dir():
+        if not before(work).is_dir():
             raise ValueError(
                 f"nothing to compare with: `make reproduce PROFILE={work.profile}` keeps the "
                 f"earlier tables aside"
             )
-        said, out = compare.compared(work)
+        said, out = compared(work)
         yield not out, said
         yield from ((False, line) for line in out)
         return

@@ -54,11 +54,12 @@ def test_a_peer_is_judged_at_its_own_bytes(script, tiny, digits, monkeypatch, tm
     at these bytes.
     """
     peers = script("peers")
-    monkeypatch.setattr(peers, "load_model", lambda work, width: _copy(tiny))
-    monkeypatch.setattr(peers, "mnist", lambda train: (digits, None))
+    for module in (peers, script("shared")):
+        monkeypatch.setattr(module, "load_model", lambda work, width: _copy(tiny))
+        monkeypatch.setitem(module.PROFILES, 4, "smoke")
+    monkeypatch.setattr(script("shared"), "mnist", lambda train: (digits, None))
     monkeypatch.setattr(peers, "SAMPLES", {4: 64})
     monkeypatch.setattr(peers, "DIGITS", {4: 20})
-    monkeypatch.setattr(peers, "PROFILES", {4: "smoke"})
     names = [n for n, p in tiny.named_parameters() if p.ndim > 1]
     rounded = dequantize_(quantize(tiny, dict.fromkeys(names, "int4")))
     rows = {n: (4, _channels(tiny, n), 0) for n in names}
@@ -81,7 +82,7 @@ def test_a_peer_is_judged_at_its_own_bytes(script, tiny, digits, monkeypatch, tm
         raise RuntimeError("TypeError: no")
 
     monkeypatch.setattr(peers, "quantized_by", fails)
-    assert judge.of("x", 2) == {"width": 4, "library": "x", "bits": 2, "error": "TypeError: no"}
+    assert judge.of("x", 2) == {"error": "TypeError: no"}
 
 
 def _copy(model):
@@ -99,9 +100,8 @@ def _channels(model, name):
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux"
 )
-def test_growth_measures_each_step(script, monkeypatch):
+def test_growth_measures_each_step(script):
     growth = script("growth")
-    monkeypatch.setattr(growth, "compute_on", lambda *_: None)
     for step in growth.STEPS:
         found = growth.one_step(step, 4)
         assert found["seconds"] > 0
@@ -151,13 +151,15 @@ def test_terrain_decibels_and_character(script):
     assert flat["slope"].std() < 0.05 * flat["slope"].mean()
 
 
-def test_passes_are_measured_over_uniform(script):
+def test_passes_are_measured_over_uniform(script, sandbox):
     passes = script("passes")
     torch.manual_seed(0)
     subject = passes.small([nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)], (16,))._replace(
         draws=1
     )
-    table = passes.measured("x", subject, (1, 64))
+    table = script("shared").Table("x", ("network", "passes", "draw", "estimates"))
+    passes.measured(table, "x", subject, (1, 64))
+    table = table.frame
     kinds = ["shrunk", "plain", "shrunk, 4 draws"]
     assert table[["passes", "estimates"]].values.tolist() == [
         [count, kind] for count in (1, 64) for kind in kinds
@@ -177,7 +179,7 @@ def test_sampling_from_packed_weights_takes_less_memory(script, tmp_path):
         small = quantize(model, dict.fromkeys(quantizable(model), low) if low else {})
         save_quantized(tmp_path / "model.safetensors", small, model)
         sizes.append(resident_bytes(small) / 2**20)
-        peaks.append(peak_memory.peak_mib(tmp_path / "model.safetensors", steps=2))
+        peaks.append(peak_memory.peak_mib(tmp_path / "model.safetensors", 32, steps=2))
     # What is not saved of the stored bytes: one layer at a time is FP32 while it is used.
     assert peaks[0] - peaks[1] > 0.6 * (sizes[0] - sizes[1])
 
@@ -186,7 +188,7 @@ def test_measuring_the_memory_of_a_file_that_is_none(script, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("no model")
     with pytest.raises(ValueError, match=r"measuring the memory of .* failed: .*is damaged"):
-        script("peak_memory").peak_mib(path)
+        script("peak_memory").peak_mib(path, 4)
 
 
 def test_a_table_is_continued(script, sandbox):

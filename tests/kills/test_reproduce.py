@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from lafq.study import workspace
-from tools.notebooks import notebooks
+from tools.pages import notebooks
 
 KILLS = 20
 FOLDERS = ("results/smoke", "figures/smoke")

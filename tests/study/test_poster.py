@@ -2,7 +2,6 @@ import pandas as pd
 import pytest
 
 from lafq.study import poster
-from lafq.study.figures import sentences
 
 PUBLISHED = {
     ("baseline", "none"): (59.3030, 1.7225, 134.20),
@@ -67,20 +66,3 @@ def test_compare_puts_the_published_values_beside_ours(row, fid, memory):
     assert found["mem_paper_mib"] == memory if memory else pd.isna(found["mem_paper_mib"])
     if memory:
         assert found["mem_share_paper"] == pytest.approx(memory / 134.20)
-
-
-def test_published_ratio_sizes():
-    sentence = sentences.published_ratio_sizes()
-    assert "sizes are smaller: 50.7% at ratio 0.35 (at least 67.5% needed);" in sentence
-    assert "47.9% at ratio 0.38 (at least 69.0% needed; below uniform FP16);" in sentence
-    assert "50.4% at ratio 0.40 (at least 70.0% needed)." in sentence
-
-
-def test_changes_by_format_and_reached_sizes():
-    table = pd.concat(
-        [ours("baseline", "none", "fp32"), ours("global", "tau=1").assign(fid_mnist=9.5)]
-    )
-    assert "fp16 +0.500 (1 row)" in sentences.changes_by_format(table)
-    assert "fp16 by tensor 50.0% (10.0% of the weights stay FP32)" in sentences.reached_sizes(
-        table, "global", 0.533
-    )

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from lafq.study import poster, replicates, workspace
-from lafq.study.budget import budget, methods, summaries
+from lafq.study.budget import budget, methods
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.unet import quantizable
@@ -163,9 +163,7 @@ def test_budget_rows_join_those_of_06(smoke, tiny, monkeypatch):
     known = methods.measured_sensitivity(tiny, 20, seed=0)
     allocated = methods.allocated(tiny, known, list(evidence.ALLOCATED), granularities=("mixed",))
     rows = [*methods.uniform(tiny, known), *allocated, *methods.tuned(allocated, [4.0], 2)]
-    table = summaries.with_fid(
-        budget.measure_candidates(tiny, rows, known, seed=0, digits=10), found
-    )
+    table = budget.with_fid(budget.measure_candidates(tiny, rows, known, seed=0, digits=10), found)
     joined = table[table["n_images"] == 20]
     assert len(joined) == (~found["rule"].isin(["baseline", *evidence.RULES])).sum()
     assert joined["fid_mnist_delta"].notna().all()

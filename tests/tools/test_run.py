@@ -21,7 +21,7 @@ from lafq.study.images import samples
 from lafq.study.rows import BASELINE, KEY, Row, sizes
 from lafq.study.workspace import Workspace, profile_parameters
 from tools import run
-from tools.notebooks import notebooks
+from tools.pages import notebooks
 
 SMOKE = Workspace("smoke")
 

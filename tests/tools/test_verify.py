@@ -13,7 +13,7 @@ from lafq.study.images import samples
 from lafq.study.rows import BASELINE, Row
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors
-from tools import compare, verify
+from tools import verify
 
 SMOKE = Workspace("smoke", keep=True)
 SAMPLING = samples.Sampling(8, 2, 0, 4)
@@ -90,7 +90,7 @@ def test_a_profile_that_keeps_no_images_is_compared_with_the_tables_before(sandb
     with pytest.raises(ValueError, match="nothing to compare with: `make reproduce PROFILE=smoke`"):
         list(verify.checks(SMOKE, None))
     workspace.save_table(SMOKE, "03_global", pd.DataFrame({"fid_mnist": [90.0]}))
-    compare.keep_aside(SMOKE)
+    verify.keep_aside(SMOKE)
     assert [holds for holds, _ in verify.checks(SMOKE, None)] == [True]
     workspace.save_table(SMOKE, "03_global", pd.DataFrame({"fid_mnist": [91.0]}))
     assert [holds for holds, _ in verify.checks(SMOKE, None)] == [False, False]

@@ -154,3 +154,28 @@ def images(
         size = {"mem_mib": nbytes(model, row.plan) / MIB, "sample": key}
         found.append(row.key | {"setting": name} | size)
     return pd.DataFrame(found), samples
+
+
+def with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> pd.DataFrame:
+    """Rows of `measure_candidates` with fid_mnist_delta, _low, _high and n_images, empty
+    where `make evidence` has none.
+    """
+    names = {f"delta_fid_mnist{end}": f"fid_mnist_delta{end}" for end in ("", "_low", "_high")}
+    columns = [*names.values(), "n_images"]
+    if evidence is None:
+        return table.assign(**dict.fromkeys(columns, np.nan))
+    key = BUDGET_KEY
+    found = evidence.rename(columns=names).assign(budget_bits=evidence["budget_bits"].astype(float))
+    return table.merge(found[key + columns], on=key, how="left")
+
+
+def bits_of_equal_damage(rows: pd.DataFrame, damage: float) -> float:
+    """Budget in bits per weight at which rows, sorted by it, do this damage, between two of them
+    log-linear; NaN outside.
+    """
+    logs = np.log(rows["damage"].to_numpy())[::-1]
+    return float(
+        np.interp(
+            np.log(damage), logs, rows["budget_bits"].to_numpy()[::-1], left=np.nan, right=np.nan
+        )
+    )

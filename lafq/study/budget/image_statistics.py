@@ -48,29 +48,6 @@ def image_statistics(
     return pd.DataFrame(rows)
 
 
-def why_fid_and_damage_differ(table: pd.DataFrame) -> str:
-    """What a table of `image_statistics` says of uniform INT4 beside INT3, and of the rule by
-    magnitude beside FP32.
-    """
-    rows = table.set_index("images")
-    three, four, fp32, real = (
-        rows.loc[name] for name in ("uniform INT3", "uniform INT4", "FP32", REAL)
-    )
-    magnitude = rows.loc["magnitude, 6 bits per weight"]
-    return (
-        f"N = {four['n_images']:.0f}, MNIST features: FID is {four['fid_mnist']:.0f} for uniform "
-        f"INT4 and "
-        f"{three['fid_mnist']:.0f} for INT3. The background of INT4's images has a grey value of "
-        f"{four['background']:.3f} (INT3: "
-        f"{three['background']:.3f}; real digits: {real['background']:.3f}). An MNIST classifier "
-        f"reads {four['share']:.0%} of "
-        f"INT4's images as {four['digit']:.0f}. FP32 has FID {fp32['fid_mnist']:.1f}; the rule "
-        f"magnitude at 6 bits has "
-        f"{magnitude['fid_mnist']:.1f}, while {magnitude['class_changed']:.0%} of its images show "
-        f"another digit."
-    )
-
-
 def with_damage(table: pd.DataFrame, budget: pd.DataFrame) -> pd.DataFrame:
     """A table of `image_statistics` with the damage of each set's model, from rows of
     `budget.measure_candidates`.

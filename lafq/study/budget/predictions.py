@@ -87,27 +87,6 @@ def rank_correlations(points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table, index=list(PROXIES)).rename_axis("prediction").reset_index()
 
 
-def best_predictors(ranks: pd.DataFrame, rows: pd.DataFrame) -> str:
-    """What predicts damage, from `rank_correlations` and from the measured damage of the plans of
-    `allocate_by_proxy`.
-    """
-    within = ranks.set_index("prediction").drop(columns="all formats")
-    by = {name: f"{within.loc[name].min():.2f} to {within.loc[name].max():.2f}" for name in PROXIES}
-    over = rows.set_index("method")["damage"] / rows.set_index("method")["damage"]["by measured"]
-    ranks_well = within.loc["Fisher x error"].min() > 0.95
-    return (
-        f"**Fisher information times squared rounding error "
-        f"{'ranks' if ranks_well else 'does not rank'} weight tensors by their "
-        f"damage.** Its rank correlation with the measured damage is {by['Fisher x error']} within "
-        f"a format. Fisher information "
-        f"alone has {by['Fisher']}, magnitude {by['magnitude']}. Each score also chose formats "
-        f"({rows['budget_bits'].iloc[0]:g} "
-        f"bits per weight). Formats by Fisher information times error do "
-        f"{over['by Fisher x error']:.1f} times the damage of "
-        f"formats by measured damage; by magnitude, {over['by magnitude']:.0f} times."
-    )
-
-
 def allocate_by_proxy(
     model: nn.Module, points: pd.DataFrame, bits: float, calibration: Sensitivity
 ) -> list[Row]:

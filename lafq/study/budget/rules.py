@@ -18,39 +18,6 @@ LAYERWISE = {
 SAID = "several thresholds are better than one for all"
 
 
-def rules_at_equal_bytes(table: pd.DataFrame, rounding: str) -> pd.DataFrame:
-    """Damage of every threshold rule over that of one threshold for all, by budget; rows of
-    `budget.measure_candidates`.
-
-    One row per rule, one column per
-    budget, intervals in brackets.
-    """
-    rows = table[(table["rounding"] == rounding) & table["over_global"].notna()]
-    cells = [over_global(row) for _, row in rows.iterrows()]
-    cells = np.where(
-        rows["rule"] == "global",
-        [f"1 (damage {d:.1e})" for d in rows["damage"]],
-        cells,
-    )
-    named = rows.assign(cell=cells)
-    named["budget"] = [f"{bits:g} bits per weight" for bits in named["budget_bits"]]
-    found = named.pivot(index="rule", columns="budget", values="cell")
-    return (
-        found.loc[named["rule"].unique(), named["budget"].unique()]
-        .rename_axis(columns=None)
-        .reset_index()
-    )
-
-
-def over_global(row: pd.Series) -> str:
-    """A row's damage over that of one threshold, with its interval."""
-    value, low, high = (
-        f"{v:,.0f}" if v >= 10 else f"{v:.1f}"
-        for v in row[[f"over_global{end}" for end in ("", "_low", "_high")]]
-    )
-    return f"{value} [{low}, {high}]"
-
-
 def damage_claims(table: pd.DataFrame, rounding: str) -> list[Claim]:
     """Damage of every layer-wise rule over that of the global one, rounded alike, at RATE bits per
     weight.

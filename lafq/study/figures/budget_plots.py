@@ -11,10 +11,10 @@ from matplotlib.ticker import LogLocator
 
 from lafq.study.budget.methods import CODED, FEEDBACK
 from lafq.study.budget.predictions import PROXIES
-from lafq.study.budget.summaries import CODED_RATE
 from lafq.study.figures.plots import bars
 from lafq.study.figures.tables import with_rounding
 
+CODED_RATE = 3.0  # bits per weight of the file
 NAMED = {
     "allocator": "D",
     "allocator, tuned": "*",

@@ -1,12 +1,9 @@
 """Tables as a reader sees them: which rows and columns, rounded, with their intervals."""
 
-import re
-
 import pandas as pd
 
 from lafq.quantization.formats import MIB
 from lafq.study.budget.methods import CODED, FEEDBACK
-from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.diffusion.unet import LAYERS, UNet
 from lafq.study.results import METHODS
 from lafq.study.rows import KEY
@@ -49,34 +46,6 @@ DIGITS = {
 WITH_INTERVAL = ("fid_mnist", "delta_fid_mnist", "delta_fid_inception", "delta_loss")
 
 
-def note(table: pd.DataFrame) -> str:
-    """The sentence over every table of rows: N, sampling, reference sets and padding."""
-    images, steps = table["n_images"].iloc[0], table["steps"].iloc[0]
-    seen = (
-        re.search(r"Inception: (\d+)", " ".join(table["reference"]))
-        if "reference" in table
-        else None
-    )
-    count = REFERENCE.stop - REFERENCE.start
-    inception = (
-        f" (Inception: "
-        f"{'the same digits' if int(seen[1]) == count else f'the first {int(seen[1]):,} of them'})"
-        if seen
-        else ""
-    )
-    return (
-        f"N = {images} images per row, {steps:,} sampling steps, the same noise in every row. FID "
-        f"compares with test digits "
-        f'{REFERENCE.start:,}-{REFERENCE.stop - 1:,}{inception}; all images are 32x32. "mnist": features of our MNIST '
-        "classifier. IS uses MNIST features (the poster's: Inception). class_changed: share of "
-        "images whose digit changes for "
-        "this classifier. psnr: against FP32's images. kept_share: share of weights kept in FP32. "
-        "delta_: difference from FP32. "
-        "MiB = 2**20 bytes. In brackets: 95 % intervals at this N, paired bootstrap over the "
-        "images (1,000 resamples)."
-    )
-
-
 def format_table(
     table: pd.DataFrame, columns: list[str], with_interval: tuple[str, ...] = WITH_INTERVAL
 ) -> pd.DataFrame:
@@ -98,8 +67,7 @@ def format_table(
 
 
 def tidy(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `evaluate.evaluate` as it is shown; prints the note that belongs to it."""
-    print(note(table))
+    """A table of `evaluate.evaluate` as it is shown."""
     return format_table(table, [c for c in SHOWN if c in table and not table[c].isna().all()])
 
 

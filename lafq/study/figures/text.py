@@ -7,17 +7,29 @@ from typing import Any
 
 import pandas as pd
 
-Column = str | tuple[str, ...] | Callable[[pd.Series], str]
+Spec = str | Callable[[Any], str]
+Column = str | tuple[str | Spec, ...] | Callable[[pd.Series], str]
+WORDS = {"allocate": "allocator", "allocate_all": "allocator, all weights"}
+ROUNDED = {"nearest": "nearest code", "feedback": "error feedback", "none": ""}
 
 
-def write(value: Any, spec: str = "") -> str:
-    """A value by a format spec (".2f") or a template ("{:.1f} dB"); "" where there is none."""
+def name(row: pd.Series) -> str:
+    """How a reader sees the rule and the rounding of a row: "allocator, error feedback"."""
+    rounding = "entropy-coded" if row["format"] == "coded" else row["rounding"]
+    words = WORDS.get(row["rule"], row["rule"]), ROUNDED.get(rounding, rounding)
+    return ", ".join(word for word in words if word)
+
+
+def write(value: Any, spec: Spec = "") -> str:
+    """A value by a format spec (".2f"), a template ("{:.1f} dB") or a function; "" for no value."""
     if not isinstance(value, str) and pd.isna(value):
         return ""
+    if callable(spec):
+        return spec(value)
     return spec.format(value) if "{" in spec else format(value, spec)
 
 
-def interval(row: Any, name: str, spec: str = "+.2f") -> str:
+def interval(row: Any, name: str, spec: Spec = "+.2f") -> str:
     """ "value [low, high]" of a row (a Series, a mapping, or of itertuples).
 
     The ends stand in `<name>_low` and `<name>_high`, or in `low` and `high`; without ends, or

@@ -18,7 +18,7 @@ from lafq.study.figures.explore import Setting
 from lafq.study.images.samples import Sampling
 from lafq.study.workspace import Workspace
 from lafq.tensors import save_tensors
-from tools import notebooks
+from tools import pages, publish
 
 SMOKE = Workspace("smoke")
 
@@ -213,18 +213,16 @@ def test_no_widget_is_written_to_a_notebook(tmp_path):
     seen = nbformat.v4.new_output("display_data", {"image/png": "", "text/plain": "figure"})
     widget = nbformat.v4.new_output(
         "execute_result",
-        {notebooks.WIDGET: {"model_id": "1"}, "text/plain": "VBox()"},
+        {publish.WIDGET: {"model_id": "1"}, "text/plain": "VBox()"},
         execution_count=1,
     )
     cell = nbformat.v4.new_code_cell("x", outputs=[seen, widget], execution_count=1)
-    notebooks.clean(
-        path, nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"state": {}}})
-    )
+    publish.clean(path, nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"state": {}}}))
     notebook = nbformat.read(path, as_version=4)
     assert notebook.cells[0].outputs == [seen]
     assert "widgets" not in notebook.metadata
 
 
 def test_the_explorer_runs_last():
-    names = [path.stem for path in notebooks.notebooks()]
-    assert (names[0], names[-1]) == ("01_train", notebooks.EXPLORER)
+    names = [path.stem for path in pages.notebooks()]
+    assert (names[0], names[-1]) == ("01_train", pages.EXPLORER)

@@ -14,6 +14,20 @@ FRAME = pd.DataFrame(
 )
 
 
+@pytest.mark.parametrize(
+    ("rule", "format", "rounding", "words"),
+    [
+        ("baseline", "fp32", "none", "baseline"),
+        ("global", "int3", "feedback", "global, error feedback"),
+        ("allocate", "any", "nearest", "allocator, nearest code"),
+        ("allocate_all", "any", "tuned", "allocator, all weights, tuned"),
+        ("allocate", "coded", "feedback", "allocator, entropy-coded"),
+    ],
+)
+def test_a_row_has_a_name_for_readers(rule, format, rounding, words):
+    assert text.name({"rule": rule, "format": format, "rounding": rounding}) == words
+
+
 def test_a_value_with_its_interval():
     assert text.interval(FRAME.iloc[0], "x") == "+0.50 [+0.25, +1.00]"
     assert text.interval(next(FRAME.itertuples()), "x", ".1f") == "0.5 [0.2, 1.0]"

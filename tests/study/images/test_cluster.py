@@ -8,7 +8,7 @@ from lafq.study.images import cluster, samples
 from lafq.study.images import evaluate as evaluation
 from lafq.study.rows import BASELINE
 from lafq.study.workspace import Workspace
-from tools.notebooks import notebooks
+from tools.pages import notebooks
 from tools.run import check
 
 

@@ -1,0 +1,147 @@
+"""The committed notebooks: executed from results/, and told apart from results that were computed
+anew since.
+"""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+
+from lafq.study import workspace
+from lafq.study.workspace import profile_parameters
+from lafq.tensors import atomic_write
+from tools import pages
+from tools.pages import EXPLORER, notebooks
+
+PAPER = "paper"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
+MAIN_TABLE = {"01_train": "01_baseline"}
+
+
+def declared(notebook: Path) -> dict[str, Any]:
+    """The parameters that a notebook's `parameters` cell declares, with their defaults."""
+    found: dict[str, Any] = {}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            exec(cell.source, {}, found)
+    return found
+
+
+def clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:
+    """Write a notebook without what names this run or machine: papermill's record, times, progress
+    bars, versions.
+
+    Widgets go too: their state is not kept, and a page that shows the notebook could not draw them
+    without it.
+    """
+    notebook = notebook or nbformat.read(path, as_version=4)
+    notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec",) if k in notebook.metadata}
+    notebook.metadata["language_info"] = {"name": "python"}
+    for cell in notebook.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "code":
+            cell.outputs = [
+                o
+                for o in cell.outputs
+                if o.get("name") != "stderr" and WIDGET not in o.get("data", {})
+            ]
+    with atomic_write(path) as temporary, temporary.open("w") as file:
+        nbformat.write(notebook, file)
+
+
+def publish(only: str = "") -> None:
+    """Fill and execute notebooks/ in place, COMPUTE false, and notebooks/paper/ with the values of
+    profile paper. Times of the last complete `make reproduce` go to results/<profile>/timing.json.
+    """
+    for timing in workspace.BUILD.glob("*/timing.json"):
+        asked = {path.stem for path in notebooks(profile=timing.parent.name)} - {EXPLORER}
+        if asked <= set(json.loads(timing.read_text())["notebooks"]):
+            with atomic_write(workspace.RESULTS / timing.parent.name / timing.name) as temporary:
+                shutil.copy(timing, temporary)
+    for path in notebooks(only):
+        notebook = nbformat.read(path, as_version=4)
+        _execute(notebook, path, declared(path)["PROFILE"])
+        if path in rendered(PAPER):
+            notebook = with_parameters(notebook, profile_parameters(PAPER))
+            _execute(notebook, workspace.NOTEBOOKS / PAPER / path.name, PAPER)
+
+
+def rendered(profile: str) -> list[Path]:
+    """The notebooks that stand in notebooks/<profile>/ as well: what that profile runs, has tables
+    of, and is not their default.
+    """
+    folder = workspace.RESULTS / profile
+    return [
+        path
+        for path in notebooks(profile=profile)
+        if (folder / f"{MAIN_TABLE.get(path.stem, path.stem)}.csv").is_file()
+        and declared(path)["PROFILE"] != profile
+    ]
+
+
+def with_parameters(
+    notebook: nbformat.NotebookNode, parameters: dict[str, Any]
+) -> nbformat.NotebookNode:
+    """The notebook with a profile's values in its parameters cell, and with links that hold one
+    folder deeper.
+    """
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = _with_values(cell.source, parameters)
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\]\(((?:\.\./)*[\w./]+)\)", r"](../\1)", cell.source)
+    return notebook
+
+
+def _with_values(source: str, parameters: dict[str, Any]) -> str:
+    """The source with other values assigned, each on a line with the comment that stood there."""
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):
+        name = ast.unparse(node).split()[0]
+        if name in parameters:
+            comment = lines[node.end_lineno - 1][node.end_col_offset :]
+            literal = repr(parameters[name]).replace("'", '"')
+            value = f"{name} = {literal}{comment}"
+            # What is assigned in parts, with |=, stands whole in the first.
+            lines[node.lineno - 1 : node.end_lineno] = [value] * isinstance(node, ast.Assign)
+    return "\n".join(lines)
+
+
+def _execute(notebook: nbformat.NotebookNode, path: Path, profile: str) -> None:
+    pages.fill_notebook(notebook, profile)
+    client = NotebookClient(notebook, record_timing=False, extra_arguments=QUIET_KERNEL)
+    client.resources = {"metadata": {"path": str(workspace.NOTEBOOKS)}}
+    client.execute()
+    clean(path, notebook)
+    print(f"{path.relative_to(workspace.ROOT)}: refreshed from results/")
+
+
+def published() -> Path:
+    """The folder whose results/ the committed notebooks and README were published from: the
+    repository, or, where results/ was computed anew since, a copy of what the last commit holds.
+    """
+
+    def changed(*names: str) -> bool:
+        git = ["git", "diff", "--quiet", "HEAD", "--", *names]
+        return subprocess.run(git, cwd=workspace.ROOT, capture_output=True).returncode == 1
+
+    if not changed("results") or changed("notebooks", "README.md"):
+        return workspace.ROOT
+    folder = workspace.BUILD / "published"
+    shutil.rmtree(folder, ignore_errors=True)
+    archive = workspace.BUILD / "published.tar"
+    git = ["git", "archive", "-o", str(archive), "HEAD", "results"]
+    subprocess.run(git, cwd=workspace.ROOT, check=True)
+    shutil.unpack_archive(archive, folder, filter="data")
+    print(
+        "results/ is newer than the pages: they are held against the last commit's", file=sys.stderr
+    )
+    return folder
