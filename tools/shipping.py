@@ -16,12 +16,12 @@ from lafq.allocation.coded import allocate_coded
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize_, quantize
-from lafq.study import workspace
+from lafq.study import damage, workspace
 from lafq.study.budget import methods
+from lafq.study.diffusion import training
 from lafq.study.diffusion.subject import PACKED, load_model
-from lafq.study.images import scoring
 from lafq.study.images.evaluate import evaluate
-from lafq.study.images.samples import Sampling
+from lafq.study.images.sampling import Sampling
 from lafq.study.rows import BASELINE, Row
 from lafq.study.workspace import Workspace, profile_parameters
 
@@ -64,9 +64,9 @@ def ship(
     ]
     table, _ = evaluate(work, model, rows, sampling, inception_reference)
     seed = sampling.seed + OTHER_NOISE
-    outputs = scoring.held_out_outputs(model, seed)
+    outputs = training.held_out_outputs(model, seed)
     damage = [
-        scoring.output_mse(*scoring.output_errors(m, outputs, seed), seed)
+        damage.output_mse(*damage.output_errors(m, outputs, seed), seed)
         for m in (model, dequantize_(small))
     ]
     return table.join(pd.DataFrame(damage)[["damage", "damage_low", "damage_high"]])

@@ -19,9 +19,9 @@ from torch import Tensor
 from lafq.rng import generator
 from lafq.study import poster
 from lafq.study.diffusion.unet import layer_of
-from lafq.study.images import bootstrap
-from lafq.study.images.evaluate import InceptionFeatures
-from lafq.study.images.scoring import Scored, make_scorer
+from lafq.study.images import metrics
+from lafq.study.images.evaluate import Scored, Scorer
+from lafq.study.images.features import FeatureExtractor, mnist_extractor
 from lafq.study.verdict import FID_MARGIN, MARGIN_IMAGES, holm, verdict
 
 FRONT = ("Layer1", "Layer2")
@@ -67,26 +67,21 @@ class Judge(NamedTuple):
     margin: float
 
 
-def judge(images: dict[str, np.ndarray], seed: int, inception: InceptionFeatures | None) -> Judge:
+def judge(images: dict[str, np.ndarray], seed: int, inception: FeatureExtractor | None) -> Judge:
     """The judge of rows with these images, uint8 (N, 32, 32): on Inception features, or without
     them on the classifier's.
     """
     count = len(next(iter(images.values())))
-    score = make_scorer(count, seed, inception.reference if inception else None)
+    scorer, extractor = Scorer(count, seed), inception or mnist_extractor()
 
     @cache
     def scored(sample: str) -> Scored:
-        generated = torch.from_numpy(images[sample])[:, None]
-        return score(generated, inception.extract(generated) if inception else None)
+        return scorer.score(torch.from_numpy(images[sample])[:, None], [extractor])
 
+    features, margin = "MNIST", 0.0
     if inception:
-        return Judge(
-            scored,
-            "fid_inception",
-            f"Inception features, N = {count}",
-            FID_MARGIN * (count == MARGIN_IMAGES),
-        )
-    return Judge(scored, "fid_mnist", f"MNIST features, N = {count}", 0.0)
+        features, margin = "Inception", FID_MARGIN * (count == MARGIN_IMAGES)
+    return Judge(scored, f"fid_{extractor.name}", f"{features} features, N = {count}", margin)
 
 
 def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int) -> list[Claim]:
@@ -111,7 +106,7 @@ def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int
     early = torch.tensor([t < HALF for t in sums.loc[True].index])
     bins, count = value.shape[1:]
     chosen = torch.randint(
-        count, (bootstrap.RESAMPLES, bins, count), generator=generator(seed, count)
+        count, (metrics.RESAMPLES, bins, count), generator=generator(seed, count)
     )
     draws = torch.stack([side.expand(len(chosen), -1, -1).gather(2, chosen) for side in value], 1)
     of_front = weights[[n for n in weights.index if front[n]]].sum() / weights.sum()
@@ -139,7 +134,7 @@ def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int
     found = []
     for claim, (quantity, words) in quantities.items():
         measured = quantity(value).item()
-        ends = (measured, *bootstrap.interval(measured, quantity(draws)))
+        ends = (measured, *metrics.interval(measured, quantity(draws)))
         ends = ends if claim == "C2 share" else tuple(math.exp(end) for end in ends)
         found.append(
             Claim(
@@ -217,7 +212,7 @@ def layerwise_images(table: pd.DataFrame, by: Judge) -> Claim:
 
 
 def _contrast(claim: str, quantity: str, measured: float, draws: Tensor, margin: float) -> Claim:
-    low, high = bootstrap.interval(measured, draws)
+    low, high = metrics.interval(measured, draws)
     return Claim(
         claim,
         SAID[claim],

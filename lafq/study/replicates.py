@@ -24,9 +24,9 @@ from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.fisher_analysis import fisher_by_timestep
-from lafq.study.images.bootstrap import LEVEL
 from lafq.study.images.evaluate import evaluate
-from lafq.study.images.samples import Sampling
+from lafq.study.images.metrics import LEVEL
+from lafq.study.images.sampling import Sampling
 from lafq.study.rows import BASELINE, Row
 from lafq.study.verdict import verdict
 from lafq.study.workspace import Workspace

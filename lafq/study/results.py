@@ -7,17 +7,15 @@ import pandas as pd
 from torch import nn
 
 from lafq.study import claims, poster
-from lafq.study.images import samples
-from lafq.study.images.evaluate import evaluate, load_inception
-from lafq.study.images.samples import Sampling
+from lafq.study.images.evaluate import evaluate
+from lafq.study.images.features import inception_extractor
+from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import KEY, Row
 from lafq.study.workspace import (
     Workspace,
-    load_images,
     load_optional,
     load_table,
     read_table,
-    save_images,
     save_table,
 )
 
@@ -27,32 +25,18 @@ METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
 def save_rows(
     work: Workspace, name: str, table: pd.DataFrame, images: dict[str, np.ndarray]
 ) -> None:
-    """Write what `evaluate.evaluate` returned: the table, and the images unless they are kept in
-    results/<profile>/samples.
-    """
-    if work.keep:
-        (work.results / f"{name}.npz").unlink(missing_ok=True)
-    else:
-        save_images(work, name, images)
-    save_table(work, name, table)
+    """Write what `evaluate.evaluate` returned."""
+    ImageStore(work).save_rows(name, table, images)
 
 
 def load_rows(
     work: Workspace, name: str, with_baseline: bool = False
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Read what `save_rows` wrote, from where the images are, on request with the baseline of
-    01_train as the first row.
+    """Read what `save_rows` wrote, on request with the baseline of 01_train as the first row.
 
     Raises ValueError for a baseline of other images or sampling steps.
     """
-    table = load_table(work, name)
-    if not (work.results / f"{name}.npz").is_file() and samples.samples_folder(work).is_dir():
-        images = {
-            row.sample: samples.stored_images(work, row.sample, row.n_images)
-            for row in table.itertuples()
-        }
-    else:
-        images = load_images(work, name)
+    table, images = ImageStore(work).load_rows(name)
     if with_baseline:
         baseline, its_images = load_rows(work, "01_baseline")
         for column in ("n_images", "steps"):
@@ -126,7 +110,7 @@ def image_claims(
     by = claims.judge(
         {k: v for found in images for k, v in found.items()},
         seed,
-        load_inception(work, inception_reference),
+        inception_extractor(inception_reference),
     )
     return [*claims.best_ratio(table, by), claims.layerwise_images(table, by)]
 

@@ -20,8 +20,8 @@ from lafq.quantization.model import dequantize_, nbytes, quantize
 from lafq.quantization.plan import Plan, Recipe
 from lafq.rng import generator
 from lafq.study.budget import budget, methods, predictions, rules
+from lafq.study.diffusion import training
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.images import scoring
 
 MIB = 2**20
 
@@ -391,8 +391,8 @@ def test_judged_rows_measure_the_plan(model, known):
     )
     sizes = table[table["granularity"] == "mixed"]["mem_mib"]
     assert sizes.between(0.98 * methods.mib_at(model, 4.0), methods.mib_at(model, 4.0)).all()
-    before = scoring.held_out_outputs(model, 0, 20)
-    assert not scoring.output_errors(model, before, 0)[0].any()
+    before = training.held_out_outputs(model, 0, 20)
+    assert not damage.output_errors(model, before, 0)[0].any()
 
 
 @pytest.mark.slow

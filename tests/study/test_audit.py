@@ -3,13 +3,13 @@ import math
 import pandas as pd
 import pytest
 import torch
-from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from lafq.allocation.rules import keep_ratio
 from lafq.study.audit import fisher_values, noise_floor, protocol
 from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.unet import UNet, quantizable
+from lafq.study.images.features import FeatureExtractor
 from lafq.study.images.metrics import Reference
 
 
@@ -99,19 +99,16 @@ def test_stretched_images_fill_the_range():
 
 
 def test_protocol_choices():
-    def features(x):
-        return x[:, 0, 8:24:4, 8:24:4].float().flatten(1) / 255
+    class Pixels(torch.nn.Module):
+        def forward(self, x):
+            return x[:, 0, 8:24:4, 8:24:4].flatten(1), None
 
     real, other, worse = (mnist(train=False)[0][HELD_OUT][i : i + 40] for i in (0, 40, 80))
     worse = worse // 2
-    seen = features(mnist(train=False)[0][:500])
-    reference = Reference(seen, fid_features_to_statistics(seen))
-    eye = protocol.FeatureExtractor(
-        features, reference, (reference, Reference(seen, fid_features_to_statistics(2 * seen)))
-    )
-    table = protocol.protocol_choices({"pixels": eye}, real, worse, other, seed=0).set_index(
-        "choice"
-    )
+    eye = FeatureExtractor("pixels", Pixels(), unit_interval, 100, reference_images=500)
+    sizes = {"pixels": (eye.reference, Reference(2 * eye.reference.features))}
+    table = protocol.protocol_choices({"pixels": eye}, sizes, real, worse, other, seed=0)
+    table = table.set_index("choice")
     assert len(table) == 4
     untouched = table[table.index.str.contains("R1")].iloc[0]
     assert untouched["released"] == 0
@@ -131,7 +128,7 @@ def test_floor_goes_down_with_n_and_its_extrapolation_near_nothing():
     other = torch.randn(5000, 16, generator=g)
     table = noise_floor.floor(
         torch.randn(5000, 16, generator=g),
-        Reference(other, fid_features_to_statistics(other)),
+        Reference(other),
         seed=0,
     )
     fid = table[table["metric"] == "fid"].set_index("n")

@@ -7,7 +7,7 @@ from lafq.study import claims, poster
 from lafq.study.claims import Judge
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.unet import LAYERS
-from lafq.study.images.scoring import Scored
+from lafq.study.images.evaluate import Scored
 from lafq.study.rows import KEY
 
 BINS, BLOCKS = range(0, 1000, 100), 10

@@ -13,7 +13,7 @@ from lafq.study.diffusion import subject
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.fisher_analysis import fisher_by_timestep
-from lafq.study.images import samples
+from lafq.study.images import sampling
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors
 from tools import evidence
@@ -115,7 +115,7 @@ def test_training_runs_differ_and_are_not_done_twice(sandbox, monkeypatch, threa
     assert not set(rows[rows["seed"] == 1]["sample"]) & set(rows[rows["seed"] == 2]["sample"])
     assert once["runs_claims"]["claim"].tolist() == ["C1", "C2", "C2 share", "C3", "C4 images"] * 2
     assert len(once["runs_over"]) == 5
-    monkeypatch.setattr(samples, "sample", None)
+    monkeypatch.setattr(sampling, "sample", None)
     again = evidence.runs("smoke", seeds=(1, 2))
     for name, table in once.items():
         pd.testing.assert_frame_equal(again[name], table)

@@ -22,7 +22,7 @@ from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.training import fit
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images.evaluate import evaluate
-from lafq.study.images.samples import Sampling
+from lafq.study.images.sampling import Sampling
 from lafq.study import results, threshold_rows, workspace
 from lafq.study.workspace import Workspace
 

@@ -17,7 +17,7 @@ from lafq.study import results, threshold_rows, workspace
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images import evaluate as evaluation
-from lafq.study.images import samples
+from lafq.study.images import sampling
 from lafq.study.rows import BASELINE, KEY, Row, sizes
 from lafq.study.workspace import Workspace, profile_parameters
 from tools import run
@@ -212,14 +212,14 @@ def cached_samples(monkeypatch):
         calls.append(1)
         return original(*args, **kwargs)
 
-    original = samples.sample
-    monkeypatch.setattr(samples, "sample", counted)
+    original = sampling.sample
+    monkeypatch.setattr(sampling, "sample", counted)
     return calls
 
 
 def evaluate(model, candidates, **changes):
     return evaluation.evaluate(
-        SMOKE, model, candidates, samples.Sampling(3, 2, 0)._replace(**changes)
+        SMOKE, model, candidates, sampling.Sampling(3, 2, 0)._replace(**changes)
     )
 
 
@@ -256,8 +256,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypat
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    original = samples.sample
-    monkeypatch.setattr(samples, "sample", killed_at_the_third)
+    original = sampling.sample
+    monkeypatch.setattr(sampling, "sample", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny, rows)
     resumed, _ = evaluate(tiny, rows)

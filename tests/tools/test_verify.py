@@ -9,14 +9,15 @@ from lafq.study import results, threshold_rows, workspace
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation
-from lafq.study.images import samples
+from lafq.study.images import sampling
+from lafq.study.images.sampling import ImageStore
 from lafq.study.rows import BASELINE, Row
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors
 from tools import verify
 
 SMOKE = Workspace("smoke", keep=True)
-SAMPLING = samples.Sampling(8, 2, 0, 4)
+SAMPLING = sampling.Sampling(8, 2, 0, 4)
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_a_changed_number_a_damaged_file_and_other_weights_are_found(
         "packed weights: 8 images drawn again" in line
         for line in lines(*verify.checks(SMOKE, None))
     ] == [True]
-    next(samples.samples_folder(SMOKE).iterdir()).write_bytes(b"")
+    next(ImageStore(SMOKE).folder.iterdir()).write_bytes(b"")
     monkeypatch.setattr("sys.argv", ["tools.verify", "--profile", "smoke"])
     assert verify.main() == 1
     assert "FAILED: " in capsys.readouterr().out
@@ -104,5 +105,5 @@ def test_missing_images_of_a_profile_that_keeps_them(sandbox):
 @pytest.mark.slow
 def test_the_tolerance_is_below_one_flipped_image(made):
     row = next(workspace.load_table(SMOKE, "01_baseline").itertuples())
-    kept = samples.stored_images(SMOKE, row.sample, 4).astype(int)
+    kept = ImageStore(SMOKE).images(row.sample, 4).astype(int)
     assert np.abs(kept - kept[::-1]).mean() > verify.GREY_LEVELS

@@ -18,12 +18,12 @@ from torch.func import functional_call, grad
 from lafq.allocation.rules import GROUPS, by_layer, keep_ratio
 from lafq.quantization.model import dequantize_, quantize
 from lafq.quantization.plan import make_plan
+from lafq.study.diffusion import training
 from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
 from lafq.study.diffusion.unet import UNet, layer_of, quantizable
 from lafq.study.fisher_analysis import fisher_by_timestep
-from lafq.study.images import scoring
 from lafq.study.images.evaluate import evaluate
-from lafq.study.images.samples import Sampling
+from lafq.study.images.sampling import Sampling
 from lafq.study.rows import KEY, Row
 from lafq.study.workspace import Workspace
 
@@ -108,7 +108,7 @@ def fisher_choices(
     and the rise of the held-out denoising loss when the ratio rule on these values sends the other
     single weights to INT8 and to INT4."""
     ours = found["this project"]
-    losses = scoring.held_out_losses(model, seed)
+    losses = training.held_out_losses(model, seed)
     rows = []
     for name, values in found.items():
         row = {
@@ -119,7 +119,7 @@ def fisher_choices(
         for low in ("int8", "int4"):
             plan = make_plan(keep_ratio(values, ratio), low)
             rise = (
-                (scoring.held_out_losses(dequantize_(quantize(model, plan)), seed) - losses)
+                (training.held_out_losses(dequantize_(quantize(model, plan)), seed) - losses)
                 .mean()
                 .item()
             )
@@ -195,7 +195,7 @@ def clamped_losses(model: UNet, limited: UNet, seed: int) -> pd.DataFrame:
     """One row: the denoising loss on held-out digits as trained and with limited weights."""
     models = {"as trained": model, "limited": limited}
     return pd.DataFrame(
-        [{name: scoring.held_out_losses(m, seed).mean().item() for name, m in models.items()}]
+        [{name: training.held_out_losses(m, seed).mean().item() for name, m in models.items()}]
     )
 
 

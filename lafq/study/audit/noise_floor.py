@@ -12,10 +12,10 @@ from torch import Tensor
 from lafq.rng import generator
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.subject import load_model
-from lafq.study.images import bootstrap, classifier, metrics
-from lafq.study.images.evaluate import load_inception
+from lafq.study.images import metrics
+from lafq.study.images.features import inception_extractor, mnist_extractor
 from lafq.study.images.metrics import Reference
-from lafq.study.images.samples import Sampling, cached_samples
+from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.workspace import Workspace
 
 SIZES = (50, 100, 200, 500, 1000, 2000, 5000)
@@ -29,7 +29,7 @@ def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
     metric, n, mean, sd, blocks.
 
     The row with n = inf is FID extrapolated to infinite N from the mean FID of N >= 200
-    (`bootstrap.fid_at_infinity`).
+    (`metrics.fid_at_infinity`).
     """
     order = torch.randperm(len(features), generator=generator(seed))
     rows = []
@@ -37,8 +37,8 @@ def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
         blocks = torch.stack(
             [order[i * n : (i + 1) * n] for i in range(min(BLOCKS, len(features) // n))]
         )
-        for metric, draws in (("fid", bootstrap.fid_bootstrap), ("kid", bootstrap.kid_bootstrap)):
-            values = draws(reference, blocks)(features)
+        for metric, draws in (("fid", metrics.fid_draws), ("kid", metrics.kid_draws)):
+            values = draws(features, reference, blocks)
             rows.append(
                 (
                     metric,
@@ -50,7 +50,7 @@ def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
             )
     table = pd.DataFrame(rows, columns=["metric", "n", "mean", "sd", "blocks"])
     line = table[(table["metric"] == "fid") & (table["n"] >= EXTRAPOLATED_FROM)]
-    beyond = bootstrap.fid_at_infinity(line["n"], line["mean"])
+    beyond = metrics.fid_at_infinity(line["n"], line["mean"])
     return pd.concat(
         [table, pd.DataFrame([("fid", np.inf, beyond, np.nan, 1)], columns=table.columns)],
         ignore_index=True,
@@ -68,19 +68,17 @@ def noise_floor(parameters: dict[str, Any]) -> pd.DataFrame:
         Workspace.open(parameters["PROFILE"], parameters["THREADS"], parameters["DEVICE"]),
     )
     sampling = Sampling(p["CHECK_IMAGES"], p["SAMPLING_STEPS"], p["SEED"])
-    generated = cached_samples(work, load_model(work, p["WIDTH"]), sampling).images
+    generated = ImageStore(work).draw(load_model(work, p["WIDTH"]), sampling).images
     digits = mnist(train=False)[0][HELD_OUT]
-    network = classifier.load()
-    sets = (("real", digits), ("generated", generated))
-    reference = metrics.mnist_reference(network)
-    seen = [
-        ("MNIST", images, metrics.mnist_features(network, x)[0], reference) for images, x in sets
-    ]
-    if eye := load_inception(work, INCEPTION_REFERENCE if p["INCEPTION_REFERENCE"] else 0):
-        seen += [("Inception", images, eye.extract(x)[0], eye.reference) for images, x in sets]
+    extractors = {"MNIST": mnist_extractor()}
+    if inception := inception_extractor(INCEPTION_REFERENCE if p["INCEPTION_REFERENCE"] else 0):
+        extractors["Inception"] = inception
     tables = [
-        floor(f, reference, p["SEED"]).assign(features=name, images=images)
-        for name, images, f, reference in seen
+        floor(extractor.features(x).features, extractor.reference, p["SEED"]).assign(
+            features=name, images=images
+        )
+        for name, extractor in extractors.items()
+        for images, x in (("real", digits), ("generated", generated))
     ]
     return pd.concat(tables, ignore_index=True)[
         ["features", "images", "metric", "n", "mean", "sd", "blocks"]

@@ -3,18 +3,18 @@ pairing, which weights.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from lafq.quantization.model import dequantize_, quantize
-from lafq.study import threshold_rows, workspace
-from lafq.study.images import bootstrap, classifier, metrics
-from lafq.study.images.evaluate import InceptionFeatures, load_inception
-from lafq.study.images.samples import Sampling, cached_samples
+from lafq.study import threshold_rows
+from lafq.study.diffusion.mnist import REFERENCE, mnist, unpadded
+from lafq.study.images import metrics
+from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
+from lafq.study.images.metrics import Reference
+from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.workspace import Workspace
 
 SMALL_REFERENCE = 500
@@ -29,39 +29,11 @@ def stretched(images: Tensor) -> Tensor:
     return ((values - low) / (high - low).clamp_min(1) * 255).round().to(torch.uint8)
 
 
-class FeatureExtractor(NamedTuple):
-    """Features to judge images by: a function of images, and the real digits' reference.
-
-    sizes: for R6, the same fewer digits as they are here and as 28x28, where there are any.
-    """
-
-    features: Callable[[Tensor], Tensor]
-    reference: metrics.Reference
-    sizes: tuple[metrics.Reference, metrics.Reference] | None = None
-
-
-def extractors(inception: InceptionFeatures | None) -> dict[str, FeatureExtractor]:
-    """The MNIST features and, where Inception is to be had, its features with the 28x28 reference
-    of R6.
-    """
-    network = classifier.load()
-    found = {
-        "MNIST": FeatureExtractor(
-            lambda x: metrics.mnist_features(network, x)[0], metrics.mnist_reference(network)
-        )
-    }
-    if inception:
-        fewer = inception.reference.features[:SMALL_REFERENCE]
-        released = metrics.inception_reference(
-            inception.extractor, len(fewer), workspace.BUILD / "inception", padded=False
-        )
-        here = metrics.Reference.of(fewer)
-        found["Inception"] = FeatureExtractor(
-            lambda x: metrics.inception_features(inception.extractor, x)[0],
-            inception.reference,
-            (here, released),
-        )
-    return found
+def digits_of_two_sizes(extractor: FeatureExtractor) -> tuple[Reference, Reference]:
+    """For R6: the references of the same few digits, 32x32 as they are here, and 28x28."""
+    few = extractor.reference.features[:SMALL_REFERENCE]
+    digits = unpadded(mnist(train=False)[0][REFERENCE][: len(few)])
+    return Reference(few), Reference(extractor.features(digits).features)
 
 
 def measure_protocol(
@@ -73,16 +45,19 @@ def measure_protocol(
     int8 = dequantize_(quantize(model, threshold_rows.uniform(model, ("int8",))[0].plan))
     other = sampling._replace(seed=sampling.seed + 1)
     drawn = [
-        cached_samples(work, m, s).images
+        ImageStore(work).draw(m, s).images
         for m, s in ((model, sampling), (int8, sampling), (int8, other))
     ]
-    return protocol_choices(
-        extractors(load_inception(work, inception_reference)), *drawn, sampling.seed
-    )
+    extractors, sizes = {"MNIST": mnist_extractor()}, {}
+    if inception := inception_extractor(inception_reference):
+        extractors["Inception"] = inception
+        sizes["Inception"] = digits_of_two_sizes(inception)
+    return protocol_choices(extractors, sizes, *drawn, sampling.seed)
 
 
 def protocol_choices(
-    seen: dict[str, FeatureExtractor],
+    extractors: dict[str, FeatureExtractor],
+    sizes: dict[str, tuple[Reference, Reference]],
     unquantized: Tensor,
     quantized: Tensor,
     other_noise: Tensor,
@@ -91,48 +66,36 @@ def protocol_choices(
     """One row per choice: a FID, or difference of FIDs, as here and as in the released code; what
     it changes, with 95 % interval.
 
+    sizes: for R6, references of fewer digits as they are here and as 28x28, by extractor.
     unquantized, quantized: images from the same noise; other_noise: images of the quantized model
-    from noise of another
-    seed, which has no pairs to resample: that row stands without an interval.
+    from noise of another seed, which has no pairs to resample: that row stands without an interval.
     """
     # The images as they are come first, then their resamples.
     indices = torch.cat(
-        [torch.arange(len(unquantized))[None], bootstrap.resamples(len(unquantized), seed)]
+        [torch.arange(len(unquantized))[None], metrics.resamples(len(unquantized), seed)]
     )
     rows = []
-    for name, eye in seen.items():
-        fid = bootstrap.fid_bootstrap(eye.reference, indices)
-        seen_plain = eye.features(unquantized)
-        plain, altered, low = (
-            fid(seen_plain),
-            fid(eye.features(stretched(unquantized))),
-            fid(eye.features(quantized)),
+    for name, extractor in extractors.items():
+        seen, of_stretched, of_int8, of_other = (
+            extractor.features(images).features
+            for images in (unquantized, stretched(unquantized), quantized, other_noise)
+        )
+        plain, altered, int8 = (
+            metrics.fid_draws(features, extractor.reference, indices)
+            for features in (seen, of_stretched, of_int8)
         )
         rows.append((name, "FID, each image stretched to 0..255", plain, altered))
-        if eye.sizes:
-            ours, theirs = (
-                bootstrap.fid_bootstrap(reference, indices)(seen_plain) for reference in eye.sizes
+        if name in sizes:
+            here, released = (
+                metrics.fid_draws(seen, reference, indices) for reference in sizes[name]
             )
-            rows.append(
-                (
-                    name,
-                    f"FID, real digits 28x28 (R6; {len(eye.sizes[0].features)} of them)",
-                    ours,
-                    theirs,
-                )
-            )
-        rows.append(
-            (
-                name,
-                "FID of INT8 minus FP32 (R1: images from the EMA weights)",
-                low - plain,
-                torch.zeros_like(low),
-            )
-        )
-        other = fid(eye.features(other_noise))[:1] - plain[:1]
-        rows.append(
-            (name, "FID of INT8 minus FP32, other noise in each row (R7)", (low - plain)[:1], other)
-        )
+            count = len(sizes[name][0].features)
+            rows.append((name, f"FID, real digits 28x28 (R6; {count} of them)", here, released))
+        rise, other = int8 - plain, metrics.fid_draws(of_other, extractor.reference, indices[:1])
+        ema = "FID of INT8 minus FP32 (R1: images from the EMA weights)"
+        rows.append((name, ema, rise, torch.zeros_like(rise)))
+        noise = "FID of INT8 minus FP32, other noise in each row (R7)"
+        rows.append((name, noise, rise[:1], other - plain[:1]))
     found = [(name, choice, *_change(here, released)) for name, choice, here, released in rows]
     return pd.DataFrame(
         found,
@@ -144,7 +107,7 @@ def _change(here: Tensor, released: Tensor) -> tuple[float, float, float, float,
     """Both values (first in each), their difference, and its interval where there are resamples."""
     difference = released - here
     ends = (
-        bootstrap.interval(difference[0].item(), difference[1:])
+        metrics.interval(difference[0].item(), difference[1:])
         if len(difference) > 1
         else (math.nan, math.nan)
     )

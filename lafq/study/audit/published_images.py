@@ -7,7 +7,6 @@ file with the arrays of SETS, and writes both tables of results/published. The r
 training digits 100-4,999 for Inception features, test digits 0-4,999 for the classifier's.
 """
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,9 @@ from torch import Tensor
 
 from lafq.rng import generator
 from lafq.study import workspace
-from lafq.study.diffusion.mnist import mnist
-from lafq.study.images import bootstrap, classifier, inception, metrics
+from lafq.study.diffusion.mnist import mnist, unpadded
+from lafq.study.images import metrics
+from lafq.study.images.features import inception_extractor, mnist_extractor
 from lafq.study.images.metrics import Reference
 from lafq.study.verdict import holm
 from lafq.tensors import atomic_write
@@ -88,11 +88,11 @@ def scores(
         count = len(features) // n
         blocks = order[: count * n].view(count, n)
         values = {
-            "fid": bootstrap.fid_bootstrap(reference, blocks)(features),
-            "kid": bootstrap.kid_bootstrap(reference, blocks)(features),
+            "fid": metrics.fid_draws(features, reference, blocks),
+            "kid": metrics.kid_draws(features, reference, blocks),
         }
         if logits is not None:
-            values["is"] = bootstrap.inception_score_bootstrap(blocks)(logits)
+            values["is"] = metrics.inception_score_draws(logits, blocks)
         row = {"n": n, "blocks": count}
         for name, found in values.items():
             row |= {
@@ -119,7 +119,7 @@ def compared(features: dict[str, Tensor], classes: dict[str, Tensor], seed: int)
     order = torch.randperm(len(features[UNQUANTIZED]), generator=generator(seed))
     first, second = order.chunk(2)
     half = features[UNQUANTIZED][second]
-    statistics = Reference.of(half)
+    statistics = Reference(half)
     rows = []
     for name, found in features.items():
         control = name == UNQUANTIZED
@@ -182,43 +182,27 @@ def measure(path: Path, seed: int) -> None:
     """Read the published images and write results/published/compared.csv and scores.csv;
     Inception's rows come set by set.
     """
-    images = read(path)
-    network = classifier.load()
-    seen = {name: metrics.mnist_features(network, x) for name, x in images.items()}
-    _save(
-        "compared",
-        compared(
-            {n: f for n, (f, _) in seen.items()},
-            {n: z.argmax(1) for n, (_, z) in seen.items()},
-            seed,
-        ),
-    )
-    reference = metrics.mnist_reference(network)
+    images, extractor = read(path), mnist_extractor()
+    seen = {name: extractor.features(x) for name, x in images.items()}
+    features = {name: of_set.features for name, of_set in seen.items()}
+    digits = {name: of_set.logits.argmax(1) for name, of_set in seen.items()}
+    _save("compared", compared(features, digits, seed))
     tables = [
-        scores(*seen[name], reference, seed).assign(features="MNIST", set=name) for name in images
+        scores(*seen[name], extractor.reference, seed).assign(features="MNIST", set=name)
+        for name in images
     ]
     _save_scores(tables)
-    extractor, line = inception.load()
-    print(line)
-    if extractor:
-        features = partial(
-            metrics.kept_inception_features, extractor, folder=workspace.BUILD / "inception"
-        )
+    if extractor := inception_extractor(REAL.stop - REAL.start):
         real = mnist(train=True)[0][REAL]
-        reference = Reference.of(features(real)[0])
+        references = {
+            name: Reference(extractor.features(x).features)
+            for name, x in (("Inception", real), (UNPADDED, unpadded(real)))
+        }
         for name in sorted(images, key=lambda name: name not in README):
-            tables.append(
-                scores(*features(images[name]), reference, seed).assign(
-                    features="Inception", set=name
-                )
-            )
-            if name in README:
-                unpadded = Reference.of(features(real[:, :, 2:-2, 2:-2])[0])
-                tables.append(
-                    scores(*features(images[name]), unpadded, seed).assign(
-                        features=UNPADDED, set=name
-                    )
-                )
+            for features, reference in references.items():
+                if features == "Inception" or name in README:
+                    table = scores(*extractor.features(images[name]), reference, seed)
+                    tables.append(table.assign(features=features, set=name))
             _save_scores(tables)
             print(f"{name}: scored on Inception features", flush=True)
 

@@ -18,10 +18,11 @@ from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import bits_per_weight, dequantize_, nbytes
+from lafq.study import damage
 from lafq.study.budget.methods import bits_of, is_allocated, mib_at
+from lafq.study.diffusion import training
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.images import scoring
-from lafq.study.images.samples import Sampling, cached_samples
+from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import BASELINE, BUDGET_KEY, Row, quantized
 from lafq.study.workspace import Workspace
 
@@ -66,11 +67,11 @@ def measure_candidates(
     rounding.
     """
     noise, first = (seed + FRESH_SEED, FRESH) if fresh else (seed, 0)
-    outputs, full = scoring.held_out_outputs(model, noise, digits, first), nbytes(model, {})
+    outputs, full = training.held_out_outputs(model, noise, digits, first), nbytes(model, {})
     found, errors = [], {}
     for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
         small, size = dequantize_(quantized(model, row, seed)), nbytes(model, row.plan)
-        own, rise = scoring.output_errors(small, outputs, noise, first)
+        own, rise = damage.output_errors(small, outputs, noise, first)
         errors[row[:5]] = own
         key = row.budget_key | {"budget_mib": mib_at(model, row.bits)}
         stored = {
@@ -80,7 +81,7 @@ def measure_candidates(
         }
         damages = {
             "predicted": predicted_damage(model, small, validation) / HALF_PIXELS
-        } | scoring.output_mse(own, rise, seed)
+        } | damage.output_mse(own, rise, seed)
         found.append(key | stored | damages)
     int8 = [own for key, own in errors.items() if key[:1] + key[2:] == UNIFORM_INT8]
     for row, numbers in zip(rows, found, strict=True):
@@ -93,7 +94,7 @@ def measure_candidates(
             ratio = (
                 (math.nan,) * 3
                 if reference is None
-                else scoring.ratio_of_means(own, reference, seed)
+                else damage.ratio_of_means(own, reference, seed)
             )
             numbers |= dict(zip((name, f"{name}_low", f"{name}_high"), ratio, strict=True))
     return pd.DataFrame(found)[COLUMNS]
@@ -149,7 +150,7 @@ def images(
     found, samples = [], {}
     for row in shown:
         name, small = f"{row.bits:g} bits", dequantize_(quantized(model, row, seed))
-        key, generated, _ = cached_samples(work, small, Sampling(IMAGES, steps, seed), name)
+        key, generated, _ = ImageStore(work).draw(small, Sampling(IMAGES, steps, seed), name)
         samples[key] = generated[:, 0].numpy()
         size = {"mem_mib": nbytes(model, row.plan) / MIB, "sample": key}
         found.append(row.key | {"setting": name} | size)

@@ -5,15 +5,12 @@ import torch
 from torch import Tensor
 
 from lafq.study.images import metrics
-from lafq.study.images.classifier import Classifier
-from lafq.study.images.metrics import Reference
+from lafq.study.images.features import FeatureExtractor
 
 REAL, FRAME = "real digits", 2
 
 
-def image_statistics(
-    images: dict[str, Tensor], network: Classifier, reference: Reference
-) -> pd.DataFrame:
+def image_statistics(images: dict[str, Tensor], extractor: FeatureExtractor) -> pd.DataFrame:
     """FID and its two terms, ink and digits of sets of images: one row per set.
 
     images: by name, uint8 (N, 1, 32, 32); the first set is the unquantized model's. Columns:
@@ -27,9 +24,10 @@ def image_statistics(
     """
     rows, first, frame = [], None, torch.ones(32, 32, dtype=torch.bool)
     frame[FRAME:-FRAME, FRAME:-FRAME] = False
+    reference = extractor.reference
     mean = torch.as_tensor(reference.statistics["mu"])
     for name, of_set in images.items():
-        features, logits = metrics.mnist_features(network, of_set)
+        features, logits = extractor.features(of_set)
         digits = logits.argmax(1)
         first = digits if first is None else first
         fid, mean_term = (

@@ -21,8 +21,8 @@ from lafq.quantization.rounding import damage
 from lafq.rng import generator
 from lafq.study.budget.budget import HALF_PIXELS
 from lafq.study.budget.methods import budget_row, mib_at
+from lafq.study.diffusion import training
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.images import scoring
 from lafq.study.rows import Row
 
 PROXIES = ("curvature x error", "Fisher x error", "rounding error", "Fisher", "magnitude", "random")
@@ -37,7 +37,7 @@ def by_tensor(
     Columns parameter, format, nbytes, measured, and the predictions of PROXIES.
     """
     outputs, weights, found, g = (
-        scoring.held_out_outputs(model, seed, digits),
+        training.held_out_outputs(model, seed, digits),
         quantizable(model),
         [],
         generator(seed, 2),
@@ -60,7 +60,7 @@ def by_tensor(
                 "parameter": name,
                 "format": low,
                 "nbytes": stored_bytes(view, low),
-                "measured": scoring.output_errors(small, outputs, seed)[0].mean().item(),
+                "measured": damage.output_errors(small, outputs, seed)[0].mean().item(),
                 "curvature x error": damage(change, f, calibration.curvature[name].to(f))
                 .sum()
                 .item()

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lafq.study.claims import Claim, judge
-from lafq.study.images import bootstrap
+from lafq.study.images import metrics
 from lafq.study.verdict import verdict
 
 RATE = 4.0  # bits per weight at which the claims are tested
@@ -50,7 +50,7 @@ def image_claims(
     for rule in (rule for rule in LAYERWISE if rule in samples):
         own = by.scored(samples[rule])
         value = own.values[by.metric] - whole.values[by.metric]
-        ends = bootstrap.interval(value, own.draws[by.metric] - whole.draws[by.metric])
+        ends = metrics.interval(value, own.draws[by.metric] - whole.draws[by.metric])
         quantity = f"FID of {LAYERWISE[rule]} minus that of global ({size}; {by.features})"
         found.append(Claim("rules", SAID, quantity, value, *ends, verdict(*ends, above=False)))
     return found
