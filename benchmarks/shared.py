@@ -14,11 +14,12 @@ from lafq import estimate_sensitivity, quantize
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.model import dequantize_
 from lafq.quantization.plan import Plan, Recipe
-from lafq.study.budget.budget import FRESH, FRESH_SEED
+from lafq.study import damage
+from lafq.study.damage import FRESH, FRESH_SEED
+from lafq.study.diffusion import training
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.subject import load_model
-from lafq.study.images import scoring
 from lafq.study.workspace import Workspace, compute_on, load_optional, save_table
 
 WORK = Workspace("benchmarks")
@@ -61,7 +62,7 @@ class Subject:
     def __init__(self, width: int, digits: int, seed: int = FRESH_SEED, first: int = FRESH) -> None:
         self.width, self.seed, self.first = width, seed, first
         self.model = load_model(Workspace(PROFILES[width]), width)
-        self.outputs = scoring.held_out_outputs(self.model, seed, digits, first)
+        self.outputs = training.held_out_outputs(self.model, seed, digits, first)
 
     def sensitivity(self, samples: int, seed: int = SEED, **sizes: int) -> Sensitivity:
         """From so many noised training digits."""
@@ -70,7 +71,7 @@ class Subject:
 
     def errors(self, whole: nn.Module) -> Tensor:
         """The damage of a copy that computes in FP32, by digit."""
-        return scoring.output_errors(whole, self.outputs, self.seed, self.first)[0]
+        return damage.output_errors(whole, self.outputs, self.seed, self.first)[0]
 
     def planned(self, plan: Plan | dict, *recipe: Recipe) -> Tensor:
         """`errors` of the model quantized by a plan."""
@@ -81,7 +82,7 @@ def over(name: str, errors: Tensor, reference: Tensor, seed: int = SEED) -> dict
     """The mean error over that of a reference, paired over the digits, with its interval: the
     columns name, name_low and name_high.
     """
-    ratio = scoring.ratio_of_means(errors, reference, seed)
+    ratio = damage.ratio_of_means(errors, reference, seed)
     return dict(zip((name, f"{name}_low", f"{name}_high"), ratio, strict=True))
 
 

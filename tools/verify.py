@@ -24,11 +24,15 @@ from torch import nn
 
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize_, quantize
-from lafq.study import threshold_rows, workspace
+from lafq.study import workspace
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
-from lafq.study.images import classifier, metrics, samples
+from lafq.study.images import sampling
+from lafq.study.images.evaluate import metric_values
+from lafq.study.images.features import mnist_extractor
+from lafq.study.images.sampling import ImageStore
+from lafq.study.rows import uniform_rows
 from lafq.study.workspace import Workspace, compute_on, profile_parameters
 
 PACKED_IMAGES, IMAGES = 8, 4
@@ -150,11 +154,11 @@ def check_files(work: Workspace) -> Iterator[tuple[bool, str]]:
     """Every file of images against its record, and every packed weight against its checksum:
     (whether it holds, a line).
     """
-    files = sorted(samples.samples_folder(work).glob("*.npz"))
+    files = sorted(ImageStore(work).folder.glob("*.npz"))
     damaged, count = [], 0
     for path in files:
         try:
-            count += len(samples.read(path)[0])
+            count += len(sampling.read(path)[0])
         except ValueError as error:
             damaged.append(str(error))
     yield from ((False, line) for line in damaged)
@@ -164,17 +168,14 @@ def check_files(work: Workspace) -> Iterator[tuple[bool, str]]:
 
 def check_tables(work: Workspace) -> Iterator[tuple[bool, str]]:
     """The classifier's scores of every row's images, computed again, against its table."""
-    network = classifier.load()
-    reference, seen = metrics.mnist_reference(network), {}
+    extractor, seen = mnist_extractor(), {}
     for name, table in image_tables(work).items():
         off = dict.fromkeys(SCORES, 0.0)
         for row in table.itertuples():
             key = row.sample, row.n_images
             if key not in seen:
-                images = torch.from_numpy(samples.stored_images(work, *key))[:, None]
-                seen[key] = metrics.mnist_metrics(
-                    *metrics.mnist_features(network, images), reference
-                )
+                images = torch.from_numpy(ImageStore(work).images(*key))[:, None]
+                seen[key] = metric_values(extractor.features(images), extractor)
             for metric in SCORES:
                 expected = getattr(row, metric)
                 off[metric] = max(
@@ -195,7 +196,7 @@ def check_drawn(
 ) -> tuple[bool, str]:
     """The first images of a row drawn again from `model`, against those that are kept."""
     again = sample(model, images, row.steps, seed, batch_size=images)[:, 0].numpy()
-    off = np.abs(again.astype(int) - samples.stored_images(work, row.sample, images)).mean()
+    off = np.abs(again.astype(int) - ImageStore(work).images(row.sample, images)).mean()
     line = f"{name}: {images} images drawn again at {row.steps} steps differ by {off:.3g} of 255 grey levels per pixel"
     return bool(off <= GREY_LEVELS), f"{line} (at most {GREY_LEVELS:g})"
 
@@ -220,7 +221,7 @@ def check_weights(
     baseline = next(workspace.load_table(work, "01_baseline").itertuples())
     yield check_drawn(work, "FP32 baseline", model, baseline, IMAGES, parameters["SEED"])
     table = workspace.load_table(work, "03_global")
-    for row in threshold_rows.uniform(model):
+    for row in uniform_rows(model):
         [found] = table[(table["rule"] == "uniform") & (table["format"] == row.format)].itertuples()
         small = dequantize_(quantize(model, row.plan))
         yield check_drawn(
@@ -232,7 +233,7 @@ def checks(work: Workspace, path: Path | None) -> Iterator[tuple[bool | None, st
     """All checks, one after another: whether each holds (None: it could not be made), and a line."""
     p = profile_parameters(work.profile)
     compute_on(p["THREADS"], "cpu")
-    if not samples.samples_folder(work).is_dir():
+    if not ImageStore(work).folder.is_dir():
         if p["KEEP"]:
             raise ValueError(
                 f"results/{work.profile}/samples is missing: `git checkout -- "

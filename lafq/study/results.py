@@ -6,18 +6,14 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from lafq.study import claims, poster
-from lafq.study.images import samples
-from lafq.study.images.evaluate import evaluate, load_inception
-from lafq.study.images.samples import Sampling
+from lafq.study import poster
+from lafq.study.images.evaluate import evaluate
+from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import KEY, Row
 from lafq.study.workspace import (
     Workspace,
-    load_images,
-    load_optional,
     load_table,
     read_table,
-    save_images,
     save_table,
 )
 
@@ -27,32 +23,18 @@ METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
 def save_rows(
     work: Workspace, name: str, table: pd.DataFrame, images: dict[str, np.ndarray]
 ) -> None:
-    """Write what `evaluate.evaluate` returned: the table, and the images unless they are kept in
-    results/<profile>/samples.
-    """
-    if work.keep:
-        (work.results / f"{name}.npz").unlink(missing_ok=True)
-    else:
-        save_images(work, name, images)
-    save_table(work, name, table)
+    """Write what `evaluate.evaluate` returned."""
+    ImageStore(work).save_rows(name, table, images)
 
 
 def load_rows(
     work: Workspace, name: str, with_baseline: bool = False
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Read what `save_rows` wrote, from where the images are, on request with the baseline of
-    01_train as the first row.
+    """Read what `save_rows` wrote, on request with the baseline of 01_train as the first row.
 
     Raises ValueError for a baseline of other images or sampling steps.
     """
-    table = load_table(work, name)
-    if not (work.results / f"{name}.npz").is_file() and samples.samples_folder(work).is_dir():
-        images = {
-            row.sample: samples.stored_images(work, row.sample, row.n_images)
-            for row in table.itertuples()
-        }
-    else:
-        images = load_images(work, name)
+    table, images = ImageStore(work).load_rows(name)
     if with_baseline:
         baseline, its_images = load_rows(work, "01_baseline")
         for column in ("n_images", "steps"):
@@ -110,39 +92,3 @@ def update_comparison(work: Workspace, rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(order=order).sort_values(["order", *KEY[1:]], kind="stable")
     save_table(work, "paper_comparison", rows.drop(columns="order"))
     return load_table(work, "paper_comparison")
-
-
-def save_claims(work: Workspace, name: str, found: list[claims.Claim]) -> None:
-    """Write claims as the table `name`."""
-    save_table(work, name, pd.DataFrame(found))
-
-
-def image_claims(
-    work: Workspace, seed: int, inception_reference: int, rows: Sequence[str]
-) -> list[claims.Claim]:
-    """C3, where its sweep is there, and C4, from these tables of rows with their images."""
-    tables, images = zip(*(load_rows(work, name) for name in rows), strict=True)
-    table = pd.concat(tables, ignore_index=True)
-    by = claims.judge(
-        {k: v for found in images for k, v in found.items()},
-        seed,
-        load_inception(work, inception_reference),
-    )
-    return [*claims.best_ratio(table, by), claims.layerwise_images(table, by)]
-
-
-def fisher_claims(work: Workspace, seed: int) -> list[claims.Claim]:
-    """C1 and C2 on every kind of Fisher information that 02 has estimated."""
-    weights = (
-        load_table(work, "02_fisher").drop_duplicates("parameter").set_index("parameter")["weights"]
-    )
-    blocks = load_table(work, "02_fisher_blocks")
-    other = load_optional(work, "02_fisher_kinds")
-    kinds = {"empirical, noised digits": blocks} | (
-        dict(iter(other.groupby("kind", sort=False))) if other is not None else {}
-    )
-    return [
-        claim
-        for kind, rows in kinds.items()
-        for claim in claims.fisher_claims(rows, weights, kind, seed)
-    ]

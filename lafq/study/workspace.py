@@ -50,7 +50,7 @@ class Workspace:
     """Where a profile has its tables, figures and images, and what computes them.
 
     compute: whether tables are computed now, or loaded. keep: images are kept in
-    results/<profile>/samples instead of in build/, found by their provenance (`images.samples`).
+    results/<profile>/samples instead of in build/, found by their recipe (`images.sampling`).
     scheduler: address of a Dask scheduler whose workers draw images ("": none).
     """
 

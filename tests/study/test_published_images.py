@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lafq.study.audit import published_images as published
+from lafq.study import published_images as published
 from lafq.study.images.metrics import Reference
 
 
@@ -97,13 +97,13 @@ def test_sets_are_compared_with_the_unquantized_one():
 
 def test_scores_are_of_disjoint_blocks():
     table = published.scores(
-        normal(1200), torch.randn(1200, 10), Reference.of(normal(500, seed=1)), seed=0
+        normal(1200), torch.randn(1200, 10), Reference(normal(500, seed=1)), seed=0
     )
     assert table["n"].tolist() == [100, 1000, 1200]
     assert table["blocks"].tolist() == [12, 1, 1]
     assert table["fid_sd"].notna().tolist() == [True, False, False]
     assert table["fid"].is_monotonic_decreasing
-    without = published.scores(normal(1200), None, Reference.of(normal(500, seed=1)), seed=0)
+    without = published.scores(normal(1200), None, Reference(normal(500, seed=1)), seed=0)
     pd.testing.assert_frame_equal(table.drop(columns=["is", "is_sd"]), without)
 
 

@@ -2,15 +2,16 @@ import pytest
 
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.model import dequantize_, nbytes, quantize, weights_sha256
-from lafq.study.budget.methods import measured_sensitivity
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet
-from lafq.study.images import samples
+from lafq.study.images import sampling
+from lafq.study.images.sampling import ImageStore
+from lafq.study.rows import measured_sensitivity
 from lafq.study.workspace import Workspace
 from tools import shipping
 
 SMOKE = Workspace("smoke", keep=True)
-SAMPLING = samples.Sampling(20, 2, 0, 10)
+SAMPLING = sampling.Sampling(20, 2, 0, 10)
 MADE = {
     "rounding": "error feedback, unshrunk scales",
     "fisher": {"kind": "Monte Carlo", "samples": 20, "seed": 0},
@@ -30,11 +31,11 @@ def test_the_packed_file_is_the_row_that_was_measured(sandbox, tiny, known, monk
     assert path.stat().st_size <= budget * 2**20
     assert table["damage"].tolist()[0] == 0 < table["damage"].iloc[1]
     small = dequantize_(load_quantized(path, UNet(4)))
-    [first, _] = sorted(samples.samples_folder(SMOKE).glob(f"{table['sample'].iloc[1]}_*.npz"))
-    images, record = samples.read(first)
+    [first, _] = sorted(ImageStore(SMOKE).folder.glob(f"{table['sample'].iloc[1]}_*.npz"))
+    images, record = sampling.read(first)
     assert record["recipe"]["rounding"] == MADE["rounding"]
     assert record["drawn_from"] == weights_sha256(small)
-    assert (images == samples.sample(small, 10, 2, 0, batch_size=10).numpy()).all()
+    assert (images == sampling.sample(small, 10, 2, 0, batch_size=10).numpy()).all()
 
 
 def test_packed_weights_never_stand_in_for_the_trained_ones(sandbox, tiny):

@@ -5,18 +5,20 @@ import torch
 
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import quantize
-from lafq.study import results, threshold_rows, workspace
+from lafq.study import results, workspace
+from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation
-from lafq.study.images import samples
+from lafq.study.images import sampling
+from lafq.study.images.sampling import ImageStore
 from lafq.study.rows import BASELINE, Row
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors
 from tools import verify
 
 SMOKE = Workspace("smoke", keep=True)
-SAMPLING = samples.Sampling(8, 2, 0, 4)
+SAMPLING = sampling.Sampling(8, 2, 0, 4)
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def made(tiny, sandbox, monkeypatch):
     plan = dict.fromkeys(quantizable(tiny), "int4")
     tables = {
         "01_baseline": [baseline],
-        "03_global": threshold_rows.uniform(tiny),
+        "03_global": study_rows.uniform_rows(tiny),
         "packed": [
             Row("allocate", "1 MiB", "coded", "channel", "feedback", plan, made={"rounding": "x"})
         ],
@@ -80,7 +82,7 @@ def test_a_changed_number_a_damaged_file_and_other_weights_are_found(
         "packed weights: 8 images drawn again" in line
         for line in lines(*verify.checks(SMOKE, None))
     ] == [True]
-    next(samples.samples_folder(SMOKE).iterdir()).write_bytes(b"")
+    next(ImageStore(SMOKE).folder.iterdir()).write_bytes(b"")
     monkeypatch.setattr("sys.argv", ["tools.verify", "--profile", "smoke"])
     assert verify.main() == 1
     assert "FAILED: " in capsys.readouterr().out
@@ -104,5 +106,5 @@ def test_missing_images_of_a_profile_that_keeps_them(sandbox):
 @pytest.mark.slow
 def test_the_tolerance_is_below_one_flipped_image(made):
     row = next(workspace.load_table(SMOKE, "01_baseline").itertuples())
-    kept = samples.stored_images(SMOKE, row.sample, 4).astype(int)
+    kept = ImageStore(SMOKE).images(row.sample, 4).astype(int)
     assert np.abs(kept - kept[::-1]).mean() > verify.GREY_LEVELS

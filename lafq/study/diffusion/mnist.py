@@ -36,6 +36,11 @@ def mnist(train: bool, root: Path = workspace.DATA) -> tuple[Tensor, Tensor]:
     return F.pad(images.view(-1, 1, 28, 28), (PADDING,) * 4), labels.long()
 
 
+def unpadded(images: Tensor) -> Tensor:
+    """The digits without their padding, (N, 1, 28, 28)."""
+    return images[:, :, PADDING:-PADDING, PADDING:-PADDING]
+
+
 def _read(archive: Path, md5: str) -> Tensor:
     """The bytes of an archive behind its header: four for its kind, and four for each dimension."""
     if not archive.is_file():

@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from lafq.networks import evaluating
 from lafq.rng import generator
 from lafq.study.diffusion.ddpm import add_noise, unit_interval
+from lafq.study.diffusion.mnist import HELD_OUT
 from lafq.study.diffusion.subject import CHECKPOINT, SHAPE, TIMESTEPS, WEIGHTS, UNet, mnist
 from lafq.study.workspace import Workspace
 from lafq.tensors import atomic_write, save_tensors
+
+LOSS_DIGITS = 200
 
 
 def train(
@@ -188,3 +192,31 @@ def _checked(checkpoint: Path, steps: int, record: dict[str, Any]) -> dict[str, 
             f"have changed the learning rate: delete it to train anew"
         )
     return state
+
+
+@torch.inference_mode()
+def held_out_outputs(
+    model: nn.Module, seed: int, digits: int = LOSS_DIGITS, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Predicted and true noise (digits, *SHAPE) of so many held-out digits from number `first` on.
+
+    The timesteps are spread evenly over all of them, one per digit; the noise is that of the seed,
+    whatever the model.
+    """
+    device = next(model.parameters()).device
+    x_0 = unit_interval(mnist(train=False)[0][HELD_OUT][first : first + digits])
+    t = torch.arange(digits) * TIMESTEPS // digits
+    eps = torch.randn(x_0.shape, generator=generator(seed, HELD_OUT.start + first))
+    x_t = add_noise(x_0, t, eps).contiguous(memory_format=torch.channels_last)
+    batches = zip(x_t.split(100), t.split(100), strict=True)
+    with evaluating(model):
+        outputs = [model(x.to(device), steps.to(device)).cpu() for x, steps in batches]
+    return torch.cat(outputs), eps
+
+
+def held_out_losses(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> Tensor:
+    """Denoising loss of each of the first held-out digits (digits,): mean over the pixels of (eps -
+    eps_theta)^2.
+    """
+    eps_theta, eps = held_out_outputs(model, seed, digits)
+    return (eps_theta - eps).square().flatten(1).mean(1)

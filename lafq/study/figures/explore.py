@@ -30,12 +30,11 @@ from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
 from lafq.quantization.model import bits_per_weight, dequantize_, kept_weights, nbytes, quantize
 from lafq.quantization.plan import Plan, Recipe, make_plan
-from lafq.study.budget.budget import HALF_PIXELS
-from lafq.study.budget.methods import measured_sensitivity
+from lafq.study.damage import HALF_PIXELS
 from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import layer_of, quantizable
-from lafq.study.images.samples import Sampling, cached_samples
-from lafq.study.rows import kept_share
+from lafq.study.images.sampling import ImageStore, Sampling
+from lafq.study.rows import kept_share, measured_sensitivity
 from lafq.study.workspace import Workspace
 
 RULES = {
@@ -130,7 +129,7 @@ def subject_of(
     sampling: Sampling,
 ) -> Subject:
     """The subject of a model whose sensitivity is at hand."""
-    digits = cached_samples(work, model, sampling).images[:, 0].numpy()
+    digits = ImageStore(work).draw(model, sampling).images[:, 0].numpy()
     int8 = dequantize_(quantize(model, dict.fromkeys(quantizable(model), "int8")))
     return Subject(
         work,
@@ -206,7 +205,7 @@ def outcome(subject: Subject, setting: Setting) -> Outcome:
     words, plan = plan_of(subject, setting)
     model = subject.model
     whole = dequantize_(quantize(model, plan))
-    digits = cached_samples(subject.work, whole, subject.sampling).images[:, 0].numpy()
+    digits = ImageStore(subject.work).draw(whole, subject.sampling).images[:, 0].numpy()
     damage = predicted_damage(model, whole, subject.validation) / HALF_PIXELS
     stored, share = nbytes(model, plan), kept_share(model, plan)
     return Outcome(setting, words, plan, stored, share, damage, by_tensor(model, plan), digits)

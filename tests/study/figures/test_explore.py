@@ -15,7 +15,7 @@ from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.figures import explore, panel
 from lafq.study.figures.explore import Setting
-from lafq.study.images.samples import Sampling
+from lafq.study.images.sampling import Sampling
 from lafq.study.workspace import Workspace
 from lafq.tensors import save_tensors
 from tools import pages, publish

@@ -3,8 +3,9 @@ import pandas as pd
 import pytest
 from distributed import LocalCluster
 
-from lafq.study import threshold_rows, workspace
-from lafq.study.images import cluster, samples
+from lafq.study import rows as study_rows
+from lafq.study import workspace
+from lafq.study.images import cluster, sampling
 from lafq.study.images import evaluate as evaluation
 from lafq.study.rows import BASELINE
 from lafq.study.workspace import Workspace
@@ -29,12 +30,12 @@ def workers():
 
 @pytest.mark.slow
 def test_rows_are_the_same_bytes_on_a_cluster(workers, sandbox, tiny, monkeypatch):
-    rows = [BASELINE, *threshold_rows.uniform(tiny, ("fp16", "int8"))]
-    drawn, here = samples.Sampling(3, 2, 0, 2), Workspace("smoke", keep=True)
+    rows = [BASELINE, *study_rows.uniform_rows(tiny, ("fp16", "int8"))]
+    drawn, here = sampling.Sampling(3, 2, 0, 2), Workspace("smoke", keep=True)
     table, images = evaluation.evaluate(here, tiny, rows, drawn)
     for name in ("BUILD", "RESULTS"):
         monkeypatch.setattr(workspace, name, sandbox / "elsewhere")
-    monkeypatch.setattr(samples, "sample", None)
+    monkeypatch.setattr(sampling, "sample", None)
     there = Workspace("smoke", keep=True, scheduler=workers(2))
     again, found = evaluation.evaluate(there, tiny, rows, drawn)
     pd.testing.assert_frame_equal(again, table, check_exact=True)

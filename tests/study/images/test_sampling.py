@@ -9,15 +9,16 @@ import pandas as pd
 import pytest
 
 from lafq.quantization.model import weights_sha256
-from lafq.study import results, threshold_rows, workspace
+from lafq.study import results, workspace
+from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation
-from lafq.study.images import samples
-from lafq.study.images.samples import Sampling
-from lafq.study.rows import recipe
-from lafq.study.workspace import Workspace, kind_of_machine
+from lafq.study.images import sampling
+from lafq.study.images.sampling import ImageStore, Sampling
+from lafq.study.rows import BASELINE, recipe
+from lafq.study.workspace import Workspace
 
 SMOKE = Workspace("smoke")
 KEEPING = Workspace("smoke", keep=True)
@@ -38,14 +39,12 @@ KEYS = [
 def rows(tiny, sandbox, monkeypatch):
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
     subject.save_fisher(SMOKE, fisher, 4, **FISHER)
-    sizes = threshold_rows.size_sweep(tiny, fisher, "int8", "weight", 20)
-    swept = threshold_rows.candidates_at(
-        "global", "tau", threshold_rows.nearest_size(sizes, 0.5), {"weight": fisher}
-    )
+    sizes = study_rows.size_sweep(tiny, fisher, "int8", "weight", 20)
+    swept = study_rows.threshold_rows("global", fisher, study_rows.nearest_size(sizes, 0.5))
     return [
-        *threshold_rows.uniform(tiny),
+        *study_rows.uniform_rows(tiny),
         *swept,
-        *threshold_rows.ratio_candidates(fisher, [0.35], [0.0, 1.0], ["int8"]),
+        *study_rows.ratio_rows(fisher, [0.35], [0.0, 1.0], granularities=("tensor", "weight")),
     ]
 
 
@@ -54,11 +53,11 @@ def evaluate(tiny, rows):
 
 
 def files():
-    return sorted(samples.samples_folder(SMOKE).iterdir())
+    return sorted(ImageStore(SMOKE).folder.iterdir())
 
 
 def test_keys_are_what_they_were(tiny, rows):
-    """Images of the paper profile are found by these keys: a change here loses hours of sampling."""
+    """Images of the paper profile are found by these keys: a change loses hours of sampling."""
     provenances = [recipe(row, "0" * 64, FISHER, quantizable(tiny)) for row in rows]
     assert provenances[2] == {
         "weights": "0" * 64,
@@ -71,22 +70,12 @@ def test_keys_are_what_they_were(tiny, rows):
         "fisher": {"kind": "empirical", "samples": 2000, "bins": 20, "seed": 0},
     }
     keys = [
-        samples.row_key(provenance, Sampling(100, steps=100, seed=0, batch=25))
+        sampling.row_key(provenance, Sampling(100, steps=100, seed=0, batch=25))
         for provenance in provenances
     ]
     assert keys == KEYS
     other = [Sampling(100, *draw) for draw in ((1000, 0, 25), (100, 1, 25), (100, 0, 50))]
-    assert len({samples.row_key(provenances[0], draw) for draw in other} | {keys[0]}) == 4
-
-
-def test_committed_images_are_named_by_their_recipe():
-    for path in (workspace.ROOT / "results" / "paper" / "samples").glob("*.npz"):
-        images, record = samples.read(path)
-        key = samples.row_key(
-            record["recipe"], Sampling(100, record["steps"], record["seed"], record["batch"])
-        )
-        first = int(path.stem[17:22])
-        assert path.stem == f"{key}_{first:05d}-{first + len(images) - 1:05d}"
+    assert len({sampling.row_key(provenances[0], draw) for draw in other} | {keys[0]}) == 4
 
 
 def test_a_plan_that_treats_all_weights_alike_is_the_uniform_row_or_the_baseline(tiny, rows):
@@ -99,55 +88,49 @@ def test_a_plan_that_treats_all_weights_alike_is_the_uniform_row_or_the_baseline
     assert ratio["0.35"]["rule"] == "ratio"
 
 
-@pytest.mark.slow
 def test_images_are_kept_in_batches_and_found_again(tiny, rows, monkeypatch):
-    table, images = evaluate(tiny, rows)
-    assert all(
-        name.name[16:] in ("_00000-00001.npz", "_00002-00003.npz", "_00004-00004.npz")
-        for name in files()
-    )
-    assert np.array_equal(
-        images[table["sample"][0]], samples.stored_images(SMOKE, table["sample"][0], 5)
-    )
-    by_weights, same = evaluation.evaluate(SMOKE, tiny, rows, DRAW)
+    table, images = evaluate(tiny, rows[1:3])
+    batches = ("_00000-00001.npz", "_00002-00003.npz", "_00004-00004.npz")
+    assert all(path.name[16:] in batches for path in files())
+    key = table["sample"][0]
+    assert np.array_equal(images[key], ImageStore(SMOKE).images(key, 5))
+    by_weights, same = evaluation.evaluate(SMOKE, tiny, rows[1:3], DRAW)
     pd.testing.assert_frame_equal(table.drop(columns="sample"), by_weights.drop(columns="sample"))
-    assert all(
-        np.array_equal(images[a], same[b])
-        for a, b in zip(table["sample"], by_weights["sample"], strict=True)
-    )
-    results.save_rows(KEEPING, "x", table, images)
-    assert not (SMOKE.results / "x.npz").exists()
-    assert all(
-        np.array_equal(images[key], found)
-        for key, found in results.load_rows(SMOKE, "x")[1].items()
-    )
-    monkeypatch.setattr(samples, "sample", None)
-    pd.testing.assert_frame_equal(table, evaluate(tiny, rows)[0])
+    for a, b in zip(table["sample"], by_weights["sample"], strict=True):
+        assert np.array_equal(images[a], same[b])
+    monkeypatch.setattr(sampling, "sample", None)
+    pd.testing.assert_frame_equal(table, evaluate(tiny, rows[1:3])[0])
     with pytest.raises(
         FileNotFoundError,
         match=r"6 images of row .* are needed, .* has 5: `make reproduce PROFILE=smoke`",
     ):
-        samples.stored_images(SMOKE, table["sample"][0], 6)
+        ImageStore(SMOKE).images(key, 6)
 
 
-def test_where_images_go_is_for_the_profile_to_say(tiny, rows):
+def drawn(tiny, recipe, **changes):
+    """A table of one row, and its images, as `evaluate` gives them."""
+    draw = DRAW._replace(**changes)
+    row = ImageStore(KEEPING if recipe else SMOKE).draw(tiny, draw, recipe=recipe)
+    table = pd.DataFrame([{"sample": row.key, "n_images": draw.images, "steps": draw.steps}])
+    return table, {row.key: row.images[:, 0].numpy()}
+
+
+def test_where_images_go_is_for_the_profile_to_say(tiny, sandbox):
     """KEEP=False beside a folder of kept images: the images go to the npz file, and come from
     there.
     """
-    table, images = evaluate(tiny, rows)
-    results.save_rows(KEEPING, "x", table, images)
-    by_weights, same = evaluation.evaluate(SMOKE, tiny, rows, DRAW)
-    results.save_rows(SMOKE, "x", by_weights, same)
-    assert set(results.load_rows(SMOKE, "x")[1]) == set(same)
-    results.save_rows(KEEPING, "x", table, images)
-    assert set(results.load_rows(KEEPING, "x")[1]) == set(images)
+    for work, words in ((KEEPING, {"rule": "x"}), (SMOKE, None), (KEEPING, {"rule": "x"})):
+        table, images = drawn(tiny, words)
+        ImageStore(work).save_rows("x", table, images)
+        assert (SMOKE.results / "x.npz").is_file() == (not work.keep)
+        again, found = ImageStore(work).load_rows("x")
+        pd.testing.assert_frame_equal(again, table)
+        assert all(np.array_equal(images[key], found[key]) for key in images)
 
 
-def test_a_baseline_of_other_sampling_is_refused(tiny, rows):
+def test_a_baseline_of_other_sampling_is_refused(tiny, sandbox):
     for name, steps in (("01_baseline", 2), ("same", 2), ("other", 3)):
-        results.save_rows(
-            SMOKE, name, *evaluation.evaluate(SMOKE, tiny, rows[:1], DRAW._replace(steps=steps))
-        )
+        ImageStore(SMOKE).save_rows(name, *drawn(tiny, None, steps=steps))
     assert len(results.load_rows(SMOKE, "same", with_baseline=True)[0]) == 2
     with pytest.raises(
         ValueError,
@@ -158,20 +141,20 @@ def test_a_baseline_of_other_sampling_is_refused(tiny, rows):
 
 def test_files_that_begin_with_the_same_image_are_not_read_twice(tiny, sandbox):
     longer = {
-        n: samples.cached_samples(KEEPING, tiny, DRAW._replace(images=n), provenance={"rule": "x"})
+        n: ImageStore(KEEPING).draw(tiny, DRAW._replace(images=n), recipe={"rule": "x"})
         for n in (3, 5)
     }
     key = longer[5].key
     assert key == longer[3].key
     names = [path.name[16:] for path in files()]
     assert names == ["_00000-00001.npz", "_00002-00002.npz", "_00002-00003.npz", "_00004-00004.npz"]
-    assert np.array_equal(samples.stored_images(SMOKE, key, 5), longer[5].images[:, 0].numpy())
+    assert np.array_equal(ImageStore(SMOKE).images(key, 5), longer[5].images[:, 0].numpy())
 
 
 def test_another_batch_size_draws_anew(tiny, sandbox):
     """Without KEEP the key does not name the batch, and the last bits depend on it."""
     for batch in (2, 5):
-        assert len(samples.cached_samples(SMOKE, tiny, DRAW._replace(batch=batch)).images) == 5
+        assert len(ImageStore(SMOKE).draw(tiny, DRAW._replace(batch=batch)).images) == 5
     assert sorted(path.name for path in (SMOKE.build / "samples").iterdir()) == [
         "batch-2",
         "batch-5",
@@ -183,17 +166,16 @@ import sys, torch
 from pathlib import Path
 from lafq.study import workspace
 from lafq.study.diffusion.unet import UNet
-from lafq.study.images import samples
-from lafq.study.images.samples import Sampling
-from lafq.study.workspace import Workspace
+from lafq.study.images import sampling
 workspace.RESULTS = Path(sys.argv[1])
 torch.manual_seed(0), torch.set_num_threads(1)
-keep = samples._keep
-def said(path, *rest):
+keep = sampling._keep
+def told(path, *rest):
     keep(path, *rest)
     print(path.name, flush=True)
-samples._keep = said
-samples.cached_samples(Workspace("smoke"), UNet(4).eval(), Sampling(40, 20, 0, 2), provenance={"rule": "killed"})
+sampling._keep = told
+store, draw = sampling.ImageStore(workspace.Workspace("smoke")), sampling.Sampling(40, 20, 0, 2)
+store.draw(UNet(4).eval(), draw, recipe={"rule": "killed"})
 """
 
 
@@ -215,15 +197,15 @@ def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox
     monkeypatch.setattr(workspace, "RESULTS", clone)
     drawn = []
     monkeypatch.setattr(
-        samples, "sample", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k)
+        sampling, "sample", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k)
     )
-    arguments = (SMOKE, tiny, Sampling(40, 20, 0, 2))
-    resumed = samples.cached_samples(*arguments, provenance={"rule": "killed"})
+    arguments = tiny, Sampling(40, 20, 0, 2)
+    resumed = ImageStore(SMOKE).draw(*arguments, recipe={"rule": "killed"})
     assert len(drawn) == 20 - len(finished)
     kept = {path.name: path.read_bytes() for path in files()}
     assert {name: kept[name] for name in finished} == finished
     monkeypatch.setattr(workspace, "RESULTS", sandbox / "whole")
-    whole = samples.cached_samples(*arguments, provenance={"rule": "killed"})
+    whole = ImageStore(SMOKE).draw(*arguments, recipe={"rule": "killed"})
     assert np.array_equal(whole.images, resumed.images)
     assert {path.name: path.read_bytes() for path in files()} == kept
 
@@ -250,23 +232,25 @@ def cut(path):
         (lambda path: rewrite(path, seed=1), "holds the images of another row"),
         (
             lambda path: rewrite(path, drawn_from="0" * 64),
-            "from other weights than its provenance gives now",
+            "from other weights than its recipe gives now",
         ),
     ],
     ids=["cut", "other images", "other draw", "other weights"],
 )
-@pytest.mark.slow
-def test_a_bad_file_is_one_sentence_and_once_deleted_is_drawn_anew(tiny, rows, damage, message):
-    table, _ = evaluate(tiny, rows[:1])
+def test_a_bad_file_is_one_sentence_and_once_deleted_is_drawn_anew(tiny, sandbox, damage, message):
+    def draw():
+        return ImageStore(KEEPING).draw(tiny, DRAW, recipe={"rule": "x"}).images
+
+    images = draw()
     before = {path: path.read_bytes() for path in files()}
     bad = files()[0]
     damage(bad)
     with pytest.raises(
         ValueError, match=f"{bad.name} .*{message}.* delete it, and the next run draws"
     ):
-        evaluate(tiny, rows[:1])
+        draw()
     bad.unlink()
-    pd.testing.assert_frame_equal(table, evaluate(tiny, rows[:1])[0])
+    assert np.array_equal(draw(), images)
     assert {path: path.read_bytes() for path in files()} == before
 
 
@@ -303,23 +287,14 @@ def test_a_full_disk_loses_nothing(tiny, rows, monkeypatch):
     assert len(table) == 1
 
 
-def test_the_kind_of_machine_names_what_decides_the_last_bits():
-    said = kind_of_machine()
-    assert "1 threads" in said and "torch 2.13.0" in said
-
-
 def test_provenances_do_not_depend_on_the_weights_drawn_from(tiny, rows):
     provenance = recipe(rows[2], weights_sha256(tiny), FISHER, quantizable(tiny))
     assert weights_sha256(tiny) in provenance.values()
     assert "drawn_from" not in provenance
 
 
-@pytest.mark.slow
 def test_the_spread_of_fid_takes_the_baselines_kept_images(tiny, sandbox, monkeypatch):
-    sampling = Sampling(images=8, steps=2, seed=0, batch=2)
-    table, _ = evaluation.evaluate(KEEPING, tiny, [], sampling)
-    assert table.empty and len(list(samples.samples_folder(KEEPING).iterdir())) == 4
-    monkeypatch.setattr(samples, "sample", None)
-    found = evaluation.quality(KEEPING, tiny, sampling, 4)
-    assert found["images"].tolist() == ["0-7", "0-3", "4-7"]
-    assert found["fid_mnist"].nunique() == 3
+    table, _ = evaluation.evaluate(KEEPING, tiny, [BASELINE], Sampling(8, 2, 0, 2))
+    assert len(table) == 1 and len(files()) == 4
+    monkeypatch.setattr(sampling, "sample", None)
+    assert len(evaluation.quality(KEEPING, tiny, Sampling(8, 2, 0, 2), 4)) == 3

@@ -7,8 +7,8 @@ file with the arrays of SETS, and writes both tables of results/published. The r
 training digits 100-4,999 for Inception features, test digits 0-4,999 for the classifier's.
 """
 
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,10 +19,14 @@ from torch import Tensor
 
 from lafq.rng import generator
 from lafq.study import workspace
-from lafq.study.diffusion.mnist import mnist
-from lafq.study.images import bootstrap, classifier, inception, metrics
+from lafq.study.claims import holm
+from lafq.study.diffusion.mnist import HELD_OUT, mnist, unpadded
+from lafq.study.diffusion.subject import load_model
+from lafq.study.images import metrics
+from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
 from lafq.study.images.metrics import Reference
-from lafq.study.verdict import holm
+from lafq.study.images.sampling import ImageStore, Sampling
+from lafq.study.workspace import Workspace
 from lafq.tensors import atomic_write
 
 FOLDER = workspace.RESULTS / "published"
@@ -88,11 +92,11 @@ def scores(
         count = len(features) // n
         blocks = order[: count * n].view(count, n)
         values = {
-            "fid": bootstrap.fid_bootstrap(reference, blocks)(features),
-            "kid": bootstrap.kid_bootstrap(reference, blocks)(features),
+            "fid": metrics.fid_draws(features, reference, blocks),
+            "kid": metrics.kid_draws(features, reference, blocks),
         }
         if logits is not None:
-            values["is"] = bootstrap.inception_score_bootstrap(blocks)(logits)
+            values["is"] = metrics.inception_score_draws(logits, blocks)
         row = {"n": n, "blocks": count}
         for name, found in values.items():
             row |= {
@@ -119,7 +123,7 @@ def compared(features: dict[str, Tensor], classes: dict[str, Tensor], seed: int)
     order = torch.randperm(len(features[UNQUANTIZED]), generator=generator(seed))
     first, second = order.chunk(2)
     half = features[UNQUANTIZED][second]
-    statistics = Reference.of(half)
+    statistics = Reference(half)
     rows = []
     for name, found in features.items():
         control = name == UNQUANTIZED
@@ -182,43 +186,27 @@ def measure(path: Path, seed: int) -> None:
     """Read the published images and write results/published/compared.csv and scores.csv;
     Inception's rows come set by set.
     """
-    images = read(path)
-    network = classifier.load()
-    seen = {name: metrics.mnist_features(network, x) for name, x in images.items()}
-    _save(
-        "compared",
-        compared(
-            {n: f for n, (f, _) in seen.items()},
-            {n: z.argmax(1) for n, (_, z) in seen.items()},
-            seed,
-        ),
-    )
-    reference = metrics.mnist_reference(network)
+    images, extractor = read(path), mnist_extractor()
+    seen = {name: extractor.features(x) for name, x in images.items()}
+    features = {name: of_set.features for name, of_set in seen.items()}
+    digits = {name: of_set.logits.argmax(1) for name, of_set in seen.items()}
+    _save("compared", compared(features, digits, seed))
     tables = [
-        scores(*seen[name], reference, seed).assign(features="MNIST", set=name) for name in images
+        scores(*seen[name], extractor.reference, seed).assign(features="MNIST", set=name)
+        for name in images
     ]
     _save_scores(tables)
-    extractor, line = inception.load()
-    print(line)
-    if extractor:
-        features = partial(
-            metrics.kept_inception_features, extractor, folder=workspace.BUILD / "inception"
-        )
+    if extractor := inception_extractor(REAL.stop - REAL.start):
         real = mnist(train=True)[0][REAL]
-        reference = Reference.of(features(real)[0])
+        references = {
+            name: Reference(extractor.features(x).features)
+            for name, x in (("Inception", real), (UNPADDED, unpadded(real)))
+        }
         for name in sorted(images, key=lambda name: name not in README):
-            tables.append(
-                scores(*features(images[name]), reference, seed).assign(
-                    features="Inception", set=name
-                )
-            )
-            if name in README:
-                unpadded = Reference.of(features(real[:, :, 2:-2, 2:-2])[0])
-                tables.append(
-                    scores(*features(images[name]), unpadded, seed).assign(
-                        features=UNPADDED, set=name
-                    )
-                )
+            for features, reference in references.items():
+                if features == "Inception" or name in README:
+                    table = scores(*extractor.features(images[name]), reference, seed)
+                    tables.append(table.assign(features=features, set=name))
             _save_scores(tables)
             print(f"{name}: scored on Inception features", flush=True)
 
@@ -263,3 +251,122 @@ def _pictures(folder: Path) -> np.ndarray:
         if files
         else np.empty((0, 32, 32), np.uint8)
     )
+
+
+FLOOR_SIZES = (50, 100, 200, 500, 1000, 2000, 5000)
+BLOCKS = 20
+EXTRAPOLATED_FROM = 200
+INCEPTION_REFERENCE = 2000
+
+
+def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
+    """FID and KID of disjoint blocks of N of the features (M, d) against the reference: columns
+    metric, n, mean, sd, blocks.
+
+    The row with n = inf is FID extrapolated to infinite N from the mean FID of N >= 200
+    (`metrics.fid_at_infinity`).
+    """
+    order = torch.randperm(len(features), generator=generator(seed))
+    rows = []
+    for n in (n for n in FLOOR_SIZES if n <= len(features)):
+        blocks = torch.stack(
+            [order[i * n : (i + 1) * n] for i in range(min(BLOCKS, len(features) // n))]
+        )
+        for metric, draws in (("fid", metrics.fid_draws), ("kid", metrics.kid_draws)):
+            values = draws(features, reference, blocks)
+            rows.append(
+                (
+                    metric,
+                    n,
+                    values.mean().item(),
+                    values.std().item() if len(blocks) > 1 else np.nan,
+                    len(blocks),
+                )
+            )
+    table = pd.DataFrame(rows, columns=["metric", "n", "mean", "sd", "blocks"])
+    line = table[(table["metric"] == "fid") & (table["n"] >= EXTRAPOLATED_FROM)]
+    beyond = metrics.fid_at_infinity(line["n"], line["mean"])
+    return pd.concat(
+        [table, pd.DataFrame([("fid", np.inf, beyond, np.nan, 1)], columns=table.columns)],
+        ignore_index=True,
+    )
+
+
+def noise_floor(parameters: dict[str, Any]) -> pd.DataFrame:
+    """`floor` of real held-out digits and of the unquantized model's images, on MNIST and Inception
+    features.
+
+    The references are 5,000 digits, for Inception 2,000 (none where the profile has no Inception
+    columns)."""
+    p, work = (
+        parameters,
+        Workspace.open(parameters["PROFILE"], parameters["THREADS"], parameters["DEVICE"]),
+    )
+    sampling = Sampling(p["CHECK_IMAGES"], p["SAMPLING_STEPS"], p["SEED"])
+    generated = ImageStore(work).draw(load_model(work, p["WIDTH"]), sampling).images
+    digits = mnist(train=False)[0][HELD_OUT]
+    extractors = {"MNIST": mnist_extractor()}
+    if inception := inception_extractor(INCEPTION_REFERENCE if p["INCEPTION_REFERENCE"] else 0):
+        extractors["Inception"] = inception
+    tables = [
+        floor(extractor.features(x).features, extractor.reference, p["SEED"]).assign(
+            features=name, images=images
+        )
+        for name, extractor in extractors.items()
+        for images, x in (("real", digits), ("generated", generated))
+    ]
+    return pd.concat(tables, ignore_index=True)[
+        ["features", "images", "metric", "n", "mean", "sd", "blocks"]
+    ]
+
+
+REAL_DIGITS, FRAME = "real digits", 2
+
+
+def image_statistics(images: dict[str, Tensor], extractor: FeatureExtractor) -> pd.DataFrame:
+    """FID and its two terms, ink and digits of sets of images: one row per set.
+
+    images: by name, uint8 (N, 1, 32, 32); the first set is the unquantized model's. Columns:
+    fid_mnist = mean_term + covariance_term: the squared distance of the mean features from the
+    reference's, and the rest (Heusel et al. 2017, equation 6);
+    ink, background: mean grey value (0 to 1) of the image, and of its outer frame of 2 pixels,
+    black in real digits;
+    class_changed: share of images whose predicted digit is not that of the first set's image from
+    the same noise;
+    digit, share: the digit predicted most often, and how often.
+    """
+    rows, first, frame = [], None, torch.ones(32, 32, dtype=torch.bool)
+    frame[FRAME:-FRAME, FRAME:-FRAME] = False
+    reference = extractor.reference
+    mean = torch.as_tensor(reference.statistics["mu"])
+    for name, of_set in images.items():
+        features, logits = extractor.features(of_set)
+        digits = logits.argmax(1)
+        first = digits if first is None else first
+        fid, mean_term = (
+            metrics.fid(features, reference),
+            (features.double().mean(0) - mean).square().sum().item(),
+        )
+        changed = (digits != first).double().mean().item() if name != REAL_DIGITS else float("nan")
+        shares = torch.bincount(digits, minlength=10) / len(digits)
+        row = {"images": name, "n_images": len(of_set), "fid_mnist": fid, "mean_term": mean_term}
+        row |= {"covariance_term": fid - mean_term, "ink": of_set.double().mean().item() / 255}
+        row |= {
+            "background": of_set[..., frame].double().mean().item() / 255,
+            "class_changed": changed,
+        }
+        rows.append(row | {"digit": int(shares.argmax()), "share": shares.max().item()})
+    return pd.DataFrame(rows)
+
+
+def with_damage(table: pd.DataFrame, budget: pd.DataFrame) -> pd.DataFrame:
+    """A table of `image_statistics` with the damage of each set's model, from rows of
+    `damage.measure_damage`.
+    """
+    names = [
+        f"{row.method} INT{row.budget_bits:.0f}"
+        if row.granularity == "tensor"
+        else f"{row.method}, {row.budget_bits:g} bits per weight"
+        for row in budget.itertuples()
+    ]
+    return table.assign(damage=table["images"].map(dict(zip(names, budget["damage"], strict=True))))

