@@ -34,39 +34,43 @@ def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile`'s or a data-parallel wrapper, whose parameters have the
-    plain names.
-
-    Raises ValueError for anything that is no module.
+    plain names; ValueError for anything that is no module.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"a {type(model).__name__} stands in the place of the model: check the order of the "
             f"arguments"
         )
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(
-        model, "_orig_mod"
-    ):
+    parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
+    while hasattr(model, "_orig_mod") or isinstance(model, parallel):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
 
 
+def named(model: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
+    """The parameters of these names; ValueError for an unknown name, or none."""
+    available = dict(model.named_parameters())
+    if not names:
+        raise ValueError("no parameter is named: give the names whose Fisher information is wanted")
+    for name in names:
+        if name not in available:
+            raise ValueError(
+                f"the model has no parameter {name!r}: names are those of model.named_parameters()"
+            )
+    return {name: available[name] for name in names}
+
+
 def arguments_of(batch: object, device: torch.device) -> list[Any]:
     """A batch, a tensor or a tuple of the model's arguments, as these arguments, tensors on the
-    device.
-
-    Raises ValueError for anything else, and for a first argument that is no tensor (B, ...).
+    device; ValueError for anything else, and for a first argument that is no tensor (B, ...).
     """
     arguments = (batch,) if isinstance(batch, Tensor) else batch
-    if (
-        not isinstance(arguments, tuple | list)
-        or not arguments
-        or not isinstance(arguments[0], Tensor)
-        or not arguments[0].ndim
-    ):
+    listed = isinstance(arguments, tuple | list) and arguments
+    if not listed or not isinstance(arguments[0], Tensor) or not arguments[0].ndim:
         raise ValueError(
             f"a batch is a {type(batch).__name__}: give one tensor (B, ...), or a tuple of the "
-            f"model's arguments that begins with "
-            "one; wrap a model that takes anything else in a module that takes these"
+            "model's arguments that begins with one; wrap a model that takes anything else in a "
+            "module that takes these"
         )
     # A tensor made in inference mode cannot be part of a backward pass.
     return [

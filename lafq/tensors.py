@@ -37,9 +37,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises OSError with one sentence when the file cannot be written (a full disk, a read-only
     folder).
     """
-    temporary = path.with_name(
-        f".{path.name}.{os.getpid()}-{next(_COUNT)}.part"
-    )  # no two writers share it
+    # No two writers share it.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_COUNT)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -47,13 +46,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"could not write {path} ({error}): make room or choose a writable folder, then `make "
-            f"resume`; "
-            "the files already there are unchanged"
+            f"resume`; the files already there are unchanged"
         ) from error
     finally:
-        with suppress(
-            OSError
-        ):  # on a file system that has become read-only; the error above says so
+        with suppress(OSError):  # of a file system that has become read-only: said above
             temporary.unlink(missing_ok=True)
 
 
@@ -62,10 +58,9 @@ def remove_leftovers(folder: Path) -> None:
     kill leaves them.
     """
     for path in folder.rglob(".*.part"):
-        found = re.search(r"\.(\d+)-\d+\.part$", path.name)
-        if not found or _runs(int(found[1])):
-            continue
-        path.unlink(missing_ok=True)
+        writer = re.search(r"\.(\d+)-\d+\.part$", path.name)
+        if writer and not _runs(int(writer[1])):
+            path.unlink(missing_ok=True)
 
 
 def _runs(pid: int) -> bool:
@@ -87,9 +82,7 @@ def save_tensors(
     about = {"lafq": json.dumps(metadata)} | ({"seal": BLANK} if sealed else {})
     with atomic_write(path) as temporary:
         temporary.touch()
-        mode = (
-            temporary.stat().st_mode
-        )  # the user's umask; safetensors writes files that are its owner's alone
+        mode = temporary.stat().st_mode  # of the user's umask; safetensors writes the owner's alone
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, about)
         temporary.chmod(mode)
         if sealed:
@@ -153,11 +146,10 @@ def _seal(path: Path) -> tuple[str, int]:
     with path.open("rb") as file:
         length = file.read(8)
         header = file.read(min(int.from_bytes(length, "little"), HEADER_LIMIT))
-        found = re.search(rb'"seal":"([0-9a-f]{64})"', header)
-        if not found:
+        seal = re.search(rb'"seal":"([0-9a-f]{64})"', header)
+        if not seal:
             return "", 0
-        content = hashlib.sha256(
-            length + header[: found.start(1)] + BLANK.encode() + header[found.end(1) :]
-        )
+        blank = header[: seal.start(1)] + BLANK.encode() + header[seal.end(1) :]
+        content = hashlib.sha256(length + blank)
         hashlib.file_digest(file, lambda: content)
-    return content.hexdigest(), 8 + found.start(1)
+    return content.hexdigest(), 8 + seal.start(1)

@@ -54,7 +54,7 @@ def test_six_names_and_no_others():
             "dequantize",
             "save_quantized",
             "load_quantized",
-        ),
+        )
     ]
     assert all(getattr(lafq, name).__doc__ for name in lafq.__all__)
     with pytest.raises(AttributeError, match="no attribute 'pack'"):

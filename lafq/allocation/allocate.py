@@ -25,7 +25,7 @@ from lafq.allocation.frontiers import ALLOCATED, StorageOption, frontier
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.networks import unwrapped
 from lafq.quantization.channels import weight_spec
-from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_plan
+from lafq.quantization.checks import channel_view, check_estimates, check_plan
 from lafq.quantization.formats import DEFAULT_FORMATS, FORMATS, MIB, get_format, unshrunk_scale
 from lafq.quantization.model import nbytes, weights_sha256
 from lafq.quantization.plan import Allocation, Plan, Recipe
@@ -79,6 +79,7 @@ def allocate(
     >>> plan.nbytes <= 0.005 * 2**20, sorted(plan)
     (True, ['0.weight', '2.weight'])
     """
+    model = unwrapped(model)
     if (memory_mib is None) == (file_mib is None):
         raise ValueError("give memory_mib or file_mib: a plan is made for one of these sizes")
     if file_mib is not None:
@@ -114,10 +115,7 @@ def frontiers_of(
             "give the Fisher values of one parameter at least, and fp32 or fp16 among the formats"
         )
     check_plan(model, dict.fromkeys(fisher, "fp16"))
-    parameters = dict(model.named_parameters())
-    for name, values in fisher.items():
-        check_fisher(name, parameters[name], values)
-    check_curvature(model, curvature)
+    parameters = check_estimates(model, fisher, curvature)
     fronts = {}
     hidden = {} if progress else {"disable": True}
     for name, values in tqdm(
@@ -191,51 +189,50 @@ def lower_hull(front: Frontier) -> list[int]:
 
 
 def filled(fronts: list[Frontier], budget: float, taken: list[int], price: float) -> list[int]:
-    """The choices of least damage within the budget, found from those at a price."""
+    """The choices of least damage within the budget, by search from those taken at a price."""
     start = [front[i] for front, i in zip(fronts, taken, strict=True)]
     left = budget - sum(choice.nbytes for choice in start)
     lost = price * left  # above the bound
     if lost <= CLOSE * sum(choice.damage for choice in start):
         return taken
-    near = []
-    for front, now in zip(fronts, start, strict=True):
-        more = np.array([c.nbytes - now.nbytes for c in front], dtype=float)
-        excess = np.array([c.damage - now.damage for c in front]) + price * more
-        index = np.flatnonzero(excess <= lost)
-        near.append((more[index], excess[index].clip(0), index))
+    near = [_near(front, choice, price, lost) for front, choice in zip(fronts, start, strict=True)]
     order = sorted(range(len(near)), key=lambda i: len(near[i][0]))
     least = [near[i][0].min() for i in order]
-    sums, found, trail = np.zeros((1, 2)), lost, []
+    more, excess, trail = np.zeros(1), np.zeros(1), []  # of the sums over parameters so far
     for place, i in enumerate(order):
-        more, excess, _ = near[i]
-        every = (sums[:, None] + np.stack([more, excess], 1)).reshape(-1, 2)
-        found = _least_lost(every, price, left, found)
-        keep = _worth_keeping(every, price, left - sum(least[place + 1 :]), found)
-        trail.append(np.divmod(keep, len(more)))
-        sums = every[keep]
-    best, taken = int((sums[:, 1] - price * sums[:, 0]).argmin()), list(taken)
-    for i, (parent, choice) in zip(reversed(order), reversed(trail), strict=True):
-        taken[i], best = int(near[i][2][choice[best]]), int(parent[best])
+        more, excess = (
+            np.add.outer(a, b).ravel() for a, b in zip((more, excess), near[i][:2], strict=True)
+        )
+        fits = more <= left  # with the others as they are
+        lost = (excess + price * (left - more))[fits].min(initial=lost)
+        index = np.flatnonzero((excess <= lost) & (more <= left - sum(least[place + 1 :])))
+        index = index[_undominated(more[index], excess[index] - price * more[index])]
+        index = index[np.argsort(excess[index], kind="stable")[:SUMS]]
+        trail.append(np.divmod(index, len(near[i][0])))
+        more, excess = more[index], excess[index]
+    best, taken = int((excess - price * more).argmin()), list(taken)
+    for i, (parents, choices) in zip(reversed(order), reversed(trail), strict=True):
+        taken[i], best = int(near[i][2][choices[best]]), int(parents[best])
     return taken
 
 
-def _least_lost(sums: np.ndarray, price: float, left: float, found: float) -> float:
-    """The least known excess and price of what is left, with sums (bytes, excess) that fit."""
-    fits = sums[sums[:, 0] <= left]
-    return min(found, (fits[:, 1] + price * (left - fits[:, 0])).min(initial=found))
-
-
-def _worth_keeping(sums: np.ndarray, price: float, most: float, found: float) -> np.ndarray:
-    """Sums (bytes, excess), by number, that may lead to less than is found, and that no other beats
-    in both bytes and damage; at most SUMS of them, those of least excess.
+def _near(
+    front: Frontier, taken: StorageOption, price: float, lost: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bytes more than what is taken, excess and number of the choices whose excess is not above
+    what is lost.
     """
-    size, excess = sums.T
-    index = np.flatnonzero((excess <= found) & (size <= most))
-    damage = excess - price * size
-    index = index[np.lexsort((damage[index], size[index]))]
-    best = np.minimum.accumulate(damage[index])
-    index = index[np.append(True, damage[index][1:] < best[:-1])]
-    return index[np.argsort(excess[index], kind="stable")[:SUMS]]
+    more = np.array([c.nbytes - taken.nbytes for c in front], dtype=float)
+    excess = np.array([c.damage - taken.damage for c in front]) + price * more
+    index = np.flatnonzero(excess <= lost)
+    return more[index], excess[index].clip(0), index
+
+
+def _undominated(size: np.ndarray, damage: np.ndarray) -> np.ndarray:
+    """The numbers of those that no other beats in both."""
+    order = np.lexsort((damage, size))
+    least = np.minimum.accumulate(damage[order])
+    return order[np.append(True, damage[order][1:] < least[:-1])]
 
 
 def _report(name: str, weights: int, choice: StorageOption) -> dict:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lafq.networks import arguments_of, checked_output, evaluating
+from lafq.networks import arguments_of, checked_output, evaluating, named
 
 GRADIENT_BYTES = 2**29
 Arguments = tuple[Tensor, ...]
@@ -56,45 +56,30 @@ def empirical_fisher(
     output that is not one tensor with the batch as its first axis, a target of another shape, or
     gradients that are not finite.
     """
-    available = dict(model.named_parameters())
-    if unknown := [n for n in names if n not in available]:
-        raise ValueError(
-            f"the model has no parameter {unknown[0]!r}: names are those of "
-            f"model.named_parameters()"
-        )
-    if not names:
-        raise ValueError("no parameter is named: give the names whose Fisher information is wanted")
-    chosen = {n: available[n].detach() for n in names}
+    chosen = {name: p.detach() for name, p in named(model, names).items()}
+    rest = {n: p.detach() for n, p in model.named_parameters() if n not in chosen}
     chunk = chunk or samples_at_once(sum(p.nbytes for p in chosen.values()))
     by_batch, by_sample = [], []
     with evaluating(model, gradients=True):
-        squares_of = _squared_gradients(
-            model, chosen, {n: p.detach() for n, p in available.items() if n not in chosen}
-        )
-        total = {n: torch.zeros_like(p) for n, p in chosen.items()}
-        for arguments, target in batches:
-            arguments, [target] = (
-                arguments_of(arguments, target.device),
-                arguments_of(target, target.device),
-            )
-            means, each = (
-                dict.fromkeys(names, 0.0),
-                {n: torch.empty(len(target), dtype=target.dtype) for n in names},
-            )
+        total = {name: torch.zeros_like(p) for name, p in chosen.items()}
+        squares_of = _squared_gradients(model, chosen, rest)
+        for batch, y in batches:
+            (target,) = arguments_of(y, y.device)
+            arguments = arguments_of(batch, target.device)
+            sums, means = dict.fromkeys(names, 0.0), {n: [] for n in names}
             for part in torch.arange(len(target)).split(chunk):
-                for name, square in squares_of(
-                    tuple(a[part] for a in arguments), target[part]
-                ).items():
-                    each[name][part] = square.flatten(1).mean(1).cpu()
+                squares = squares_of(tuple(a[part] for a in arguments), target[part])
+                for name, square in squares.items():
+                    means[name].append(square.flatten(1).mean(1).cpu())
                     value = square.sum(0)
                     total[name] += value
-                    means[name] += value.mean().item()
-            by_batch.append({n: mean / len(target) for n, mean in means.items()})
-            by_sample.append(each)
+                    sums[name] += value.mean().item()
+            by_batch.append({n: value / len(target) for n, value in sums.items()})
+            by_sample.append({n: torch.cat(parts) for n, parts in means.items()})
     samples = sum(len(each[names[0]]) for each in by_sample)
     if not samples:
         raise ValueError("no batch was given: Fisher information needs at least one sample")
-    by_weight = {n: value / samples for n, value in total.items()}
+    by_weight = {name: value / samples for name, value in total.items()}
     if bad := [n for n, f in by_weight.items() if not torch.isfinite(f).all()]:
         raise ValueError(
             f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged"

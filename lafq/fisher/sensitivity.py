@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from lafq.fisher.shrinkage import Moments
-from lafq.networks import arguments_of, checked_output, evaluating, unwrapped
-from lafq.quantization.checks import channel_view, check_curvature, check_fisher, check_names
+from lafq.networks import arguments_of, checked_output, evaluating, named, unwrapped
+from lafq.quantization.checks import channel_view, check_estimates
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
 
@@ -120,17 +120,23 @@ def estimate_sensitivity(
             moments[name].add(*rows)
 
     squares, samples, traces = _squares(model, names, batches, seed, draws, add)
-    effective = sum(traces) ** 2 / sum(x * x for x in traces)
-    if shrink:
-        squares |= {
-            n: views[n].back(m.shrunk_squares(views[n].of(squares[n]))).contiguous()
-            for n, m in moments.items()
-        }
-    return Sensitivity(
-        {n: f / samples for n, f in squares.items()},
-        *_curvatures(moments, len(traces), shrink),
-        effective,
-    )
+    passes, effective = len(traces), sum(traces) ** 2 / sum(x * x for x in traces)
+    curvature, noise = {}, {} if shrink else None
+    for name, m in moments.items():
+        if not shrink:
+            curvature[name] = m.plain_curvature()
+            continue
+        curvature[name], noise[name] = m.shrunk_curvature()
+        shrunk = m.shrunk_squares(views[name].of(squares[name]))
+        squares[name] = views[name].back(shrunk).contiguous()
+    if shrink and moments and passes == 1:
+        warnings.warn(
+            "one pass says nothing about its noise, so all weights of a tensor count the same: "
+            "give more batches",
+            stacklevel=2,
+        )
+    fisher = {name: square / samples for name, square in squares.items()}
+    return Sensitivity(fisher, curvature, passes, noise, effective)
 
 
 def predicted_damage(model: nn.Module, small: nn.Module, other: Sensitivity) -> float:
@@ -155,47 +161,19 @@ def predicted_damage(model: nn.Module, small: nn.Module, other: Sensitivity) -> 
     >>> 0 < predicted_damage(model, small, other) < 1
     True
     """
-    model = unwrapped(model)
-    parameters = check_names(model, other.fisher, "the Fisher values name")
-    check_curvature(model, other.curvature)
+    model, small = unwrapped(model), unwrapped(small)
+    parameters = check_estimates(model, other.fisher, other.curvature)
     total = 0.0
     for name, values in other.fisher.items():
-        check_fisher(name, parameters[name], values)
-        view = channel_view(model, name)
         owner, _, attribute = name.rpartition(".")
-        stored = getattr(
-            unwrapped(small).get_submodule(owner), attribute
-        )  # unpacked, where it is packed
+        # As an attribute, which unpacks it where it is packed.
+        stored = getattr(small.get_submodule(owner), attribute)
+        view = channel_view(model, name)
         change = view.of(stored.detach() - parameters[name].detach()).cpu()
-        curvature = other.curvature.get(name)
-        total += (
-            damage(change, view.of(values).cpu(), None if curvature is None else curvature.cpu())
-            .sum()
-            .item()
-        )
+        h = other.curvature.get(name)
+        h = None if h is None else h.cpu()
+        total += damage(change, view.of(values).cpu(), h).sum().item()
     return total
-
-
-def _curvatures(
-    moments: dict[str, Moments], passes: int, shrink: bool
-) -> tuple[dict[str, Tensor], int, dict[str, float] | None]:
-    """Of a `Sensitivity`: curvature, passes and noise; a warning where a shrunk curvature comes
-    from one pass.
-    """
-    if not shrink:
-        return {n: m.plain_curvature() for n, m in moments.items()}, passes, None
-    if moments and passes == 1:
-        warnings.warn(
-            "one pass says nothing about its noise, so all weights of a tensor count the same: "
-            "give more batches",
-            stacklevel=3,
-        )
-    shrunk = {n: m.shrunk_curvature() for n, m in moments.items()}
-    return (
-        {n: h for n, (h, _) in shrunk.items()},
-        passes,
-        {n: share for n, (_, share) in shrunk.items()},
-    )
 
 
 def _squares(
@@ -211,57 +189,44 @@ def _squares(
 
     `also` sees the gradients of each pass, one per draw.
     """
-    available = dict(model.named_parameters())
-    if not names:
-        raise ValueError("no parameter is named: give the names whose Fisher information is wanted")
-    if unknown := [n for n in names if n not in available]:
-        raise ValueError(
-            f"the model has no parameter {unknown[0]!r}: names are those of "
-            f"model.named_parameters()"
-        )
-    chosen = [available[n] for n in names]
-    samples, traces, g = 0, [], generator(seed, 1)
+    chosen = named(model, names)
+    samples, traces, noise = 0, [], generator(seed, 1)
     with evaluating(model, gradients=True):
-        total = [torch.zeros_like(p) for p in chosen]
-        for n, p in available.items():
-            p.requires_grad_(n in set(names))
+        total = {name: torch.zeros_like(p) for name, p in chosen.items()}
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in chosen)
         for batch in batches:
-            arguments = arguments_of(batch, chosen[0].device)
+            arguments = arguments_of(batch, next(iter(chosen.values())).device)
             output = checked_output(model(*arguments), len(arguments[0]))
             trace = 0.0
-            for name, sum_, gradients in zip(
-                names, total, _gradients(output, chosen, draws, g), strict=True
-            ):
+            for name, gradients in _gradients(output, chosen, draws, noise).items():
                 for gradient in gradients:
-                    sum_.addcmul_(gradient, gradient, value=1 / draws)
+                    total[name].addcmul_(gradient, gradient, value=1 / draws)
                     trace += torch.linalg.vector_norm(gradient).item() ** 2 / draws
                 if also:
                     also(name, gradients)
             samples, traces = samples + len(output), [*traces, trace]
     if not samples:
         raise ValueError("no batch was given: Fisher information needs at least one sample")
-    if bad := [n for n, f in zip(names, total, strict=True) if not torch.isfinite(f).all()]:
+    if bad := [n for n, f in total.items() if not torch.isfinite(f).all()]:
         raise ValueError(
             f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged"
         )
-    if not any(f.any() for f in total):
+    if not any(f.any() for f in total.values()):
         raise ValueError(
             "the Fisher information is zero everywhere: these batches give the output no gradient, "
             "give others"
         )
-    return {n: sum_.detach() for n, sum_ in zip(names, total, strict=True)}, samples, traces
+    return total, samples, traces
 
 
 def _gradients(
-    output: Tensor, chosen: list[nn.Parameter], draws: int, noise: torch.Generator
-) -> list[list[Tensor]]:
+    output: Tensor, chosen: dict[str, nn.Parameter], draws: int, noise: torch.Generator
+) -> dict[str, list[Tensor]]:
     """By parameter: the gradients of the output times N(0, I), one per draw."""
-    found = []
+    by_draw = []
     for left in reversed(range(draws)):
         n = torch.randn(output.shape, generator=noise, dtype=torch.float32).to(output)
-        found.append(
-            torch.autograd.grad(
-                output, chosen, n, retain_graph=left > 0, allow_unused=True, materialize_grads=True
-            )
-        )
-    return [list(gradients) for gradients in zip(*found, strict=True)]
+        how = {"retain_graph": left > 0, "allow_unused": True, "materialize_grads": True}
+        by_draw.append(torch.autograd.grad(output, list(chosen.values()), n, **how))
+    return dict(zip(chosen, map(list, zip(*by_draw, strict=True)), strict=True))

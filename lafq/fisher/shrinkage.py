@@ -81,14 +81,14 @@ class Moments:
         off = (
             torch.linalg.vector_norm(mean).double().square() - diagonal.square().sum()
         ).clamp_min(0)
-        own = self._share(
+        on = self._share(
             self.diagonal_squares.sum(), diagonal.square().sum(), (diagonal - level).square().sum()
         )
-        share = torch.maximum(self._share(self.off_diagonal_squares, off, off), own)
-        found = mean.mul_((1 - share) / level.clamp_min(1e-30))
-        target = (1 - own) * diagonal / level.clamp_min(1e-30) + own
-        found.diagonal(dim1=-2, dim2=-1).copy_(target.view(found.shape[:-1]))
-        return found, share.item()
+        share = torch.maximum(self._share(self.off_diagonal_squares, off, off), on)
+        shrunk = mean.mul_((1 - share) / level.clamp_min(1e-30))
+        target = (1 - on) * diagonal / level.clamp_min(1e-30) + on
+        shrunk.diagonal(dim1=-2, dim2=-1).copy_(target.view(shrunk.shape[:-1]))
+        return shrunk, share.item()
 
     def shrunk_squares(self, squares: Tensor) -> Tensor:
         """Squared gradients (R, C), summed over the passes: within a channel they shrink towards

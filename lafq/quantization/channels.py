@@ -30,6 +30,13 @@ class WeightSpec(NamedTuple):
     steps: Tensor | None = None
     group: int = 0
 
+    @property
+    def formats(self) -> set[Format]:
+        """The formats of its channels; ValueError for an unknown one."""
+        return {
+            get_format(f) for f in ([self.format] if isinstance(self.format, str) else self.format)
+        }
+
 
 class ChannelView(NamedTuple):
     """A parameter seen as rows, one per output channel, the weights of a row in channels-last
@@ -45,9 +52,7 @@ class ChannelView(NamedTuple):
     @property
     def size(self) -> tuple[int, int]:
         """(output channels, weights in each)."""
-        channels = (
-            self.groups * self.shape[1] if self.groups else self.shape[0] if self.shape else 1
-        )
+        channels = self.groups * self.shape[1] if self.groups else (*self.shape, 1)[0]
         return channels, math.prod(self.shape) // channels
 
     def of(self, weight: Tensor) -> Tensor:
@@ -62,16 +67,11 @@ class ChannelView(NamedTuple):
         """
         if len(self.shape) < 2:
             return rows.reshape(self.shape)
-        outputs, inputs = (
-            self.size[0],
-            self.shape[0] // self.groups if self.groups else self.shape[1],
-        )
-        weight = rows.view(outputs, *self.shape[2:], inputs).movedim(-1, 1)
-        return (
-            weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
-            if self.groups
-            else weight
-        )
+        inputs = self.shape[0] // self.groups if self.groups else self.shape[1]
+        weight = rows.view(self.size[0], *self.shape[2:], inputs).movedim(-1, 1)
+        if self.groups:
+            weight = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return weight
 
     def check(self, name: str, entry: "str | WeightSpec") -> None:
         """Raise ValueError for an unknown format, or formats and masks that do not fit."""
@@ -80,15 +80,15 @@ class ChannelView(NamedTuple):
                 f"the plan gives {name} the entry {entry!r}: give the name of a format, or a "
                 f"WeightSpec"
             )
-        format, keep_mask, keep_format, steps, group = weight_spec(entry)
+        spec = weight_spec(entry)
+        format, keep_mask, keep_format, steps, group = spec
         if group and (steps is not None or group < 1 or self.size[1] % group):
             raise ValueError(
                 f"{name} has {self.size[1]} weights per channel, so a group of {group} does not "
                 f"fit: give a divisor, and no steps"
             )
-        if steps is not None and (
-            steps.shape != self.size[:1] or steps.dtype != torch.float16 or not (steps > 0).all()
-        ):
+        given = torch.ones(self.size[0]).half() if steps is None else steps
+        if given.shape != self.size[:1] or given.dtype != torch.float16 or not (given > 0).all():
             raise ValueError(
                 f"the steps of {name} must be {self.size[0]} FP16 numbers above 0, one per output "
                 f"channel"
@@ -98,13 +98,12 @@ class ChannelView(NamedTuple):
                 f"the plan has {len(format)} formats for the {self.size[0]} output channels of "
                 f"{name}: give one for each"
             )
-        if steps is None and "int16" in ((format,) if isinstance(format, str) else format):
+        if steps is None and any(f.name == "int16" for f in spec.formats):
             raise ValueError(
                 f"the plan stores {name} in int16, which needs steps of its own: give WeightSpec's "
                 f"`steps`, or fp16"
             )
-        known = [get_format(f) for f in ((format,) if isinstance(format, str) else set(format))]
-        if len(self.shape) < 2 and any(f.is_integer for f in known):
+        if len(self.shape) < 2 and any(f.is_integer for f in spec.formats):
             raise ValueError(
                 f"{name} has shape {self.shape}: integers need two dimensions, choose fp16 or fp32"
             )
@@ -115,8 +114,7 @@ class ChannelView(NamedTuple):
         ):
             raise ValueError(
                 f"the mask of {name} is {keep_mask.dtype} of shape {tuple(keep_mask.shape)}, the "
-                f"parameter has {self.shape}: "
-                "give one boolean per weight"
+                f"parameter has {self.shape}: give one boolean per weight"
             )
 
 
@@ -129,13 +127,10 @@ def stored_bytes(view: ChannelView, entry: str | WeightSpec) -> int:
     """Bytes of one parameter in its stored form: values, scales, channel formats, and what tells
     the kept weights.
     """
-    format, keep_mask, keep_format, _, group = weight_spec(entry)
-    in_row = (
-        torch.zeros(view.size[0], dtype=torch.int64)
-        if keep_mask is None
-        else view.of(keep_mask).sum(1).cpu()
-    )
-    return counted_bytes(view, channels_by_format(format, view.size[0]), in_row, keep_format, group)
+    spec, channels = weight_spec(entry), view.size[0]
+    kept = torch.zeros(channels, 1) if spec.keep_mask is None else view.of(spec.keep_mask).cpu()
+    by_format = channels_by_format(spec.format, channels)
+    return counted_bytes(view, by_format, kept.sum(1).long(), spec.keep_format, spec.group)
 
 
 def counted_bytes(
@@ -150,17 +145,12 @@ def counted_bytes(
 
     by_format: the channels of each format (`channels_by_format`).
     """
-    total = bit_bytes(CHANNEL_CODE_BITS, view.size[0]) if len(by_format) > 1 else 0
-    total += sum(
-        2 * len(r) * scales_per_channel(view.size[1], group)
-        for f, r in by_format.items()
-        if f.is_integer
-    )
-    return (
-        total
-        + packed_bytes(get_format(keep_format), int(in_row.sum()))
-        + mask_encoding(by_format, in_row, view.size[1])[1]
-    )
+    channels, length = view.size
+    codes = bit_bytes(CHANNEL_CODE_BITS, channels) if len(by_format) > 1 else 0
+    scaled = sum(len(rows) for f, rows in by_format.items() if f.is_integer)
+    kept = packed_bytes(get_format(keep_format), int(in_row.sum()))
+    values = mask_encoding(by_format, in_row, length)[1]
+    return codes + 2 * scaled * scales_per_channel(length, group) + kept + values
 
 
 def scales_per_channel(length: int, group: int) -> int:
@@ -170,14 +160,12 @@ def scales_per_channel(length: int, group: int) -> int:
 
 def in_fp32(view: ChannelView, entry: str | WeightSpec) -> int:
     """How many weights of a parameter its plan entry leaves in FP32."""
-    format, keep_mask, keep_format, *_ = weight_spec(entry)
-    whole = torch.tensor(
-        [f == "fp32" for f in ([format] * view.size[0] if isinstance(format, str) else format)]
-    )[:, None]
-    mask = (
-        torch.zeros(view.size, dtype=torch.bool) if keep_mask is None else view.of(keep_mask).cpu()
-    )
-    return int((whole | mask if keep_format == "fp32" else whole & ~mask).expand(view.size).sum())
+    spec, whole = weight_spec(entry), torch.zeros(view.size, dtype=torch.bool)
+    for f, rows in channels_by_format(spec.format, view.size[0]).items():
+        whole[rows] = f.name == "fp32"
+    if spec.keep_mask is not None:
+        whole[view.of(spec.keep_mask).cpu()] = spec.keep_format == "fp32"
+    return int(whole.sum())
 
 
 def channels_by_format(
@@ -185,11 +173,8 @@ def channels_by_format(
 ) -> dict[Format, Tensor]:
     """The channels, by number, of every format in use."""
     if isinstance(format, str) or len(set(format)) == 1:
-        return {
-            get_format(format if isinstance(format, str) else format[0]): torch.arange(
-                channels, device=device
-            )
-        }
+        name = format if isinstance(format, str) else format[0]
+        return {get_format(name): torch.arange(channels, device=device)}
     codes = torch.tensor([get_format(name).code for name in format], device=device)
     return {BY_CODE[i]: (codes == i).nonzero()[:, 0] for i in codes.unique().tolist()}
 
@@ -206,10 +191,9 @@ def mask_encoding(by_format: dict[Format, Tensor], in_row: Tensor, length: int) 
     dense = sum(packed_bytes(f, len(r) * length) for f, r in by_format.items())
     if not kept:
         return "", dense
-    split = sum(
-        packed_bytes(f, len(r) * length - int(in_row[r].sum())) for f, r in by_format.items()
-    )
-    masked = split + bit_bytes(1, channels * length)
+    masked = bit_bytes(1, channels * length)
+    for f, rows in by_format.items():
+        masked += packed_bytes(f, len(rows) * length - int(in_row[rows].sum()))
     sparse = dense + 4 * channels + index_dtype(length).itemsize * kept
     return ("mask", masked) if masked <= sparse else ("columns", sparse)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lafq.quantization.channels import ChannelView, weight_spec
-from lafq.quantization.formats import FP16_MAX, get_format, least_absmax
+from lafq.quantization.formats import FP16_MAX, least_absmax
 from lafq.quantization.plan import Entries
 
 
@@ -44,16 +44,10 @@ def check_values(model: nn.Module, plan: Entries) -> None:
             raise ValueError(f"{name} holds NaN or infinite weights: it cannot be quantized")
         if name not in plan:
             continue
-        largest, (used, _, _, steps, _) = p.abs().max().item(), weight_spec(plan[name])
-        formats = [get_format(f) for f in ([used] if isinstance(used, str) else used)]
+        largest, spec = p.abs().max().item(), weight_spec(plan[name])
         # Steps that are given are stored as they are.
-        if (
-            0
-            < largest
-            < max(
-                (least_absmax(f) for f in formats if steps is None or not f.is_integer), default=0.0
-            )
-        ):
+        scaled = [f for f in spec.formats if spec.steps is None or not f.is_integer]
+        if 0 < largest < max(map(least_absmax, scaled), default=0.0):
             raise ValueError(
                 f"{name} holds weights of {largest:.1g} at most, too small for FP16 numbers and "
                 f"scales: leave it out of the plan"
@@ -75,10 +69,21 @@ def check_names(model: nn.Module, named: Iterable[str], what: str) -> dict[str, 
     return parameters
 
 
-def check_curvature(model: nn.Module, curvature: dict[str, Tensor]) -> None:
-    """Raise ValueError, in one sentence, for a curvature that does not fit its parameter's columns
-    or is not finite.
+def check_estimates(
+    model: nn.Module, fisher: dict[str, Tensor], curvature: dict[str, Tensor]
+) -> dict[str, nn.Parameter]:
+    """The parameters by name; ValueError, in one sentence, for Fisher values of another shape than
+    their weight's, below 0, infinite or NaN, and for a curvature that does not fit its parameter's
+    columns or is not finite.
     """
+    parameters = check_names(model, fisher, "the Fisher values name")
+    for name, values in fisher.items():
+        shape = parameters[name].shape
+        if values.shape != shape or not ((values >= 0) & torch.isfinite(values)).all():
+            raise ValueError(
+                f"the Fisher values of {name} must be finite, of its shape {tuple(shape)} and none "
+                "below 0 or NaN"
+            )
     check_names(model, curvature, "the curvature names")
     for name, values in curvature.items():
         columns = channel_view(model, name).size[1]
@@ -87,20 +92,9 @@ def check_curvature(model: nn.Module, curvature: dict[str, Tensor]) -> None:
         if not fits or not torch.isfinite(values).all():
             raise ValueError(
                 f"the curvature of {name} must be finite and of shape {(columns, columns)} or in "
-                f"blocks of these columns, it has "
-                f"{tuple(values.shape)}"
+                f"blocks of these columns, it has {tuple(values.shape)}"
             )
-
-
-def check_fisher(name: str, weight: Tensor, values: Tensor) -> None:
-    """Raise ValueError, in one sentence, for Fisher values of another shape than their weight's,
-    below 0, infinite or NaN.
-    """
-    if values.shape != weight.shape or not ((values >= 0) & torch.isfinite(values)).all():
-        raise ValueError(
-            f"the Fisher values of {name} must be finite, of its shape {tuple(weight.shape)} and "
-            f"none below 0 or NaN"
-        )
+    return parameters
 
 
 def channel_view(model: nn.Module, name: str) -> ChannelView:

@@ -58,12 +58,12 @@ def expand_parts(parts: dict[str, Tensor], known: dict[str, Any]) -> dict[str, T
         or zlib.crc32(codes) != known["crc32"]
     ):
         raise ValueError("a coded stream is damaged (its codes have another checksum)")
-    found, start = {name: tensor for name, tensor in parts.items() if name != STREAM}, 0
+    expanded, start = {name: tensor for name, tensor in parts.items() if name != STREAM}, 0
     for f in _narrowest_first(counts):
         stop = start + counts[f.name] * _bytes_per_code(f)
-        found[f.name] = _to_packed(codes[start:stop], f)
+        expanded[f.name] = _to_packed(codes[start:stop], f)
         start = stop
-    return found
+    return expanded
 
 
 def _narrowest_first(counts: dict[str, int]) -> list[Format]:

@@ -56,7 +56,7 @@ FORMATS = {
         Format("int2", 2, code=6, levels=3),
         Format("int7", 7, code=7, levels=127),
         Format("int5", 5, code=8, levels=31),
-        Format("int16", 16, code=9, levels=2**16 - 1),
+        Format("int16", 16, code=9, levels=65535),
         Format("midrise2", 2, code=10, levels=4),
     )
 }
@@ -109,11 +109,10 @@ def weighted_mse_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) 
     sum(F q^2): that is evaluated for the codes of 14 shares of the absmax scale, and around the
     best of them once more.
     """
+    fisher = torch.ones_like(rows) if fisher is None else fisher
     size = max(1, BLOCK // rows.shape[1])
-    shares = (None,) * len(rows.split(size)) if fisher is None else fisher.split(size)
-    return torch.cat(
-        [_least_squares(r, qmax, f) for r, f in zip(rows.split(size), shares, strict=True)]
-    )
+    blocks = zip(rows.split(size), fisher.split(size), strict=True)
+    return torch.cat([_least_squares(w, qmax, f) for w, f in blocks])
 
 
 def unshrunk_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> Tensor:
@@ -126,9 +125,8 @@ def unshrunk_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> T
     the Fisher information tells.
     """
     scales = weighted_mse_scale(rows, qmax, fisher)[:, None].float()
-    weight = (
-        rows if fisher is None else torch.where(fisher.sum(1, keepdim=True) > 0, fisher, 1) * rows
-    )
+    weight = 1 if fisher is None else torch.where(fisher.sum(1, keepdim=True) > 0, fisher, 1)
+    weight = weight * rows
     square = (weight * rows).sum(1, keepdim=True)
     for _ in range(2):
         along = nearest_code(rows / scales, qmax).mul_(weight).sum(1, keepdim=True)
@@ -143,25 +141,23 @@ def grouped_scale(
     * C / group,).
     """
     if group:
-        rows, fisher = (
-            rows.reshape(-1, group),
-            None if fisher is None else fisher.reshape(-1, group),
-        )
+        fisher = None if fisher is None else fisher.reshape(-1, group)
+        rows = rows.reshape(-1, group)
     return rule(rows, qmax, fisher)
 
 
 def spread_scale(scales: Tensor, channels: int, group: int) -> Tensor:
-    """Scales in FP32 as rounding takes them: one per row (R,), or of groups, one per weight (R, C)."""
-    return (
-        scales.float().view(channels, -1).repeat_interleave(group, 1) if group else scales.float()
-    )
+    """Scales in FP32 as rounding takes them: one per row (R,), or of groups, one per weight
+    (R, C).
+    """
+    scales = scales.float()
+    return scales.view(channels, -1).repeat_interleave(group, 1) if group else scales
 
 
 def encode(values: Tensor, scale: Tensor, qmax: float) -> Tensor:
     """Codes nearest to values / scale, shifted by qmax (0 is -qmax), uint8 or, beyond 255, int32."""
-    return (
-        nearest_code(values / scale, qmax).add_(qmax).to(torch.uint8 if qmax < 128 else torch.int32)
-    )
+    dtype = torch.uint8 if qmax < 128 else torch.int32
+    return nearest_code(values / scale, qmax).add_(qmax).to(dtype)
 
 
 def fake_quantize(
@@ -207,11 +203,8 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     for width in _planes(bits):
         per_byte = 8 // width
         part = packed[start : start + -(-count // per_byte)]
-        plane = (
-            torch.cat([(part >> (i * width)) & (2**width - 1) for i in range(per_byte)])[:count]
-            if width < 8
-            else part
-        )
+        pieces = [(part >> (i * width)) & (2**width - 1) for i in range(per_byte)]
+        plane = torch.cat(pieces)[:count] if width < 8 else part
         codes = plane if codes is None else codes | (plane << shift)
         start, shift = start + len(part), shift + width
     return codes
@@ -237,9 +230,8 @@ def _usable(scale: Tensor, qmax: float) -> Tensor:
     return torch.where(scale > 0, scale, 2**-24 if qmax % 1 else 1).clamp(2**-24, FP16_MAX).half()
 
 
-def _least_squares(rows: Tensor, qmax: float, fisher: Tensor | None) -> Tensor:
-    weight = torch.ones_like(rows) if fisher is None else fisher
-    weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, 1)
+def _least_squares(rows: Tensor, qmax: float, fisher: Tensor) -> Tensor:
+    weight = torch.where(fisher.sum(1, keepdim=True) > 0, fisher, 1)
     weighted = weight * rows
     start = rows.abs().amax(1, keepdim=True) / qmax
     start = torch.where(start > 0, start, 1)
@@ -248,16 +240,12 @@ def _least_squares(rows: Tensor, qmax: float, fisher: Tensor | None) -> Tensor:
     def improve(scale: Tensor) -> None:
         nonlocal best, gain
         codes = nearest_code(rows / scale, qmax)
-        cross, square = (
-            (weighted * codes).sum(1, keepdim=True),
-            (codes.square_().mul_(weight)).sum(1, keepdim=True),
-        )
-        found = (
-            torch.where(square > 0, cross / square, scale),
-            torch.where(square > 0, cross.square() / square, 0),
-        )
-        better = found[1] > gain
-        best, gain = torch.where(better, found[0], best), torch.where(better, found[1], gain)
+        cross = (weighted * codes).sum(1, keepdim=True)
+        square = codes.square_().mul_(weight).sum(1, keepdim=True)
+        gained = torch.where(square > 0, cross.square() / square, 0)
+        better = gained > gain
+        best = torch.where(better, torch.where(square > 0, cross / square, scale), best)
+        gain = torch.where(better, gained, gain)
 
     for share in COARSE:
         improve(start * share)

@@ -24,9 +24,7 @@ from lafq.networks import unwrapped
 from lafq.quantization.channels import in_fp32, stored_bytes
 from lafq.quantization.checks import (
     channel_view,
-    check_curvature,
-    check_fisher,
-    check_names,
+    check_estimates,
     check_plan,
     check_values,
 )
@@ -36,8 +34,8 @@ from lafq.quantization.quantized_weight import QuantizedWeight
 
 
 def nbytes(model: nn.Module, plan: Entries) -> int:
-    """Bytes that must be stored for the model under the plan: all parameters and persistent
-    buffers, scales and masks.
+    """Bytes to store for the model under the plan: all parameters and persistent buffers, scales
+    and masks. Raises ValueError as `check_plan`.
     """
     model = unwrapped(model)
     check_plan(model, plan)
@@ -74,17 +72,14 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
         )
     scale, fisher, curvature = recipe or getattr(plan, "recipe", PLAIN)
     fisher, curvature = fisher or {}, curvature or {}
-    check_curvature(model, curvature)
-    check_names(model, fisher, "the Fisher values name")
-    packed = {}
-    for name, p in model.named_parameters():
-        if name in plan:
-            if name in fisher:
-                check_fisher(name, p, fisher[name])
-            view = channel_view(model, name)
-            packed[name] = QuantizedWeight.of(
-                p.detach(), plan[name], view, scale, fisher.get(name), curvature.get(name)
-            )
+    check_estimates(model, fisher, curvature)
+    packed = {
+        n: QuantizedWeight.of(
+            p.detach(), plan[n], channel_view(model, n), scale, fisher.get(n), curvature.get(n)
+        )
+        for n, p in model.named_parameters()
+        if n in plan
+    }
     _warn_of_copies(model, packed)
     return with_quantized(model, packed)
 
@@ -93,17 +88,14 @@ def _warn_of_copies(model: nn.Module, names: Iterable[str]) -> None:
     """Name the buffers that hold the values of one of the named weights, as converters from other
     frameworks leave them.
     """
-    planned = [p for p in map(model.get_parameter, names) if p.ndim > 1]
-    copies = {
-        n: b
-        for n, b in model.named_buffers()
-        if any(b.shape == p.shape and torch.equal(b, p) for p in planned)
-    }
+    planned, copies = [p for p in map(model.get_parameter, names) if p.ndim > 1], {}
+    for name, b in model.named_buffers():
+        if any(b.shape == p.shape and torch.equal(b, p) for p in planned):
+            copies[name] = b
     if copies:
         warnings.warn(
-            f"{len(copies)} buffers repeat quantized weights and stay in FP32 "
-            f"({next(iter(copies))}, ...; "
-            f"{_nbytes(copies.values()) / MIB:.2f} MiB): delete them",
+            f"{len(copies)} buffers repeat quantized weights and stay in FP32 ({next(iter(copies))}"
+            f", ...; {_nbytes(copies.values()) / MIB:.2f} MiB): delete them",
             stacklevel=3,
         )
 
@@ -145,11 +137,7 @@ def _give_own_class(module: nn.Module) -> None:
     changes that class.
     """
     shared = type(module)
-    content = {
-        name: value
-        for name, value in vars(shared).items()
-        if name not in ("__dict__", "__weakref__")
-    }
+    content = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
     module.__class__ = type(shared.__name__, shared.__bases__, content)
 
 
@@ -163,21 +151,19 @@ def weights_sha256(model: nn.Module) -> str:
     content = hashlib.sha256()
     for name, tensor in sorted(_tensors(model).items()):
         content.update(f"{name} {tuple(tensor.shape)} ".encode())
-        content.update(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        )
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        content.update(values.view(torch.uint8).numpy().data)
     return content.hexdigest()
 
 
 def tied(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Names of tensors that share their memory with an earlier one, and that one's name."""
-    first: dict[tuple, str] = {}
-    found = {
-        n: first.setdefault((t.data_ptr(), t.shape, t.stride(), t.dtype), n)
-        for n, t in tensors.items()
-        if t.numel() and not t.is_meta
-    }
-    return {n: other for n, other in found.items() if other != n}
+    first, shared = {}, {}
+    for name, t in tensors.items():
+        if t.numel() and not t.is_meta:
+            earlier = first.setdefault((t.data_ptr(), t.shape, t.stride(), t.dtype), name)
+            shared |= {name: earlier} if earlier != name else {}
+    return shared
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
@@ -188,14 +174,8 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers; a model's extra state need not be a tensor, and has no
-    bytes here.
-    """
-    return {
-        name: state
-        for name, state in unwrapped(model).state_dict().items()
-        if isinstance(state, Tensor)
-    }
+    """Parameters and persistent buffers; extra state that is no tensor has no bytes here."""
+    return {n: t for n, t in unwrapped(model).state_dict().items() if isinstance(t, Tensor)}
 
 
 def bits_per_weight(model: nn.Module, plan: Entries, names: Iterable[str]) -> float:
@@ -212,15 +192,12 @@ def kept_weights(model: nn.Module, plan: Entries, name: str) -> int:
 
 def with_quantized(model: nn.Module, packed: dict[str, QuantizedWeight]) -> nn.Module:
     """A copy of the model in which the named parameters are computed from their packed form."""
-    parameters = dict(model.named_parameters())
+    parameters, stand_ins = dict(model.named_parameters()), {}
     # The copy takes an empty stand-in for each planned weight, so that the FP32 weights are never
     # copied.
-    stand_ins = {
-        id(parameters[n]): nn.Parameter(
-            torch.empty(0, device=next(p.buffers()).device), parameters[n].requires_grad
-        )
-        for n, p in packed.items()
-    }
+    for name, p in packed.items():
+        empty = torch.empty(0, device=next(p.buffers()).device)
+        stand_ins[id(parameters[name])] = nn.Parameter(empty, parameters[name].requires_grad)
     try:
         result = copy.deepcopy(model, stand_ins).eval()
     except (RuntimeError, TypeError) as error:

@@ -73,12 +73,7 @@ class Allocation(Plan):
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        nbytes: int,
-        damage: float,
-        report: "pd.DataFrame",
-        file_bytes: int = 0,
+        self, plan: Plan, nbytes: int, damage: float, report: "pd.DataFrame", file_bytes: int = 0
     ) -> None:
         super().__init__(plan, plan.recipe, plan.source)
         self.nbytes, self.damage, self.report, self.file_bytes = nbytes, damage, report, file_bytes

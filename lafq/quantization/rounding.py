@@ -82,31 +82,19 @@ def rounded(
 
     The weights are rounded by the terms of that sum, so it comes without a product with H.
     """
+    if factor.upper.ndim == 3:
+        return _rounded_by_blocks(values, scales, qmax, factor, kept)
     order, upper, pivots, damping = factor
-    if upper.ndim == 3:
-        size = upper.shape[1]
-        steps = scales[:, None].expand_as(values) if scales.ndim == 1 else scales
-        columns = zip(
-            *(t.split(size, 1) for t in (values, steps, values if kept is None else kept)),
-            strict=True,
-        )
-        blocks = zip(columns, map(Factor, *factor), strict=True)
-        found = [rounded(v, s, qmax, own, kept if kept is None else k) for (v, s, k), own in blocks]
-        return torch.cat([rows for rows, _ in found], 1), sum(quadratic for _, quadratic in found)
     free = None
     if kept is not None or bool((qmax == 0).any()):
-        free = (
-            (qmax == 0)[:, None].expand_as(values) if kept is None else kept | (qmax == 0)[:, None]
-        )
-        free = free[:, order].T.contiguous()
+        whole_rows = (qmax == 0)[:, None].expand_as(values)
+        free = (whole_rows if kept is None else kept | whole_rows)[:, order].T.contiguous()
     # Columns as rows: what is worked on at a time then lies together in memory.
     exact, limit = values[:, order].T.contiguous(), qmax.to(values)
     wanted, half = exact.clone(), limit % 1
+    halves = bool(half.any())
     scales = scales.expand(len(exact), -1) if scales.ndim == 1 else scales[:, order].T.contiguous()
-    halves, quadratic = (
-        bool(half.any()),
-        torch.zeros(len(values), dtype=torch.float64, device=values.device),
-    )
+    quadratic = torch.zeros(len(values), dtype=torch.float64, device=values.device)
     for start in range(0, len(wanted), BLOCK):
         stop = min(start + BLOCK, len(wanted))
         errors, terms = values.new_empty(2, stop - start, len(values))
@@ -121,10 +109,23 @@ def rounded(
             torch.sub(exact[k], column, out=errors[k - start])
             wanted[k + 1 : stop].addr_(upper[k, k + 1 : stop], errors[k - start])
         wanted[stop:].addmm_(upper[start:stop, stop:].T, errors)
-        quadratic += pivots[
-            start:stop
-        ].double() @ terms.double().square_() - damping * errors.double().square_().sum(0)
+        quadratic += pivots[start:stop].double() @ terms.double().square_()
+        quadratic -= damping * errors.double().square_().sum(0)
     return wanted[order.argsort()].T, quadratic.clamp_min_(0)
+
+
+def _rounded_by_blocks(
+    values: Tensor, scales: Tensor, qmax: Tensor, factor: Factor, kept: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    size = factor.upper.shape[1]
+    steps = scales[:, None].expand_as(values) if scales.ndim == 1 else scales
+    columns = zip(values.split(size, 1), steps.split(size, 1), strict=True)
+    masks = [None] * len(factor.order) if kept is None else kept.split(size, 1)
+    blocks = [
+        rounded(w, s, qmax, Factor(*parts), mask)
+        for (w, s), mask, *parts in zip(columns, masks, *factor, strict=True)
+    ]
+    return torch.cat([rows for rows, _ in blocks], 1), sum(quadratic for _, quadratic in blocks)
 
 
 def damage(change: Tensor, fisher: Tensor, curvature: Tensor | None = None) -> Tensor:

@@ -37,20 +37,15 @@ def tune(
     """
     model, whole = unwrapped(model), packed
     packed = unwrapped(packed)
-    if steps < 1 or not any(
-        p.ndim < 2 and _place(packed, name) is not None for name, p in model.named_parameters()
-    ):
+    if steps < 1 or not _tunable(model, packed):
         raise ValueError("tuning needs one step at least, and a model that has biases or norms")
     with evaluating(model, gradients=True):
         fitted = _fit(model, packed, batches, steps)
     with torch.no_grad():
         for name, value in fitted.items():
             place = _place(packed, name)
-            place.copy_(
-                (
-                    value.clamp(-FP16_MAX, FP16_MAX) if place.dtype == torch.float16 else value
-                ).view_as(place)
-            )
+            limited = value.clamp(-FP16_MAX, FP16_MAX) if place.dtype == torch.float16 else value
+            place.copy_(limited.view_as(place))
     return whole
 
 
@@ -62,11 +57,7 @@ def _fit(
     with torch.no_grad():
         for name, p in small.named_parameters():
             p.copy_(_stored(packed, name))
-    free = {
-        name: p.requires_grad_(True)
-        for name, p in small.named_parameters()
-        if p.ndim < 2 and _place(packed, name) is not None
-    }
+    free = {name: p.requires_grad_(True) for name, p in _tunable(small, packed).items()}
     optimizer = torch.optim.Adam(free.values(), lr=PEAK)
     device, done, warm = next(model.parameters()).device, 0, max(1, round(WARMUP * steps))
     rate = torch.optim.lr_scheduler.LambdaLR(
@@ -92,18 +83,23 @@ def _fit(
     return {name: value.detach() for name, value in free.items()}
 
 
+def _tunable(model: nn.Module, packed: nn.Module) -> dict[str, nn.Parameter]:
+    vectors = {name: p for name, p in model.named_parameters() if p.ndim < 2}
+    return {name: p for name, p in vectors.items() if _place(packed, name) is not None}
+
+
 def _stored(packed: nn.Module, name: str) -> Tensor:
-    owner, _, own = name.rpartition(".")
-    return getattr(packed.get_submodule(owner), own)
+    owner, _, vector = name.rpartition(".")
+    return getattr(packed.get_submodule(owner), vector)
 
 
 def _place(packed: nn.Module, name: str) -> Tensor | None:
     """Where a quantized copy has a vector: its parameter, or its one stored part; None where it is
     stored in several.
     """
-    owner, _, own = name.rpartition(".")
+    owner, _, vector = name.rpartition(".")
     module = packed.get_submodule(owner)
-    if own not in getattr(module, "parametrizations", {}):
-        return getattr(module, own)
-    parts = list(module.parametrizations[own][0].buffers())
+    if vector not in getattr(module, "parametrizations", {}):
+        return getattr(module, vector)
+    parts = list(module.parametrizations[vector][0].buffers())
     return parts[0] if len(parts) == 1 else None

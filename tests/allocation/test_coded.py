@@ -2,13 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lafq import (
-    allocate,
-    estimate_sensitivity,
-    load_quantized,
-    quantize,
-    save_quantized,
-)
+from lafq import allocate, estimate_sensitivity, load_quantized, quantize, save_quantized
 from lafq.allocation import coded
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.checks import channel_view

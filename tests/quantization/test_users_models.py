@@ -59,7 +59,7 @@ def test_a_wrapped_model_is_named_and_stored_as_the_one_inside(network, inputs, 
     network.eval()
     wrapped, path = wrap(network), tmp_path / "small.safetensors"
     sensitivity = estimate_sensitivity(wrapped, [(inputs,)] * 4)
-    plan = allocate(wrapped, sensitivity, 0.002, progress=False)
+    plan = allocate(wrapped, sensitivity, memory_mib=0.002, progress=False)
     assert set(plan) == {"0.weight", "5.weight"}
     assert plan.nbytes == nbytes(network, plan) == nbytes(wrapped, plan)
     assert weights_sha256(wrapped) == weights_sha256(network)
@@ -496,6 +496,6 @@ def test_a_dead_input_channel_gives_a_plan_no_worse_than_uniform():
     x[:, 5] = 0
     sensitivity = estimate_sensitivity(model, [(part,) for part in x.split(4)])
     plain = {"weight": "int4"}
-    plan = allocate(model, sensitivity, nbytes(model, plain) / 2**20, progress=False)
+    plan = allocate(model, sensitivity, memory_mib=nbytes(model, plain) / 2**20, progress=False)
     errors = [(quantize(model, p)(x) - model(x)).square().mean() for p in (plan, plain)]
     assert errors[0] <= errors[1]
