@@ -48,7 +48,7 @@ clean:  ## remove .venv and build (results/ stays)
 ##@ for whoever repeats the long experiments
 
 evidence: $(READY)  ## experiments that take hours: noise floor, 1,000 images per row, four more training runs (four hours on fast cores, ten on slow ones); PUBLISHED=path: the authors' images
-	@$(BIN)/python -m tools.evidence $(if $(PROFILE),--profile $(PROFILE)) $(if $(PUBLISHED),--published $(PUBLISHED))
+	@$(BIN)/python -m lafq.study.long_runs $(if $(PROFILE),--profile $(PROFILE)) $(if $(PUBLISHED),--published $(PUBLISHED))
 
 benchmark: $(READY)  ## what quantized models cost to run, groups of weights, Fisher beside BackPACK, notebooks in 2 GiB, damage by passes (about 50 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt

@@ -24,7 +24,7 @@ from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, unshrunk_scale
 from lafq.quantization.model import bits_per_weight, nbytes
 from lafq.quantization.plan import Plan, Recipe
-from lafq.study.budget.budget import FRESH_SEED
+from lafq.study.damage import FRESH_SEED
 from lafq.study.diffusion.unet import quantizable
 
 LOW, SIZES = ("midrise2", "int2", "int3", "int4"), (0, 128, 64, 32)  # 0: one scale per channel

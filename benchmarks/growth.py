@@ -33,10 +33,10 @@ from lafq.fisher.shrinkage import Moments
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB
 from lafq.study import workspace
-from lafq.study.budget.methods import mib_at
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.unet import UNet
+from lafq.study.rows import mib_at
 
 WIDTHS = (8, 16, 32, 64, 128)
 NAMED = {"estimate_sensitivity": "estimate_sensitivity (one pass)"}

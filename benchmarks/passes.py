@@ -26,7 +26,7 @@ from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import dequantize_, nbytes
 from lafq.rng import generator
 from lafq.study import workspace
-from lafq.study.budget.budget import HALF_PIXELS
+from lafq.study.damage import HALF_PIXELS
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 

@@ -20,11 +20,11 @@ from shared import PROFILES, forget_peak, memory, run
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import quantize
-from lafq.study import results, threshold_rows
+from lafq.study import results
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.subject import load_fisher, load_model
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.rows import KEY
+from lafq.study.rows import KEY, published_rows
 from lafq.study.workspace import Workspace, profile_parameters
 
 # glibc then returns what is freed at once: the peak is of live memory, not of the allocator's
@@ -80,7 +80,7 @@ def rows(profile: str) -> pd.DataFrame:
     ratios = p["PUBLISHED"]["ratios"]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "row.safetensors"
-        for row in threshold_rows.published_rows(model, fisher, ratios, p["THRESHOLDS"]):
+        for row in published_rows(model, fisher, ratios, p["THRESHOLDS"]):
             save_quantized(path, quantize(model, row.plan), model)
             found.append(
                 row.key | {"peak_mib": round(peak_mib(path, p["WIDTH"], work.device.type))}

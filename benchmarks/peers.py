@@ -29,7 +29,7 @@ from lafq.quantization.formats import MIB, bit_bytes, unshrunk_scale
 from lafq.quantization.model import dequantize_, nbytes, quantize
 from lafq.quantization.plan import Plan, Recipe
 from lafq.study import workspace
-from lafq.study.budget.budget import FRESH_SEED
+from lafq.study.damage import FRESH_SEED
 from lafq.study.diffusion.subject import load_model
 from lafq.study.workspace import Workspace
 from lafq.tensors import load_tensors

@@ -15,7 +15,7 @@ from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.model import dequantize_
 from lafq.quantization.plan import Plan, Recipe
 from lafq.study import damage
-from lafq.study.budget.budget import FRESH, FRESH_SEED
+from lafq.study.damage import FRESH, FRESH_SEED
 from lafq.study.diffusion import training
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist

@@ -1,12 +1,13 @@
-"""What a redesign must not change: the keys of kept images, the weights of the packed file."""
+"""What a redesign must leave as it is: keys of kept images, and the weights of the packed file."""
 
 import hashlib
 
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize_, weights_sha256
-from lafq.study import workspace
-from lafq.study.diffusion.unet import UNet
+from lafq.study import poster, rows, workspace
+from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images.sampling import Sampling, read, row_key
+from lafq.study.rows import Row, recipe
 
 PAPER = workspace.RESULTS / "paper"
 KEPT_SHA256 = "7cfa5ede0e0b80a49c2cab401af89479bc4a72a88089b9bf864ecdc552c7c263"
@@ -25,3 +26,35 @@ def test_kept_images_have_the_keys_that_they_had():
 def test_the_packed_file_holds_the_weights_that_it_held():
     model = dequantize_(load_quantized(PAPER / "packed.safetensors", UNet(64)))
     assert weights_sha256(model) == PACKED_SHA256
+
+
+def test_rows_have_the_keys_of_all_kept_images(tiny):
+    """Width 4 has as many cuts as width 64, and recipes do not name the thresholds themselves."""
+    files = sorted((PAPER / "samples").glob("*.npz"))
+    weights, fisher = read(files[0])[1]["recipe"]["weights"], {"samples": 2000, "bins": 20}
+    values = {n: w.square() for n, w in quantizable(tiny).items()}
+    strided = [rows.BASELINE, *rows.uniform_rows(tiny, ("fp16", "int8", "int4"))]
+    kinds = [["fp16", "tensor"], ["fp16", "weight"], ["int8", "weight"]]
+    for rule, share in poster.TARGET_SHARE.items():
+        sizes = rows.size_table(tiny, rule, values, kinds, 200)
+        int8 = sizes[sizes["format"] == "int8"]
+        cuts = [rows.nearest_size(sizes, share), rows.nearest_size(int8, 0.35)]
+        strided += [row for cut in cuts for row in rows.threshold_rows(rule, values, cut)]
+    strided += rows.ratio_rows(
+        values, poster.RATIOS, (0.0, 0.7, 1.0), ("fp16", "int8"), ("tensor", "weight")
+    )
+    made = rows.made(600, 0)
+    strided.append(Row("allocate", "13 MiB", "coded", "channel", "feedback", {}, made=made))
+    for key in (
+        ("allocate", "any", "mixed"),
+        *((r, "int3", "weight") for r in ("global", "ratio")),
+    ):
+        strided.append(rows.at_bits(*key, "feedback", 4.005, {})._replace(made=made))
+    published = rows.published_rows(tiny, values, (0.35, 0.38, 0.40), 200)
+    keys = {
+        row_key(recipe(row, weights, fisher | {"seed": 0}, names), Sampling(1, steps, 0, 25))
+        for steps, of_steps in ((100, strided), (1000, published))
+        for row in of_steps
+        for names in ((), list(quantizable(tiny)) if row.plan else ())
+    }
+    assert {path.name[:16] for path in files} <= keys

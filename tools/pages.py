@@ -18,10 +18,10 @@ import yaml
 
 from lafq.quantization.formats import MIB
 from lafq.study import poster, workspace
-from lafq.study.audit.published_images import fid_noise
-from lafq.study.budget.budget import bits_of_equal_damage
+from lafq.study.damage import bits_of_equal_damage
 from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.figures import text
+from lafq.study.published_images import fid_noise
 from lafq.study.workspace import profile_parameters
 from lafq.tensors import atomic_write, sha256
 

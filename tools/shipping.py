@@ -16,13 +16,13 @@ from lafq.allocation.coded import allocate_coded
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize_, quantize
-from lafq.study import damage, workspace
-from lafq.study.budget import methods
-from lafq.study.diffusion import training
+from lafq.study import workspace
+from lafq.study.damage import output_errors, output_mse
 from lafq.study.diffusion.subject import PACKED, load_model
+from lafq.study.diffusion.training import held_out_outputs
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.sampling import Sampling
-from lafq.study.rows import BASELINE, Row
+from lafq.study.rows import BASELINE, Row, made, measured_sensitivity
 from lafq.study.workspace import Workspace, profile_parameters
 
 SHIPPED_MIB = 13.0
@@ -34,14 +34,14 @@ def ship(
     model: nn.Module,
     known: Sensitivity,
     file_mib: float,
-    made: dict[str, Any],
+    origin: dict[str, Any],
     sampling: Sampling,
     inception_reference: int = 0,
 ) -> pd.DataFrame:
     """Write results/<profile>/packed.safetensors, at most `file_mib` MiB, and measure what that
     costs.
 
-    made: what the provenance of its images says besides the size. Returns the rows of
+    origin: what the recipe of its images says besides the size (`rows.made`). Returns the rows of
     `evaluate.evaluate`, of the FP32 weights and of the packed ones, with `damage`, the mean squared
     change of the model's output on held-out digits, and its 95 % interval. Raises ValueError, as
     `allocate_coded`, for a file below the smallest possible size.
@@ -59,15 +59,14 @@ def ship(
             "feedback",
             plan,
             inception=True,
-            made=made,
+            made=origin,
         ),
     ]
     table, _ = evaluate(work, model, rows, sampling, inception_reference)
     seed = sampling.seed + OTHER_NOISE
-    outputs = training.held_out_outputs(model, seed)
+    outputs = held_out_outputs(model, seed)
     damage = [
-        damage.output_mse(*damage.output_errors(m, outputs, seed), seed)
-        for m in (model, dequantize_(small))
+        output_mse(*output_errors(m, outputs, seed), seed) for m in (model, dequantize_(small))
     ]
     return table.join(pd.DataFrame(damage)[["damage", "damage_low", "damage_high"]])
 
@@ -83,13 +82,13 @@ def main() -> int:
         work = Workspace.of(p)
         model = load_model(work, p["WIDTH"])
         samples, seed = p["TRUE_FISHER_SAMPLES"], p["SEED"]
-        known = methods.measured_sensitivity(model, samples, seed, CHANNELS)
-        made = methods.made(samples, seed)
+        known = measured_sensitivity(model, samples, seed, CHANNELS)
+        origin = made(samples, seed)
         sampling = Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
         workspace.save_table(
             work,
             "packed",
-            ship(work, model, known, args.mib, made, sampling, p["INCEPTION_REFERENCE"]),
+            ship(work, model, known, args.mib, origin, sampling, p["INCEPTION_REFERENCE"]),
         )
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)

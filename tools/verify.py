@@ -24,7 +24,7 @@ from torch import nn
 
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize_, quantize
-from lafq.study import threshold_rows, workspace
+from lafq.study import workspace
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
@@ -32,6 +32,7 @@ from lafq.study.images import sampling
 from lafq.study.images.evaluate import metric_values
 from lafq.study.images.features import mnist_extractor
 from lafq.study.images.sampling import ImageStore
+from lafq.study.rows import uniform_rows
 from lafq.study.workspace import Workspace, compute_on, profile_parameters
 
 PACKED_IMAGES, IMAGES = 8, 4
@@ -220,7 +221,7 @@ def check_weights(
     baseline = next(workspace.load_table(work, "01_baseline").itertuples())
     yield check_drawn(work, "FP32 baseline", model, baseline, IMAGES, parameters["SEED"])
     table = workspace.load_table(work, "03_global")
-    for row in threshold_rows.uniform(model):
+    for row in uniform_rows(model):
         [found] = table[(table["rule"] == "uniform") & (table["format"] == row.format)].itertuples()
         small = dequantize_(quantize(model, row.plan))
         yield check_drawn(

@@ -59,6 +59,12 @@ TARGET_SHARE = {
     "group": 67.9 / BASELINE_MIB,  # the README's: the poster's is cut off
     "mean_std": 81.56 / BASELINE_MIB,
 }
+# The groups that share a threshold under the rule "group".
+GROUPS = {
+    "Layer1-2": ("Layer1", "Layer2"),
+    "Layer3-5": ("Layer3", "Layer4", "Layer5"),
+    "Layer6": ("Layer6",),
+}
 COLUMNS = [
     *(
         "profile",
@@ -88,6 +94,16 @@ COLUMNS = [
     ),
     *("rmse", "psnr", "class_changed", "delta_loss", "delta_loss_low", "delta_loss_high"),
 ]
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter's layer; ValueError for a layer of no group."""
+    layer = name.split(".", 1)[0]
+    for group, layers in GROUPS.items():
+        if layer in layers:
+            return group
+    known = ", ".join(layer for layers in GROUPS.values() for layer in layers)
+    raise ValueError(f"unknown layer {layer!r}: the groups cover {known}")
 
 
 def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:

@@ -6,14 +6,12 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from lafq.study import claims, poster
+from lafq.study import poster
 from lafq.study.images.evaluate import evaluate
-from lafq.study.images.features import inception_extractor
 from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import KEY, Row
 from lafq.study.workspace import (
     Workspace,
-    load_optional,
     load_table,
     read_table,
     save_table,
@@ -94,39 +92,3 @@ def update_comparison(work: Workspace, rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(order=order).sort_values(["order", *KEY[1:]], kind="stable")
     save_table(work, "paper_comparison", rows.drop(columns="order"))
     return load_table(work, "paper_comparison")
-
-
-def save_claims(work: Workspace, name: str, found: list[claims.Claim]) -> None:
-    """Write claims as the table `name`."""
-    save_table(work, name, pd.DataFrame(found))
-
-
-def image_claims(
-    work: Workspace, seed: int, inception_reference: int, rows: Sequence[str]
-) -> list[claims.Claim]:
-    """C3, where its sweep is there, and C4, from these tables of rows with their images."""
-    tables, images = zip(*(load_rows(work, name) for name in rows), strict=True)
-    table = pd.concat(tables, ignore_index=True)
-    by = claims.judge(
-        {k: v for found in images for k, v in found.items()},
-        seed,
-        inception_extractor(inception_reference),
-    )
-    return [*claims.best_ratio(table, by), claims.layerwise_images(table, by)]
-
-
-def fisher_claims(work: Workspace, seed: int) -> list[claims.Claim]:
-    """C1 and C2 on every kind of Fisher information that 02 has estimated."""
-    weights = (
-        load_table(work, "02_fisher").drop_duplicates("parameter").set_index("parameter")["weights"]
-    )
-    blocks = load_table(work, "02_fisher_blocks")
-    other = load_optional(work, "02_fisher_kinds")
-    kinds = {"empirical, noised digits": blocks} | (
-        dict(iter(other.groupby("kind", sort=False))) if other is not None else {}
-    )
-    return [
-        claim
-        for kind, rows in kinds.items()
-        for claim in claims.fisher_claims(rows, weights, kind, seed)
-    ]

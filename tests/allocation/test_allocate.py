@@ -2,7 +2,6 @@ import copy
 import itertools
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import torchvision
@@ -19,9 +18,8 @@ from lafq.quantization.formats import unshrunk_scale
 from lafq.quantization.model import dequantize_, nbytes, quantize
 from lafq.quantization.plan import Plan, Recipe
 from lafq.rng import generator
-from lafq.study.budget import budget, methods, predictions, rules
-from lafq.study.diffusion import training
 from lafq.study.diffusion.unet import UNet, quantizable
+from lafq.study.rows import mib_at
 
 MIB = 2**20
 
@@ -92,7 +90,7 @@ def test_finer_units_do_less_damage(model, fisher):
         lafq.allocate(
             model,
             Sensitivity(fisher, {}),
-            memory_mib=methods.mib_at(model, 4),
+            memory_mib=mib_at(model, 4),
             granularity=granularity,
             progress=False,
         ).damage
@@ -314,109 +312,6 @@ def test_smallest_possible_size_is_the_one_named(model, fisher):
         ).nbytes
         <= (named + 1e-4) * MIB + 0.5
     )
-
-
-def test_thresholds_fill_the_budget(model, fisher):
-    rows = methods.thresholds(model, Sensitivity(fisher, {}), [3.5, 12.0, 20.0], seed=0)
-    names = {"global", "group", "ratio", "mean_std", "magnitude", "random"}
-    assert {r.rule for r in rows} == names
-    assert {(r.bits, r.format) for r in rows} == {(3.5, "int3"), (12.0, "int8"), (20.0, "fp16")}
-    assert len(rows) == 36
-    for row in rows:
-        size = nbytes(model, row.plan) / MIB
-        assert 0.97 * methods.mib_at(model, row.bits) < size <= methods.mib_at(model, row.bits)
-    ratio = next(r for r in rows if r.rule == "ratio" and r.bits == 12)
-    kept = [
-        p.keep_mask.float().mean().item() for n, p in ratio.plan.items() if n.startswith("Layer1")
-    ]
-    assert 0 < np.mean(kept) < 1
-
-
-@pytest.mark.slow
-def test_ratios_of_damages_are_paired(model, known):
-    found = [*methods.uniform(model, known), *methods.thresholds(model, known, [4.0], seed=0)]
-    table = budget.measure_candidates(model, found, known, seed=0, digits=20)
-    table = table.set_index(["rule", "rounding"])
-    int8 = table.loc["uniform", "nearest"].query("format == 'int8'").iloc[0]
-    assert (int8["over_int8"], int8["over_int8_low"], int8["over_int8_high"]) == (1, 1, 1)
-    for rounding in ("nearest", "feedback"):
-        [whole], [ratio] = (
-            [row for _, row in table.loc[[(rule, rounding)]].iterrows()]
-            for rule in ("global", "ratio")
-        )
-        assert whole["over_global"] == 1
-        assert ratio["over_global"] == pytest.approx(ratio["damage"] / whole["damage"])
-        assert ratio["over_global_low"] <= ratio["over_global"] <= ratio["over_global_high"]
-    again = budget.measure_candidates(model, found[:1], known, seed=0, digits=20, fresh=True)
-    assert again["damage"].item() != table["damage"].iloc[0]
-    assert [claim.verdict for claim in rules.damage_claims(table.reset_index(), "feedback")]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "said"),
-    [(2, 9, "contradicted"), (0.2, 0.9, "supported"), (0.5, 2, "inconclusive")],
-)
-def test_claims_about_rules_follow_from_their_intervals(low, high, said):
-    key = {"granularity": "weight", "rounding": "feedback", "budget_bits": 4.0}
-    rows = [key | {"rule": rule} for rule in rules.LAYERWISE]
-    found = rules.damage_claims(
-        pd.DataFrame(rows).assign(
-            over_global=(low + high) / 2, over_global_low=low, over_global_high=high
-        ),
-        "feedback",
-    )
-    assert [claim.verdict for claim in found] == [said] * 3
-
-
-@pytest.fixture(scope="module")
-def known(model):
-    return methods.measured_sensitivity(model, 64, seed=0)
-
-
-@pytest.mark.slow
-def test_judged_rows_measure_the_plan(model, known):
-    rows = [*methods.uniform(model, known)[:5], *methods.allocated(model, known, [4.0])]
-    table = budget.measure_candidates(model, rows, known, seed=0, digits=20)
-    assert list(table.columns) == budget.COLUMNS
-    uniform = table[table["rule"] == "uniform"]
-    assert (uniform["damage"].diff().dropna() < 0).all()
-    assert (table["damage_low"] <= table["damage"]).all()
-    assert uniform["bits_per_weight"].round().tolist() == [2, 3, 4, 6, 8]
-    mixed = table[table["granularity"] == "mixed"].set_index(["rule", "rounding"])["damage"]
-    assert (
-        mixed["allocate_all", "feedback"]
-        < mixed["allocate", "feedback"]
-        < mixed["allocate", "nearest"]
-        < uniform["damage"].iloc[1]
-    )
-    sizes = table[table["granularity"] == "mixed"]["mem_mib"]
-    assert sizes.between(0.98 * methods.mib_at(model, 4.0), methods.mib_at(model, 4.0)).all()
-    before = training.held_out_outputs(model, 0, 20)
-    assert not damage.output_errors(model, before, 0)[0].any()
-
-
-@pytest.mark.slow
-def test_tuned_rows_are_the_allocators_with_less_damage(model, known):
-    allocated = methods.allocated(model, known, [4.0], granularities=("mixed",))
-    rows = methods.tuned(allocated, [4.0], steps=40)
-    assert [(*r[:5], r.tuned) for r in rows] == [("allocate", "4.000", "any", "mixed", "tuned", 40)]
-    before = next(r for r in allocated if methods.is_allocated(r))
-    table = budget.measure_candidates(model, [before, *rows], known, seed=0, digits=50)
-    assert table["mem_mib"].nunique() == table["predicted"].nunique() == 1
-    assert table["damage"][1] < table["damage"][0]
-    assert table["damage_low"].gt(0).all()
-
-
-@pytest.mark.slow
-def test_points_and_allocations_by_every_prediction(model, known):
-    points = predictions.by_tensor(model, known, ("int2", "int8"), seed=0, digits=10)
-    assert len(points) == 2 * len(quantizable(model))
-    ranks = predictions.rank_correlations(points)
-    assert ranks["prediction"].tolist() == list(predictions.PROXIES)
-    assert ranks["all formats"].between(-1, 1).all()
-    rows = predictions.allocate_by_proxy(model, points, 4.0, known)
-    assert [r.method for r in rows] == [f"by {p}" for p in (*predictions.PROXIES, "measured")]
-    assert all(methods.bits_of(model, r.plan) <= 4.0 for r in rows)
 
 
 def test_groups_are_chosen_where_they_do_less_damage():

@@ -177,3 +177,19 @@ def test_c4_compares_rows_of_equal_bytes(change, spread, expected):
         "group a, INT8 by weight (4.10 MiB) minus FID of uniform FP16 (4.00 MiB; made up)"
         in claim.quantity
     )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(2, 9, "contradicted"), (0.2, 0.9, "supported"), (0.5, 2, "inconclusive")],
+)
+def test_claims_about_rules_follow_from_their_intervals(low, high, said):
+    key = {"granularity": "weight", "rounding": "feedback", "budget_bits": 4.0}
+    rows = [key | {"rule": rule} for rule in claims.RULE_WORDS]
+    found = claims.damage_claims(
+        pd.DataFrame(rows).assign(
+            over_global=(low + high) / 2, over_global_low=low, over_global_high=high
+        ),
+        "feedback",
+    )
+    assert [claim.verdict for claim in found] == [said] * 3

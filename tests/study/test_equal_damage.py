@@ -3,7 +3,7 @@ import math
 import pandas as pd
 import pytest
 
-from lafq.study.budget.budget import bits_of_equal_damage
+from lafq.study.damage import bits_of_equal_damage
 
 ROWS = pd.DataFrame({"budget_bits": [2.0, 3.0, 4.0], "damage": [1e-2, 1e-4, 1e-6]})
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lafq.study.audit import published_images as published
+from lafq.study import published_images as published
 from lafq.study.images.metrics import Reference
 
 

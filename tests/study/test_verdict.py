@@ -1,7 +1,7 @@
 import pytest
 
 from lafq.study import poster
-from lafq.study.verdict import FID_MARGIN, holm, verdict
+from lafq.study.claims import FID_MARGIN, holm, verdict
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from lafq.study.diffusion.training import fit
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.sampling import Sampling
-from lafq.study import results, threshold_rows, workspace
+from lafq.study import results, rows as study_rows, workspace
 from lafq.study.workspace import Workspace
 
 torch.set_num_threads(1)
@@ -45,7 +45,7 @@ def run(folder, last):
     ema, _ = fit(model, mnist(train=False)[0][:16], work.build / "checkpoint.pt", steps=6, **settings)
     subject.save_tensors(work.results / subject.WEIGHTS, ema, width=4)
     model = subject.load_model(work, 4)
-    table, images = evaluate(work, model, threshold_rows.uniform(model, ("int8",)), Sampling(4, 2, 0, 2))
+    table, images = evaluate(work, model, study_rows.uniform_rows(model, ("int8",)), Sampling(4, 2, 0, 2))
     results.save_rows(work, "rows", table, images)
 
 for folder, last in (argument.split("=") for argument in sys.argv[1:]):

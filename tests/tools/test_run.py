@@ -13,7 +13,8 @@ import torch
 from lafq.allocation.rules import by_granularity, keep_global
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import make_plan
-from lafq.study import results, threshold_rows, workspace
+from lafq.study import results, workspace
+from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images import evaluate as evaluation
@@ -229,7 +230,7 @@ def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cache
     rows = [
         BASELINE,
         Row("ratio", "0.00", "fp16", "weight", "nearest", fp16),
-        *threshold_rows.uniform(tiny, ("fp16",)),
+        *study_rows.uniform_rows(tiny, ("fp16",)),
     ]
     table, images = evaluate(tiny, rows)
     assert len(cached_samples) == 2
@@ -245,7 +246,7 @@ def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, cache
 
 @pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_where_it_was(sandbox, tiny, monkeypatch):
-    rows = [BASELINE, *threshold_rows.uniform(tiny)]
+    rows = [BASELINE, *study_rows.uniform_rows(tiny)]
     whole, _ = evaluate(tiny, rows)
     shutil.rmtree(workspace.BUILD)
     calls = []
@@ -328,7 +329,7 @@ def test_a_bad_plan_stops_before_sampling(sandbox, cached_samples, tiny):
     with pytest.raises(ValueError, match="0 images asked for"):
         evaluate(tiny, [good], images=0)
     with pytest.raises(ValueError, match=r"ratio 1.2 is outside \[0, 1\]"):
-        threshold_rows.ratio_candidates(
+        study_rows.ratio_rows(
             {n: w**2 for n, w in quantizable(tiny).items()}, [0.3, 1.2], [], ["fp16"]
         )
     assert not cached_samples
@@ -336,22 +337,22 @@ def test_a_bad_plan_stops_before_sampling(sandbox, cached_samples, tiny):
 
 def test_sweep_and_nearest(tiny):
     scores = {n: w.square() for n, w in quantizable(tiny).items()}
-    table = threshold_rows.size_sweep(tiny, scores, "int8", "weight", 20)
+    table = study_rows.size_sweep(tiny, scores, "int8", "weight", 20)
     assert table["kept_share"].iloc[0] == 0
     assert table["kept_share"].iloc[-1] == 1
     assert table["kept_share"].is_monotonic_increasing
     assert table["mem_share"].iloc[-1] == 1
-    chosen = threshold_rows.nearest_size(table, 0.5)
+    chosen = study_rows.nearest_size(table, 0.5)
     assert abs(chosen["mem_share"].item() - 0.5) == (table["mem_share"] - 0.5).abs().min()
-    [candidate] = threshold_rows.candidates_at("global", "tau", chosen, {"weight": scores})
-    assert nbytes(tiny, candidate.plan) / 2**20 == chosen["mem_mib"].item()
+    [row] = study_rows.threshold_rows("global", scores, chosen)
+    assert nbytes(tiny, row.plan) / 2**20 == chosen["mem_mib"].item()
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "weight"])
 @pytest.mark.parametrize("low", ["fp16", "int8"])
 def test_sizes_counted_are_those_of_the_plans(tiny, low, granularity):
     scores = by_granularity({n: w.square() for n, w in quantizable(tiny).items()}, granularity)
-    table = threshold_rows.size_sweep(tiny, scores, low, granularity, 20)
+    table = study_rows.size_sweep(tiny, scores, low, granularity, 20)
     made = [make_plan(keep_global(scores, cut), low) for cut in table["threshold"]]
     pd.testing.assert_frame_equal(
         table[["kept_share", "mem_mib", "mem_share"]], sizes(tiny, made), check_exact=True

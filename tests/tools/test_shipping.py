@@ -2,11 +2,11 @@ import pytest
 
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.model import dequantize_, nbytes, quantize, weights_sha256
-from lafq.study.budget.methods import measured_sensitivity
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images import sampling
 from lafq.study.images.sampling import ImageStore
+from lafq.study.rows import measured_sensitivity
 from lafq.study.workspace import Workspace
 from tools import shipping
 

@@ -5,7 +5,8 @@ import torch
 
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import quantize
-from lafq.study import results, threshold_rows, workspace
+from lafq.study import results, workspace
+from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images import evaluate as evaluation
@@ -30,7 +31,7 @@ def made(tiny, sandbox, monkeypatch):
     plan = dict.fromkeys(quantizable(tiny), "int4")
     tables = {
         "01_baseline": [baseline],
-        "03_global": threshold_rows.uniform(tiny),
+        "03_global": study_rows.uniform_rows(tiny),
         "packed": [
             Row("allocate", "1 MiB", "coded", "channel", "feedback", plan, made={"rounding": "x"})
         ],

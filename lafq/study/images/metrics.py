@@ -13,17 +13,12 @@ from the baseline is taken resample by resample, on the same indices for both.
 
 from collections.abc import Sequence
 from functools import cached_property
+from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch_fidelity.metric_fid import (
-    KEY_METRIC_FID,
-    fid_features_to_statistics,
-    fid_statistics_to_metric,
-)
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from lafq.rng import generator
 
@@ -32,6 +27,11 @@ RESAMPLES = 1000
 LEVEL = 0.95
 CHUNK = 50
 LARGE = 1024
+
+
+def _fidelity(metric: str) -> ModuleType:
+    # Imported where a score is computed: it takes seconds, and whoever loads tables needs it not.
+    return import_module(f"torch_fidelity.metric_{metric}")
 
 
 class Reference:
@@ -43,7 +43,7 @@ class Reference:
     @cached_property
     def statistics(self) -> dict[str, np.ndarray]:
         """Mean "mu" (d,) and covariance "sigma" (d, d)."""
-        return fid_features_to_statistics(self.features)
+        return _fidelity("fid").fid_features_to_statistics(self.features)
 
     @cached_property
     def root(self) -> Tensor:
@@ -72,8 +72,10 @@ def fid(features: Tensor, reference: Reference) -> float:
     if features.shape[1] > LARGE:
         # torch-fidelity's takes 10 s in 2,048 dimensions; a test holds this against it.
         return fid_draws(features, reference, torch.arange(len(features))[None]).item()
-    statistics = fid_features_to_statistics(features)
-    return fid_statistics_to_metric(statistics, reference.statistics, verbose=False)[KEY_METRIC_FID]
+    fidelity = _fidelity("fid")
+    ours = fidelity.fid_features_to_statistics(features)
+    found = fidelity.fid_statistics_to_metric(ours, reference.statistics, verbose=False)
+    return found[fidelity.KEY_METRIC_FID]
 
 
 def kid(features: Tensor, reference: Reference) -> float:
@@ -81,21 +83,21 @@ def kid(features: Tensor, reference: Reference) -> float:
     reference.
     """
     size = min(len(features), len(reference.features), 1000)
-    return kid_features_to_metric(
+    return _fidelity("kid").kid_features_to_metric(
         features,
         reference.features,
         kid_subsets=100,
         kid_subset_size=size,
         rng_seed=KID_SEED,
         verbose=False,
-    )[KEY_METRIC_KID_MEAN]
+    )["kernel_inception_distance_mean"]
 
 
 def inception_score(logits: Tensor) -> float:
     """exp of the mean KL divergence between p(y|x) and p(y), over one split, from logits (N,
     classes).
     """
-    return isc_features_to_metric(logits, splits=1)[KEY_METRIC_ISC_MEAN]
+    return _fidelity("isc").isc_features_to_metric(logits, splits=1)["inception_score_mean"]
 
 
 def resamples(images: int, seed: int, count: int = RESAMPLES) -> Tensor:

@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 from distributed import LocalCluster
 
-from lafq.study import threshold_rows, workspace
+from lafq.study import rows as study_rows
+from lafq.study import workspace
 from lafq.study.images import cluster, sampling
 from lafq.study.images import evaluate as evaluation
 from lafq.study.rows import BASELINE
@@ -29,7 +30,7 @@ def workers():
 
 @pytest.mark.slow
 def test_rows_are_the_same_bytes_on_a_cluster(workers, sandbox, tiny, monkeypatch):
-    rows = [BASELINE, *threshold_rows.uniform(tiny, ("fp16", "int8"))]
+    rows = [BASELINE, *study_rows.uniform_rows(tiny, ("fp16", "int8"))]
     drawn, here = sampling.Sampling(3, 2, 0, 2), Workspace("smoke", keep=True)
     table, images = evaluation.evaluate(here, tiny, rows, drawn)
     for name in ("BUILD", "RESULTS"):

@@ -6,8 +6,9 @@ import torch
 
 from lafq.study import workspace
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
-from lafq.study.images import features
-from lafq.study.images.features import FeatureExtractor, Inception, mnist_extractor
+from lafq.study.images import features, inception
+from lafq.study.images.features import FeatureExtractor, mnist_extractor
+from lafq.study.images.inception import Inception
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_named_inception_file_is_checked(tmp_path, monkeypatch):
 def test_a_package_of_another_content_is_refused(tmp_path):
     (tmp_path / "default_1.pt").write_bytes(b"other")
     with pytest.raises(ValueError, match="not the file expected"):
-        features.package_inception(tmp_path)
+        inception.package_inception(tmp_path)
 
 
 def test_named_weights_with_the_last_layer_give_logits_too(tmp_path, monkeypatch, images):
@@ -125,9 +126,9 @@ def test_the_packages_network_becomes_torch_fidelitys(images):
         for name, ours in (("beta", "bias"), ("mean", "running_mean"), ("var", "running_var")):
             script[f"net.layer_{i}.{name}"] = state[f"{key}.bn.{ours}"]
     assert len(script) == 4 * 94
-    found = features.from_torchscript(script)
+    found = inception.from_torchscript(script)
     assert all(torch.equal(found[k], v) for k, v in state.items() if not k.startswith("fc."))
-    network = features.build_inception(found)
+    network = inception.build_inception(found)
     seen, logits = network(images[:1].expand(-1, 3, -1, -1))
     assert (seen.shape, logits) == ((1, 2048), None)
 

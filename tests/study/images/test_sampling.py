@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from lafq.quantization.model import weights_sha256
-from lafq.study import results, threshold_rows, workspace
+from lafq.study import results, workspace
+from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import quantizable
@@ -38,14 +39,12 @@ KEYS = [
 def rows(tiny, sandbox, monkeypatch):
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
     subject.save_fisher(SMOKE, fisher, 4, **FISHER)
-    sizes = threshold_rows.size_sweep(tiny, fisher, "int8", "weight", 20)
-    swept = threshold_rows.candidates_at(
-        "global", "tau", threshold_rows.nearest_size(sizes, 0.5), {"weight": fisher}
-    )
+    sizes = study_rows.size_sweep(tiny, fisher, "int8", "weight", 20)
+    swept = study_rows.threshold_rows("global", fisher, study_rows.nearest_size(sizes, 0.5))
     return [
-        *threshold_rows.uniform(tiny),
+        *study_rows.uniform_rows(tiny),
         *swept,
-        *threshold_rows.ratio_candidates(fisher, [0.35], [0.0, 1.0], ["int8"]),
+        *study_rows.ratio_rows(fisher, [0.35], [0.0, 1.0], granularities=("tensor", "weight")),
     ]
 
 

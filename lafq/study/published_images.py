@@ -8,6 +8,7 @@ training digits 100-4,999 for Inception features, test digits 0-4,999 for the cl
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from lafq.rng import generator
 from lafq.study import workspace
-from lafq.study.diffusion.mnist import mnist, unpadded
+from lafq.study.claims import holm
+from lafq.study.diffusion.mnist import HELD_OUT, mnist, unpadded
+from lafq.study.diffusion.subject import load_model
 from lafq.study.images import metrics
-from lafq.study.images.features import inception_extractor, mnist_extractor
+from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
 from lafq.study.images.metrics import Reference
-from lafq.study.verdict import holm
+from lafq.study.images.sampling import ImageStore, Sampling
+from lafq.study.workspace import Workspace
 from lafq.tensors import atomic_write
 
 FOLDER = workspace.RESULTS / "published"
@@ -247,3 +251,122 @@ def _pictures(folder: Path) -> np.ndarray:
         if files
         else np.empty((0, 32, 32), np.uint8)
     )
+
+
+FLOOR_SIZES = (50, 100, 200, 500, 1000, 2000, 5000)
+BLOCKS = 20
+EXTRAPOLATED_FROM = 200
+INCEPTION_REFERENCE = 2000
+
+
+def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
+    """FID and KID of disjoint blocks of N of the features (M, d) against the reference: columns
+    metric, n, mean, sd, blocks.
+
+    The row with n = inf is FID extrapolated to infinite N from the mean FID of N >= 200
+    (`metrics.fid_at_infinity`).
+    """
+    order = torch.randperm(len(features), generator=generator(seed))
+    rows = []
+    for n in (n for n in FLOOR_SIZES if n <= len(features)):
+        blocks = torch.stack(
+            [order[i * n : (i + 1) * n] for i in range(min(BLOCKS, len(features) // n))]
+        )
+        for metric, draws in (("fid", metrics.fid_draws), ("kid", metrics.kid_draws)):
+            values = draws(features, reference, blocks)
+            rows.append(
+                (
+                    metric,
+                    n,
+                    values.mean().item(),
+                    values.std().item() if len(blocks) > 1 else np.nan,
+                    len(blocks),
+                )
+            )
+    table = pd.DataFrame(rows, columns=["metric", "n", "mean", "sd", "blocks"])
+    line = table[(table["metric"] == "fid") & (table["n"] >= EXTRAPOLATED_FROM)]
+    beyond = metrics.fid_at_infinity(line["n"], line["mean"])
+    return pd.concat(
+        [table, pd.DataFrame([("fid", np.inf, beyond, np.nan, 1)], columns=table.columns)],
+        ignore_index=True,
+    )
+
+
+def noise_floor(parameters: dict[str, Any]) -> pd.DataFrame:
+    """`floor` of real held-out digits and of the unquantized model's images, on MNIST and Inception
+    features.
+
+    The references are 5,000 digits, for Inception 2,000 (none where the profile has no Inception
+    columns)."""
+    p, work = (
+        parameters,
+        Workspace.open(parameters["PROFILE"], parameters["THREADS"], parameters["DEVICE"]),
+    )
+    sampling = Sampling(p["CHECK_IMAGES"], p["SAMPLING_STEPS"], p["SEED"])
+    generated = ImageStore(work).draw(load_model(work, p["WIDTH"]), sampling).images
+    digits = mnist(train=False)[0][HELD_OUT]
+    extractors = {"MNIST": mnist_extractor()}
+    if inception := inception_extractor(INCEPTION_REFERENCE if p["INCEPTION_REFERENCE"] else 0):
+        extractors["Inception"] = inception
+    tables = [
+        floor(extractor.features(x).features, extractor.reference, p["SEED"]).assign(
+            features=name, images=images
+        )
+        for name, extractor in extractors.items()
+        for images, x in (("real", digits), ("generated", generated))
+    ]
+    return pd.concat(tables, ignore_index=True)[
+        ["features", "images", "metric", "n", "mean", "sd", "blocks"]
+    ]
+
+
+REAL_DIGITS, FRAME = "real digits", 2
+
+
+def image_statistics(images: dict[str, Tensor], extractor: FeatureExtractor) -> pd.DataFrame:
+    """FID and its two terms, ink and digits of sets of images: one row per set.
+
+    images: by name, uint8 (N, 1, 32, 32); the first set is the unquantized model's. Columns:
+    fid_mnist = mean_term + covariance_term: the squared distance of the mean features from the
+    reference's, and the rest (Heusel et al. 2017, equation 6);
+    ink, background: mean grey value (0 to 1) of the image, and of its outer frame of 2 pixels,
+    black in real digits;
+    class_changed: share of images whose predicted digit is not that of the first set's image from
+    the same noise;
+    digit, share: the digit predicted most often, and how often.
+    """
+    rows, first, frame = [], None, torch.ones(32, 32, dtype=torch.bool)
+    frame[FRAME:-FRAME, FRAME:-FRAME] = False
+    reference = extractor.reference
+    mean = torch.as_tensor(reference.statistics["mu"])
+    for name, of_set in images.items():
+        features, logits = extractor.features(of_set)
+        digits = logits.argmax(1)
+        first = digits if first is None else first
+        fid, mean_term = (
+            metrics.fid(features, reference),
+            (features.double().mean(0) - mean).square().sum().item(),
+        )
+        changed = (digits != first).double().mean().item() if name != REAL_DIGITS else float("nan")
+        shares = torch.bincount(digits, minlength=10) / len(digits)
+        row = {"images": name, "n_images": len(of_set), "fid_mnist": fid, "mean_term": mean_term}
+        row |= {"covariance_term": fid - mean_term, "ink": of_set.double().mean().item() / 255}
+        row |= {
+            "background": of_set[..., frame].double().mean().item() / 255,
+            "class_changed": changed,
+        }
+        rows.append(row | {"digit": int(shares.argmax()), "share": shares.max().item()})
+    return pd.DataFrame(rows)
+
+
+def with_damage(table: pd.DataFrame, budget: pd.DataFrame) -> pd.DataFrame:
+    """A table of `image_statistics` with the damage of each set's model, from rows of
+    `damage.measure_damage`.
+    """
+    names = [
+        f"{row.method} INT{row.budget_bits:.0f}"
+        if row.granularity == "tensor"
+        else f"{row.method}, {row.budget_bits:g} bits per weight"
+        for row in budget.itertuples()
+    ]
+    return table.assign(damage=table["images"].map(dict(zip(names, budget["damage"], strict=True))))

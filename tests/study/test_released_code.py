@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lafq.allocation.rules import keep_ratio
-from lafq.study.audit import fisher_values, noise_floor, protocol
+from lafq.study import published_images, released_code
 from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.unet import UNet, quantizable
@@ -20,7 +20,7 @@ def values(tiny):
 
 
 def test_reconstruction_fisher_is_one_squared_gradient(tiny, digits):
-    found = fisher_values.reconstruction_fisher(tiny, digits[0])
+    found = released_code.reconstruction_fisher(tiny, digits[0])
     z = ALPHA_BAR[1].sqrt().float() * unit_interval(digits[:1])
     tiny.zero_grad()
     torch.nn.functional.mse_loss(tiny(z, torch.ones(1, dtype=torch.int64)), z).backward()
@@ -32,12 +32,12 @@ def test_reconstruction_fisher_is_one_squared_gradient(tiny, digits):
 @pytest.mark.slow
 def test_variants_are_of_one_shape_and_leave_the_model_alone(tiny, values, digits):
     before = {n: p.clone() for n, p in tiny.named_parameters()}
-    found = fisher_values.variants(tiny, values, digits, samples=20, seed=0)
+    found = released_code.variants(tiny, values, digits, samples=20, seed=0)
     assert len(found) == 6
     for other in found.values():
         assert {n: f.shape for n, f in other.items()} == {n: f.shape for n, f in values.items()}
     assert all(torch.equal(p, before[n]) for n, p in tiny.named_parameters())
-    table = fisher_values.fisher_choices(tiny, found, 0.35, seed=0)
+    table = released_code.fisher_choices(tiny, found, 0.35, seed=0)
     ours = table.iloc[0]
     assert (ours["rank_correlation"], ours["kept_in_common"]) == (pytest.approx(1), 1)
     assert table["kept_in_common"].iloc[1:].max() < 1
@@ -46,28 +46,28 @@ def test_variants_are_of_one_shape_and_leave_the_model_alone(tiny, values, digit
 def test_rank_correlation_and_kept_weights(values):
     assert all(
         r == pytest.approx(1)
-        for r in fisher_values.rank_correlation(
+        for r in released_code.rank_correlation(
             values, {n: f**3 for n, f in values.items()}
         ).values()
     )
     opposite = {n: -f for n, f in values.items()}
     assert all(
-        r == pytest.approx(-1) for r in fisher_values.rank_correlation(values, opposite).values()
+        r == pytest.approx(-1) for r in released_code.rank_correlation(values, opposite).values()
     )
-    assert fisher_values.kept_in_common(values, opposite, 0.35) == 0
+    assert released_code.kept_in_common(values, opposite, 0.35) == 0
     g = torch.Generator().manual_seed(1)
     unrelated = {n: torch.rand(f.shape, generator=g) for n, f in values.items()}
-    assert fisher_values.kept_in_common(values, unrelated, 0.35) == pytest.approx(0.35, abs=0.01)
+    assert released_code.kept_in_common(values, unrelated, 0.35) == pytest.approx(0.35, abs=0.01)
 
 
 def test_choices_keep_the_ratio(values):
-    [row] = fisher_values.choice_rows({"x": values}, 0.35)
+    [row] = released_code.choice_rows({"x": values}, 0.35)
     assert row[:5] == ("ratio", "0.35", "int8", "weight", "nearest")
     assert all(torch.equal(row.plan[n].keep_mask, m) for n, m in keep_ratio(values, 0.35).items())
 
 
 def test_released_groups(tiny, values):
-    table = fisher_values.released_groups(tiny, values).set_index("group")
+    table = released_code.released_groups(tiny, values).set_index("group")
     weights = [w for n, w in quantizable(tiny).items() if n.startswith("Layer6")]
     assert table.loc["Layer6", "tau"] == pytest.approx(
         torch.cat([w.flatten() for w in weights]).square().mean().item()
@@ -81,7 +81,7 @@ def test_released_groups(tiny, values):
 
 def test_clamped_weights_lie_within_the_limits(tiny, values):
     small = {n: f * 1e-3 for n, f in values.items()}
-    result, table = fisher_values.clamped(tiny, small, k=1)
+    result, table = released_code.clamped(tiny, small, k=1)
     limits = table.set_index("layer")
     for name, w in quantizable(result).items():
         row = limits.loc[name.split(".")[0]]
@@ -93,9 +93,9 @@ def test_clamped_weights_lie_within_the_limits(tiny, values):
 
 def test_stretched_images_fill_the_range():
     images = torch.tensor([[10, 20], [0, 255]], dtype=torch.uint8).view(2, 1, 1, 2)
-    assert protocol.stretched(images).flatten(1).tolist() == [[0, 255], [0, 255]]
+    assert released_code.stretched(images).flatten(1).tolist() == [[0, 255], [0, 255]]
     flat = torch.full((1, 1, 2, 2), 7, dtype=torch.uint8)
-    assert protocol.stretched(flat).unique().tolist() == [0]
+    assert released_code.stretched(flat).unique().tolist() == [0]
 
 
 def test_protocol_choices():
@@ -107,7 +107,7 @@ def test_protocol_choices():
     worse = worse // 2
     eye = FeatureExtractor("pixels", Pixels(), unit_interval, 100, reference_images=500)
     sizes = {"pixels": (eye.reference, Reference(2 * eye.reference.features))}
-    table = protocol.protocol_choices({"pixels": eye}, sizes, real, worse, other, seed=0)
+    table = released_code.protocol_choices({"pixels": eye}, sizes, real, worse, other, seed=0)
     table = table.set_index("choice")
     assert len(table) == 4
     untouched = table[table.index.str.contains("R1")].iloc[0]
@@ -126,7 +126,7 @@ def test_protocol_choices():
 def test_floor_goes_down_with_n_and_its_extrapolation_near_nothing():
     g = torch.Generator().manual_seed(0)
     other = torch.randn(5000, 16, generator=g)
-    table = noise_floor.floor(
+    table = published_images.floor(
         torch.randn(5000, 16, generator=g),
         Reference(other),
         seed=0,
@@ -140,7 +140,7 @@ def test_floor_goes_down_with_n_and_its_extrapolation_near_nothing():
 
 
 def test_fresh_network_is_untrained_and_seeded(tiny):
-    a, b = fisher_values.fresh_network(tiny, 1), fisher_values.fresh_network(tiny, 1)
+    a, b = released_code.fresh_network(tiny, 1), released_code.fresh_network(tiny, 1)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert isinstance(a, UNet)
     assert not pd.Series(

@@ -8,7 +8,7 @@ from lafq.rng import generator
 from lafq.study.diffusion import ddpm
 from lafq.study.diffusion.ddpm import add_noise, unit_interval
 from lafq.study.diffusion.unet import quantizable
-from lafq.study.fisher_analysis import fisher_by_timestep, fisher_kinds
+from lafq.study.fisher_by_timestep import fisher_by_timestep, fisher_kinds
 
 
 def test_float64_is_the_loop_over_single_samples(tiny, digits):

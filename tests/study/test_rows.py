@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+import torch
+
+from lafq.fisher.sensitivity import Sensitivity
+from lafq.quantization.model import nbytes
+from lafq.rng import generator
+from lafq.study.diffusion.unet import UNet, quantizable
+from lafq.study.rows import mib_at, rules_at_bits
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return UNet(8).eval()
+
+
+@pytest.fixture(scope="module")
+def fisher(model):
+    """Spread over decades, as Fisher values are, between tensors, channels and weights."""
+    g = generator(3)
+    return {
+        n: torch.exp(2 * torch.randn((), generator=g) + 2 * torch.randn(w.shape, generator=g))
+        for n, w in quantizable(model).items()
+    }
+
+
+def test_thresholds_fill_the_budget(model, fisher):
+    rows = rules_at_bits(model, Sensitivity(fisher, {}), [3.5, 12.0, 20.0], seed=0)
+    names = {"global", "group", "ratio", "mean_std", "magnitude", "random"}
+    assert {r.rule for r in rows} == names
+    assert {(r.bits, r.format) for r in rows} == {(3.5, "int3"), (12.0, "int8"), (20.0, "fp16")}
+    assert len(rows) == 36
+    for row in rows:
+        size = nbytes(model, row.plan) / MIB
+        assert 0.97 * mib_at(model, row.bits) < size <= mib_at(model, row.bits)
+    ratio = next(r for r in rows if r.rule == "ratio" and r.bits == 12)
+    kept = [
+        p.keep_mask.float().mean().item() for n, p in ratio.plan.items() if n.startswith("Layer1")
+    ]
+    assert 0 < np.mean(kept) < 1
