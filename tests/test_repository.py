@@ -11,6 +11,7 @@ import torch
 import torchvision
 import yaml
 
+from lafq.allocation import rules
 from lafq.quantization.model import nbytes, resident_bytes
 from lafq.quantization.plan import make_plan
 from lafq.study import poster, workspace
@@ -174,7 +175,8 @@ def test_a_new_threshold_rule_as_contributing_shows_it(tiny):
     rule, row = snippets("CONTRIBUTING.md")
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
     scope = {
-        "Tensor": torch.Tensor,
+        **vars(rules),
+        "group_of": poster.group_of,
         "Row": Row,
         "make_plan": make_plan,
         "fisher": fisher,
