@@ -22,14 +22,8 @@ from torch import Tensor, nn
 
 from lafq.allocation.allocate import frontiers_of, solve_budget
 from lafq.allocation.frontiers import StorageOption
-from lafq.allocation.rules import (
-    GRANULARITIES,
-    by_granularity,
-    keep_global,
-    keep_ratio,
-    relative_to_group,
-    standardized,
-)
+from lafq.allocation.rules import GRANULARITIES, by_granularity, keep_above
+from lafq.allocation.rules import RULES as SCORES
 from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
@@ -41,7 +35,8 @@ from lafq.study.diffusion.unet import layer_of, quantizable
 from lafq.study.figures import plots
 from lafq.study.figures.fisher_plots import short_name
 from lafq.study.images.sampling import ImageStore, Sampling
-from lafq.study.rows import kept_share, measured_sensitivity
+from lafq.study.poster import group_of
+from lafq.study.rows import keep_ratio, kept_share, measured_sensitivity
 from lafq.study.workspace import Workspace
 
 RULES = {
@@ -197,16 +192,12 @@ def kept(scores: dict[str, Tensor], rule: str, share: float) -> tuple[str, dict[
     """
     if rule == "ratio":
         return f"ratio = {share:.3g}", keep_ratio(scores, share)
-    name, relative = {
-        "global": ("tau", dict),
-        "group": ("factor", relative_to_group),
-        "mean_std": ("k", standardized),
-    }[rule]
-    scores = relative(scores)
+    name = {"global": "tau", "group": "factor", "mean_std": "k"}[rule]
+    scores = SCORES[rule](scores, layer_of, group_of)
     values = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True).values
     count = math.floor(share * len(values) + 1e-9)
     threshold = values[count - 1].item() if count else math.inf
-    return f"{name} = {threshold:.3g}", keep_global(scores, threshold)
+    return f"{name} = {threshold:.3g}", keep_above(scores, threshold)
 
 
 def outcome(subject: Subject, setting: Setting) -> Outcome:

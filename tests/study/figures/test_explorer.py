@@ -9,7 +9,8 @@ from lafq.allocation import rules as thresholds
 from lafq.fisher.sensitivity import estimate_sensitivity
 from lafq.quantization.checks import channel_view
 from lafq.quantization.model import nbytes, quantize, resident_bytes
-from lafq.study import workspace
+from lafq.study import poster, workspace
+from lafq.study import rows as study_rows
 from lafq.study.diffusion import ddpm
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.unet import UNet, quantizable
@@ -93,18 +94,14 @@ def test_the_share_asked_for_is_kept(subject, rule, granularity):
     scores = thresholds.by_granularity(subject.calibration.fisher, granularity, axes)
     words, keep = explorer.kept(scores, rule, 0.3)
     counts = {n: (int(k.sum()), k.numel()) for n, k in keep.items()}
-    per_layer = thresholds.by_layer(counts).values() if rule == "ratio" else [counts]
-    for part in per_layer:
-        kept, units = (sum(c[i] for c in part.values()) for i in (0, 1))
+    layers = {n: thresholds.layer_of(n) if rule == "ratio" else "all" for n in counts}
+    for layer in set(layers.values()):
+        kept, units = (sum(c[i] for n, c in counts.items() if layers[n] == layer) for i in (0, 1))
         assert kept == math.floor(0.3 * units + 1e-9)
     if rule == "group":
         factor = float(words.split()[-1])
-        mean_of = {
-            layer: m
-            for group, m in thresholds.group_means(scores).items()
-            for layer in thresholds.GROUPS[group]
-        }
-        own = {n: s >= factor * mean_of[n.split(".")[0]] for n, s in scores.items()}
+        means = study_rows.group_means(scores)
+        own = {n: s >= factor * means[poster.group_of(n)] for n, s in scores.items()}
         # The threshold is written with three digits: a few may lie between.
         assert (
             sum(int((own[n] != keep[n]).sum()) for n in keep)
