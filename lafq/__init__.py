@@ -21,7 +21,7 @@ __all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when first asked for: `allocate` brings scipy and pandas, which
+    """The public names, imported when first asked for: `allocate` brings pandas, which
     nothing else here needs.
     """
     if name not in _PUBLIC:

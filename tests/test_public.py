@@ -36,7 +36,10 @@ def sensitivity(network):
 
 
 def test_import_is_light():
-    code = f"import lafq, sys; from lafq import quantize, estimate_sensitivity; print([m for m in {HEAVY} if m in sys.modules])"
+    code = (
+        "import lafq, sys; from lafq import quantize, estimate_sensitivity; "
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -22,11 +22,6 @@ from torch import Tensor
 
 Scores = dict[str, Tensor]
 PartOf = Callable[[str], str]
-GROUPS = {
-    "Layer1-2": ("Layer1", "Layer2"),
-    "Layer3-5": ("Layer3", "Layer4", "Layer5"),
-    "Layer6": ("Layer6",),
-}
 GRANULARITIES = ("tensor", "channel", "weight")
 
 
@@ -130,46 +125,3 @@ def _parts(scores: Scores, part_of: PartOf) -> dict[str, Scores]:
 
 def _values(scores: Scores) -> Tensor:
     return torch.cat([s.reshape(-1) for s in scores.values()])
-
-
-# Callers of before RULES; they go when the study builds its rows from RULES.
-keep_global = keep_above
-
-
-def by_layer(scores: Scores) -> dict[str, Scores]:
-    """The scores of each layer, in the order of the names."""
-    return _parts(scores, layer_of)
-
-
-def _group_of(name: str) -> str:
-    layer = layer_of(name)
-    for group, layers in GROUPS.items():
-        if layer in layers:
-            return group
-    known = ", ".join(layer for layers in GROUPS.values() for layer in layers)
-    raise ValueError(f"unknown layer {layer!r}: the groups cover {known}")
-
-
-def group_means(scores: Scores) -> dict[str, float]:
-    """Mean Fisher value over the units of each group."""
-    parts = _parts(scores, _group_of)
-    return {group: _values(parts[group]).mean().item() for group in GROUPS}
-
-
-def relative_to_group(scores: Scores) -> Scores:
-    """`group_score` of the poster's groups."""
-    return group_score(scores, layer_of, _group_of)
-
-
-def standardized(scores: Scores) -> Scores:
-    """`mean_std_score` of the poster's layers."""
-    return mean_std_score(scores, layer_of, _group_of)
-
-
-def keep_ratio(scores: Scores, ratio: float) -> dict[str, Tensor]:
-    """Per layer the floor(ratio * n) units of highest Fisher value; ValueError outside [0, 1]."""
-    if not 0 <= ratio <= 1:
-        raise ValueError(
-            f"ratio {ratio} is outside [0, 1]: it is the share of a layer's units to keep"
-        )
-    return keep_above(ratio_score(scores, layer_of, _group_of), 1 - ratio)

@@ -103,7 +103,7 @@ def sample_loss(
 
 
 def samples_at_once(gradient_bytes: int) -> int:
-    """How many single-sample gradients of that many bytes fit in 512 MiB: 16 at most, 1 at least."""
+    """How many single-sample gradients of that many bytes fit in 512 MiB, 1 to 16."""
     return max(1, min(16, GRADIENT_BYTES // gradient_bytes))
 
 

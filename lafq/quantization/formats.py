@@ -155,7 +155,7 @@ def spread_scale(scales: Tensor, channels: int, group: int) -> Tensor:
 
 
 def encode(values: Tensor, scale: Tensor, qmax: float) -> Tensor:
-    """Codes nearest to values / scale, shifted by qmax (0 is -qmax), uint8 or, beyond 255, int32."""
+    """Codes nearest to values / scale, plus qmax (0 is -qmax): uint8 or, beyond 255, int32."""
     dtype = torch.uint8 if qmax < 128 else torch.int32
     return nearest_code(values / scale, qmax).add_(qmax).to(dtype)
 

@@ -142,7 +142,7 @@ def _give_own_class(module: nn.Module) -> None:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes that the parameters and persistent buffers of a model, packed or not, hold in memory."""
+    """Bytes in memory of the parameters and persistent buffers of a model, packed or not."""
     return _nbytes(_tensors(model).values())
 
 

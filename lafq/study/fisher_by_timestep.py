@@ -145,3 +145,15 @@ def _by_block(found: EmpiricalFisher, bins: int) -> pd.DataFrame:
         if len(part)
     ]
     return pd.DataFrame(rows, columns=["parameter", "t_low", "block", "samples", "fisher"])
+
+
+def by_layer(timesteps: pd.DataFrame) -> pd.DataFrame:
+    """Weights, mean Fisher value per weight and share of the Fisher trace of every layer, over all
+    timesteps; columns layer, weights, mean_fisher, share_of_all.
+    """
+    traced = timesteps.assign(trace=timesteps["fisher"] * timesteps["weights"])
+    total = traced.groupby("layer")[["weights", "trace"]].sum()
+    table = pd.DataFrame({"weights": total["weights"] // timesteps["t_low"].nunique()})
+    table["mean_fisher"] = total["trace"] / total["weights"]
+    table["share_of_all"] = total["trace"] / total["trace"].sum()
+    return table.reset_index()

@@ -11,6 +11,13 @@ SCORES = {
     "Layer4.a": torch.tensor([10.0, 20.0]),
     "Layer6.a": torch.tensor([100.0, 0.0]),
 }
+GROUPS = {
+    "Layer1.a": "first",
+    "Layer1.b": "first",
+    "Layer2.a": "first",
+    "Layer4.a": "middle",
+    "Layer6.a": "last",
+}
 
 
 def kept(keep):
@@ -36,7 +43,7 @@ def test_by_granularity():
 
 
 def test_global():
-    keep = th.keep_global(SCORES, 7.0)
+    keep = th.keep_above(SCORES, 7.0)
     assert kept(keep) == {
         "Layer1.a": [0] * 4,
         "Layer1.b": [0, 0, 1, 1],
@@ -46,24 +53,20 @@ def test_global():
     assert keep["Layer1.b"].shape == (2, 2)
 
 
+def scored(rule, scores):
+    return th.RULES[rule](scores, th.layer_of, GROUPS.__getitem__)
+
+
 def test_groups():
-    means = th.group_means(SCORES)
-    assert means == {"Layer1-2": 4.5, "Layer3-5": 15.0, "Layer6": 50.0}
-    keep = th.keep_global(th.relative_to_group(SCORES), 1.1)
+    keep = th.keep_above(scored("group", SCORES), 1.1)
     assert kept(keep) == {
         **{n: (SCORES[n].flatten() >= 1.1 * 4.5).int().tolist() for n in ("Layer1.a", "Layer1.b")},
         **{"Layer4.a": [0, 1], "Layer6.a": [1, 0]},
     }
 
 
-def test_a_layer_in_no_group():
-    with pytest.raises(ValueError, match="unknown layer 'Layer7': the groups cover Layer1, "):
-        th.relative_to_group({"Layer7.a": torch.ones(1)})
-
-
 def test_ratio_keeps_the_top_of_every_layer():
-    keep = th.keep_ratio(SCORES, 0.5)
-    assert kept(keep) == {
+    assert kept(th.keep_above(scored("ratio", SCORES), 0.5)) == {
         "Layer1.a": [0] * 4,
         "Layer1.b": [1] * 4,
         "Layer4.a": [0, 1],
@@ -75,45 +78,26 @@ def test_ratio_keeps_the_top_of_every_layer():
     ("ratio", "count"), [(0, 0), (0.29, 29), (0.35, 35), (0.999, 99), (1, 100)]
 )
 def test_ratio_is_a_floor(ratio, count):
-    keep = th.keep_ratio({"Layer1.a": torch.rand(100)}, ratio)
+    keep = th.keep_above(scored("ratio", {"Layer1.a": torch.rand(100)}), 1 - ratio)
     assert keep["Layer1.a"].sum() == count
 
 
-def test_ratio_of_tensors_and_ties():
+@pytest.mark.parametrize(("ratio", "first"), [(0.40, 2), (0.38, 1)])
+def test_ratio_of_tensors_and_ties(ratio, first):
     scores = {f"Layer1.{i}": torch.tensor(1.0) for i in range(5)}
-    assert [bool(m) for m in th.keep_ratio(scores, 0.40).values()] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
-    assert [bool(m) for m in th.keep_ratio(scores, 0.38).values()] == [
-        True,
-        False,
-        False,
-        False,
-        False,
-    ]
-
-
-@pytest.mark.parametrize("ratio", [-0.1, 1.01, math.nan])
-def test_ratio_out_of_range(ratio):
-    with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
-        th.keep_ratio(SCORES, ratio)
+    masks = th.keep_above(scored("ratio", scores), 1 - ratio).values()
+    assert [bool(m) for m in masks] == [i < first for i in range(5)]
 
 
 def test_mean_std():
     values = torch.cat((SCORES["Layer1.a"], SCORES["Layer1.b"].flatten()))
     tau = values.mean() + 0.5 * values.std(correction=0)
-    keep = th.keep_global(th.standardized(SCORES), 0.5)
+    scores = scored("mean_std", SCORES)
+    keep = th.keep_above(scores, 0.5)
     assert kept(keep)["Layer1.b"] == (SCORES["Layer1.b"].flatten() >= tau).int().tolist()
-    assert kept(th.keep_global(th.standardized(SCORES), -10))["Layer6.a"] == [1, 1]
-    assert kept(th.keep_global(th.standardized({"Layer1.a": torch.ones(3)}), 0.1))["Layer1.a"] == [
-        0,
-        0,
-        0,
-    ]
+    assert kept(th.keep_above(scores, -10))["Layer6.a"] == [1, 1]
+    equal = scored("mean_std", {"Layer1.a": torch.ones(3)})
+    assert kept(th.keep_above(equal, 0.1))["Layer1.a"] == [0, 0, 0]
 
 
 def test_thresholds_run_from_nothing_to_everything():
@@ -124,8 +108,8 @@ def test_thresholds_run_from_nothing_to_everything():
     )
     many = th.threshold_grid({"Layer1.a": torch.rand(1000)}, 10)
     assert len(many) == 11
-    assert sum(m.sum() for m in th.keep_global(SCORES, few[0]).values()) == 0
-    assert all(m.all() for m in th.keep_global(SCORES, few[-1]).values())
+    assert sum(m.sum() for m in th.keep_above(SCORES, few[0]).values()) == 0
+    assert all(m.all() for m in th.keep_above(SCORES, few[-1]).values())
 
 
 def plain_ratio(scores, ratio):
@@ -146,10 +130,10 @@ def plain_ratio(scores, ratio):
 
 def plain_group(scores, c):
     mean = {}
-    for layers in th.GROUPS.values():
-        own = [s.flatten() for n, s in scores.items() if th.layer_of(n) in layers]
-        mean |= dict.fromkeys(layers, torch.cat(own).mean().item())
-    return {n: s / mean[th.layer_of(n)] >= c for n, s in scores.items()}
+    for group in set(GROUPS.values()):
+        members = [s.flatten() for n, s in scores.items() if GROUPS[n] == group]
+        mean[group] = torch.cat(members).mean().item() if members else 1.0
+    return {n: s / mean[GROUPS[n]] >= c for n, s in scores.items()}
 
 
 @pytest.mark.parametrize("levels", [4, 10**6])  # with four levels most units are ties
@@ -158,9 +142,9 @@ def test_masks_are_thresholds_of_the_scores(levels, count):
     torch.manual_seed(count)
     names = ("Layer2.a", "Layer1.a", "Layer1.b", "Layer4.a", "Layer6.a")
     scores = {n: torch.randint(levels, (count, 3)).float() for n in names}
-    ratio = th.RULES["ratio"](scores, th.layer_of, th._group_of)
-    group = th.RULES["group"](scores, th.layer_of, th._group_of)
-    mean_std = th.RULES["mean_std"](scores, th.layer_of, th._group_of)
+    ratio = scored("ratio", scores)
+    group = scored("group", scores)
+    mean_std = scored("mean_std", scores)
     assert list(ratio) == list(group) == list(mean_std) == list(scores)
     for step in range(101):
         kept_units, wanted = th.keep_above(ratio, 1 - step / 100), plain_ratio(scores, step / 100)

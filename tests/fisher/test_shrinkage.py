@@ -83,7 +83,7 @@ def test_fisher_values_shrink_towards_their_channel_and_tensor():
 
 @pytest.mark.parametrize("passes", [2, 4, 8, 16])
 def test_shrunk_curvature_is_nearer_to_the_true_one(passes):
-    """Mean over ten draws of the squared distance; and no shrunk matrix has a negative eigenvalue."""
+    """Mean squared distance over ten draws; no shrunk matrix has a negative eigenvalue."""
     errors = []
     for seed in range(10):
         drawn, true = gradients(passes, rows=2, columns=30, seed=seed)
@@ -222,7 +222,7 @@ def test_one_pass_is_said_in_one_line():
     batches = list(torch.randn(2, 1, *shape, generator=generator(4)))
     with pytest.warns(
         UserWarning,
-        match="one pass says nothing about its noise, so all weights of a tensor count the same: give more",
+        match="one pass says nothing about its noise, so all weights of a tensor count the same",
     ):
         found = estimate_sensitivity(model, batches[:1])
     assert found.passes == 1 and found.noise == {"0.weight": 1.0, "2.weight": 1.0}

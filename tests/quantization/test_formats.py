@@ -52,7 +52,7 @@ def test_levels():
     } | {"midrise2": 1.5}
     with pytest.raises(
         ValueError,
-        match="unknown format 'int9': choose one of fp32, fp16, int8, int6, int4, int3, int2, int7, int5",
+        match="unknown format 'int9': choose one of fp32, fp16, int8, int6, int4, int3, int2, int7",
     ):
         get_format("int9")
 

@@ -6,7 +6,7 @@ import torchvision
 from diffusers import UNet2DModel
 from torch import nn
 
-from lafq.allocation.rules import by_granularity, keep_ratio
+from lafq.allocation.rules import by_granularity, keep_above, layer_of, ratio_score
 from lafq.quantization import formats
 from lafq.quantization.channels import ChannelView, WeightSpec
 from lafq.quantization.checks import channel_view
@@ -44,7 +44,9 @@ def plans(model):
         **{f: dict.fromkeys(names, f) for f in FORMATS if f != "int16"},
         "tensors": {n: cycle[i % len(cycle)] for i, n in enumerate(names)},
         "channels": {n: WeightSpec(f) for n, f in mixed.items()},
-        "channels by ratio": make_plan(keep_ratio(scores, 0.35), "int4", "fp16"),
+        "channels by ratio": make_plan(
+            keep_above(ratio_score(scores, layer_of, layer_of), 1 - 0.35), "int4", "fp16"
+        ),
         "weights fp16": make_plan(random_masks(model, 0.3), "fp16"),
         "weights int8": make_plan(random_masks(model, 0.3), "int8"),
         "few weights": {

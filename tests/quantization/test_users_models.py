@@ -74,7 +74,7 @@ def test_buffers_that_repeat_quantized_weights_are_named(network):
     network.register_buffer("again", network[0].weight.detach().clone())
     with pytest.warns(
         UserWarning,
-        match=r"1 buffers repeat quantized weights and stay in FP32 \(again, ...; 0.00 MiB\): delete them",
+        match=r"1 buffers repeat quantized weights and stay in FP32 \(again, ...; 0.00 MiB\): del",
     ):
         small = quantize(network, {"0.weight": "int4"})
     assert torch.equal(small.again, network[0].weight)

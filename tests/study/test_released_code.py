@@ -4,13 +4,13 @@ import pandas as pd
 import pytest
 import torch
 
-from lafq.allocation.rules import keep_ratio
 from lafq.study import published_images, released_code
 from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images.features import FeatureExtractor
 from lafq.study.images.metrics import Reference
+from lafq.study.rows import keep_ratio
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.model import nbytes
 from lafq.rng import generator
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.rows import mib_at, rules_at_bits
+from lafq.study.rows import keep_ratio, mib_at, rule_scores, rules_at_bits
 
 MIB = 2**20
 
@@ -41,3 +41,14 @@ def test_thresholds_fill_the_budget(model, fisher):
         p.keep_mask.float().mean().item() for n, p in ratio.plan.items() if n.startswith("Layer1")
     ]
     assert 0 < np.mean(kept) < 1
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.01, float("nan")])
+def test_ratio_out_of_range(ratio):
+    with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
+        keep_ratio({"Layer1.a": torch.ones(2)}, ratio)
+
+
+def test_a_layer_in_no_group():
+    with pytest.raises(ValueError, match="unknown layer 'Layer7': the groups cover Layer1, "):
+        rule_scores("group", {"Layer7.a": torch.ones(1)})

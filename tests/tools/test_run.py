@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from lafq.allocation.rules import by_granularity, keep_global
+from lafq.allocation.rules import by_granularity, keep_above
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import make_plan
 from lafq.study import results, workspace
@@ -353,7 +353,7 @@ def test_sweep_and_nearest(tiny):
 def test_sizes_counted_are_those_of_the_plans(tiny, low, granularity):
     scores = by_granularity({n: w.square() for n, w in quantizable(tiny).items()}, granularity)
     table = study_rows.size_sweep(tiny, scores, low, granularity, 20)
-    made = [make_plan(keep_global(scores, cut), low) for cut in table["threshold"]]
+    made = [make_plan(keep_above(scores, cut), low) for cut in table["threshold"]]
     pd.testing.assert_frame_equal(
         table[["kept_share", "mem_mib", "mem_share"]], sizes(tiny, made), check_exact=True
     )

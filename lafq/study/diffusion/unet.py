@@ -9,6 +9,7 @@ section.
 
 import math
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -163,3 +164,15 @@ def quantizable(model: nn.Module) -> dict[str, Tensor]:
     network.
     """
     return {n: p.detach() for n, p in model.named_parameters() if p.ndim > 1 and layer_of(n)}
+
+
+def layer_sizes(model: UNet) -> pd.DataFrame:
+    """Parameters and MiB (FP32) of the six layers, of the input and output convolutions, and of the
+    whole model; columns layer, channels, parameters, mib.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    counts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in LAYERS}
+    counts |= {"input and output": total - sum(counts.values()), "total": total}
+    table = pd.DataFrame({"layer": list(counts), "parameters": list(counts.values())})
+    channels = [str(multiplier * model.width) for multiplier in MULTIPLIERS]
+    return table.assign(channels=[*channels, "", ""], mib=table["parameters"] * 4 / 2**20)

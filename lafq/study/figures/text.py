@@ -11,6 +11,20 @@ Spec = str | Callable[[Any], str]
 Column = str | tuple[str | Spec, ...] | Callable[[pd.Series], str]
 WORDS = {"allocate": "allocator", "allocate_all": "allocator, all weights"}
 ROUNDED = {"nearest": "nearest code", "feedback": "error feedback", "none": ""}
+# Columns of tables of rows, of these beside the poster's, and of claims.
+_KEY = {column: column for column in ("rule", "setting", "format", "granularity")}
+_FID = {"fid_inception": ("fid_inception", ".2f")}
+_FID |= {"delta_fid_inception": ("delta_fid_inception", "+.3f", "interval")}
+ROWS = _KEY | {"kept_share": ("kept_share", ".3f"), "mem_mib": ("mem_mib", ".2f")}
+ROWS |= {"mem_share": ("mem_share", ".3f"), "fid_mnist": ("fid_mnist", ".2f", "interval")}
+ROWS |= {"delta_fid_mnist": ("delta_fid_mnist", "+.3f", "interval")}
+ROWS |= {"is_mnist": ("is_mnist", ".2f")} | _FID
+ROWS |= {"psnr": ("psnr", "{:.1f} dB"), "class_changed": ("class_changed", ".0%")}
+COMPARED = _KEY | {"fid_paper": ("fid_paper", ".2f")} | _FID
+COMPARED |= {column: (column, ".2f") for column in ("is_paper", "is_mnist")}
+COMPARED |= {column: (column, ".3f") for column in ("mem_share_paper", "mem_share")}
+CLAIMS = {"claim": "claim", "quantity": "quantity", "measured": ("measured", ".4g", "interval")}
+CLAIMS |= {"verdict": "verdict"}
 
 
 def name(row: pd.Series) -> str:

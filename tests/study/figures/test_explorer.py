@@ -9,12 +9,13 @@ from lafq.allocation import rules as thresholds
 from lafq.fisher.sensitivity import estimate_sensitivity
 from lafq.quantization.checks import channel_view
 from lafq.quantization.model import nbytes, quantize, resident_bytes
-from lafq.study import workspace
+from lafq.study import poster, workspace
+from lafq.study import rows as study_rows
 from lafq.study.diffusion import ddpm
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.figures import explore, panel
-from lafq.study.figures.explore import Setting
+from lafq.study.figures import explorer
+from lafq.study.figures.explorer import Setting
 from lafq.study.images.sampling import Sampling
 from lafq.study.workspace import Workspace
 from lafq.tensors import save_tensors
@@ -22,7 +23,7 @@ from tools import pages, publish
 
 SMOKE = Workspace("smoke")
 
-RULES = [rule for rule in explore.RULES if rule != "allocator"]
+RULES = [rule for rule in explorer.RULES if rule != "allocator"]
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +38,13 @@ def subject(digits, tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workspace, "BUILD", tmp_path_factory.mktemp("build"))
-        yield explore.subject_of(SMOKE, model, calibration, validation, Sampling(3, 2, 0))
+        yield explorer.subject_of(SMOKE, model, calibration, validation, Sampling(3, 2, 0))
 
 
 @pytest.mark.parametrize("granularity", thresholds.GRANULARITIES)
-@pytest.mark.parametrize("rule", explore.RULES)
+@pytest.mark.parametrize("rule", explorer.RULES)
 def test_bytes_are_those_of_the_packed_model(subject, rule, granularity):
-    found = explore.outcome(subject, Setting(rule, 0.4, granularity, "int4"))
+    found = explorer.outcome(subject, Setting(rule, 0.4, granularity, "int4"))
     packed = quantize(subject.model, found.plan)
     assert found.nbytes == nbytes(subject.model, found.plan) == resident_bytes(packed)
     bits = sum(
@@ -60,12 +61,12 @@ def test_everything_kept_is_the_unquantized_model(subject):
     expected = ddpm.sample(subject.model, 3, 2, seed=0)[:, 0].numpy()
     assert (subject.digits == expected).all()
     for rule in (*RULES, "allocator"):
-        found = explore.outcome(subject, Setting(rule, 1.0, "weight", "int4"))
+        found = explorer.outcome(subject, Setting(rule, 1.0, "weight", "int4"))
         assert found.plan == {}
         assert (found.digits == expected).all()
         assert (found.kept, found.damage, found.nbytes) == (1, 0, nbytes(subject.model, {}))
     assert (
-        explore.outcome(subject, Setting("ratio", 0, "tensor", "int2")).digits != expected
+        explorer.outcome(subject, Setting("ratio", 0, "tensor", "int2")).digits != expected
     ).any()
 
 
@@ -80,9 +81,9 @@ def test_predicted_damage_is_the_sum_over_all_channels(subject):
             "rc,cd,rd->r", off, subject.validation.curvature[name].double(), off
         )
         expected += (fisher.mean(1) * together).sum().item() / 1024
-    assert explore.outcome(subject, Setting("global", 0, "tensor", "int4")).damage == pytest.approx(
-        expected, rel=1e-4
-    )
+    assert explorer.outcome(
+        subject, Setting("global", 0, "tensor", "int4")
+    ).damage == pytest.approx(expected, rel=1e-4)
     assert subject.int8 < expected
 
 
@@ -91,20 +92,16 @@ def test_predicted_damage_is_the_sum_over_all_channels(subject):
 def test_the_share_asked_for_is_kept(subject, rule, granularity):
     axes = {f"Layer{i}.resample.weight": 1 for i in (4, 5, 6)}
     scores = thresholds.by_granularity(subject.calibration.fisher, granularity, axes)
-    words, keep = explore.kept(scores, rule, 0.3)
+    words, keep = explorer.kept(scores, rule, 0.3)
     counts = {n: (int(k.sum()), k.numel()) for n, k in keep.items()}
-    per_layer = thresholds.by_layer(counts).values() if rule == "ratio" else [counts]
-    for part in per_layer:
-        kept, units = (sum(c[i] for c in part.values()) for i in (0, 1))
+    layers = {n: thresholds.layer_of(n) if rule == "ratio" else "all" for n in counts}
+    for layer in set(layers.values()):
+        kept, units = (sum(c[i] for n, c in counts.items() if layers[n] == layer) for i in (0, 1))
         assert kept == math.floor(0.3 * units + 1e-9)
     if rule == "group":
         factor = float(words.split()[-1])
-        mean_of = {
-            layer: m
-            for group, m in thresholds.group_means(scores).items()
-            for layer in thresholds.GROUPS[group]
-        }
-        own = {n: s >= factor * mean_of[n.split(".")[0]] for n, s in scores.items()}
+        means = study_rows.group_means(scores)
+        own = {n: s >= factor * means[poster.group_of(n)] for n, s in scores.items()}
         # The threshold is written with three digits: a few may lie between.
         assert (
             sum(int((own[n] != keep[n]).sum()) for n in keep)
@@ -115,7 +112,7 @@ def test_the_share_asked_for_is_kept(subject, rule, granularity):
 def test_equal_settings_give_equal_pictures(subject):
     setting = Setting("mean_std", 0.2, "channel", "int3")
     pictures = [
-        panel.png(subject, explore.outcome(subject, s))
+        explorer.png(subject, explorer.outcome(subject, s))
         for s in (setting, setting, setting._replace(amount=0.6))
     ]
     assert pictures[0] == pictures[1] != pictures[2]
@@ -150,32 +147,32 @@ def test_equal_settings_give_equal_pictures(subject):
 )
 def test_a_setting_that_cannot_be_is_one_sentence(subject, change, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        explore.outcome(subject, Setting()._replace(**change))
+        explorer.outcome(subject, Setting()._replace(**change))
 
 
 def test_the_allocator_keeps_to_the_size_and_names_the_smallest(subject):
     subject = subject._replace(fronts={})
     full = nbytes(subject.model, {})
     sizes = [
-        explore.outcome(subject, Setting("allocator", share, "channel")).nbytes / full
+        explorer.outcome(subject, Setting("allocator", share, "channel")).nbytes / full
         for share in (0.3, 0.5)
     ]
     assert 0.2 < sizes[0] <= 0.3 < sizes[1] <= 0.5
     with pytest.raises(ValueError, match="cannot be met: the smallest possible is"):
-        explore.outcome(subject, Setting("allocator", 0.01, "channel"))
+        explorer.outcome(subject, Setting("allocator", 0.01, "channel"))
     assert list(subject.fronts) == ["channel"]
 
 
 @pytest.mark.slow
 def test_the_picture_follows_the_sliders(subject, capsys):
-    first = explore.outcome(subject, Setting("ratio", 0.1, "weight", "int3"))
+    first = explorer.outcome(subject, Setting("ratio", 0.1, "weight", "int3"))
     capsys.readouterr()
-    format_table = panel.panel(subject, first)
+    format_table = explorer.panel(subject, first)
     (rule, amount), (granularity, low) = (row.children for row in format_table.children[:2])
     text, picture = format_table.children[2:]
     before = text.value, picture.value
-    assert f"{first.nbytes / 2**20:.2f} MiB stored" in text.value
-    assert picture.value == panel.png(subject, first)
+    assert f"stored {first.nbytes / 2**20:.2f} of" in text.value
+    assert picture.value == explorer.png(subject, first)
     amount.value = 0.5
     assert text.value != before[0]
     assert picture.value != before[1]
@@ -192,9 +189,9 @@ def test_the_picture_follows_the_sliders(subject, capsys):
 
 def test_only_the_weights_are_needed(tiny, sandbox, capsys):
     with pytest.raises(FileNotFoundError, match="run 01_train with TRAIN=1 first"):
-        explore.subject(SMOKE, 4, Sampling(2, 2, 0), samples=8)
+        explorer.subject(SMOKE, 4, Sampling(2, 2, 0), samples=8)
     save_tensors(SMOKE.results / "ema.safetensors", tiny.state_dict(), width=4)
-    found = explore.subject(SMOKE, 4, Sampling(2, 2, 0), samples=8)
+    found = explorer.subject(SMOKE, 4, Sampling(2, 2, 0), samples=8)
     assert "from 8 digits; damage" in capsys.readouterr().out
     assert set(quantizable(tiny)) < set(found.calibration.fisher)
     assert any((f != found.validation.fisher[n]).any() for n, f in found.calibration.fisher.items())
@@ -205,7 +202,7 @@ def test_only_the_weights_are_needed(tiny, sandbox, capsys):
         (8, (2, 0, 0), "0 sampling steps"),
     ):
         with pytest.raises(ValueError, match=message):
-            explore.subject(SMOKE, 4, Sampling(*sampling), samples=count)
+            explorer.subject(SMOKE, 4, Sampling(*sampling), samples=count)
 
 
 def test_no_widget_is_written_to_a_notebook(tmp_path):

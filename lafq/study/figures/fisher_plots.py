@@ -1,0 +1,64 @@
+"""The figures of the Fisher information by weight tensor, layer and timestep (02)."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+
+TIME = "timestep t (0 = clean; lower edge of the bin)"
+
+
+def fisher_by_tensor(axes: Sequence[Axes], timesteps: pd.DataFrame) -> None:
+    """One panel per layer: weight tensors on x, mean Fisher on a log y axis, one line per timestep
+    bin.
+    """
+    bins = sorted(timesteps["t_low"].unique())
+    colours = plt.get_cmap("viridis")(np.linspace(0, 1, len(bins)))
+    for ax, (layer, rows) in zip(axes, timesteps.groupby("layer"), strict=True):
+        names = list(dict.fromkeys(rows["parameter"]))
+        for t, colour in zip(bins, colours, strict=True):
+            line = rows[rows["t_low"] == t].set_index("parameter").loc[names, "fisher"]
+            ax.plot(range(len(names)), line, color=colour, marker=".", lw=1)
+        short = [short_name(name).split(".", 1)[1] for name in names]
+        ax.set_xticks(range(len(names)), short, rotation=60, ha="right", fontsize=9)
+        ax.set(title=layer, yscale="log", ylabel="mean Fisher")
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, 999), "viridis")
+    axes[0].figure.suptitle("Mean Fisher value by weight tensor and timestep")
+    axes[0].figure.colorbar(scale, ax=list(axes), label="timestep t (0 = clean)")
+
+
+def fisher_by_group(ax: Axes, timesteps: pd.DataFrame) -> None:
+    """Mean Fisher per weight of Layers 1-2 and of Layers 3-6, as C2 compares them, by timestep."""
+    front = timesteps["layer"].isin(["Layer1", "Layer2"])
+    group = np.where(front, "Layers 1-2", "Layers 3-6")
+    for name, line in _per_weight(timesteps.assign(layer=group)).iterrows():
+        ax.plot(line.index, line, label=name)
+    ax.set(yscale="log", xlabel=TIME, ylabel="mean Fisher per weight")
+    ax.set_title("Fisher information per weight by timestep")
+    ax.legend()
+
+
+def fisher_map(ax: Axes, timesteps: pd.DataFrame) -> None:
+    """Mean Fisher per weight: layers on y, timestep bins on x, log colour scale."""
+    table = _per_weight(timesteps)
+    norm, bar = LogNorm(table.min().min(), table.max().max()), {"label": "mean Fisher per weight"}
+    sns.heatmap(table, ax=ax, norm=norm, cmap="viridis", cbar_kws=bar)
+    ax.set(xlabel=TIME, ylabel="")
+    ax.set_title("Fisher information per weight by layer and timestep")
+    ax.tick_params(axis="y", rotation=0)
+
+
+def short_name(parameter: str) -> str:
+    """A weight tensor's name as it stands at an axis."""
+    return parameter.removesuffix(".weight").replace("attention", "attn")
+
+
+def _per_weight(timesteps: pd.DataFrame) -> pd.DataFrame:
+    """Mean Fisher value per weight, layers down and timestep bins across."""
+    traced = timesteps.assign(trace=timesteps["fisher"] * timesteps["weights"])
+    total = traced.groupby(["layer", "t_low"])[["trace", "weights"]].sum()
+    return (total["trace"] / total["weights"]).unstack()

@@ -1,0 +1,105 @@
+"""Every figure draws from the committed tables."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from lafq.study import poster, workspace
+from lafq.study.figures import budget_plots, fisher_plots, plots, text
+from lafq.study.fisher_by_timestep import by_layer
+from lafq.study.workspace import Workspace
+
+MINI, PAPER = Workspace("mini"), Workspace("paper")
+ROWS = ("03_global", "04_group", "05_ratio_sweep")
+
+
+def load(name, work=MINI):
+    return workspace.load_table(work, name)
+
+
+FIGURES = {
+    "loss": lambda ax: plots.loss_curve(ax, load("training")),
+    "sizes": lambda ax: plots.size_curve(ax, load("04_group_sizes"), "group", 0.5, "factor"),
+    **{
+        name: lambda ax, name=name: plots.quality_over_size(ax, load(name), "fid_inception")
+        for name in ROWS
+    },
+    "published": lambda ax: plots.published_differences(
+        ax, poster.compare(load("08_published", PAPER), "paper"), "fid_inception"
+    ),
+    "ratio": lambda ax: plots.poster_and_ours(
+        ax, load("05_ratio_sweep").assign(n_images=100), poster.POSTER, "fid_inception"
+    ),
+    "many images": lambda ax: plots.ratio_with_many_images(ax, load("evidence_rows")),
+    "runs": lambda ax: plots.claim_by_run(
+        ax, load("evidence_runs_claims"), load("evidence_runs_over")
+    ),
+    "noise": lambda ax: plots.poster_and_noise(ax, poster.POSTER, 3.7),
+    "Fisher by group": lambda ax: fisher_plots.fisher_by_group(ax, load("02_fisher")),
+    "Fisher map": lambda ax: fisher_plots.fisher_map(ax, load("02_fisher")),
+    "damage": lambda ax: budget_plots.over_size(ax, load("budget"), "damage"),
+    "FID": lambda ax: budget_plots.over_size(ax, load("budget"), "fid_mnist_delta"),
+    "files": lambda ax: budget_plots.over_size(ax, load("11_files"), "damage", "file_mib"),
+    "rules": lambda ax: budget_plots.rules(ax, load("budget"), load("evidence_damages", PAPER)),
+}
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_draws_from_the_committed_tables(name):
+    figure, ax = plt.subplots()
+    FIGURES[name](ax)
+    assert ax.has_data()
+    assert ax.get_title() and not any(c.isdigit() for c in ax.get_title().replace("C3", ""))
+    figure.canvas.draw()
+    assert all(t.get_fontsize() >= 8 for t in figure.findobj(plt.Text) if t.get_text())
+
+
+def test_figures_of_several_panels_draw_from_the_committed_tables():
+    axes = plt.subplots(2, 3)[1].ravel()
+    fisher_plots.fisher_by_tensor(axes, load("02_fisher"))
+    assert [len(ax.lines) for ax in axes] == [load("02_fisher")["t_low"].nunique()] * 6
+    axes = plt.subplots(2, 3)[1].ravel()
+    budget_plots.predictions(axes, load("10_by_tensor"))
+    assert [ax.get_xlabel() for ax in axes] == load("10_ranks")["prediction"].tolist()
+    axes = plt.subplots(1, 2)[1]
+    plots.noise_floor(axes, load("noise_floor"))
+    assert all(ax.has_data() for ax in axes)
+    axes = plt.subplots(2, 1)[1]
+    budget_plots.bits_map(axes, load("06_bits"))
+    assert len(axes[0].patches) == load("06_bits")["parameter"].nunique()
+
+
+def test_every_row_of_the_budget_has_its_line():
+    table = load("budget")
+    kinds = table.groupby(["rule", "granularity", "rounding"]).ngroups
+    ax = plt.figure().subplots()
+    budget_plots.over_size(ax, table, "damage")
+    labels = [entry.get_text() for entry in ax.get_legend().get_texts()]
+    assert len(labels) == len(set(labels)) == kinds
+    assert len(budget_plots.chosen(table, budget_plots.BY_FID)) < len(table)
+
+
+def test_differences_of_images_are_brighter():
+    table, samples = load("06_images"), workspace.load_images(MINI, "06_images")
+    axes = plt.subplots(len(table), 1)[1]
+    plots.paired_digits(axes, table, samples, count=3, amplified=8)
+    first, last = (np.asarray(ax.images[0].get_array()) for ax in (axes[0], axes[-1]))
+    off = last[:, :96].astype(int) - first[:, :96]
+    assert (first[:, 96:] == 0).all()
+    assert (last[:, 96:] == (8 * abs(off)).clip(0, 255)).all()
+
+
+def test_the_tables_of_rows_have_every_column():
+    assert len(text.table(load("03_global"), text.ROWS)) == len(load("03_global"))
+    assert len(text.table(load("paper_comparison"), text.COMPARED)) == len(load("paper_comparison"))
+    layers = by_layer(load("02_fisher"))
+    assert layers["share_of_all"].sum() == pytest.approx(1)
+    assert (
+        layers["weights"].sum() == load("02_fisher").drop_duplicates("parameter")["weights"].sum()
+    )
