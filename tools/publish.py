@@ -137,6 +137,7 @@ def published() -> Path:
         return workspace.ROOT
     folder = workspace.BUILD / "published"
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     archive = workspace.BUILD / "published.tar"
     git = ["git", "archive", "-o", str(archive), "HEAD", "results"]
     subprocess.run(git, cwd=workspace.ROOT, check=True)

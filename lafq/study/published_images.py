@@ -8,7 +8,7 @@ training digits 100-4,999 for Inception features, test digits 0-4,999 for the cl
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,15 +19,13 @@ from torch import Tensor
 
 from lafq.rng import generator
 from lafq.study import workspace
-from lafq.study.claims import holm
-from lafq.study.diffusion.mnist import HELD_OUT, mnist, unpadded
-from lafq.study.diffusion.subject import load_model
-from lafq.study.images import metrics
-from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
-from lafq.study.images.metrics import Reference
-from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.workspace import Workspace
 from lafq.tensors import atomic_write
+
+if TYPE_CHECKING:
+    # A notebook loads the tables alone; what computes them is imported where it is used.
+    from lafq.study.images.features import FeatureExtractor
+    from lafq.study.images.metrics import Reference
 
 FOLDER = workspace.RESULTS / "published"
 UNQUANTIZED = "FP32"
@@ -80,13 +78,15 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def scores(
-    features: Tensor, logits: Tensor | None, reference: Reference, seed: int
+    features: Tensor, logits: Tensor | None, reference: "Reference", seed: int
 ) -> pd.DataFrame:
     """FID, KID and (from logits) IS of features (M, d): mean and standard deviation over disjoint
     blocks of N, and of all of them.
 
     Columns n, blocks, fid, fid_sd, kid, kid_sd, is, is_sd.
     """
+    from lafq.study.images import metrics
+
     order, rows = torch.randperm(len(features), generator=generator(seed)), []
     for n in (*SIZES, len(features)):
         count = len(features) // n
@@ -120,10 +120,13 @@ def compared(features: dict[str, Tensor], classes: dict[str, Tensor], seed: int)
     and both tests;
     digit, share, share_fp32: the digit whose share differs most.
     """
+    from lafq.study.claims import holm
+    from lafq.study.images import metrics
+
     order = torch.randperm(len(features[UNQUANTIZED]), generator=generator(seed))
     first, second = order.chunk(2)
     half = features[UNQUANTIZED][second]
-    statistics = Reference(half)
+    statistics = metrics.Reference(half)
     rows = []
     for name, found in features.items():
         control = name == UNQUANTIZED
@@ -186,6 +189,10 @@ def measure(path: Path, seed: int) -> None:
     """Read the published images and write results/published/compared.csv and scores.csv;
     Inception's rows come set by set.
     """
+    from lafq.study.diffusion.mnist import mnist, unpadded
+    from lafq.study.images.features import inception_extractor, mnist_extractor
+    from lafq.study.images.metrics import Reference
+
     images, extractor = read(path), mnist_extractor()
     seen = {name: extractor.features(x) for name, x in images.items()}
     features = {name: of_set.features for name, of_set in seen.items()}
@@ -259,13 +266,15 @@ EXTRAPOLATED_FROM = 200
 INCEPTION_REFERENCE = 2000
 
 
-def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
+def floor(features: Tensor, reference: "Reference", seed: int) -> pd.DataFrame:
     """FID and KID of disjoint blocks of N of the features (M, d) against the reference: columns
     metric, n, mean, sd, blocks.
 
     The row with n = inf is FID extrapolated to infinite N from the mean FID of N >= 200
     (`metrics.fid_at_infinity`).
     """
+    from lafq.study.images import metrics
+
     order = torch.randperm(len(features), generator=generator(seed))
     rows = []
     for n in (n for n in FLOOR_SIZES if n <= len(features)):
@@ -298,6 +307,11 @@ def noise_floor(parameters: dict[str, Any]) -> pd.DataFrame:
 
     The references are 5,000 digits, for Inception 2,000 (none where the profile has no Inception
     columns)."""
+    from lafq.study.diffusion.mnist import HELD_OUT, mnist
+    from lafq.study.diffusion.subject import load_model
+    from lafq.study.images.features import inception_extractor, mnist_extractor
+    from lafq.study.images.sampling import ImageStore, Sampling
+
     p, work = (
         parameters,
         Workspace.open(parameters["PROFILE"], parameters["THREADS"], parameters["DEVICE"]),
@@ -323,7 +337,7 @@ def noise_floor(parameters: dict[str, Any]) -> pd.DataFrame:
 REAL_DIGITS, FRAME = "real digits", 2
 
 
-def image_statistics(images: dict[str, Tensor], extractor: FeatureExtractor) -> pd.DataFrame:
+def image_statistics(images: dict[str, Tensor], extractor: "FeatureExtractor") -> pd.DataFrame:
     """FID and its two terms, ink and digits of sets of images: one row per set.
 
     images: by name, uint8 (N, 1, 32, 32); the first set is the unquantized model's. Columns:
@@ -335,6 +349,8 @@ def image_statistics(images: dict[str, Tensor], extractor: FeatureExtractor) -> 
     the same noise;
     digit, share: the digit predicted most often, and how often.
     """
+    from lafq.study.images import metrics
+
     rows, first, frame = [], None, torch.ones(32, 32, dtype=torch.bool)
     frame[FRAME:-FRAME, FRAME:-FRAME] = False
     reference = extractor.reference

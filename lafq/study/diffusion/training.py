@@ -139,13 +139,8 @@ def fit(
     may be prolonged (other `steps`) as long as its learning rate has not begun to fall. Raises
     ValueError when the checkpoint belongs to other settings.
     """
-    record = {
-        "width": model.width,
-        "dropout": model.dropout,
-        "ema_decay": ema_decay,
-        "compile": compile,
-        **settings,
-    }
+    record = {"width": model.width, "dropout": model.dropout, "ema_decay": ema_decay}
+    record |= {"compile": compile, **settings}
     ema = ema_of(model, ema_decay)
     if compile:
         model.compile()
@@ -164,12 +159,16 @@ def fit(
         bar.update()
         if (step + 1) % every == 0 or step + 1 == steps:
             state = {name: part.state_dict() for name, part in parts.items()}
-            # Not safetensors: the moments need the strides of the weights, which torch.save keeps.
-            with atomic_write(checkpoint) as temporary, temporary.open("wb") as file:
-                torch.save({**state, "losses": losses, "steps": steps, "record": record}, file)
+            _save(checkpoint, {**state, "losses": losses, "steps": steps, "record": record})
             bar.set_postfix(loss=sum(losses[-every:]) / len(losses[-every:]))
     bar.close()
     return {n: p.detach() for n, p in ema.module.named_parameters()}, losses
+
+
+def _save(checkpoint: Path, state: dict[str, Any]) -> None:
+    # Not safetensors: the moments need the strides of the weights, which torch.save keeps.
+    with atomic_write(checkpoint) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
 
 
 def _checked(checkpoint: Path, steps: int, record: dict[str, Any]) -> dict[str, Any]:

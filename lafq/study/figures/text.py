@@ -76,12 +76,9 @@ def table(frame: pd.DataFrame, columns: Mapping[str, Column]) -> pd.DataFrame:
 
 def markdown(frame: pd.DataFrame) -> str:
     """A table as GitHub shows it, cells as they are printed."""
-    lines = [
-        frame.columns.tolist(),
-        ["---"] * len(frame.columns),
-        *frame.astype(str).to_numpy().tolist(),
-    ]
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
+    cells = frame.astype(str).to_numpy().tolist()
+    lines = [frame.columns.tolist(), ["---"] * len(frame.columns), *cells]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def holds(condition: Any) -> str:
