@@ -71,7 +71,7 @@ terrain: $(READY)  ## lafq on a public diffusion model of others: results/terrai
 	@PYTHONPATH=build/terrain-packages $(BIN)/python benchmarks/terrain.py
 
 packed: $(READY)  ## pack the paper profile's weights into an entropy-coded file, to be committed (about half an hour on two cores)
-	@$(BIN)/python -m tools.shipping $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m lafq.study.long_runs --profile $(or $(PROFILE),paper) --only packed --anew
 
 classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
 	@$(BIN)/python -m lafq.study.images.features

@@ -25,13 +25,15 @@ import torch
 from dask.system import CPU_COUNT
 from torch import nn
 
+from lafq import allocate
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
+from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize_, quantize, weights_sha256
 from lafq.rng import generator
 from lafq.study import claims, damage, published_images
 from lafq.study.diffusion import training
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
-from lafq.study.diffusion.subject import load_fisher, load_model
+from lafq.study.diffusion.subject import PACKED, load_fisher, load_model
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.fisher_by_timestep import fisher_by_timestep
 from lafq.study.images.evaluate import evaluate, evaluate_large
@@ -67,6 +69,7 @@ ALLOCATED, RULE_BITS = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
 # Bits per weight: of entropy-coded files, and of the allocator at the poster's size.
 CODED_FILES, AT_SIZE, FILES_BELOW = (2.0, 2.5), (2.5, 3.0, 4.0, 6.0), 9
 RULES = ("global", "group", "ratio", "magnitude", "random")
+SHIPPED_MIB, OTHER_NOISE = 13.0, 1
 # Rule and rounding.
 FRESH = (
     ("allocate", "feedback"),
@@ -287,6 +290,59 @@ def described(profile: str, images: int = DESCRIBED) -> Tables:
     return {"evidence_images": published_images.image_statistics(sets, mnist_extractor())}
 
 
+def ship(
+    work: Workspace,
+    model: nn.Module,
+    known: Sensitivity,
+    file_mib: float,
+    origin: dict[str, Any],
+    sampling: Sampling,
+    inception_reference: int = 0,
+) -> pd.DataFrame:
+    """Write results/<profile>/packed.safetensors, at most `file_mib` MiB, and measure what that
+    costs.
+
+    origin: what the recipe of its images says besides the size (`rows.made`). Returns the rows of
+    `evaluate.evaluate`, of the FP32 weights and of the packed ones, with `damage`, the mean squared
+    change of the model's output on held-out digits, and its 95 % interval. Raises ValueError, as
+    `allocate`, for a file below the smallest possible size.
+    """
+    plan = allocate(model, known, file_mib=file_mib)
+    small = quantize(model, plan)
+    save_quantized(work.results / PACKED, small, model, compress=True)
+    rows = [
+        BASELINE._replace(inception=True),
+        Row(
+            "allocate",
+            f"{file_mib:g} MiB",
+            "coded",
+            "channel",
+            "feedback",
+            plan,
+            inception=True,
+            made=origin,
+        ),
+    ]
+    table, _ = evaluate(work, model, rows, sampling, inception_reference)
+    seed = sampling.seed + OTHER_NOISE
+    outputs = training.held_out_outputs(model, seed)
+    rises = [
+        damage.output_mse(*damage.output_errors(m, outputs, seed), seed)
+        for m in (model, dequantize_(small))
+    ]
+    return table.join(pd.DataFrame(rises)[["damage", "damage_low", "damage_high"]])
+
+
+def packed(profile: str) -> Tables:
+    """The weights of a profile in a file small enough to be committed, beside the FP32 weights."""
+    p, work, model = _opened(profile)
+    samples, seed = p["TRUE_FISHER_SAMPLES"], p["SEED"]
+    known = measured_sensitivity(model, samples, seed, CHANNELS)
+    sampling = Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
+    origin, reference = made(samples, seed), p["INCEPTION_REFERENCE"]
+    return {"packed": ship(work, model, known, SHIPPED_MIB, origin, sampling, reference)}
+
+
 STEPS: dict[str, Callable[[str], Tables]] = {
     "noise_floor": noise_floor,
     "evidence_budget": budgets,
@@ -297,9 +353,10 @@ STEPS: dict[str, Callable[[str], Tables]] = {
     "evidence_rows": many_images,
     "evidence_images": described,
     "evidence_runs": training_runs,
+    "packed": packed,
 }
 # The other steps would take days at the poster's width.
-AT_POSTERS_SIZE = ("evidence_int4", "evidence_damages")
+AT_POSTERS_SIZE = ("evidence_int4", "evidence_damages", "packed")
 
 
 def make_missing(profile: str, only: str = "", anew: bool = False) -> None:

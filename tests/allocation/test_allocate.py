@@ -230,13 +230,13 @@ def test_a_plan_is_for_one_size(model, fisher):
 
 def test_other_networks():
     torch.manual_seed(0)
-    network = torchvision.models.resnet18(num_classes=10).eval()
+    network = torchvision.models.mobilenet_v3_small(num_classes=10).eval()
     named = {n: torch.rand(p.shape) for n, p in network.named_parameters()}
     found = lafq.allocate(
-        network, Sensitivity(named, {}), memory_mib=6.0, granularity="channel", progress=False
+        network, Sensitivity(named, {}), memory_mib=1.0, granularity="channel", progress=False
     )
     small = quantize(network, found)
-    assert found.nbytes <= 6 * MIB
+    assert found.nbytes <= MIB
     assert small(torch.randn(1, 3, 32, 32)).shape == (1, 10)
     vectors = [
         weight_spec(found.get(n, "fp32")).format

@@ -2,13 +2,13 @@ import pytest
 
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.model import dequantize_, nbytes, quantize, weights_sha256
+from lafq.study import long_runs
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images import sampling
 from lafq.study.images.sampling import ImageStore
 from lafq.study.rows import measured_sensitivity
 from lafq.study.workspace import Workspace
-from tools import shipping
 
 SMOKE = Workspace("smoke", keep=True)
 SAMPLING = sampling.Sampling(20, 2, 0, 10)
@@ -26,7 +26,7 @@ def known(tiny):
 @pytest.mark.slow
 def test_the_packed_file_is_the_row_that_was_measured(sandbox, tiny, known, monkeypatch):
     budget = 0.3 * nbytes(tiny, {}) / 2**20
-    table = shipping.ship(SMOKE, tiny, known, budget, MADE, SAMPLING)
+    table = long_runs.ship(SMOKE, tiny, known, budget, MADE, SAMPLING)
     path = SMOKE.results / subject.PACKED
     assert path.stat().st_size <= budget * 2**20
     assert table["damage"].tolist()[0] == 0 < table["damage"].iloc[1]
@@ -48,5 +48,5 @@ def test_packed_weights_never_stand_in_for_the_trained_ones(sandbox, tiny):
 
 def test_too_small_a_size_to_ship(sandbox, tiny, known):
     with pytest.raises(ValueError, match="the smallest"):
-        shipping.ship(SMOKE, tiny, known, 0.01, MADE, SAMPLING)
+        long_runs.ship(SMOKE, tiny, known, 0.01, MADE, SAMPLING)
     assert not (SMOKE.results / subject.PACKED).exists()
