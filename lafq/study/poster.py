@@ -122,8 +122,7 @@ def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
         ["fid_paper", "is_paper", "mem_paper_mib"]
     ].astype(float)
     ours["mem_share_paper"] = ours["mem_paper_mib"] / BASELINE_MIB
-    old = [name for name in ("method", "threshold") if name in ours]
-    return ours.reindex(columns=[*COLUMNS, *old])  # tables of earlier versions have fewer
+    return ours.reindex(columns=COLUMNS)  # tables of earlier versions have fewer
 
 
 def _published(method: str, threshold: str, low: str) -> tuple[Published | None, float | None]:

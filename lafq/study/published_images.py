@@ -379,10 +379,13 @@ def with_damage(table: pd.DataFrame, budget: pd.DataFrame) -> pd.DataFrame:
     """A table of `image_statistics` with the damage of each set's model, from rows of
     `damage.measure_damage`.
     """
+    nearest = budget[budget["rounding"] == "nearest"]
     names = [
-        f"{row.method} INT{row.budget_bits:.0f}"
+        f"{row.rule} INT{row.budget_bits:.0f}"
         if row.granularity == "tensor"
-        else f"{row.method}, {row.budget_bits:g} bits per weight"
-        for row in budget.itertuples()
+        else f"{row.rule}, {row.budget_bits:g} bits per weight"
+        for row in nearest.itertuples()
     ]
-    return table.assign(damage=table["images"].map(dict(zip(names, budget["damage"], strict=True))))
+    return table.assign(
+        damage=table["images"].map(dict(zip(names, nearest["damage"], strict=True)))
+    )

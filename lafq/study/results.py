@@ -13,7 +13,6 @@ from lafq.study.rows import KEY, Row
 from lafq.study.workspace import (
     Workspace,
     load_table,
-    read_table,
     save_table,
 )
 
@@ -72,7 +71,7 @@ def evaluate_rows(
 def update(work: Workspace, name: str, rows: pd.DataFrame) -> None:
     """Put rows into the table <name>.csv in place of those of the same KEY."""
     there = (work.results / f"{name}.csv").is_file()
-    known = read_table(work, name) if there else None
+    known = load_table(work, name) if there else None
     save_table(work, name, pd.concat([known, rows]).drop_duplicates(KEY, keep="last"))
 
 
@@ -83,7 +82,7 @@ def update_comparison(work: Workspace, rows: pd.DataFrame) -> pd.DataFrame:
     Returns the rows as the file has them.
     """
     if (work.results / "paper_comparison.csv").is_file():
-        old = read_table(work, "paper_comparison")
+        old = load_table(work, "paper_comparison")
         # The file's own columns may be in another order, or fewer, where an earlier version wrote
         # it.
         rows = pd.concat([old[~old["rule"].isin(rows["rule"])], rows])[list(rows.columns)]

@@ -155,8 +155,7 @@ def kind_of_machine() -> str:
 def save_table(work: Workspace, name: str, table: pd.DataFrame) -> None:
     """Write results/<profile>/<name>.csv, six significant digits."""
     with atomic_write(work.results / f"{name}.csv") as temporary:
-        old = ["method", "threshold"] if "rounding" in table else []
-        table.drop(columns=old, errors="ignore").to_csv(temporary, index=False, float_format="%.6g")
+        table.to_csv(temporary, index=False, float_format="%.6g")
 
 
 def load_table(work: Workspace, name: str) -> pd.DataFrame:
@@ -164,41 +163,8 @@ def load_table(work: Workspace, name: str) -> pd.DataFrame:
 
     `setting` is text ("tau=1.2e-05", "0.35").
     """
-    return with_old_names(read_table(work, name))
-
-
-def read_table(work: Workspace, name: str) -> pd.DataFrame:
-    """`load_table` without the old names."""
-    path, text = _existing(work, f"{name}.csv"), {"setting": str, "threshold": str}
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
-
-
-def with_old_names(table: pd.DataFrame) -> pd.DataFrame:
-    """Columns method and threshold beside the key: until figures and pages read the key."""
-    if "rounding" not in table:
-        return table
-    endings = {
-        "tuned": ", tuned",
-        "nearest": {"allocate": ", nearest code"},
-        "feedback": {"allocate": "", "allocate_all": ""},
-    }
-    methods = []
-    for row in table.itertuples():
-        ending = endings.get(row.rounding, "")
-        if isinstance(ending, dict):
-            ending = ending.get(row.rule, ", error feedback" if row.rounding == "feedback" else "")
-        name = {"allocate": "allocator", "allocate_all": "allocator, all weights"}.get(row.rule)
-        if row.format == "coded":
-            name, ending = "allocator, entropy-coded", ""
-        if row.format == "any" and name is None:
-            name = f"by {row.rule}"
-        methods.append(f"{name or row.rule}{ending}")
-    table = table.assign(method=methods)
-    if "setting" in table:
-        table["threshold"] = table["setting"]
-    if "choice" in table:
-        table["threshold"] += ", " + table["choice"]
-    return table
+    path = _existing(work, f"{name}.csv")
+    return pd.read_csv(path, dtype={"setting": str}, keep_default_na=False, na_values=[""])
 
 
 def load_optional(work: Workspace, name: str) -> pd.DataFrame | None:

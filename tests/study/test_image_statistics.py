@@ -38,11 +38,13 @@ def test_ink_digits_and_the_two_terms_of_fid():
 
 def test_each_set_has_the_damage_of_its_model():
     rows = [
-        ("uniform", "tensor", 4.02, 1.0),
-        ("uniform, error feedback", "tensor", 4.02, 2.0),
-        ("global", "weight", 6.0, 3.0),
+        ("uniform", "nearest", "tensor", 4.02, 1.0),
+        ("uniform", "feedback", "tensor", 4.02, 2.0),
+        ("global", "nearest", "weight", 6.0, 3.0),
     ]
-    budget = pd.DataFrame(rows, columns=["method", "granularity", "budget_bits", "damage"])
+    budget = pd.DataFrame(
+        rows, columns=["rule", "rounding", "granularity", "budget_bits", "damage"]
+    )
     table = with_damage(
         pd.DataFrame(
             {"images": ["FP32", "uniform INT4", "global, 6 bits per weight", REAL_DIGITS]}
