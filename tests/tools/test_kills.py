@@ -42,7 +42,7 @@ def run(folder, last):
     torch.manual_seed(0)
     model = UNet(4, 0.0).to(memory_format=torch.channels_last)
     settings = dict(batch_size=2, peak=1e-3, warmup=2, decay=2, seed=0, bf16=False, ema_decay=0.9, every=2)
-    ema, _ = fit(model, mnist(train=False)[0][:16], work.build / "checkpoint.pt", steps=6, **settings)
+    ema, _ = fit(model, mnist(train=False)[0][:16], work.build / "checkpoint.safetensors", steps=6, **settings)
     subject.save_tensors(work.results / subject.WEIGHTS, ema, width=4)
     model = subject.load_model(work, 4)
     table, images = evaluate(work, model, study_rows.uniform_rows(model, ("int8",)), Sampling(4, 2, 0, 2))

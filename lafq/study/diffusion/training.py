@@ -4,7 +4,6 @@ checkpoints.
 Source: Ho et al. 2020, algorithm 1; the paper's own settings are in notebooks/profiles/paper.yaml.
 """
 
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from lafq.study.diffusion.ddpm import add_noise, unit_interval
 from lafq.study.diffusion.mnist import HELD_OUT
 from lafq.study.diffusion.subject import CHECKPOINT, SHAPE, TIMESTEPS, WEIGHTS, UNet, mnist
 from lafq.study.workspace import Workspace
-from lafq.tensors import atomic_write, save_tensors
+from lafq.tensors import atomic_write, load_tensors, save_tensors
 
 LOSS_DIGITS = 200
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def train(
@@ -145,12 +145,11 @@ def fit(
     if compile:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
+    losses: list[float] = []
     if checkpoint.is_file():
-        state = _checked(checkpoint, steps, record)
-        losses = state["losses"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        tensors = _checked(checkpoint, steps, settings["decay"], record)
+        losses = tensors["loss"].tolist()
+        _restore(tensors, model, ema, optimizer)
     bar = tqdm(initial=len(losses), total=steps, desc="training", unit="step", leave=False)
     for step, loss in training_steps(
         model, ema, optimizer, images, steps, start=len(losses), **settings
@@ -158,39 +157,46 @@ def fit(
         losses.append(loss)
         bar.update()
         if (step + 1) % every == 0 or step + 1 == steps:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            _save(checkpoint, {**state, "losses": losses, "steps": steps, "record": record})
+            save_tensors(checkpoint, _state(model, ema, optimizer, losses), steps=steps, **record)
             bar.set_postfix(loss=sum(losses[-every:]) / len(losses[-every:]))
     bar.close()
     return {n: p.detach() for n, p in ema.module.named_parameters()}, losses
 
 
-def _save(checkpoint: Path, state: dict[str, Any]) -> None:
-    # Not safetensors: the moments need the strides of the weights, which torch.save keeps.
-    with atomic_write(checkpoint) as temporary, temporary.open("wb") as file:
-        torch.save(state, file)
-
-
-def _checked(checkpoint: Path, steps: int, record: dict[str, Any]) -> dict[str, Any]:
-    try:
-        state = torch.load(checkpoint, weights_only=True)
-        done, planned = len(state["losses"]), state["steps"]
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{checkpoint} is damaged ({type(error).__name__}): delete it to train anew"
-        ) from None
-    for name, value in record.items():
-        if state["record"].get(name) != value:
-            raise ValueError(
-                f"{checkpoint} was made with {name}={state['record'].get(name)}, not {value}: "
-                f"delete it to train anew"
-            )
-    if steps != planned and done > min(steps, planned) - record["decay"]:
+def _checked(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -> dict[str, Tensor]:
+    tensors, metadata = load_tensors(checkpoint, "01_train", **record)
+    done, planned = len(tensors["loss"]), metadata["steps"]
+    if steps != planned and done > min(steps, planned) - decay:
         raise ValueError(
             f"{checkpoint} is {done} steps into a run of {planned}, past where {steps} steps would "
             f"have changed the learning rate: delete it to train anew"
         )
+    return tensors
+
+
+def _state(
+    model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW, losses: list[float]
+) -> dict[str, Tensor]:
+    state = {"loss": torch.tensor(losses, dtype=torch.float64)}
+    for (name, p), q in zip(model.named_parameters(), ema.module.parameters(), strict=True):
+        moments = optimizer.state[p]
+        state |= {f"model/{name}": p.detach(), f"ema/{name}": q.detach()}
+        state |= {f"{key}/{name}": moments[key] for key in MOMENTS}
     return state
+
+
+@torch.no_grad()
+def _restore(
+    state: dict[str, Tensor], model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW
+) -> None:
+    done = torch.tensor(float(len(state["loss"])))
+    ema.n_averaged.fill_(int(done))
+    for (name, p), q in zip(model.named_parameters(), ema.module.parameters(), strict=True):
+        p.copy_(state[f"model/{name}"])
+        q.copy_(state[f"ema/{name}"])
+        # The fused kernel walks memory, so the moments need the strides of the parameter.
+        moments = {key: torch.empty_like(p).copy_(state[f"{key}/{name}"]) for key in MOMENTS}
+        optimizer.state[p] = {"step": done.to(p.device, copy=True), **moments}
 
 
 @torch.inference_mode()
