@@ -22,11 +22,7 @@ from lafq.study import poster
 from lafq.study.diffusion.unet import layer_of
 from lafq.study.images import metrics
 from lafq.study.images.evaluate import Scored, Scorer
-from lafq.study.images.features import (
-    FeatureExtractor,
-    inception_extractor,
-    mnist_extractor,
-)
+from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
 from lafq.study.results import load_rows
 from lafq.study.workspace import Workspace, load_optional, load_table
 

@@ -10,11 +10,7 @@ from lafq.study import poster
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import KEY, Row
-from lafq.study.workspace import (
-    Workspace,
-    load_table,
-    save_table,
-)
+from lafq.study.workspace import Workspace, load_table, save_table
 
 METHODS = ("baseline", "uniform", "global", "group", "mean_std", "ratio")
 
