@@ -30,7 +30,7 @@ reproduce: $(READY)  ## compute every number, table and figure anew (mini: 40 mi
 resume: $(READY)  ## go on with an interrupted `make reproduce`, without repeating a finished configuration
 	@$(RUN) resume $(CHOICE)
 
-test: lint  ## ruff, unit tests, all notebooks with smoke (two of them twice), nbval of the committed ones (at most 20 minutes on two slow cores)
+test: lint  ## ruff, unit tests, all notebooks with smoke (two of them twice), nbval of the committed ones (about 12 minutes on two cores)
 	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; $(PYTEST); \
 	smoke="$(RUN) reproduce --profile smoke" tables="$$LAFQ_OUTPUT/results/smoke"; $$smoke; \
 	rm -rf build/once; cp -R "$$tables" build/once; $$smoke --only 01; $$smoke --only 04; diff -r build/once "$$tables"; \
