@@ -162,7 +162,7 @@ def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
     model = UNet(parameters["WIDTH"], settings.pop("dropout")).to(
         work.device, memory_format=torch.channels_last
     )
-    checkpoint = work.build / f"replicate_{seed}.safetensors"
+    checkpoint = work.build / f"replicate_{seed}.pt"
     weights, _ = training.fit(model, mnist(train=True)[0], checkpoint, **settings)
     result = UNet(parameters["WIDTH"])
     result.load_state_dict(weights)
