@@ -100,12 +100,12 @@ def published(rule: str, setting: str = "") -> tuple[float | None, float | None,
 TARGET_SHARE = {rule: published(rule)[2] / BASELINE_MIB for rule in ("global", "group", "mean_std")}
 
 
-def fid_noise(scores: pd.DataFrame, images: int = 100) -> float:
-    """Standard deviation of Inception FID over blocks of so many of the authors' published images
-    of the unquantized model. scores: results/published/scores.csv.
+def new_noise(scores: pd.DataFrame, images: int = 100) -> float:
+    """Standard deviation of the difference between two draws' Inception FID, from blocks of so many
+    of the authors' published FP32 images. scores: results/published/scores.csv.
     """
     unquantized = (scores["features"] == "Inception") & (scores["set"] == "FP32")
-    return scores[unquantized & (scores["n"] == images)]["fid_sd"].item()
+    return 2**0.5 * scores[unquantized & (scores["n"] == images)]["fid_sd"].item()
 
 
 def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
