@@ -1,4 +1,4 @@
-"""The FID network (2015-12-05) of torch-fidelity, and where its weights come from (`features` says)."""
+"""The FID network (2015-12-05) of torch-fidelity, and where its weights come from."""
 
 import io
 from pathlib import Path
