@@ -61,7 +61,7 @@ from lafq.study.workspace import (
     save_images,
     save_table,
 )
-from lafq.tensors import load_tensors, save_tensors
+from lafq.tensors import atomic_write
 
 SEEDS = (0, 1, 2, 3, 4)
 IMAGES, DESCRIBED, SHOWN = 1000, 200, 16
@@ -99,21 +99,13 @@ class Experiment:
         """Sensitivity at the poster's size: fewer channels a pass, and kept in build/<profile>, so
         that an interrupted run goes on from there.
         """
-        path = self.work.build / f"sensitivity_{seed}.safetensors"
-        origin = {"weights": weights_sha256(self.model), "samples": self.samples}
+        weights = weights_sha256(self.model)[:12]
+        path = self.work.build / f"sensitivity_{weights}_{self.samples}_{seed}.pt"
         if not path.is_file():
             known = measured_sensitivity(self.model, self.samples, seed, CHANNELS)
-            tensors = {f"fisher/{n}": f for n, f in known.fisher.items()}
-            tensors |= {f"curvature/{n}": c for n, c in known.curvature.items()}
-            save_tensors(path, tensors, **origin)
-        tensors, _ = load_tensors(path, "make evidence", **origin)
-        keys = [key.partition("/") for key in tensors]
-        return Sensitivity(
-            *(
-                {n: tensors[f"{part}/{n}"] for of, _, n in keys if of == part}
-                for part in ("fisher", "curvature")
-            )
-        )
+            with atomic_write(path) as temporary:
+                torch.save((known.fisher, known.curvature), temporary)
+        return Sensitivity(*torch.load(path))
 
     def sampling(self, images: int, seed: int | None = None) -> Sampling:
         """So many images in the profile's steps and batches, from its noise or that of a seed."""
@@ -148,9 +140,7 @@ def noise_floor(profile: str) -> Tables:
 
 
 def many_images(profile: str, images: int = IMAGES) -> Tables:
-    """The rows that C3 and C4 speak of with ten times the images, on disjoint blocks too, and these
-    claims at that N.
-    """
+    """The rows of C3 and C4 with ten times the images, on disjoint blocks too, and these claims."""
     run = Experiment(profile)
     fisher = load_fisher(run.work, run.p["WIDTH"])
     rows = claimed_rows(run.model, fisher, run.p["THRESHOLDS"])
@@ -174,9 +164,7 @@ def one_process_per_core() -> Executor:
 
 
 def training_run(p: dict[str, Any], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One run: its rows as `evaluate.evaluate` gives them, and its claims; both with columns seed
-    and steps in front.
-    """
+    """Rows and claims of one run, columns seed and steps (of training) in front."""
     work = Workspace.open(p["PROFILE"], 1, p["DEVICE"])
     model, digits = trained(work, p, seed), mnist(train=True)[0]
     draws = {"samples": p["FISHER_SAMPLES"], "bins": p["TIMESTEP_BINS"], "seed": seed}
@@ -209,9 +197,7 @@ def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
 
 
 def budgets(profile: str, images: int = IMAGES) -> Tables:
-    """FID of rows of 06_budget: the unquantized model, uniform formats, the allocator ("mixed";
-    tuned too), threshold rules.
-    """
+    """FID of rows of 06_budget: uniform formats, the allocator (tuned too), threshold rules."""
     run = Experiment(profile)
     rows = allocated_at_bits(run.model, run.known, ALLOCATED, granularities=("mixed",))
     rows += tuned_rows(rows, **run.p["TUNED"])
@@ -222,9 +208,7 @@ def budgets(profile: str, images: int = IMAGES) -> Tables:
 
 
 def fresh_noise(profile: str, images: int = IMAGES) -> Tables:
-    """Rows of 06_budget at 4 bits per weight, the allocator and the rules rounded alike, from noise
-    never used before.
-    """
+    """The allocator and the rules rounded alike at 4 bits per weight, from noise never used."""
     run, bits = Experiment(profile), [claims.RATE]
     rows = run.rounded_alike(bits, ("global", "group", "ratio"))
     rows[1:1] = tuned_rows(rows, bits, run.p["TUNED"]["steps"])
@@ -240,9 +224,7 @@ def coded_files(profile: str, images: int = IMAGES) -> Tables:
 
 
 def at_int4_bytes(profile: str, images: int = IMAGES) -> Tables:
-    """Uniform INT8 and INT4, and at the bytes of INT4 the allocator and two rules, rounded alike;
-    the noise of the other tables.
-    """
+    """Uniform INT8 and INT4; at INT4's bytes the allocator and two rules, rounded alike."""
     run = Experiment(profile)
     uniform, how = uniform_rows(run.model, ("int8", "int4")), made(run.samples, run.seed)
     rows = run.rounded_alike([bits_of(run.model, uniform[-1].plan)], ("global", "ratio"))
@@ -251,9 +233,7 @@ def at_int4_bytes(profile: str, images: int = IMAGES) -> Tables:
 
 
 def damages(profile: str) -> Tables:
-    """06_budget at the poster's size without images: bytes in memory and in a file, and damage on
-    digits never used before.
-    """
+    """06_budget without images: bytes in memory and in a file, damage on digits never used."""
     run = Experiment(profile)
     model, seed = run.model, run.seed
     known, other = run.kept_sensitivity(seed), run.kept_sensitivity(seed + 1)
@@ -327,9 +307,7 @@ AT_POSTERS_SIZE = ("evidence_int4", "evidence_damages", "packed")
 
 
 def make_missing(profile: str, only: str = "", anew: bool = False) -> None:
-    """Make the tables of the steps whose table is missing; the step's own table is written last:
-    where it is, its others are.
-    """
+    """Make the steps whose table is missing; it is written last: where it is, its others are."""
     work = Workspace(profile)
     for name, make in STEPS.items():
         if only not in ("", name) or (profile == "paper") != (name in AT_POSTERS_SIZE):
@@ -343,9 +321,7 @@ def make_missing(profile: str, only: str = "", anew: bool = False) -> None:
 
 
 def main() -> int:
-    """`make evidence`; errors are one sentence and exit status 1, with the steps made before left
-    as they were.
-    """
+    """`make evidence`; errors are one sentence and exit status 1, with earlier steps kept."""
     parser = argparse.ArgumentParser(prog="lafq.study.long_runs")
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--anew", action="store_true", help="make every step again")

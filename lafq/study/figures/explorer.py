@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, cat, nn
 
 from lafq.allocation.allocate import Frontier, frontiers_of, solve_budget
-from lafq.allocation.rules import GRANULARITIES, by_granularity, keep_above
+from lafq.allocation.rules import GRANULARITIES, RULES, by_granularity, keep_above
 from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
@@ -34,14 +34,8 @@ from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import SYMBOLS, Row, measured_sensitivity, rule_scores, sizes
 from lafq.study.workspace import Workspace
 
-RULES = {
-    "global": "global: one threshold for all layers",
-    "group": "group: one for each of Layer 1-2, 3-5, 6",
-    "mean_std": "mean and std of each layer",
-    "ratio": "ratio: the same of every layer",
-    "allocator": "allocator: the best within a size",
-}
-LOW = [name for name in STUDY_FORMATS if name != "fp32"]
+OPTIONS = {"rule": (*RULES, "allocator"), "granularity": GRANULARITIES}
+OPTIONS["format"] = tuple(name for name in STUDY_FORMATS if name != "fp32")
 AMPLIFIED = 8  # differences of images are drawn this many times as bright
 SIZE = (12.5, 7)  # inches
 COLUMNS = {"rule": text.name, "threshold or size": "setting", "granularity": "granularity"}
@@ -115,8 +109,7 @@ class Subject:
         Raises ValueError for a setting that no slider can have, and for a size that the allocator
         cannot meet.
         """
-        known = {"rule": RULES, "granularity": GRANULARITIES, "format": LOW}
-        for name, values in known.items():
+        for name, values in OPTIONS.items():
             if (value := getattr(setting, name)) not in values:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(values)}")
         rule, amount, granularity, low = setting
@@ -232,12 +225,11 @@ def panel(subject: Subject, first: Outcome) -> ipywidgets.VBox:
     `first`.
     """
     wide = {"layout": ipywidgets.Layout(width="25em")}
-    names = [(words, name) for name, words in RULES.items()]
     rule, granularity, low = (
         ipywidgets.Dropdown(
-            options=options, value=getattr(first.setting, name), description=name, **wide
+            options=names, value=getattr(first.setting, name), description=name, **wide
         )
-        for name, options in (("rule", names), ("granularity", GRANULARITIES), ("format", LOW))
+        for name, names in OPTIONS.items()
     )
     amount = ipywidgets.FloatSlider(first.setting.amount, min=0, max=1, step=0.005, **wide)
     amount.readout_format, amount.continuous_update = ".1%", False

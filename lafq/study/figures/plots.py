@@ -11,13 +11,13 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from lafq.study.poster import BEST_RATIOS, Published
+from lafq.study import poster
 
 _PALETTE = {"uniform": 0, "global": 1, "allocate": 2, "ratio": 3, "mean_std": 4, "magnitude": 5}
 _PALETTE |= {"random": 7, "group": 9}
 COLOURS = {rule: sns.color_palette("colorblind", 10)[i] for rule, i in _PALETTE.items()}
 COLOURS["allocate_all"] = (0.0, 0.3, 0.22)
-POSTER = {"color": "0.35", "marker": "D"}
+THEIRS = {"color": "0.35", "marker": "D"}
 FP32 = {"color": "black", "ls": "--", "lw": 1, "label": "FP32"}
 LINES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
 MARKERS = {"fp16": "o", "int8": "s"}
@@ -60,8 +60,8 @@ def brighter(images: np.ndarray, times: int) -> np.ndarray:
 def loss_curve(ax: Axes, losses: pd.DataFrame) -> None:
     """Training loss over steps (columns step, loss), log scale."""
     ax.plot(losses["step"], losses["loss"], lw=1)
-    ax.set(yscale="log", xlabel="training step", ylabel="noise-prediction MSE")
-    ax.set_title("Training loss")
+    ax.set(title="Training loss", xlabel="training step", ylabel="noise-prediction MSE")
+    ax.set_yscale("log")
 
 
 def size_curve(ax: Axes, sizes: pd.DataFrame, rule: str, share: float, label: str) -> None:
@@ -70,7 +70,7 @@ def size_curve(ax: Axes, sizes: pd.DataFrame, rule: str, share: float, label: st
         line = {"ls": LINES[granularity], "lw": 2 if low == "int8" else 1, "color": COLOURS[rule]}
         line["label"] = f"{low.upper()} by {granularity}"
         ax.plot(rows["threshold"].astype(float), 100 * rows["mem_share"], **line)
-    ax.axhline(100 * share, color=POSTER["color"], ls="--", lw=1, label="the poster's size")
+    ax.axhline(100 * share, color=THEIRS["color"], ls="--", lw=1, label="the poster's size")
     ax.set_ylim(0, 108)
     labelled(ax, f"Stored size by threshold, rule {rule}", label, "stored bytes (% of FP32)")
 
@@ -113,21 +113,21 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame) -> None:
         ax.tick_params(axis="y", which="minor", labelsize=8)
 
 
-def poster_and_noise(ax: Axes, published: Sequence[Published], noise: float) -> None:
+def poster_and_noise(ax: Axes, noise: float) -> None:
     """The poster's FID differences from its baseline over the standard deviation of the difference
     of two draws of one model.
     """
-    rows = [row for row in published[1:] if row.source == "poster"]
+    base, *rows = [row for row in poster.POSTER if row.source == "poster"]
     for width, shade, words in ((2, "0.92", "deviations"), (1, "0.82", "deviation")):
         label = f"±{width} standard {words} of new noise"
         ax.axvspan(-width * noise, width * noise, color=shade, zorder=0, label=label)
     ax.axvline(0, **FP32)
-    ax.plot([row.fid - published[0].fid for row in rows], range(len(rows)), ls="", **POSTER)
+    ax.plot([row.fid - base.fid for row in rows], range(len(rows)), ls="", **THEIRS)
     names = [f"ratio {row.threshold}" if row.method == "ratio" else row.method for row in rows]
     ax.set_yticks(range(len(rows)), names)
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    x = f"{DIFFERENCE} (Inception features, N = 100)"
-    labelled(ax, "The poster's FID differences and new noise", x, "")
+    title = "The poster's FID differences and new noise"
+    labelled(ax, title, f"{DIFFERENCE} (Inception features, N = 100)", "")
 
 
 def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
@@ -142,7 +142,7 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
         one = rows[i : i + 1]
         ax.errorbar(one[delta], [i], xerr=bars(one, delta), **style)
     published = rows["fid_paper"] - table[table["rule"] == "baseline"]["fid_paper"].item()
-    style = POSTER | {"ls": "", "mfc": "none", "label": "poster, other noise in every row"}
+    style = THEIRS | {"ls": "", "mfc": "none", "label": "poster, other noise in every row"}
     ax.plot(published, range(len(rows)), **style)
     names = [f"{_spoken(r)} (ours: {r.mem_share:.0%} of FP32)" for r in rows.itertuples()]
     ax.set_yticks(range(len(rows)), names)
@@ -151,20 +151,18 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     labelled(ax, "FID differences, ours and the poster's", x, "")
 
 
-def poster_and_ours(
-    ax: Axes, table: pd.DataFrame, published: Sequence[Published], metric: str
-) -> None:
+def poster_and_ours(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     """FID difference from FP32 over the ratio: the poster's sweep, and ours on single weights."""
-    swept = pd.DataFrame([row for row in published if row.method == "ratio"])
-    x, y = swept["threshold"].astype(float), swept["fid"] - published[0].fid
+    swept = pd.DataFrame([row for row in poster.POSTER if row.method == "ratio"])
+    x, y = swept["threshold"].astype(float), swept["fid"] - poster.POSTER[0].fid
     _best_ratios(ax)
-    ax.plot(x, y, color=POSTER["color"], lw=1)
+    ax.plot(x, y, color=THEIRS["color"], lw=1)
     for source, face, label in (
-        ("poster", POSTER["color"], "poster, other noise in every row"),
+        ("poster", THEIRS["color"], "poster, other noise in every row"),
         ("poster's plot", "white", "read off its plot"),
     ):
         at = swept["source"] == source
-        ax.plot(x[at], y[at], ls="", ms=6, mfc=face, label=label, **POSTER)
+        ax.plot(x[at], y[at], ls="", ms=6, mfc=face, label=label, **THEIRS)
     ours = table[(table["rule"] == "ratio") & (table["granularity"] == "weight")]
     ours = ours.assign(ratio=ours["setting"].astype(float)).sort_values("ratio")
     ours = ours[ours["ratio"].between(x.min(), x.max())]
@@ -248,7 +246,7 @@ def _beside(
 
 
 def _best_ratios(ax: Axes) -> None:
-    ax.axvspan(*BEST_RATIOS, color="0.93", zorder=0, label="best ratios (poster)")
+    ax.axvspan(*poster.BEST_RATIOS, color="0.93", zorder=0, label="best ratios (poster)")
     ax.axhline(0, **FP32)
 
 

@@ -23,8 +23,6 @@ from tools import pages, publish
 
 SMOKE = Workspace("smoke")
 
-RULES = [rule for rule in explorer.RULES if rule != "allocator"]
-
 
 @pytest.fixture(scope="module")
 def subject(digits, tmp_path_factory):
@@ -42,7 +40,7 @@ def subject(digits, tmp_path_factory):
 
 
 @pytest.mark.parametrize("granularity", thresholds.GRANULARITIES)
-@pytest.mark.parametrize("rule", explorer.RULES)
+@pytest.mark.parametrize("rule", explorer.OPTIONS["rule"])
 def test_bytes_are_those_of_the_packed_model(subject, rule, granularity):
     outcome, model = subject.outcome(Setting(rule, 0.4, granularity, "int4")), subject.model
     stored = resident_bytes(quantize(model, outcome.plan))
@@ -56,7 +54,7 @@ def test_bytes_are_those_of_the_packed_model(subject, rule, granularity):
 def test_everything_kept_is_the_unquantized_model(subject):
     expected = ddpm.sample(subject.model, 3, 2, seed=0)[:, 0].numpy()
     assert (subject.digits == expected).all()
-    for rule in explorer.RULES:
+    for rule in explorer.OPTIONS["rule"]:
         outcome = subject.outcome(Setting(rule, 1.0, "weight", "int4"))
         assert outcome.plan == {}
         assert (outcome.digits == expected).all()
@@ -79,7 +77,7 @@ def test_predicted_damage_is_the_sum_over_all_channels(subject):
     assert numbers["over_int8"].item() > 1
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", thresholds.RULES)
 @pytest.mark.parametrize("granularity", thresholds.GRANULARITIES)
 def test_the_share_asked_for_is_kept(subject, rule, granularity):
     axes = {f"Layer{i}.resample.weight": 1 for i in (4, 5, 6)}
