@@ -37,7 +37,9 @@ def test_features_come_batch_by_batch_and_are_kept(sandbox, images):
 
 def test_a_reference_of_more_digits_than_there_are(sandbox):
     extractor = FeatureExtractor("pixels", Pixels(), torch.Tensor.float, 100, 5001)
-    with pytest.raises(ValueError, match=r"5001 .* reference images asked for: there are 5000"):
+    with pytest.raises(
+        ValueError, match=r"5001 .* reference images asked for: choose at most 5000"
+    ):
         _ = extractor.reference
 
 
@@ -55,13 +57,13 @@ def test_images_of_another_kind_are_refused(wrong, message):
         mnist_extractor().features(wrong)
 
 
-@pytest.mark.slow
 def test_classifier_is_as_accurate_as_recorded():
-    record = json.loads((features.FOLDER / "classifier.json").read_text())
-    assert features.accuracy(features.load_classifier(), *mnist(train=False)) == pytest.approx(
-        record["test_accuracy"], abs=2e-4
-    )
-    assert record["test_accuracy"] >= 0.993
+    """On 2,000 digits, within three standard deviations of the accuracy on all of them."""
+    recorded = json.loads((features.FOLDER / "classifier.json").read_text())["test_accuracy"]
+    digits, labels = mnist(train=False)
+    few = features.accuracy(features.load_classifier(), digits[:2000], labels[:2000])
+    assert few == pytest.approx(recorded, abs=3 * (recorded * (1 - recorded) / 2000) ** 0.5)
+    assert recorded >= 0.993
 
 
 def test_classifier_of_another_sha256(tmp_path):
@@ -83,7 +85,7 @@ def test_no_inception_is_said_in_one_line(monkeypatch, capsys, reference_images)
 
 def test_named_inception_file_is_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("LAFQ_INCEPTION", str(tmp_path / "weights.pth"))
-    with pytest.raises(FileNotFoundError, match="do not exist"):
+    with pytest.raises(ValueError, match=r"cannot be read .*FileNotFoundError"):
         features.inception_extractor(5)
     (tmp_path / "weights.pth").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -112,24 +114,19 @@ def test_named_weights_with_the_last_layer_give_logits_too(tmp_path, monkeypatch
 
 def test_the_packages_network_becomes_torch_fidelitys(images):
     torch.manual_seed(0)
-    state = {
-        k: torch.rand_like(v) * 0.1
-        for k, v in Inception().state_dict().items()
-        if v.is_floating_point()
-    }
-    script = {}
-    for i, key in enumerate(
-        k.removesuffix(".conv.weight") for k in state if k.endswith(".conv.weight")
-    ):
-        state[f"{key}.bn.weight"] = torch.ones_like(state[f"{key}.bn.bias"])
-        script[f"net.layer_{i}.weight"] = state[f"{key}.conv.weight"]
-        for name, ours in (("beta", "bias"), ("mean", "running_mean"), ("var", "running_var")):
-            script[f"net.layer_{i}.{name}"] = state[f"{key}.bn.{ours}"]
+    whole, script = Inception(), {}
+    blocks = [block for block in whole.modules() if isinstance(block, inception.BasicConv2d)]
+    for i, block in enumerate(blocks):
+        for part in (block.bn.bias, block.bn.running_mean, block.bn.running_var):
+            part.add_(torch.rand_like(part) * 0.1)
+        script[f"net.layer_{i}.weight"] = block.conv.weight
+        script[f"net.layer_{i}.beta"] = block.bn.bias
+        script[f"net.layer_{i}.mean"] = block.bn.running_mean
+        script[f"net.layer_{i}.var"] = block.bn.running_var
     assert len(script) == 4 * 94
-    found = inception.from_torchscript(script)
-    assert all(torch.equal(found[k], v) for k, v in state.items() if not k.startswith("fc."))
-    network = inception.build_inception(found)
-    seen, logits = network(images[:1].expand(-1, 3, -1, -1))
+    x = images[:1].expand(-1, 3, -1, -1)
+    seen, logits = inception.from_torchscript(script)(x)
+    torch.testing.assert_close(seen, whole.eval()(x)[0], rtol=1e-3, atol=1e-4)
     assert (seen.shape, logits) == ((1, 2048), None)
 
 
