@@ -1,14 +1,16 @@
 import importlib.util
+import io
 import json
+from unittest import mock
 
 import pytest
 import torch
+from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
 
 from lafq.study import workspace
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.images import features, inception
 from lafq.study.images.features import FeatureExtractor, mnist_extractor
-from lafq.study.images.inception import Inception
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +78,10 @@ def test_classifier_of_another_sha256(tmp_path):
 
 @pytest.mark.parametrize("reference_images", [0, 5])
 def test_no_inception_is_said_in_one_line(monkeypatch, capsys, reference_images):
-    monkeypatch.delenv("LAFQ_INCEPTION", raising=False)
     monkeypatch.setattr(features, "PACKAGE", "no_such_package")
     assert features.inception_extractor(reference_images) is None
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("Inception columns: left empty")
-
-
-def test_named_inception_file_is_checked(tmp_path, monkeypatch):
-    monkeypatch.setenv("LAFQ_INCEPTION", str(tmp_path / "weights.pth"))
-    with pytest.raises(ValueError, match=r"cannot be read .*FileNotFoundError"):
-        features.inception_extractor(5)
-    (tmp_path / "weights.pth").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="cannot be read"):
-        features.inception_extractor(5)
 
 
 def test_a_package_of_another_content_is_refused(tmp_path):
@@ -98,24 +90,15 @@ def test_a_package_of_another_content_is_refused(tmp_path):
         inception.package_inception(tmp_path)
 
 
-def test_named_weights_with_the_last_layer_give_logits_too(tmp_path, monkeypatch, images):
-    torch.manual_seed(0)
-    whole = Inception().eval()
-    torch.save(whole.state_dict(), tmp_path / "weights.pth")
-    monkeypatch.setenv("LAFQ_INCEPTION", str(tmp_path / "weights.pth"))
-    extractor = features.inception_extractor(2)
-    # Normalization is folded into the convolutions: the same network up to the last digits.
-    with torch.inference_mode():
-        expected, logits = whole(extractor.prepare(images[:2]))
-        found, its_logits = extractor.network(extractor.prepare(images[:2]))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-    assert its_logits.shape == logits.shape == (2, 1008)
-
-
 def test_the_packages_network_becomes_torch_fidelitys(images):
+    torch.save({}, nothing := io.BytesIO())
+    with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
+        nothing.seek(0)
+        whole = FeatureExtractorInceptionV3(
+            "inception", ["2048"], feature_extractor_weights_path=nothing
+        ).eval()
+    blocks, script = [m for m in whole.modules() if isinstance(m, BasicConv2d)], {}
     torch.manual_seed(0)
-    whole, script = Inception(), {}
-    blocks = [block for block in whole.modules() if isinstance(block, inception.BasicConv2d)]
     for i, block in enumerate(blocks):
         for part in (block.bn.bias, block.bn.running_mean, block.bn.running_var):
             part.add_(torch.rand_like(part) * 0.1)
@@ -125,16 +108,15 @@ def test_the_packages_network_becomes_torch_fidelitys(images):
         script[f"net.layer_{i}.var"] = block.bn.running_var
     assert len(script) == 4 * 94
     x = images[:1].expand(-1, 3, -1, -1)
-    seen, logits = inception.from_torchscript(script)(x)
-    torch.testing.assert_close(seen, whole.eval()(x)[0], rtol=1e-3, atol=1e-4)
+    seen, logits = inception.Inception(script)(x)
+    torch.testing.assert_close(seen, whole(x)[0], rtol=1e-3, atol=1e-4)
     assert (seen.shape, logits) == ((1, 2048), None)
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec(features.PACKAGE) is None, reason="no Inception weights here"
 )
-def test_inception_tells_digits_from_noise(sandbox, monkeypatch, images):
-    monkeypatch.delenv("LAFQ_INCEPTION", raising=False)
+def test_inception_tells_digits_from_noise(sandbox, images):
     extractor, g = features.inception_extractor(1), torch.Generator().manual_seed(0)
     noise = torch.randint(256, (8, 1, 32, 32), dtype=torch.uint8, generator=g)
     sets = (images[HELD_OUT][:8], images[HELD_OUT][8:16], noise)
