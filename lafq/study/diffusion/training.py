@@ -149,9 +149,8 @@ def _read(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -> d
         made, done, planned = state["record"], len(state["losses"]), state["steps"]
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{checkpoint} is damaged ({error}): delete it to train anew") from None
-    wrong = [
-        f"{n}={made.get(n)}, not {value}" for n, value in record.items() if made.get(n) != value
-    ]
+    other = [name for name, value in record.items() if made.get(name) != value]
+    wrong = [f"{name}={made.get(name)}, not {record[name]}" for name in other]
     if steps != planned and done > min(steps, planned) - decay:
         wrong.append(f"{planned} steps in view: the learning rate of {steps} has begun to fall")
     if wrong:
