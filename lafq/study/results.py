@@ -15,7 +15,7 @@ from lafq.study.workspace import (
     load_images,
     load_optional,
     load_table,
-    save_images,
+    save_arrays,
     save_table,
 )
 
@@ -29,7 +29,7 @@ def save_rows(
     if work.keep:
         (work.results / f"{name}.npz").unlink(missing_ok=True)
     else:
-        save_images(work, name, images)
+        save_arrays(work.results / f"{name}.npz", images)
     save_table(work, name, table)
 
 

@@ -163,18 +163,13 @@ def compute_or_load(work: Workspace, name: str, make: Callable[[], pd.DataFrame]
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write an npz file."""
+    """Write an npz file of arrays by name."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
 
-def save_images(work: Workspace, name: str, images: dict[str, np.ndarray]) -> None:
-    """Write generated images, uint8 (N, 32, 32) by key, to results/<profile>/<name>.npz."""
-    save_arrays(work.results / f"{name}.npz", images)
-
-
 def load_images(work: Workspace, name: str) -> dict[str, np.ndarray]:
-    """Read what `save_images` wrote."""
+    """The images, uint8 (N, 32, 32) by key, of results/<profile>/<name>.npz."""
     with np.load(_existing(work, f"{name}.npz")) as file:
         return dict(file)
 

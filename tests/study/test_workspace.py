@@ -62,7 +62,7 @@ def test_a_table_is_made_only_where_the_workspace_computes(sandbox):
 
 def test_images_are_read_back_as_they_were_written(sandbox):
     images = {"a": np.arange(2048, dtype=np.uint8).reshape(2, 32, 32)}
-    workspace.save_images(SMOKE, "images", images)
+    workspace.save_arrays(SMOKE.results / "images.npz", images)
     [(key, read)] = workspace.load_images(SMOKE, "images").items()
     assert key == "a"
     np.testing.assert_array_equal(read, images["a"])

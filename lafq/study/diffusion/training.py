@@ -145,7 +145,7 @@ def fit(
 
 def _read(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -> dict[str, Any]:
     try:
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         made, done, planned = state["record"], len(state["losses"]), state["steps"]
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{checkpoint} is damaged ({error}): delete it to train anew") from None

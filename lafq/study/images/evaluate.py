@@ -1,5 +1,5 @@
-"""Rows of the tables: quantize every model, sample from the same noise, score the images, alone and
-against the FP32 model's.
+"""Rows of the tables: models quantized, sampled from the same noise, and scored, alone and against
+the FP32 model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -66,9 +66,7 @@ def metric_values(seen: Features, extractor: FeatureExtractor) -> dict[str, floa
 
 
 def against_baseline(scored: Scored, baseline: Scored) -> dict[str, float]:
-    """The columns of a row: for every metric the value, its difference from the baseline's, and
-    both 95 % intervals.
-    """
+    """For every metric the value, its difference from the baseline's, and both 95 % intervals."""
     columns = {}
     for metric in METRICS:
         value, before = (s.values.get(metric, NONE) for s in (scored, baseline))
@@ -173,12 +171,12 @@ class Evaluation:
     def conditions(self, sampled: Sampled) -> dict[str, Any]:
         """The columns that say how a row's images were drawn and scored."""
         mnist, *inception = (extractor.reference_images for extractor in self.extractors)
-        reference = f"{mnist} test digits, 32x32"
+        more = f" (Inception: {inception[0]})" if inception else ""
         return {
             "n_images": self.sampling.images,
             "steps": self.sampling.steps,
             "same_machine": len(sampled.machines | self.baseline.machines) == 1,
-            "reference": reference + "".join(f" (Inception: {count})" for count in inception),
+            "reference": f"{mnist} test digits, 32x32{more}",
             "sample": sampled.key,
         }
 
@@ -193,11 +191,9 @@ def evaluate(
     """Quantize the model as every row says, sample from the same noise, and score the images.
 
     inception_reference: number of reference digits for the Inception columns; 0 leaves them empty.
-
     Returns one line per row (results/README.md lists the columns), and uint8 images (N, 32, 32) by
-    `sample`, the key of a row's images. All plans are checked first. Equal plans are sampled once;
-    images that are kept already are not sampled again. Raises ValueError for a plan that does not
-    fit the model, and the errors of `ImageStore.draw`.
+    `sample`, the key of a row's images. All plans are checked first; ValueError for one that does
+    not fit the model, and as `ImageStore.draw`. What is kept already is not sampled again.
     """
     stored = sizes(model, [row.plan for row in rows]).to_dict("records")
     run = Evaluation(work, model, sampling, inception_extractor(inception_reference), rows)
@@ -231,9 +227,7 @@ def quality(work: Workspace, model: nn.Module, sampling: Sampling, block: int) -
 def evaluate_large(
     work: Workspace, model: nn.Module, rows: list[Row], sampling: Sampling
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """`evaluate` with many images, the unquantized model first, and the columns of
-    `block_statistics`.
-    """
+    """`evaluate`, the unquantized model first, with the columns of `block_statistics`."""
     rows = [BASELINE, *(row for row in rows if row.rule != "baseline")]
     table, images = evaluate(work, model, rows, sampling)
     return table.merge(
@@ -242,28 +236,28 @@ def evaluate_large(
 
 
 def block_statistics(images: dict[str, np.ndarray], baseline: str) -> pd.DataFrame:
-    """fid_mnist of disjoint blocks of a tenth of the images, as a paper of so many would have it.
+    """fid_mnist of disjoint blocks of a tenth of the images, uint8 (N, 32, 32) by `sample`, as a
+    paper of so many would have it: mean, standard deviation (_sd), and those of the difference from
+    the same block of the `sample` baseline.
 
-    images: uint8 (N, 32, 32) by `sample`; baseline: that of the unquantized model. Columns sample,
-    blocks, block_fid_mnist and block_delta_fid_mnist (its difference from the baseline's block),
-    each the mean and, with _sd, the standard deviation over the blocks; fid_mnist_inf, FID
-    extrapolated to infinite N from blocks of a fifth, a half and all of the images.
+    fid_mnist_inf: FID extrapolated to infinite N from blocks of a fifth, a half and all images.
     """
+    extractor, block = mnist_extractor(), len(images[baseline]) // 10
     features = {
-        key: mnist_extractor().features(torch.from_numpy(pixels)[:, None]).features
+        key: extractor.features(torch.from_numpy(pixels)[:, None]).features
         for key, pixels in images.items()
     }
-    block = len(images[baseline]) // 10
-    before, lines = _block_fids(features[baseline], block), []
-    sizes = [2 * block, 5 * block, 10 * block]
-    for key, of_row in features.items():
-        fids = _block_fids(of_row, block)
-        line = {"sample": key, "blocks": len(fids)}
-        for name, values in (("block_fid_mnist", fids), ("block_delta_fid_mnist", fids - before)):
-            line |= {name: values.mean(), f"{name}_sd": values.std()}
-        means = [_block_fids(of_row, size).mean() for size in sizes]
-        lines.append(line | {"fid_mnist_inf": metrics.fid_at_infinity(sizes, means)})
-    return pd.DataFrame(lines)
+    fids = pd.DataFrame({key: _block_fids(of_row, block) for key, of_row in features.items()})
+    deltas, sizes = fids.sub(fids[baseline], axis=0), [2 * block, 5 * block, 10 * block]
+
+    def beyond(of_row: Tensor) -> float:
+        return metrics.fid_at_infinity(sizes, [_block_fids(of_row, n).mean() for n in sizes])
+
+    columns = {"blocks": fids.count()}
+    columns |= {"block_fid_mnist": fids.mean(), "block_fid_mnist_sd": fids.std()}
+    columns |= {"block_delta_fid_mnist": deltas.mean(), "block_delta_fid_mnist_sd": deltas.std()}
+    columns["fid_mnist_inf"] = [beyond(of_row) for of_row in features.values()]
+    return pd.DataFrame(columns).rename_axis("sample").reset_index()
 
 
 def _block_fids(features: Tensor, size: int) -> pd.Series:
