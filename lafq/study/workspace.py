@@ -4,6 +4,7 @@ and figures as files. LAFQ_OUTPUT names another folder to hold results/ and figu
 
 import os
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,10 +125,9 @@ def kind_of_machine() -> str:
     """What decides the last bits of an image: processor, vector instructions, threads, torch."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    cpuinfo, fields = Path("/proc/cpuinfo"), {}
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []:
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
+    cpuinfo = Path("/proc/cpuinfo")
+    content = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    fields = dict(re.findall(r"^(.+?)\s*: (.*)$", content, re.MULTILINE))
     processor = fields.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in fields:
         processor = f"{processor} {fields['cpu family']}/{fields['model']}".lstrip()

@@ -14,11 +14,6 @@ from lafq.study.workspace import Workspace, compute_on, kind_of_machine, profile
 SMOKE = Workspace("smoke")
 
 
-def test_an_unknown_profile_is_named_with_those_that_there_are():
-    with pytest.raises(ValueError, match=r"unknown profile 'none': choose one of mini, paper"):
-        Workspace.open("none", 1)
-
-
 def test_an_unknown_device_is_named():
     with pytest.raises(ValueError, match="DEVICE is 'tpu': choose one of auto, cpu, cuda"):
         compute_on(1, "tpu")

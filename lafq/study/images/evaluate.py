@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lafq.quantization.model import dequantize_, weights_sha256
 from lafq.study.diffusion import subject
@@ -23,7 +24,7 @@ from lafq.study.images.features import (
     inception_extractor,
     mnist_extractor,
 )
-from lafq.study.images.sampling import ImageStore, Recipe, Sampled, Sampling
+from lafq.study.images.sampling import ImageStore, Recipe, RowFiles, Sampled, Sampling
 from lafq.study.rows import BASELINE, Row, quantized, recipe, sizes
 from lafq.study.workspace import Workspace
 
@@ -114,6 +115,7 @@ class Evaluation:
         rows: Sequence[Row] = (),
     ) -> None:
         self.work, self.model, self.sampling = work, model, sampling
+        self.store = ImageStore(work)
         self.extractors = [mnist_extractor(), *([inception] if inception else [])]
         self.recipes: dict[str, Recipe] = {}
         self.scores: dict[tuple[str, bool], dict[str, float]] = {}
@@ -129,20 +131,27 @@ class Evaluation:
 
     def draw(self, row: Row, rounded: nn.Module, label: str) -> Sampled:
         """The images of a row; rounded: its quantized model, read back in FP32."""
-        return ImageStore(self.work).draw(rounded, self.sampling, label, self.recipe(row, rounded))
+        return self.store.draw(rounded, self.sampling, label, self.recipe(row, rounded))
 
     def draw_on_cluster(self, rows: Sequence[Row]) -> None:
-        """Have a Dask cluster draw the images of all rows that are not kept yet."""
+        """Have a Dask cluster draw the images that are not kept yet, those of equal rows once."""
+        drawn: set[str] = set()
 
-        def packed() -> Iterator[tuple[bytes, nn.Module, Recipe | None]]:
+        def tasks() -> Iterator[tuple[RowFiles, bytes]]:
             for row in rows:
                 small = quantized(self.model, row, self.sampling.seed)
-                content = cluster.pack(small, self.model)
+                packed = cluster.pack(small, self.model)
                 rounded = dequantize_(small)
-                yield content, rounded, self.recipe(row, rounded)
+                files = self.store.files(rounded, self.sampling, self.recipe(row, rounded))
+                if files.missing and files.key not in drawn:
+                    drawn.add(files.key)
+                    yield files, packed
 
-        where = {"width": self.model.width, "device": self.work.device.type}
-        ImageStore(self.work).draw_on_cluster(packed(), len(rows), self.sampling, **where)
+        how = {"width": self.model.width, "device": self.work.device.type}
+        done = cluster.sample_all(self.work.scheduler, tasks(), **self.sampling._asdict(), **how)
+        for files, images, machine in tqdm(done, "sampling on the cluster", len(rows)):
+            for batch in files.missing:
+                files.keep(batch, images[batch.start : batch.stop], machine)
 
     def recipe(self, row: Row, rounded: nn.Module) -> Recipe | None:
         """A row's recipe, or that of an earlier row with the very same weights; None where images
