@@ -19,19 +19,22 @@ B times fewer numbers and products.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lafq.fisher.empirical import check_sums
 from lafq.fisher.shrinkage import Moments
 from lafq.networks import arguments_of, checked_output, evaluating, named, unwrapped
+from lafq.quantization.channels import ChannelView
 from lafq.quantization.checks import channel_view, check_estimates
+from lafq.quantization.formats import unshrunk_scale
+from lafq.quantization.plan import Recipe
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
 
-BATCH = 8
 LARGEST = 8192  # columns of one curvature matrix, which takes 256 MiB
 CHANNELS = 128  # output channels of a tensor that one pass adds to its curvature
 
@@ -52,6 +55,11 @@ class Sensitivity(NamedTuple):
     noise: dict[str, float] | None = None
     effective_passes: float = 0.0
 
+    @property
+    def recipe(self) -> Recipe:
+        """The rounding that `allocate` predicts the damage of."""
+        return Recipe(unshrunk_scale, self.fisher, self.curvature)
+
 
 def monte_carlo_fisher(
     model: nn.Module, names: list[str], batches: Iterable[tuple[Tensor, ...]], seed: int
@@ -65,8 +73,9 @@ def monte_carlo_fisher(
     Raises ValueError for an unknown name, no batch, or a result that is not finite or zero
     everywhere.
     """
-    squares, samples, _ = _squares(unwrapped(model), names, batches, seed, 1)
-    return {n: f / samples for n, f in squares.items()}
+    model = unwrapped(model)
+    squares, samples, *_ = _sums_over_passes(model, named(model, names), batches, seed, {})
+    return {name: square / samples for name, square in squares.items()}
 
 
 def estimate_sensitivity(
@@ -97,46 +106,40 @@ def estimate_sensitivity(
         draws: of noise per pass. If batches are few, 4 tell more of each; a draw takes a backward
             pass and memory for a gradient.
 
+    Needs C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that
+    does, and for draws below 1.
+
     >>> import torch
     >>> batches = [torch.randn(8, 3) for _ in range(100)]
     >>> estimate_sensitivity(nn.Linear(3, 2), batches).curvature["weight"].shape
     torch.Size([3, 3])
-
-    Needs C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that
-    does, and for draws below 1.
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}: a pass needs one draw of noise or more")
     model = unwrapped(model)
     names = [n for n, p in model.named_parameters() if p.ndim > 1] if names is None else names
-    views = {n: channel_view(model, n) for n in names if model.get_parameter(n).ndim > 1}
-    moments: dict[str, Moments] = {}
-
-    def add(name: str, gradients: list[Tensor]) -> None:
-        if name in views:
-            rows = [views[name].of(g) for g in gradients]
-            if name not in moments:
-                moments[name] = Moments(rows[0], largest, channels)
-            moments[name].add(*rows)
-
-    squares, samples, traces = _squares(model, names, batches, seed, draws, add)
-    passes, effective = len(traces), sum(traces) ** 2 / sum(x * x for x in traces)
+    chosen = named(model, names)
+    views = {name: channel_view(model, name) for name, p in chosen.items() if p.ndim > 1}
+    squares, samples, traces, moments = _sums_over_passes(
+        model, chosen, batches, seed, views, largest, channels, draws
+    )
     curvature, noise = {}, {} if shrink else None
     for name, m in moments.items():
-        if not shrink:
+        if shrink:
+            curvature[name], noise[name] = m.shrunk_curvature()
+            shrunk = m.shrunk_squares(views[name].of(squares[name]))
+            squares[name] = views[name].back(shrunk).contiguous()
+        else:
             curvature[name] = m.plain_curvature()
-            continue
-        curvature[name], noise[name] = m.shrunk_curvature()
-        shrunk = m.shrunk_squares(views[name].of(squares[name]))
-        squares[name] = views[name].back(shrunk).contiguous()
-    if shrink and moments and passes == 1:
+    if shrink and moments and len(traces) == 1:
         warnings.warn(
             "one pass says nothing about its noise, so all weights of a tensor count the same: "
             "give more batches",
             stacklevel=2,
         )
     fisher = {name: square / samples for name, square in squares.items()}
-    return Sensitivity(fisher, curvature, passes, noise, effective)
+    effective = sum(traces) ** 2 / sum(x * x for x in traces)
+    return Sensitivity(fisher, curvature, len(traces), noise, effective)
 
 
 def predicted_damage(model: nn.Module, small: nn.Module, other: Sensitivity) -> float:
@@ -164,35 +167,35 @@ def predicted_damage(model: nn.Module, small: nn.Module, other: Sensitivity) -> 
     model, small = unwrapped(model), unwrapped(small)
     parameters = check_estimates(model, other.fisher, other.curvature)
     total = 0.0
-    for name, values in other.fisher.items():
+    for name, fisher in other.fisher.items():
         owner, _, attribute = name.rpartition(".")
         # As an attribute, which unpacks it where it is packed.
         stored = getattr(small.get_submodule(owner), attribute)
-        view = channel_view(model, name)
+        view, h = channel_view(model, name), other.curvature.get(name)
         change = view.of(stored.detach() - parameters[name].detach()).cpu()
-        h = other.curvature.get(name)
         h = None if h is None else h.cpu()
-        total += damage(change, view.of(values).cpu(), h).sum().item()
+        total += damage(change, view.of(fisher).cpu(), h).sum().item()
     return total
 
 
-def _squares(
+def _sums_over_passes(
     model: nn.Module,
-    names: list[str],
+    chosen: dict[str, nn.Parameter],
     batches: Iterable[tuple[Tensor, ...] | Tensor],
     seed: int,
-    draws: int,
-    also: Callable[[str, list[Tensor]], None] | None = None,
-) -> tuple[dict[str, Tensor], int, list[float]]:
+    views: dict[str, ChannelView],
+    largest: int = LARGEST,
+    channels: int | None = CHANNELS,
+    draws: int = 1,
+) -> tuple[dict[str, Tensor], int, list[float], dict[str, Moments]]:
     """Squared gradients of the output times N(0, I), their mean over the draws of a pass summed
-    over passes; the number of samples, and the sum over weights of the squares of each pass.
-
-    `also` sees the gradients of each pass, one per draw.
+    over passes; the number of samples; the sum over weights of the squares of each pass; the
+    moments of the parameters that there are views of.
     """
-    chosen = named(model, names)
     samples, traces, noise = 0, [], generator(seed, 1)
     with evaluating(model, gradients=True):
-        total = {name: torch.zeros_like(p) for name, p in chosen.items()}
+        squares = {name: torch.zeros_like(p) for name, p in chosen.items()}
+        moments = {n: Moments(v.of(chosen[n]), largest, channels) for n, v in views.items()}
         for name, p in model.named_parameters():
             p.requires_grad_(name in chosen)
         for batch in batches:
@@ -201,23 +204,18 @@ def _squares(
             trace = 0.0
             for name, gradients in _gradients(output, chosen, draws, noise).items():
                 for gradient in gradients:
-                    total[name].addcmul_(gradient, gradient, value=1 / draws)
+                    squares[name].addcmul_(gradient, gradient, value=1 / draws)
                     trace += torch.linalg.vector_norm(gradient).item() ** 2 / draws
-                if also:
-                    also(name, gradients)
+                if name in moments:
+                    moments[name].add(*map(views[name].of, gradients))
             samples, traces = samples + len(output), [*traces, trace]
-    if not samples:
-        raise ValueError("no batch was given: Fisher information needs at least one sample")
-    if bad := [n for n, f in total.items() if not torch.isfinite(f).all()]:
-        raise ValueError(
-            f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged"
-        )
-    if not any(f.any() for f in total.values()):
+    check_sums(squares, samples)
+    if not any(square.any() for square in squares.values()):
         raise ValueError(
             "the Fisher information is zero everywhere: these batches give the output no gradient, "
             "give others"
         )
-    return total, samples, traces
+    return squares, samples, traces, moments
 
 
 def _gradients(
