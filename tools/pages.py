@@ -109,6 +109,7 @@ def _environment() -> jinja2.Environment:
     helpers += (workspace.profile_parameters, text.interval, text.table, text.markdown)
     environment.globals |= {f.__name__: f for f in (*helpers, text.holds, text.name)}
     environment.globals |= {"poster": poster, "reference": REFERENCE}
+    environment.globals["CLAIMS"] = text.CLAIMS | text.NOTE
     environment.globals["notebooks"] = [path.stem for path in notebooks()]
     return environment
 

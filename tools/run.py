@@ -104,7 +104,7 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
         verify.keep_aside(work)
         shutil.rmtree(work.build / "samples", ignore_errors=True)
         if parameters["TRAIN"] and selected[0].stem == "01_train":
-            (work.build / "checkpoint.safetensors").unlink(missing_ok=True)
+            (work.build / subject.CHECKPOINT).unlink(missing_ok=True)
     began = time.monotonic()
     for path in selected:
         used = {name: value for name, value in parameters.items() if name in declared(path)}

@@ -46,7 +46,7 @@ GREY_LEVELS = 0.02
 ROUNDED = 5e-6
 TOLERANCES = Path(__file__).with_name("tolerances.yaml")
 # Words that name the weights, the machine or a rounded number.
-WORDS = ("sample", "reference", "note", "quantity", "same_machine", "target")
+WORDS = ("sample", "reference", "same_machine", "target")
 SHOWN = 10
 
 

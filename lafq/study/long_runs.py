@@ -162,7 +162,7 @@ def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
     model = UNet(parameters["WIDTH"], settings.pop("dropout")).to(
         work.device, memory_format=torch.channels_last
     )
-    checkpoint = work.build / f"replicate_{seed}.safetensors"
+    checkpoint = work.build / f"replicate_{seed}.pt"
     weights, _ = training.fit(model, mnist(train=True)[0], checkpoint, **settings)
     result = UNet(parameters["WIDTH"])
     result.load_state_dict(weights)
@@ -224,8 +224,8 @@ def at_int4_bytes(profile: str, images: int = IMAGES) -> Tables:
     rows = [row._replace(made=made(samples, seed)) for row in _rounded_alike(rows)]
     sampling = Sampling(images, p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
     table, generated = evaluate_large(work, model, [*uniform, *rows], sampling)
-    ruled, size = table[table["rule"].isin(RULES)], f"width {p['WIDTH']}, the bytes of INT4"
-    of_rules = claims.rule_image_claims(ruled, generated, seed, size)
+    ruled = table[table["rule"].isin(RULES)]
+    of_rules = claims.rule_image_claims(ruled, generated, seed)
     return {"evidence_int4_claims": pd.DataFrame(of_rules), "evidence_int4": table}
 
 

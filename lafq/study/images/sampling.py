@@ -23,7 +23,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -31,14 +30,7 @@ from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize_, weights_sha256
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.images import cluster
-from lafq.study.workspace import (
-    Workspace,
-    kind_of_machine,
-    load_images,
-    load_table,
-    save_images,
-    save_table,
-)
+from lafq.study.workspace import Workspace, kind_of_machine
 from lafq.tensors import atomic_write
 
 Recipe = dict[str, Any]
@@ -201,22 +193,6 @@ class ImageStore:
                 f"`make reproduce PROFILE={self.work.profile}` draws the others"
             )
         return np.concatenate(parts)[:count]
-
-    def save_rows(self, name: str, table: pd.DataFrame, images: dict[str, np.ndarray]) -> None:
-        """Write a table of rows, and beside it its images by `sample` unless they are kept."""
-        if self.work.keep:
-            (self.work.results / f"{name}.npz").unlink(missing_ok=True)
-        else:
-            save_images(self.work, name, images)
-        save_table(self.work, name, table)
-
-    def load_rows(self, name: str) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-        """Read a table of rows, and its images from where they are."""
-        table = load_table(self.work, name)
-        if (self.work.results / f"{name}.npz").is_file() or not self.folder.is_dir():
-            return table, load_images(self.work, name)
-        rows = zip(table["sample"], table["n_images"], strict=True)
-        return table, {key: self.images(key, count) for key, count in rows}
 
     def _place(
         self, weights: str, sampling: Sampling, recipe: Recipe | None

@@ -48,7 +48,7 @@ def test_a_damaged_checkpoint(tmp_path, digits):
     run(tmp_path / "a", digits, steps=2)
     content = (tmp_path / "a").read_bytes()
     (tmp_path / "a").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="is damaged or not a lafq file"):
+    with pytest.raises(ValueError, match=r"is damaged .*: delete it to train anew"):
         run(tmp_path / "a", digits, steps=2)
 
 
@@ -60,7 +60,7 @@ def test_checkpoint_of_another_width(tmp_path, digits):
 
 @pytest.mark.slow
 def test_loss_falls(tmp_path, digits):
-    _, losses = run(tmp_path / "a", digits, steps=60, peak=3e-3, batch_size=8)
+    _, losses = run(tmp_path / "a", digits, steps=40, peak=3e-3, batch_size=4)
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 

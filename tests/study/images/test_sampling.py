@@ -121,16 +121,16 @@ def test_where_images_go_is_for_the_profile_to_say(tiny, sandbox):
     """
     for work, words in ((KEEPING, {"rule": "x"}), (SMOKE, None), (KEEPING, {"rule": "x"})):
         table, images = drawn(tiny, words)
-        ImageStore(work).save_rows("x", table, images)
+        results.save_rows(work, "x", table, images)
         assert (SMOKE.results / "x.npz").is_file() == (not work.keep)
-        again, found = ImageStore(work).load_rows("x")
+        again, found = results.load_rows(work, "x")
         pd.testing.assert_frame_equal(again, table)
         assert all(np.array_equal(images[key], found[key]) for key in images)
 
 
 def test_a_baseline_of_other_sampling_is_refused(tiny, sandbox):
     for name, steps in (("01_baseline", 2), ("same", 2), ("other", 3)):
-        ImageStore(SMOKE).save_rows(name, *drawn(tiny, None, steps=steps))
+        results.save_rows(SMOKE, name, *drawn(tiny, None, steps=steps))
     assert len(results.load_rows(SMOKE, "same", with_baseline=True)[0]) == 2
     with pytest.raises(
         ValueError,
