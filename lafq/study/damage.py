@@ -282,13 +282,13 @@ def allocate_by_proxy(
     for proxy in (*PROXIES, "measured"):
         frontiers = {}
         for name, own in points.groupby("parameter", sort=False):
-            choices = [
+            best = own.iloc[undominated(own["nbytes"], own[proxy])]
+            frontiers[name] = [
                 StorageOption(int(n), d, f)
-                for n, d, f in own[["nbytes", proxy, "format"]].itertuples(index=False)
+                for n, d, f in best[["nbytes", proxy, "format"]].itertuples(index=False)
             ]
-            frontiers[name] = undominated(choices)
         plan = solver.solve_budget(
-            model, frontiers, mib_at(model, bits), recipe=Recipe(unshrunk_scale, calibration.fisher)
+            model, frontiers, mib_at(model, bits), Recipe(unshrunk_scale, calibration.fisher)
         )
         rows.append(at_bits(proxy, "any", "tensor", "nearest", bits, plan))
     return rows

@@ -19,9 +19,9 @@ from lafq.allocation.rules import RULES, by_granularity, keep_above, threshold_g
 from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
 from lafq.quantization.channels import channels_by_format, counted_bytes
 from lafq.quantization.checks import channel_view
-from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
+from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import bits_per_weight, kept_weights, nbytes, quantize
-from lafq.quantization.plan import Entries, Plan, Recipe, make_plan
+from lafq.quantization.plan import Entries, Plan, make_plan
 from lafq.quantization.tuning import BATCH, tune
 from lafq.rng import generator
 from lafq.study import poster
@@ -390,8 +390,7 @@ def uniform_at_bits(model: nn.Module, sensitivity: Sensitivity) -> list[Row]:
     """
     plans = {low: Plan(dict.fromkeys(quantizable(model), low)) for low in (*INTEGERS, "fp16")}
     bits = {low: bits_of(model, plan) for low, plan in plans.items()}
-    feedback = Recipe(unshrunk_scale, sensitivity.fisher, sensitivity.curvature)
-    rounded = {low: Plan(plans[low], feedback) for low in INTEGERS}
+    rounded = {low: Plan(plans[low], sensitivity.recipe) for low in INTEGERS}
     return [
         at_bits("uniform", low, "tensor", rounding, bits[low], plan)
         for rounding, by_format in (("nearest", plans), ("feedback", rounded))
@@ -414,14 +413,12 @@ def allocated_at_bits(
     kinds = [("allocate", "feedback", granularity) for granularity in granularities]
     for rule, rounding, granularity in [*kinds, *((*kind, "mixed") for kind in variants)]:
         fisher = sensitivity.fisher if rule == "allocate_all" else layers
-        curvature = sensitivity.curvature if rounding == "feedback" else None
-        frontiers = solver.frontiers_of(
-            model, fisher, granularity, STUDY_FORMATS, curvature=curvature
-        )
-        how = Recipe(unshrunk_scale, sensitivity.fisher, curvature)
+        curvature = sensitivity.curvature if rounding == "feedback" else {}
+        known = Sensitivity(fisher, curvature)
+        frontiers = solver.frontiers_of(model, known, granularity, STUDY_FORMATS)
         for b in bits:
             try:
-                plan = solver.solve_budget(model, frontiers, mib_at(model, b), recipe=how)
+                plan = solver.solve_budget(model, frontiers, mib_at(model, b), known.recipe)
             except ValueError:
                 print(f"{rule}, {rounding}, {granularity}: {b:.2f} bits per weight cannot be met")
                 continue
@@ -477,13 +474,14 @@ def rules_at_bits(
     scores["ratio"] = _from_0_to_1(scores["ratio"])
     scores["magnitude"] = {n: w.abs() for n, w in weights.items()}
     scores["random"] = {n: torch.rand(f.shape, generator=g) for n, f in fisher.items()}
-    feedback, rows = Recipe(unshrunk_scale, sensitivity.fisher, sensitivity.curvature), []
+    rows = []
     for b in bits:
         fitting = [f for f in (*INTEGERS, "fp16") if bits_of(model, dict.fromkeys(fisher, f)) < b]
         for rule in rules if fitting else ():
             low, high = fitting[-1], "fp32" if fitting[-1] == "fp16" else "fp16"
             plan = at_bytes(model, scores[rule], low, high, mib_at(model, b))
-            for rounding, rounded in (("nearest", plan), ("feedback", Plan(plan, feedback))):
+            fed = Plan(plan, sensitivity.recipe)
+            for rounding, rounded in (("nearest", plan), ("feedback", fed)):
                 rows.append(at_bits(rule, low, "weight", rounding, b, rounded))
     return rows
 
