@@ -6,7 +6,8 @@ matrix (Kunstner et al. 2019). No target is needed.
 
 One backward pass of a batch with n instead of the residual gives g = sum over samples of J_b^T n_b.
 The n_b are independent and of mean zero, so E[g_i^2] = sum over samples of (J_b^T J_b)_ii: squares
-of batch gradients, which are wrong for the loss itself, are unbiased here.
+of batch gradients, which are wrong for the loss itself, are unbiased here. The relative standard
+deviation of a weight's estimate is sqrt(2 / passes): many small batches beat few large ones.
 
 The same passes estimate a curvature. The weights of an output channel r have the Gauss-Newton
 matrix E[g_r g_r^T], g_r (C,) their gradient in one pass; a channel alone gives too few draws of it.
@@ -61,29 +62,13 @@ class Sensitivity(NamedTuple):
         return Recipe(unshrunk_scale, self.fisher, self.curvature)
 
 
-def monte_carlo_fisher(
-    model: nn.Module, names: list[str], batches: Iterable[tuple[Tensor, ...]], seed: int
-) -> dict[str, Tensor]:
-    """F_i = mean over samples of sum over outputs of (d output / d w_i)^2 for the named parameters,
-    by name.
-
-    batches: arguments of the model, batch by batch, each first argument (B, ...). A pass has one
-    draw, so the relative standard deviation of a weight's estimate is sqrt(2 / number of batches):
-    many small batches beat few large ones. Needs the memory of training and one gradient more.
-    Raises ValueError for an unknown name, no batch, or a result that is not finite or zero
-    everywhere.
-    """
-    model = unwrapped(model)
-    squares, samples, *_ = _sums_over_passes(model, named(model, names), batches, seed, {})
-    return {name: square / samples for name, square in squares.items()}
-
-
 def estimate_sensitivity(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, ...] | Tensor],
     seed: int = 0,
     names: list[str] | None = None,
     shrink: bool = True,
+    curvature: bool = True,
     largest: int = LARGEST,
     channels: int | None = CHANNELS,
     draws: int = 1,
@@ -99,6 +84,8 @@ def estimate_sensitivity(
         names: the parameters; None: all with two dimensions or more.
         shrink: shrink noisy estimates (`fisher.shrinkage`), else take the means over passes as they
             are.
+        curvature: False gives means of Fisher values alone, with the memory of training and one
+            gradient more; a curvature needs C^2 numbers per tensor besides.
         largest: columns of a curvature matrix; that of a tensor with more weights per output
             channel is estimated in blocks.
         channels: output channels that one pass adds to a curvature; those of a tensor with more
@@ -106,8 +93,8 @@ def estimate_sensitivity(
         draws: of noise per pass. If batches are few, 4 tell more of each; a draw takes a backward
             pass and memory for a gradient.
 
-    Needs C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that
-    does, and for draws below 1.
+    Raises ValueError for an unknown name, no batch, a result that is not finite or zero everywhere,
+    and draws below 1.
 
     >>> import torch
     >>> batches = [torch.randn(8, 3) for _ in range(100)]
@@ -116,30 +103,32 @@ def estimate_sensitivity(
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}: a pass needs one draw of noise or more")
-    model = unwrapped(model)
+    model, noise = unwrapped(model), generator(seed, 1)
     names = [n for n, p in model.named_parameters() if p.ndim > 1] if names is None else names
     chosen = named(model, names)
-    views = {name: channel_view(model, name) for name, p in chosen.items() if p.ndim > 1}
-    squares, samples, traces, moments = _sums_over_passes(
-        model, chosen, batches, seed, views, largest, channels, draws
-    )
-    curvature, noise = {}, {} if shrink else None
-    for name, m in moments.items():
-        if shrink:
-            curvature[name], noise[name] = m.shrunk_curvature()
-            shrunk = m.shrunk_squares(views[name].of(squares[name]))
-            squares[name] = views[name].back(shrunk).contiguous()
-        else:
-            curvature[name] = m.plain_curvature()
-    if shrink and moments and len(traces) == 1:
+    matrices = [name for name, p in chosen.items() if p.ndim > 1] if curvature else []
+    views = {name: channel_view(model, name) for name in matrices}
+    with evaluating(model, gradients=True):
+        sums = _Sums(chosen, views, largest, channels)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in chosen)
+        for batch in batches:
+            arguments = arguments_of(batch, next(iter(chosen.values())).device)
+            output = checked_output(model(*arguments), len(arguments[0]))
+            sums.add(_gradients(output, chosen, draws, noise), len(output))
+    check_sums(sums.squares, sums.samples)
+    if not any(square.any() for square in sums.squares.values()):
+        raise ValueError(
+            "the Fisher information is zero everywhere: these batches give the output no gradient, "
+            "give others"
+        )
+    if shrink and views and len(sums.traces) == 1:
         warnings.warn(
             "one pass says nothing about its noise, so all weights of a tensor count the same: "
             "give more batches",
             stacklevel=2,
         )
-    fisher = {name: square / samples for name, square in squares.items()}
-    effective = sum(traces) ** 2 / sum(x * x for x in traces)
-    return Sensitivity(fisher, curvature, len(traces), noise, effective)
+    return sums.sensitivity(shrink)
 
 
 def predicted_damage(model: nn.Module, small: nn.Module, other: Sensitivity) -> float:
@@ -178,44 +167,46 @@ def predicted_damage(model: nn.Module, small: nn.Module, other: Sensitivity) -> 
     return total
 
 
-def _sums_over_passes(
-    model: nn.Module,
-    chosen: dict[str, nn.Parameter],
-    batches: Iterable[tuple[Tensor, ...] | Tensor],
-    seed: int,
-    views: dict[str, ChannelView],
-    largest: int = LARGEST,
-    channels: int | None = CHANNELS,
-    draws: int = 1,
-) -> tuple[dict[str, Tensor], int, list[float], dict[str, Moments]]:
-    """Squared gradients of the output times N(0, I), their mean over the draws of a pass summed
-    over passes; the number of samples; the sum over weights of the squares of each pass; the
-    moments of the parameters that there are views of.
+class _Sums:
+    """Over passes: squared gradients by name, their mean over the draws of a pass; `Moments` where
+    there is a view; samples; of each pass the sum of its squares over all weights.
     """
-    samples, traces, noise = 0, [], generator(seed, 1)
-    with evaluating(model, gradients=True):
-        squares = {name: torch.zeros_like(p) for name, p in chosen.items()}
-        moments = {n: Moments(v.of(chosen[n]), largest, channels) for n, v in views.items()}
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in chosen)
-        for batch in batches:
-            arguments = arguments_of(batch, next(iter(chosen.values())).device)
-            output = checked_output(model(*arguments), len(arguments[0]))
-            trace = 0.0
-            for name, gradients in _gradients(output, chosen, draws, noise).items():
-                for gradient in gradients:
-                    squares[name].addcmul_(gradient, gradient, value=1 / draws)
-                    trace += torch.linalg.vector_norm(gradient).item() ** 2 / draws
-                if name in moments:
-                    moments[name].add(*map(views[name].of, gradients))
-            samples, traces = samples + len(output), [*traces, trace]
-    check_sums(squares, samples)
-    if not any(square.any() for square in squares.values()):
-        raise ValueError(
-            "the Fisher information is zero everywhere: these batches give the output no gradient, "
-            "give others"
-        )
-    return squares, samples, traces, moments
+
+    def __init__(
+        self,
+        chosen: dict[str, nn.Parameter],
+        views: dict[str, ChannelView],
+        largest: int,
+        channels: int | None,
+    ) -> None:
+        self.squares = {name: torch.zeros_like(p) for name, p in chosen.items()}
+        self.moments = {n: Moments(v.of(chosen[n]), largest, channels) for n, v in views.items()}
+        self.views, self.samples, self.traces = views, 0, []
+
+    def add(self, gradients: dict[str, list[Tensor]], samples: int) -> None:
+        """Add the gradients of one pass, one per draw."""
+        trace = 0.0
+        for name, draws in gradients.items():
+            for gradient in draws:
+                self.squares[name].addcmul_(gradient, gradient, value=1 / len(draws))
+                trace += torch.linalg.vector_norm(gradient).item() ** 2 / len(draws)
+            if name in self.moments:
+                self.moments[name].add(*map(self.views[name].of, draws))
+        self.samples, self.traces = self.samples + samples, [*self.traces, trace]
+
+    def sensitivity(self, shrink: bool) -> Sensitivity:
+        """The means over samples and passes, shrunk or as they are."""
+        curvature, noise, squares = {}, {} if shrink else None, dict(self.squares)
+        for name, m in self.moments.items():
+            if not shrink:
+                curvature[name] = m.plain_curvature()
+                continue
+            curvature[name], noise[name] = m.shrunk_curvature()
+            rows = m.shrunk_squares(self.views[name].of(squares[name]))
+            squares[name] = self.views[name].back(rows).contiguous()
+        fisher = {name: square / self.samples for name, square in squares.items()}
+        effective = sum(self.traces) ** 2 / sum(x * x for x in self.traces)
+        return Sensitivity(fisher, curvature, len(self.traces), noise, effective)
 
 
 def _gradients(
