@@ -13,7 +13,6 @@ choices of small excess, by search over sums of them.
 """
 
 import math
-from itertools import pairwise
 
 import numpy as np
 from torch import nn
@@ -147,32 +146,23 @@ def one_price(fronts: list[Frontier], budget: float) -> tuple[list[int], float]:
     """What each parameter takes at the least price at which the bytes fit, and that price per byte;
     0 where the largest choices fit.
     """
-    steps = []
+    steps = []  # along the lower convex hull of each frontier, of which some price takes a corner
     for i, front in enumerate(fronts):
-        for low, high in pairwise(lower_hull(front)):
-            more = front[high].nbytes - front[low].nbytes
-            steps.append(((front[low].damage - front[high].damage) / more, i, high, more))
+        sizes, damages = np.array([choice[:2] for choice in front]).T
+        corner = 0
+        while corner < len(front) - 1:
+            more = sizes[corner + 1 :] - sizes[corner]
+            saved = (damages[corner] - damages[corner + 1 :]) / more
+            step = len(saved) - 1 - int(saved[::-1].argmax())  # of equal ones the farthest
+            corner += step + 1
+            steps.append((saved[step], i, corner, more[step]))
     steps.sort(key=lambda step: -step[0])
     taken, left = [0] * len(fronts), budget - sum(front[0].nbytes for front in fronts)
-    for price, i, choice, more in steps:
+    for price, i, corner, more in steps:
         if more > left:
             return taken, price
-        taken[i], left = choice, left - more
+        taken[i], left = corner, left - more
     return taken, 0.0
-
-
-def lower_hull(front: Frontier) -> list[int]:
-    """The corners of a frontier's lower convex hull, by number: what some price would choose."""
-    corners: list[int] = []
-    for i, (size, damage, _) in enumerate(front):
-        while len(corners) > 1:
-            first, last = front[corners[-2]], front[corners[-1]]
-            below = (damage - first.damage) * (last.nbytes - first.nbytes)
-            if (last.damage - first.damage) * (size - first.nbytes) < below:
-                break
-            corners.pop()
-        corners.append(i)
-    return corners
 
 
 def filled(fronts: list[Frontier], budget: float, taken: list[int], price: float) -> list[int]:
@@ -187,9 +177,8 @@ def filled(fronts: list[Frontier], budget: float, taken: list[int], price: float
     least = [near[i][0].min() for i in order]
     more, excess, trail = np.zeros(1), np.zeros(1), []  # of the sums over parameters so far
     for place, i in enumerate(order):
-        more, excess = (
-            np.add.outer(a, b).ravel() for a, b in zip((more, excess), near[i][:2], strict=True)
-        )
+        more = np.add.outer(more, near[i][0]).ravel()
+        excess = np.add.outer(excess, near[i][1]).ravel()
         fits = more <= left  # with the others as they are
         lost = (excess + price * (left - more))[fits].min(initial=lost)
         index = np.flatnonzero((excess <= lost) & (more <= left - sum(least[place + 1 :])))
@@ -206,10 +195,10 @@ def filled(fronts: list[Frontier], budget: float, taken: list[int], price: float
 def _near(
     front: Frontier, taken: StorageOption, price: float, lost: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes more than what is taken, excess and number of the choices whose excess is not above
-    what is lost.
+    """Bytes more than what is taken, excess, and number of the choices of no more excess than is
+    lost.
     """
-    more = np.array([c.nbytes - taken.nbytes for c in front], dtype=float)
-    excess = np.array([c.damage - taken.damage for c in front]) + price * more
+    more = np.array([choice.nbytes - taken.nbytes for choice in front], dtype=float)
+    excess = np.array([choice.damage - taken.damage for choice in front]) + price * more
     index = np.flatnonzero(excess <= lost)
     return more[index], excess[index].clip(0), index

@@ -82,8 +82,8 @@ class Rows(NamedTuple):
 
 
 class _Option(NamedTuple):
-    """One way to share scales and to keep single weights: kept (R, C), and the damage and bits of
-    every row in every format, (R, formats).
+    """One way to share scales and to keep single weights (R, C): the damage of every row in every
+    format, (R, formats), and the bits of a row, (formats,).
     """
 
     rows: Rows
@@ -97,13 +97,11 @@ class _Option(NamedTuple):
         """For every price of a bit the number of the format of least damage + price * bits, (R,),
         from where the first row changes its format to where the last does; equal answers once.
         """
-        drop = (self.damage.amax(1) - self.damage.amin(1)) / (
-            self.bits.amax(1) - self.bits.amin(1)
-        ).clamp_min(1)
-        drop = drop[drop > 0]
-        if not len(drop):
+        saved = self.damage.amax(1) - self.damage.amin(1)
+        saved = saved[saved > 0] / (self.bits.max() - self.bits.min()).clamp_min(1)
+        if not len(saved):
             return []
-        low, high = drop.min().log10() - 7, drop.max().log10() + 2
+        low, high = saved.min().log10() - 7, saved.max().log10() + 2
         prices = torch.logspace(low, high, PRICES, dtype=torch.float64).tolist()
         chosen = [(self.damage + price * self.bits).argmin(1) for price in prices]
         return torch.stack(chosen).unique_consecutive(dim=0)
@@ -125,7 +123,7 @@ class _Option(NamedTuple):
 
 
 def frontier(
-    rows: Rows, granularity: str, formats: Sequence[Format], groups: tuple[int, ...] = ()
+    rows: Rows, granularity: str, formats: list[Format], groups: tuple[int, ...] = ()
 ) -> list[StorageOption]:
     """The choices of one parameter that no other choice beats in both bytes and damage, smallest
     first.
@@ -134,18 +132,19 @@ def frontier(
     weights in FP16.
     """
     channels, length = rows.view.size
-    vector = len(rows.view.shape) < 2
-    formats = [f for f in formats if not (vector and f.is_integer)]
+    if vector := len(rows.view.shape) < 2:
+        formats = [f for f in formats if not f.is_integer]
+    whole = torch.zeros_like(rows.values, dtype=torch.bool)
     smaller = [group for group in groups if group < length and not length % group]
-    options = [_option(rows, formats, group) for group in (0, *smaller)]
-    choices = [
-        (option, torch.full((channels,), i)) for option in options for i in range(len(formats))
-    ]
+    options = [_option(rows, formats, group, whole) for group in (0, *smaller)]
+    alike = [torch.full((channels,), i) for i in range(len(formats))]
+    choices = [(option, chosen) for option in options for chosen in alike]
     if granularity == "mixed" and not vector:
-        options.append(_option(rows, formats, kept=_largest(rows)))
+        options.append(_option(rows, formats, 0, _largest(rows)))
     if granularity != "tensor":
         choices += [(option, chosen) for option in options for chosen in option.by_price()]
     sizes, damages = zip(*(option.cost(chosen) for option, chosen in choices), strict=True)
+    # Entries name a format for each row, so they are written for the undominated choices alone.
     return [
         StorageOption(sizes[i], damages[i], choices[i][0].entry(choices[i][1]))
         for i in undominated(sizes, damages)
@@ -195,15 +194,14 @@ def _largest(rows: Rows) -> Tensor:
     return kept.view_as(rows.values)
 
 
-def _option(
-    rows: Rows, formats: list[Format], group: int = 0, kept: Tensor | None = None
-) -> _Option:
+def _option(rows: Rows, formats: list[Format], group: int, kept: Tensor) -> _Option:
     values, fisher, view, curvature, _ = rows
-    kept = torch.zeros_like(values, dtype=torch.bool) if kept is None else kept
     rest, weight = values.masked_fill(kept, 0), fisher.masked_fill(kept, 0)
-    damages = _feedback_damages(rows, formats, group, kept) if curvature is not None else {}
+    fed = [f for f in formats if f.is_integer and curvature is not None]
+    scales = [grouped_scale(unshrunk_scale, rest, f.qmax, weight, group) for f in fed]
+    damages = _feedback_damages(rows, fed, scales, group, kept) if fed else {}
     for f in formats:
-        if f not in damages:
+        if f not in fed:
             stored = fake_quantize(rest, f, unshrunk_scale, weight, group)
             change = torch.where(kept, _fp16(values), stored) - values
             damages[f] = (
@@ -211,37 +209,31 @@ def _option(
                 if curvature is None
                 else rows.damage(_independent(change, curvature))
             )
-    damages = torch.stack([damages[f] for f in formats], 1)
-    scales = 16 * scales_per_channel(view.size[1], group)
-    bits = torch.tensor([f.bits * view.size[1] + scales * f.is_integer for f in formats])
-    return _Option(rows, formats, group, kept, damages, bits.double().expand_as(damages))
+    length = view.size[1]
+    scale_bits = 16 * scales_per_channel(length, group)
+    bits = torch.tensor([f.bits * length + scale_bits * f.is_integer for f in formats]).double()
+    return _Option(rows, formats, group, kept, torch.stack([damages[f] for f in formats], 1), bits)
 
 
 def _feedback_damages(
-    rows: Rows, formats: list[Format], group: int, kept: Tensor
+    rows: Rows, formats: list[Format], scales: list[Tensor], group: int, kept: Tensor
 ) -> dict[Format, Tensor]:
-    """The damage (R,) of the integers, rounded with error feedback.
+    """The damage (R,) of integers that are rounded with error feedback.
 
     All formats at once: weights are rounded one after another, and more rows cost little more.
     """
-    values, fisher, _, curvature, parts = rows
-    integers = [f for f in formats if f.is_integer]
-    if not integers:
-        return {}
-    rest, weight = values.masked_fill(kept, 0), fisher.masked_fill(kept, 0)
-    scales = [grouped_scale(unshrunk_scale, rest, f.qmax, weight, group) for f in integers]
-    scales = torch.cat([spread_scale(s, len(rest), group) for s in scales])
-    qmax = torch.tensor([f.qmax for f in integers]).repeat_interleave(len(values))
-    values, kept = values.repeat(len(integers), 1), kept.repeat(len(integers), 1)
-    after, quadratic = rounded(values, scales, qmax, parts, kept if kept.any() else None)
-    quadratic += _independent(torch.where(kept, _fp16(after) - after, 0), curvature)
-    return dict(zip(integers, map(rows.damage, quadratic.split(len(rest))), strict=True))
+    count, many = len(formats), len(rows.values)
+    qmax = torch.tensor([f.qmax for f in formats]).repeat_interleave(many)
+    steps = torch.cat([spread_scale(scale, many, group) for scale in scales])
+    kept = kept.repeat(count, 1)
+    free = kept if kept.any() else None
+    after, quadratic = rounded(rows.values.repeat(count, 1), steps, qmax, rows.factor, free)
+    quadratic += _independent(torch.where(kept, _fp16(after) - after, 0), rows.curvature)
+    return dict(zip(formats, map(rows.damage, quadratic.split(many)), strict=True))
 
 
 def _independent(change: Tensor, curvature: Tensor) -> Tensor:
-    """dw^T H dw of each row for errors of FP16, which are independent of each other: by the
-    diagonal alone.
-    """
+    """dw^T H dw of each row for FP16 errors, independent of each other: by the diagonal alone."""
     return (change.square() @ diagonal_of(curvature)).double()
 
 

@@ -25,11 +25,6 @@ PartOf = Callable[[str], str]
 GRANULARITIES = ("tensor", "channel", "weight")
 
 
-def layer_of(name: str) -> str:
-    """The part of a parameter's name before its first dot."""
-    return name.split(".", 1)[0]
-
-
 def global_score(fisher: Scores, layer_of: PartOf, group_of: PartOf) -> Scores:
     """F itself: one threshold for all layers."""
     return dict(fisher)
