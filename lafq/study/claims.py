@@ -23,7 +23,7 @@ from lafq.rng import generator
 from lafq.study import poster
 from lafq.study.diffusion.unet import layer_of
 from lafq.study.images import metrics
-from lafq.study.images.evaluate import Scored, Scorer
+from lafq.study.images.evaluate import Scored, score
 from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
 from lafq.study.results import load_rows
 from lafq.study.workspace import Workspace, load_optional, load_table
@@ -151,11 +151,11 @@ def judge(images: dict[str, np.ndarray], seed: int, inception: FeatureExtractor 
     them on the classifier's.
     """
     count = len(next(iter(images.values())))
-    scorer, extractor = Scorer(count, seed), inception or mnist_extractor()
+    extractor = inception or mnist_extractor()
 
     @cache
     def scored(sample: str) -> Scored:
-        return scorer.score(torch.from_numpy(images[sample])[:, None], [extractor])
+        return score(torch.from_numpy(images[sample])[:, None], [extractor], seed)
 
     metric = f"fid_{extractor.name}"
     if not inception:

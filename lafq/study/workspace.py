@@ -162,10 +162,15 @@ def compute_or_load(work: Workspace, name: str, make: Callable[[], pd.DataFrame]
     return load_table(work, name)
 
 
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an npz file."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
 def save_images(work: Workspace, name: str, images: dict[str, np.ndarray]) -> None:
     """Write generated images, uint8 (N, 32, 32) by key, to results/<profile>/<name>.npz."""
-    with atomic_write(work.results / f"{name}.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **images)
+    save_arrays(work.results / f"{name}.npz", images)
 
 
 def load_images(work: Workspace, name: str) -> dict[str, np.ndarray]:

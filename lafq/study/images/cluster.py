@@ -1,12 +1,9 @@
 """Sample the rows of a table on a Dask cluster that the user runs; the images are the same wherever
-they are drawn.
-
-A task is the bytes of a packed model's file (`save_quantized`) and the noise to start from. Images
-that have come back are kept, so `make resume` goes on from there.
+they are drawn, and are kept as they come back.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import nn
 
-from lafq.quantization.checkpoint import load_quantized
+from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.model import dequantize_
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
@@ -28,6 +25,14 @@ if TYPE_CHECKING:
 
 REACH = 10  # seconds
 AHEAD = 2  # tasks per thread of the workers
+
+
+def pack(small: nn.Module, model: nn.Module) -> bytes:
+    """What a worker is sent: the file of the quantized copy `small` of a model."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "packed.safetensors"
+        save_quantized(path, small, model)
+        return path.read_bytes()
 
 
 def draw(packed: bytes, how: dict[str, Any]) -> tuple[np.ndarray, str]:
@@ -68,13 +73,15 @@ def connect(address: str) -> "Client":
 
 
 def sample_all(
-    address: str, tasks: Iterator[tuple[str, bytes]], total: int, keep: Callable, **how: Any
-) -> None:
-    """`draw` the packed models of `tasks`; keep(key, images, machine) takes what comes back."""
+    address: str, tasks: Iterator[tuple[str, bytes]], **how: Any
+) -> Iterator[tuple[str, np.ndarray, str]]:
+    """`draw` the packed models of the tasks (key, packed); yields (key, images, machine) as they
+    come back. Tasks are taken one by one as workers have room.
+    """
     from distributed import as_completed
 
     how |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    with connect(address) as client, tqdm(total=total, desc="sampling on the cluster") as bar:
+    with connect(address) as client:
         keys, running = {}, as_completed(loop=client.loop, with_results=True)
         room = AHEAD * sum(client.nthreads().values())
         waiting = next(tasks, None)
@@ -84,6 +91,5 @@ def sample_all(
                 running.add(future)
                 waiting = next(tasks, None)
             else:
-                future, found = next(running)
-                keep(keys.pop(future), *found)
-                bar.update()
+                future, drawn = next(running)
+                yield keys.pop(future), *drawn

@@ -1,8 +1,5 @@
 import json
-import os
-import signal
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -161,53 +158,28 @@ def test_another_batch_size_draws_anew(tiny, sandbox):
     ]
 
 
-CHILD = """
-import sys, torch
-from pathlib import Path
-from lafq.study import workspace
-from lafq.study.diffusion.unet import UNet
-from lafq.study.images import sampling
-workspace.RESULTS = Path(sys.argv[1])
-torch.manual_seed(0), torch.set_num_threads(1)
-keep = sampling._keep
-def told(path, *rest):
-    keep(path, *rest)
-    print(path.name, flush=True)
-sampling._keep = told
-store, draw = sampling.ImageStore(workspace.Workspace("smoke")), sampling.Sampling(40, 20, 0, 2)
-store.draw(UNet(4).eval(), draw, recipe={"rule": "killed"})
-"""
+def test_an_interrupted_row_goes_on_in_another_clone_with_the_same_bytes(
+    tiny, sandbox, monkeypatch
+):
+    def draw(folder):
+        monkeypatch.setattr(workspace, "RESULTS", folder)
+        images = ImageStore(KEEPING).draw(tiny, DRAW, recipe={"rule": "x"}).images
+        return images, {path.name: path.read_bytes() for path in files()}
 
+    def interrupted(*args, first, **kwargs):
+        if first == 4:
+            raise KeyboardInterrupt
+        return sample(*args, first=first, **kwargs)
 
-@pytest.mark.slow
-def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox, monkeypatch):
-    command = [sys.executable, "-c", CHILD, str(workspace.RESULTS)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"}
-    ) as child:
-        for _ in range(3):
-            child.stdout.readline()
-        child.send_signal(signal.SIGKILL)
-    finished = {path.name: path.read_bytes() for path in files() if path.suffix == ".npz"}
-    assert 3 <= len(finished) < 20
-    clone = sandbox / "clone"
-    for name, content in finished.items():
-        (clone / "smoke" / "samples").mkdir(parents=True, exist_ok=True)
-        (clone / "smoke" / "samples" / name).write_bytes(content)
-    monkeypatch.setattr(workspace, "RESULTS", clone)
-    drawn = []
-    monkeypatch.setattr(
-        sampling, "sample", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k)
-    )
-    arguments = tiny, Sampling(40, 20, 0, 2)
-    resumed = ImageStore(SMOKE).draw(*arguments, recipe={"rule": "killed"})
-    assert len(drawn) == 20 - len(finished)
-    kept = {path.name: path.read_bytes() for path in files()}
-    assert {name: kept[name] for name in finished} == finished
-    monkeypatch.setattr(workspace, "RESULTS", sandbox / "whole")
-    whole = ImageStore(SMOKE).draw(*arguments, recipe={"rule": "killed"})
-    assert np.array_equal(whole.images, resumed.images)
-    assert {path.name: path.read_bytes() for path in files()} == kept
+    whole, content = draw(sandbox / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sampling, "sample", interrupted)
+        draw(sandbox / "first")
+    shutil.copytree(sandbox / "first", sandbox / "clone")
+    finished = files()
+    resumed, again = draw(sandbox / "clone")
+    assert len(finished) == 2 and again == content
+    assert np.array_equal(whole, resumed)
 
 
 def rewrite(path, **changes):
