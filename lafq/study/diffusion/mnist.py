@@ -5,6 +5,7 @@ The archives in data/MNIST/raw are checked and read as they are: nothing is extr
 
 import gzip
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ def unpadded(images: Tensor) -> Tensor:
     return images[:, :, PADDING:-PADDING, PADDING:-PADDING]
 
 
+@cache
 def _read(archive: Path) -> Tensor:
     packed = archive.read_bytes() if archive.is_file() else b""
     if hashlib.md5(packed).hexdigest() != ARCHIVES[archive.name]:

@@ -5,6 +5,7 @@ they are drawn, and are kept as they come back.
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 REACH = 10  # seconds
-AHEAD = 2  # tasks per thread of the workers
+AHEAD = 4  # tasks per thread of the workers
 
 
 def pack(small: nn.Module, model: nn.Module) -> bytes:
@@ -75,21 +76,14 @@ def connect(address: str) -> "Client":
 def sample_all(
     address: str, tasks: Iterator[tuple[str, bytes]], **how: Any
 ) -> Iterator[tuple[str, np.ndarray, str]]:
-    """`draw` the packed models of the tasks (key, packed); yields (key, images, machine) as they
-    come back. Tasks are taken one by one as workers have room.
+    """`draw` the packed models of the tasks (key, packed); yields (key, images, machine). Tasks are
+    taken a few for each thread of the workers at a time.
     """
-    from distributed import as_completed
-
     how |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     with connect(address) as client:
-        keys, running = {}, as_completed(loop=client.loop, with_results=True)
         room = AHEAD * sum(client.nthreads().values())
-        waiting = next(tasks, None)
-        while keys or waiting:
-            if waiting and len(keys) < room:
-                keys[future := client.submit(draw, waiting[1], how, pure=False)] = waiting[0]
-                running.add(future)
-                waiting = next(tasks, None)
-            else:
-                future, drawn = next(running)
-                yield keys.pop(future), *drawn
+        while taken := list(islice(tasks, room)):
+            keys, packed = zip(*taken, strict=True)
+            drawn = client.map(draw, packed, how=how, pure=False)
+            for key, future in zip(keys, drawn, strict=True):
+                yield key, *future.result()

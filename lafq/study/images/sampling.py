@@ -152,16 +152,14 @@ class ImageStore:
         """
         if sampling.images < 1:
             raise ValueError(f"{sampling.images} images asked for: at least one is needed")
-        files, (_, *how) = self.files(model, sampling, recipe), sampling
-        images, machines = [], set()
+        files, (_, *how), parts = self.files(model, sampling, recipe), sampling, []
         for batch, path in files.paths.items():
             if not path.is_file():
                 drawn = sample(model, len(batch), *how, label, first=batch.start)
                 files.keep(batch, drawn.numpy(), kind_of_machine())
-            pixels, machine = files.read(batch)
-            images.append(torch.from_numpy(pixels))
-            machines.add(machine)
-        return Sampled(files.key, torch.cat(images), frozenset(machines))
+            parts.append(files.read(batch))
+        images, machines = zip(*parts, strict=True)
+        return Sampled(files.key, torch.from_numpy(np.concatenate(images)), frozenset(machines))
 
     def draw_on_cluster(
         self,
@@ -173,8 +171,8 @@ class ImageStore:
         """Have the workers of a Dask cluster draw what is not yet kept of `count` rows, equal ones
         once; errors as `cluster.connect`.
 
-        rows: `cluster.pack` of the quantized model, this model in FP32, and its recipe, taken one
-        by one as workers have room. model: its `width` and `device`.
+        rows: `cluster.pack` of the quantized model, this model in FP32, and its recipe; taken a few
+        at a time. model: its `width` and `device`.
         """
         files: dict[str, RowFiles] = {}
 
@@ -195,8 +193,7 @@ class ImageStore:
         """The first `count` kept images of a row, uint8 (N, 32, 32), by its key, the `sample` of
         its table; FileNotFoundError when there are fewer, ValueError as `read`.
         """
-        # Rows of 150 and of 200 images leave two files that begin with the same image: the longer
-        # one serves both.
+        # Of two files that begin with the same image, of rows of 150 and of 200, the longer serves.
         files = {int(path.stem[-11:-6]): path for path in sorted(self.folder.glob(f"{key}_*.npz"))}
         parts, there = [], 0
         while there < count and there in files:

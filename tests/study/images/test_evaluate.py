@@ -1,14 +1,18 @@
 import math
 
+import pandas as pd
 import pytest
 import torch
 
+from lafq.quantization.model import nbytes
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.training import held_out_losses
-from lafq.study.images import evaluate
+from lafq.study.diffusion.unet import quantizable
+from lafq.study.images import evaluate, sampling
 from lafq.study.images.evaluate import against_baseline, paired_change, score
 from lafq.study.images.features import FeatureExtractor, mnist_extractor
 from lafq.study.images.sampling import Sampling
+from lafq.study.rows import BASELINE, Row, uniform_rows
 from lafq.study.workspace import Workspace
 
 SMOKE = Workspace("smoke")
@@ -97,3 +101,35 @@ def test_blocks_of_the_baseline_differ_from_themselves_by_nothing():
         faint.block_fid_mnist - same.block_fid_mnist
     )
     assert faint.fid_mnist_inf > same.fid_mnist_inf
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """A list with an item for every call of `sample`."""
+    calls, sample = [], sampling.sample
+    monkeypatch.setattr(sampling, "sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
+    return calls
+
+
+@pytest.mark.slow
+def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, drawn, tiny):
+    fp16, three = dict.fromkeys(quantizable(tiny), "fp16"), Sampling(3, 2, 0)
+    same = Row("ratio", "0.00", "fp16", "weight", "nearest", fp16)
+    rows = [BASELINE, same, *uniform_rows(tiny, ("fp16",))]
+    table, images = evaluate.evaluate(SMOKE, tiny, rows, three)
+    assert len(drawn) == len(images) == 2
+    assert table["mem_mib"].iloc[1] == table["mem_mib"].iloc[2] == nbytes(tiny, fp16) / 2**20
+    assert table["fid_inception"].isna().all()
+    pd.testing.assert_frame_equal(table, evaluate.evaluate(SMOKE, tiny, rows, three)[0])
+    assert len(drawn) == 2
+    evaluate.evaluate(SMOKE, tiny, rows[:1], three._replace(seed=1))
+    assert len(drawn) == 3
+
+
+def test_a_bad_plan_stops_before_sampling(sandbox, drawn, tiny):
+    bad = Row("x", "", "int1", "tensor", "nearest", {"inp.weight": "int1"})
+    with pytest.raises(ValueError, match="unknown format 'int1'"):
+        evaluate.evaluate(SMOKE, tiny, [BASELINE, bad], Sampling(3, 2, 0))
+    with pytest.raises(ValueError, match="0 images asked for"):
+        evaluate.evaluate(SMOKE, tiny, [BASELINE], Sampling(0, 2, 0))
+    assert not drawn
