@@ -103,8 +103,8 @@ def open_workspace(
 def compute_on(threads: int, device: str = "auto") -> torch.device:
     """Fix the number of threads (at most the cores) and how FP32 is computed; choose the device.
 
-    "auto": a CUDA GPU where one is visible. Raises ValueError for another device, RuntimeError when
-    CUDA is asked for and absent.
+    "auto": a CUDA GPU where one is visible. ValueError for another device, RuntimeError for CUDA
+    that is asked for and absent.
     """
     from dask.system import CPU_COUNT  # reads the limits of a container too
 

@@ -47,7 +47,7 @@ def noised_batches(
 
 
 def bin_edges(bins: int) -> list[int]:
-    """The first timestep of each of `bins` bins of consecutive timesteps, and 1,000 behind them."""
+    """The first timestep of each of `bins` bins of consecutive timesteps, and 1,000 at the end."""
     return [round(b * TIMESTEPS / bins) for b in range(bins + 1)]
 
 

@@ -178,8 +178,6 @@ def held_out_outputs(
 
 
 def held_out_losses(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> Tensor:
-    """Denoising loss of each of the first held-out digits (digits,): mean over the pixels of (eps -
-    eps_theta)^2.
-    """
+    """Mean over the pixels of (eps - eps_theta)^2 for the first held-out digits (digits,)."""
     eps_theta, eps = held_out_outputs(model, seed, digits)
     return (eps_theta - eps).square().flatten(1).mean(1)

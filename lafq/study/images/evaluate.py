@@ -40,9 +40,7 @@ class Scored(NamedTuple):
 
 
 def score(images: Tensor, extractors: Sequence[FeatureExtractor], seed: int) -> Scored:
-    """The metrics of uint8 images (N, 1, 32, 32) on each extractor's features; sets of equally many
-    images are resampled alike.
-    """
+    """The metrics of uint8 images (N, 1, 32, 32), on the same resamples for an equal N and seed."""
     indices, scored = metrics.resamples(len(images), seed), Scored({}, {})
     for extractor in extractors:
         seen, reference = extractor.features(images), extractor.reference
@@ -154,9 +152,7 @@ class Evaluation:
                 files.keep(batch, images[batch.start : batch.stop], machine)
 
     def recipe(self, row: Row, rounded: nn.Module) -> Recipe | None:
-        """A row's recipe, or that of an earlier row with the very same weights; None where images
-        are not kept.
-        """
+        """A row's recipe, or an earlier row's with the very same weights; None if not kept."""
         if not self.work.keep:
             return None
         needs_fisher = row.rule not in ("baseline", "uniform") and not row.made
@@ -239,9 +235,8 @@ def evaluate_large(
     """`evaluate`, the unquantized model first, with the columns of `block_statistics`."""
     rows = [BASELINE, *(row for row in rows if row.rule != "baseline")]
     table, images = evaluate(work, model, rows, sampling)
-    return table.merge(
-        block_statistics(images, table["sample"][0]), on="sample", how="left"
-    ), images
+    blocks = block_statistics(images, table["sample"][0])
+    return table.merge(blocks, on="sample", how="left"), images
 
 
 def block_statistics(images: dict[str, np.ndarray], baseline: str) -> pd.DataFrame:
@@ -251,11 +246,8 @@ def block_statistics(images: dict[str, np.ndarray], baseline: str) -> pd.DataFra
 
     fid_mnist_inf: FID extrapolated to infinite N from blocks of a fifth, a half and all images.
     """
-    extractor, block = mnist_extractor(), len(images[baseline]) // 10
-    features = {
-        key: extractor.features(torch.from_numpy(pixels)[:, None]).features
-        for key, pixels in images.items()
-    }
+    look, block = mnist_extractor().features, len(images[baseline]) // 10
+    features = {key: look(torch.from_numpy(x)[:, None]).features for key, x in images.items()}
     fids = pd.DataFrame({key: _block_fids(of_row, block) for key, of_row in features.items()})
     deltas, sizes = fids.sub(fids[baseline], axis=0), [2 * block, 5 * block, 10 * block]
 

@@ -99,9 +99,7 @@ def mnist_extractor() -> FeatureExtractor:
 
 
 def inception_extractor(reference_images: int) -> FeatureExtractor | None:
-    """Inception's features, or None where no reference is asked for or no weights are there; a
-    printed line says which.
-    """
+    """Inception's features, or None where a printed line says why not."""
     if not reference_images:
         print("Inception columns: left empty (no Inception reference is asked for)")
         return None

@@ -144,9 +144,7 @@ class ImageStore:
         label: str = "sampling",
         recipe: Recipe | None = None,
     ) -> Sampled:
-        """The images of `ddpm.sample`, batch by batch drawn or taken from where they are kept;
-        ValueError for no images, and as `RowFiles.read`.
-        """
+        """The images of `ddpm.sample`, drawn or read batch by batch; errors as `RowFiles.read`."""
         if sampling.images < 1:
             raise ValueError(f"{sampling.images} images asked for: at least one is needed")
         files, (_, *how), parts = self.files(model, sampling, recipe), sampling, []
