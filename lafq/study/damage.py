@@ -237,12 +237,11 @@ def allocate_by_proxy(
     """
     rows, recipe = [], Recipe(unshrunk_scale, calibration.fisher)
     for proxy in (*PROXIES, "measured"):
-        frontiers = {
-            name: undominated(
-                [StorageOption(*o) for o in of_tensor[["nbytes", proxy, "format"]].to_numpy()]
-            )
-            for name, of_tensor in points.groupby("parameter", sort=False)
-        }
+        frontiers = {}
+        for name, choices in points.groupby("parameter", sort=False):
+            best = choices.iloc[undominated(choices["nbytes"], choices[proxy])]
+            options = best[["nbytes", proxy, "format"]].itertuples(index=False)
+            frontiers[name] = [StorageOption(*option) for option in options]
         plan = solver.solve_budget(model, frontiers, mib_at(model, bits), recipe=recipe)
         rows.append(study_rows.at_bits(proxy, "any", "tensor", "nearest", bits, plan))
     return rows

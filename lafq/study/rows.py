@@ -22,9 +22,9 @@ from lafq.allocation.rules import RULES, Scores, by_granularity, keep_above, thr
 from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
 from lafq.quantization.channels import ChannelView, channels_by_format, counted_bytes
 from lafq.quantization.checks import channel_view
-from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
+from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import bits_per_weight, kept_weights, nbytes, quantize
-from lafq.quantization.plan import Entries, Plan, Recipe, make_plan
+from lafq.quantization.plan import Entries, Plan, make_plan
 from lafq.quantization.tuning import BATCH, tune
 from lafq.rng import generator
 from lafq.study import poster
@@ -336,14 +336,10 @@ def at_bits(
     return Row(rule, f"{bits:.3f}", format, granularity, rounding, plan, bits=bits)
 
 
-def _feedback(sensitivity: Sensitivity) -> Recipe:
-    return Recipe(unshrunk_scale, sensitivity.fisher, sensitivity.curvature)
-
-
 def uniform_at_bits(model: nn.Module, sensitivity: Sensitivity) -> list[Row]:
     """All weights in one format, rounded as everywhere, and then as the allocator's plans are."""
     plans = {low: Plan(dict.fromkeys(quantizable(model), low)) for low in (*INTEGERS, "fp16")}
-    rounded = {low: Plan(plans[low], _feedback(sensitivity)) for low in INTEGERS}
+    rounded = {low: Plan(plans[low], sensitivity.recipe) for low in INTEGERS}
     return [
         at_bits("uniform", low, "tensor", rounding, bits_of(model, plan), plan)
         for rounding, by_format in (("nearest", plans), ("feedback", rounded))
@@ -378,11 +374,9 @@ def allocated_at_bits(
     kinds = [("allocate", "feedback", granularity) for granularity in granularities]
     for rule, rounding, granularity in [*kinds, *((*kind, "mixed") for kind in variants)]:
         fisher = sensitivity.fisher if rule == "allocate_all" else layers
-        curvature = sensitivity.curvature if rounding == "feedback" else None
-        recipe = Recipe(unshrunk_scale, sensitivity.fisher, curvature)
-        kind = granularity, STUDY_FORMATS
-        frontiers = solver.frontiers_of(model, fisher, *kind, curvature=curvature)
-        solve = partial(solver.solve_budget, model, frontiers, recipe=recipe)
+        known = Sensitivity(fisher, sensitivity.curvature if rounding == "feedback" else {})
+        frontiers = solver.frontiers_of(model, known, granularity, STUDY_FORMATS)
+        solve = partial(solver.solve_budget, model, frontiers, recipe=known.recipe)
         rows += _within(model, (rule, "any", granularity, rounding), bits, solve)
     return rows
 
@@ -430,7 +424,7 @@ def rules_at_bits(
         for rule in rules if fitting else ():
             low, high = fitting[-1], "fp32" if fitting[-1] == "fp16" else "fp16"
             plan = at_bytes(model, scores[rule], low, high, mib_at(model, b))
-            rounded = {"nearest": plan, "feedback": Plan(plan, _feedback(sensitivity))}
+            rounded = {"nearest": plan, "feedback": Plan(plan, sensitivity.recipe)}
             rows += [at_bits(rule, low, "weight", how, b, p) for how, p in rounded.items()]
     return rows
 
