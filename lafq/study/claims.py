@@ -36,24 +36,19 @@ from lafq.study.workspace import Workspace, load_optional, load_table
 FID_MARGIN = 1.0
 MARGIN_IMAGES = 100
 LEVEL = 0.05
+Claim = dict[str, Any]
 FRONT = ("Layer1", "Layer2")
 HALF = 500
 LAYERWISE = ("ratio", "group", "mean_std")
 RATIOS_OF_MEANS = ("C1", "C2")
 ABOVE = ("C1", "C2", "C2 share")  # the others say that their number lies below NULL
 NULL = {"C1": 1.0, "C2": 1.0, "C2 share": 0.5, "rules damage": 1.0}  # of the others 0
-MEASURED = ("measured", "low", "high", "verdict", "p")
+OF_A_RUN = ["seed", "steps", "claim", "measured", "low", "high", "verdict", "p"]
 RATE = 4.0  # bits per weight at which claims about rules are tested
 
 
 def verdict(
-    low: float,
-    high: float,
-    *,
-    above: bool,
-    null: float = 0.0,
-    margin: float = 0.0,
-    p: float = math.nan,
+    low: float, high: float, *, above: bool, null: float = 0.0, margin: float = 0.0, p: float = 0.0
 ) -> str:
     """ "supported", "contradicted", "effect under 1 FID" (the margin) or "inconclusive".
 
@@ -81,44 +76,22 @@ def holm(p: list[float]) -> list[float]:
     return corrected
 
 
-class Claim(NamedTuple):
-    """A row of claims.csv: what was measured, its interval low..high, and of what; fields that do
-    not apply to a claim are empty.
-
-    p: where a claim was tested more than once, corrected for the number of tests. kind: of Fisher
-    information; front_weights: share of the weights that Layers 1-2 have. rule to budget_bits: the
-    row compared; fp16_mib: of uniform FP16, beside it. best_share: of the resamples in which the
-    best ratio is one of 0.35-0.40, where chance gives `chance`.
-    """
-
-    claim: str
-    measured: float
-    low: float
-    high: float
-    verdict: str
-    p: float = math.nan
-    kind: str = ""
-    front_weights: float = math.nan
-    rule: str = ""
-    setting: str = ""
-    format: str = ""
-    granularity: str = ""
-    mem_mib: float = math.nan
-    fp16_mib: float = math.nan
-    budget_bits: float = math.nan
-    features: str = ""
-    n_images: float = math.nan
-    best_share: float = math.nan
-    chance: float = math.nan
-    runs: float = math.nan
-
-
 def _claim(
-    claim: str, measured: float, low: float, high: float, margin: float = 0.0, **fields: Any
+    claim: str,
+    measured: float,
+    low: float,
+    high: float,
+    margin: float = 0.0,
+    p: float = math.nan,
+    **fields: Any,
 ) -> Claim:
+    """A row of claims.csv: its number, the interval low..high and the verdict, and fields that say
+    of what the number is (results/README.md lists the columns).
+    """
     side = {"above": claim in ABOVE, "null": NULL.get(claim, 0.0)}
-    holds = verdict(low, high, **side, margin=margin, p=fields.get("p", math.nan))
-    return Claim(claim, measured, low, high, holds, **fields)
+    holds = verdict(low, high, **side, margin=margin, p=p)
+    number = {"measured": measured, "low": low, "high": high}
+    return {"claim": claim} | number | {"verdict": holds, "p": p} | fields
 
 
 class Judge(NamedTuple):
@@ -170,51 +143,38 @@ def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int
     C1 compares the two halves of the timesteps. C2 compares Layers 1-2 with Layers 3-6 per weight,
     and asks whether they have more than half of the trace.
     """
-    front = {name: layer_of(name) in FRONT for name in weights.index}
-    of_front = float(weights[[n for n in weights.index if front[n]]].sum() / weights.sum())
-    trace, early = _trace_by_side(blocks, weights, front)
-    chosen = torch.randint(
-        trace.shape[-1],
-        (metrics.RESAMPLES, *trace.shape[1:]),
-        generator=generator(seed, trace.shape[-1]),
-    )
-    draws = torch.stack([side.expand(len(chosen), -1, -1).gather(2, chosen) for side in trace], 1)
-
-    def halves(trace: Tensor) -> Tensor:
-        by_bin = trace.mean(-1).sum(-2)
-        return (by_bin[..., early].mean(-1) / by_bin[..., ~early].mean(-1)).log()
-
-    def share(trace: Tensor) -> Tensor:
-        by_side = trace.mean(-1).sum(-1)
-        return by_side[..., 0] / by_side.sum(-1)
-
-    def per_weight(trace: Tensor) -> Tensor:
-        return (share(trace) / of_front).log() - ((1 - share(trace)) / (1 - of_front)).log()
-
-    claims, quantities = [], {"C1": halves, "C2": per_weight, "C2 share": share}
-    for claim, quantity in quantities.items():
-        measured = quantity(trace).item()
-        ends = measured, *metrics.interval(measured, quantity(draws))
+    back = ~blocks["parameter"].map(layer_of).isin(FRONT)
+    trace = blocks["fisher"] * blocks["parameter"].map(weights)
+    sums = trace.groupby([back, blocks["t_low"], blocks["block"]]).sum()
+    sums = sums.unstack("block").dropna(axis=1)
+    early = torch.tensor(sums.loc[False].index < HALF)
+    measured = torch.tensor(sums.to_numpy()).view(2, len(early), -1)
+    front = float(weights[weights.index.map(layer_of).isin(FRONT)].sum() / weights.sum())
+    g, (_, bins, count) = generator(seed, measured.shape[-1]), measured.shape
+    chosen = torch.randint(count, (metrics.RESAMPLES, 1, bins, count), generator=g)
+    draws = measured.expand(len(chosen), -1, -1, -1).gather(3, chosen.expand(-1, 2, -1, -1))
+    values, spread = (_c1_and_c2(traces, early, front) for traces in (measured, draws))
+    claims = []
+    for claim, value in values.items():
+        ends = value.item(), *metrics.interval(value.item(), spread[claim])
         ends = map(math.exp, ends) if claim in RATIOS_OF_MEANS else ends
-        claims.append(_claim(claim, *ends, kind=kind, front_weights=of_front))
+        claims.append(_claim(claim, *ends, kind=kind, front_weights=front))
     return claims
 
 
-def _trace_by_side(
-    blocks: pd.DataFrame, weights: pd.Series, front: dict[str, bool]
-) -> tuple[Tensor, Tensor]:
-    """Fisher trace of Layers 1-2 and of the others by timestep bin and block (2, bins, blocks), and
-    which bins are early (bins,).
+def _c1_and_c2(trace: Tensor, early: Tensor, front_weights: float) -> dict[str, Tensor]:
+    """The claims' numbers, of ratios the logarithm. trace: of Layers 1-2 and of the others by
+    timestep bin and block (..., 2, bins, blocks); early: which bins are (bins,).
     """
-    trace = blocks.assign(
-        trace=blocks["fisher"] * blocks["parameter"].map(weights),
-        front=blocks["parameter"].map(front),
-    )
-    sums = trace.pivot_table(
-        index=["front", "t_low"], columns="block", values="trace", aggfunc="sum"
-    ).dropna(axis=1)
-    sides = [torch.from_numpy(sums.loc[side].to_numpy(copy=True)) for side in (True, False)]
-    return torch.stack(sides), torch.tensor([t < HALF for t in sums.loc[True].index])
+    by_bin = trace.mean(-1)
+    halves = by_bin.sum(-2)
+    by_side = by_bin.sum(-1)
+    share = by_side[..., 0] / by_side.sum(-1)
+    return {
+        "C1": (halves[..., early].mean(-1) / halves[..., ~early].mean(-1)).log(),
+        "C2": (share / front_weights).log() - ((1 - share) / (1 - front_weights)).log(),
+        "C2 share": share,
+    }
 
 
 def all_fisher_claims(work: Workspace, seed: int) -> list[Claim]:
@@ -232,11 +192,10 @@ def best_ratio(table: pd.DataFrame, by: Judge) -> list[Claim]:
     """C3 for each format whose ratio sweep, by weight, is in the table: mean FID of the ratios 0.35
     to 0.40 minus the others'; p values corrected for the number of formats.
     """
-    tested = []
+    tested, published = [], [f"{r:.2f}" for r in poster.RATIOS]
     for low in ("fp16", "int8"):
-        rows = table[(table["rule"] == "ratio") & (table["format"] == low)]
-        rows = rows[rows["granularity"] == "weight"].drop_duplicates("setting")
-        rows = rows[rows["setting"].isin([f"{r:.2f}" for r in poster.RATIOS])]
+        rows = table.query("rule == 'ratio' and format == @low and granularity == 'weight'")
+        rows = rows[rows["setting"].isin(published)].drop_duplicates("setting")
         inside = rows["setting"].astype(float).between(*poster.BEST_RATIOS).to_numpy(copy=True)
         if inside.any() and not inside.all():
             scored = [by.scored(sample) for sample in rows["sample"]]
@@ -268,8 +227,8 @@ def layerwise_images(table: pd.DataFrame, by: Judge) -> Claim:
     """C4, images: of the layer-wise rows with INT8 the nearest in size to uniform FP16, against
     uniform FP16.
     """
-    uniform = table[(table["rule"] == "uniform") & (table["format"] == "fp16")].iloc[0]
-    rows = table[table["rule"].isin(LAYERWISE) & (table["format"] == "int8")]
+    uniform = table.query("rule == 'uniform' and format == 'fp16'").iloc[0]
+    rows = table.query("rule in @LAYERWISE and format == 'int8'")
     row = rows.loc[(rows["mem_mib"] - uniform["mem_mib"]).abs().idxmin()]
     compared = row[["rule", "setting", "format", "granularity", "mem_mib"]].to_dict()
     compared |= {"fp16_mib": uniform["mem_mib"]}
@@ -300,26 +259,22 @@ def image_claims(
 
 
 def over_runs(by_run: pd.DataFrame) -> pd.DataFrame:
-    """Each claim over training runs: rows of Claims become one Claim each, with the fields that all
-    runs share.
+    """Each claim over training runs, at least two, with the fields that all of them share.
 
     The interval is Student's t over the runs (of the logarithm where the number is a ratio of
-    means), at least two of them.
+    means).
     """
     claims = []
     for name, rows in by_run.groupby("claim", sort=False):
         values = rows["measured"]
         if len(values) < 2:
-            raise ValueError(
-                f"{len(values)} training run: an interval over runs needs at least two"
-            )
+            raise ValueError("one training run: an interval over runs needs at least two")
         if name in RATIOS_OF_MEANS:
             ends = map(math.exp, _student(values.map(math.log)))
         else:
             ends = _student(values)
-        described = [c for c in Claim._fields if c in rows and c not in ("claim", *MEASURED)]
-        shared = {c: rows[c].iloc[0] for c in described if rows[c].nunique() == 1}
-        claims.append(_claim(name, *ends, **shared | {"runs": len(values)}))
+        shared = rows.loc[:, rows.nunique() == 1].iloc[0].drop(OF_A_RUN, errors="ignore")
+        claims.append(_claim(name, *ends, runs=len(values), **shared))
     return pd.DataFrame(claims)
 
 

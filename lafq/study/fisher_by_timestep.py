@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lafq.fisher.empirical import empirical_fisher
-from lafq.fisher.sensitivity import monte_carlo_fisher
+from lafq.fisher.sensitivity import estimate_sensitivity
 from lafq.rng import generator
 from lafq.study.diffusion import ddpm
 from lafq.study.diffusion.unet import TIMESTEPS, layer_of
@@ -100,10 +100,10 @@ def fisher_kinds(
             parts = zip(x.tensor_split(BLOCKS), t.tensor_split(BLOCKS), strict=True)
             for block, part in enumerate(p for p in parts if len(p[0])):
                 block_seed = (seed * TIMESTEPS + t_low) * BLOCKS + block
-                fisher = monte_carlo_fisher(model, names, [part], block_seed)
+                known = estimate_sensitivity(model, [part], block_seed, names, curvature=False)
                 rows += [
                     (kind, name, t_low, block, len(part[0]), f.mean().item())
-                    for name, f in fisher.items()
+                    for name, f in known.fisher.items()
                 ]
     return pd.DataFrame(rows, columns=["kind", *BLOCK_COLUMNS])
 
@@ -125,9 +125,7 @@ def _reverse_states(
 
 
 def by_layer(timesteps: pd.DataFrame) -> pd.DataFrame:
-    """Weights, mean Fisher value per weight and share of the Fisher trace of every layer, over all
-    timesteps; columns layer, weights, mean_fisher, share_of_all.
-    """
+    """Weights, mean_fisher per weight and share_of_all of the Fisher trace, of every layer."""
     traced = timesteps.assign(trace=timesteps["fisher"] * timesteps["weights"])
     total = traced.groupby("layer")[["weights", "trace"]].sum()
     table = pd.DataFrame({"weights": total["weights"] // timesteps["t_low"].nunique()})

@@ -58,7 +58,7 @@ from lafq.study.workspace import (
     Workspace,
     load_optional,
     profile_parameters,
-    save_images,
+    save_arrays,
     save_table,
 )
 from lafq.tensors import atomic_write
@@ -262,7 +262,7 @@ def described(profile: str, images: int = DESCRIBED) -> Tables:
         sets[name] = store.draw(small, sampling, name).images
     sets[published_images.REAL_DIGITS] = mnist(train=False)[0][HELD_OUT][:images]
     shown = {name: x[:SHOWN, 0].numpy() for name, x in sets.items()}
-    save_images(run.work, "evidence_images", shown)
+    save_arrays(run.work.results / "evidence_images.npz", shown)
     return {"evidence_images": published_images.image_statistics(sets, mnist_extractor())}
 
 

@@ -19,7 +19,7 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return UNet(8).eval()
+    return UNet(4).eval()
 
 
 @pytest.fixture(scope="module")

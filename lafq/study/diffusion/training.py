@@ -30,9 +30,7 @@ WINDOW = 50  # steps whose mean loss is a row of training.csv
 def train(
     work: Workspace, width: int, *, seed: int, steps: int, dropout: float, **settings: Any
 ) -> None:
-    """Train (or continue) the model of a profile with the settings of `fit`; writes
-    results/<profile>/ema.safetensors and training.csv.
-    """
+    """Train (or continue) a profile's model as `fit`; writes ema.safetensors and training.csv."""
     torch.manual_seed(seed)
     model = UNet(width, dropout).to(work.device, memory_format=torch.channels_last)
     digits, checkpoint = mnist(train=True)[0], work.build / CHECKPOINT
@@ -112,12 +110,11 @@ def fit(
     **settings: Any,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Train from scratch, or on from `checkpoint` if there is one, and return the EMA weights and
-    every step's loss.
+    every step's loss; settings as `training_steps`.
 
-    The checkpoint is rewritten every `every` steps and kept; `settings` are those of
-    `training_steps`. compile: torch.compile, which takes a C++ compiler, is faster and rounds
-    differently. A run may be prolonged (other `steps`) as long as its learning rate has not begun
-    to fall. Raises ValueError when the checkpoint is damaged or belongs to other settings.
+    The checkpoint is rewritten every `every` steps and kept; ValueError when it is damaged or
+    belongs to other settings. A run may be prolonged (other `steps`) as long as its learning rate
+    has not begun to fall. compile: torch.compile is faster and rounds differently.
     """
     record = {"width": model.width, "dropout": model.dropout, "ema_decay": ema_decay}
     record |= {"compile": compile, **settings}
@@ -148,21 +145,16 @@ def fit(
 
 def _read(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -> dict[str, Any]:
     try:
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         made, done, planned = state["record"], len(state["losses"]), state["steps"]
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{checkpoint} is damaged ({error}): delete it to train anew") from None
-    for name, value in record.items():
-        if made.get(name) != value:
-            raise ValueError(
-                f"{checkpoint} was made with {name}={made.get(name)}, not {value}: delete it to "
-                f"train anew"
-            )
+    other = [name for name, value in record.items() if made.get(name) != value]
+    wrong = [f"{name}={made.get(name)}, not {record[name]}" for name in other]
     if steps != planned and done > min(steps, planned) - decay:
-        raise ValueError(
-            f"{checkpoint} is {done} steps into a run of {planned}, past where {steps} steps would "
-            f"have changed the learning rate: delete it to train anew"
-        )
+        wrong.append(f"{planned} steps in view: the learning rate of {steps} has begun to fall")
+    if wrong:
+        raise ValueError(f"{checkpoint} was made with {wrong[0]}; delete it to train anew")
     return state
 
 
@@ -186,8 +178,6 @@ def held_out_outputs(
 
 
 def held_out_losses(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> Tensor:
-    """Denoising loss of each of the first held-out digits (digits,): mean over the pixels of (eps -
-    eps_theta)^2.
-    """
+    """Mean over the pixels of (eps - eps_theta)^2 for the first held-out digits (digits,)."""
     eps_theta, eps = held_out_outputs(model, seed, digits)
     return (eps_theta - eps).square().flatten(1).mean(1)

@@ -23,9 +23,9 @@ from lafq.allocation.allocate import Frontier, frontiers_of, solve_budget
 from lafq.allocation.rules import GRANULARITIES, RULES, by_granularity, keep_above
 from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.checks import channel_view
-from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
+from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import bits_per_weight, dequantize_, kept_weights, nbytes, quantize
-from lafq.quantization.plan import Plan, Recipe, make_plan
+from lafq.quantization.plan import Plan, make_plan
 from lafq.study.damage import HALF_PIXELS
 from lafq.study.diffusion.subject import layer_of, load_model, quantizable
 from lafq.study.figures import plots, text
@@ -132,14 +132,13 @@ class Subject:
 
     def allocated(self, fisher: dict[str, Tensor], share: float, granularity: str) -> Plan:
         """The allocator's plan for a share of FP32's bytes."""
-        curvature = self.calibration.curvature
         if granularity not in self.frontiers:
+            known = self.calibration._replace(fisher=fisher)
             self.frontiers[granularity] = frontiers_of(
-                self.model, fisher, granularity, STUDY_FORMATS, False, curvature
+                self.model, known, granularity, STUDY_FORMATS, progress=False
             )
-        recipe = Recipe(unshrunk_scale, self.calibration.fisher, curvature)
-        budget = share * nbytes(self.model, {}) / MIB
-        return solve_budget(self.model, self.frontiers[granularity], budget, recipe)
+        budget, fronts = share * nbytes(self.model, {}) / MIB, self.frontiers[granularity]
+        return solve_budget(self.model, fronts, budget, self.calibration.recipe)
 
     def outcome(self, setting: Setting) -> Outcome:
         """Everything that is shown of a setting; raises as `row`."""

@@ -5,9 +5,10 @@ they are drawn, and are kept as they come back.
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     # Imported where it is used: it takes half a second, and few runs need it.
     from distributed import Client
 
+T = TypeVar("T")
 REACH = 10  # seconds
-AHEAD = 2  # tasks per thread of the workers
+AHEAD = 4  # tasks per thread of the workers
 
 
 def pack(small: nn.Module, model: nn.Module) -> bytes:
@@ -73,23 +75,16 @@ def connect(address: str) -> "Client":
 
 
 def sample_all(
-    address: str, tasks: Iterator[tuple[str, bytes]], **how: Any
-) -> Iterator[tuple[str, np.ndarray, str]]:
-    """`draw` the packed models of the tasks (key, packed); yields (key, images, machine) as they
-    come back. Tasks are taken one by one as workers have room.
+    address: str, tasks: Iterator[tuple[T, bytes]], **how: Any
+) -> Iterator[tuple[T, np.ndarray, str]]:
+    """`draw` the packed models of the tasks (row, packed); yields (row, images, machine). Tasks are
+    taken a few for each thread of the workers at a time.
     """
-    from distributed import as_completed
-
     how |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     with connect(address) as client:
-        keys, running = {}, as_completed(loop=client.loop, with_results=True)
         room = AHEAD * sum(client.nthreads().values())
-        waiting = next(tasks, None)
-        while keys or waiting:
-            if waiting and len(keys) < room:
-                keys[future := client.submit(draw, waiting[1], how, pure=False)] = waiting[0]
-                running.add(future)
-                waiting = next(tasks, None)
-            else:
-                future, drawn = next(running)
-                yield keys.pop(future), *drawn
+        while taken := list(islice(tasks, room)):
+            rows, packed = zip(*taken, strict=True)
+            drawn = client.map(draw, packed, how=how, pure=False)
+            for row, future in zip(rows, drawn, strict=True):
+                yield row, *future.result()

@@ -12,7 +12,7 @@ from lafq.quantization.model import quantize, resident_bytes
 from lafq.study import workspace
 from lafq.study.diffusion import ddpm
 from lafq.study.diffusion.ddpm import noised_batches
-from lafq.study.diffusion.unet import UNet, quantizable
+from lafq.study.diffusion.unet import UNet, layer_of, quantizable
 from lafq.study.figures import explorer
 from lafq.study.figures.explorer import Setting, Subject
 from lafq.study.images.sampling import Sampling
@@ -84,7 +84,7 @@ def test_the_share_asked_for_is_kept(subject, rule, granularity):
     fisher = thresholds.by_granularity(subject.calibration.fisher, granularity, axes)
     scores = rule_scores(rule, fisher)
     keep = thresholds.keep_above(scores, explorer.threshold_of(scores, rule, 0.3))
-    layers = {n: thresholds.layer_of(n) if rule == "ratio" else "all" for n in keep}
+    layers = {n: layer_of(n) if rule == "ratio" else "all" for n in keep}
     for layer in set(layers.values()):
         units = torch.cat([k.flatten() for n, k in keep.items() if layers[n] == layer])
         assert units.sum() == math.floor(0.3 * len(units) + 1e-9)
