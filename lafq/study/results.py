@@ -22,7 +22,7 @@ def save_rows(
     if work.keep:
         (work.results / f"{name}.npz").unlink(missing_ok=True)
     else:
-        workspace.save_images(work, name, images)
+        workspace.save_arrays(work.results / f"{name}.npz", images)
     save_table(work, name, table)
 
 
