@@ -125,8 +125,7 @@ class _Option(NamedTuple):
 def frontier(
     rows: Rows, granularity: str, formats: list[Format], groups: tuple[int, ...] = ()
 ) -> list[StorageOption]:
-    """The choices of one parameter that no other choice beats in both bytes and damage, smallest
-    first.
+    """The undominated choices of one parameter, smallest first.
 
     groups: so many weights may share a scale, where they divide a channel; groups have no single
     weights in FP16.
@@ -204,11 +203,9 @@ def _option(rows: Rows, formats: list[Format], group: int, kept: Tensor) -> _Opt
         if f not in fed:
             stored = fake_quantize(rest, f, unshrunk_scale, weight, group)
             change = torch.where(kept, _fp16(values), stored) - values
-            damages[f] = (
-                damage(change, fisher)
-                if curvature is None
-                else rows.damage(_independent(change, curvature))
-            )
+            damages[f] = damage(change, fisher)
+            if curvature is not None:
+                damages[f] = rows.damage(_independent(change, curvature))
     length = view.size[1]
     scale_bits = 16 * scales_per_channel(length, group)
     bits = torch.tensor([f.bits * length + scale_bits * f.is_integer for f in formats]).double()

@@ -115,7 +115,7 @@ def estimate_sensitivity(
         for batch in batches:
             arguments = arguments_of(batch, next(iter(chosen.values())).device)
             output = checked_output(model(*arguments), len(arguments[0]))
-            sums.add(_gradients(output, chosen, draws, noise), len(output))
+            sums.add(output, draws, noise)
     check_sums(sums.squares, sums.samples)
     if not any(square.any() for square in sums.squares.values()):
         raise ValueError(
@@ -179,20 +179,24 @@ class _Sums:
         largest: int,
         channels: int | None,
     ) -> None:
+        self.chosen, self.views, self.samples, self.traces = chosen, views, 0, []
         self.squares = {name: torch.zeros_like(p) for name, p in chosen.items()}
         self.moments = {n: Moments(v.of(chosen[n]), largest, channels) for n, v in views.items()}
-        self.views, self.samples, self.traces = views, 0, []
 
-    def add(self, gradients: dict[str, list[Tensor]], samples: int) -> None:
-        """Add the gradients of one pass, one per draw."""
-        trace = 0.0
-        for name, draws in gradients.items():
-            for gradient in draws:
-                self.squares[name].addcmul_(gradient, gradient, value=1 / len(draws))
-                trace += torch.linalg.vector_norm(gradient).item() ** 2 / len(draws)
+    def add(self, output: Tensor, draws: int, noise: torch.Generator) -> None:
+        """Add a pass: the gradients of the output times N(0, I), as often as there are draws."""
+        by_draw, trace = [], 0.0
+        for left in reversed(range(draws)):
+            n = torch.randn(output.shape, generator=noise, dtype=torch.float32).to(output)
+            how = {"retain_graph": left > 0, "allow_unused": True, "materialize_grads": True}
+            by_draw.append(torch.autograd.grad(output, list(self.chosen.values()), n, **how))
+        for name, *gradients in zip(self.chosen, *by_draw, strict=True):
+            for gradient in gradients:
+                self.squares[name].addcmul_(gradient, gradient, value=1 / draws)
+                trace += torch.linalg.vector_norm(gradient).item() ** 2 / draws
             if name in self.moments:
-                self.moments[name].add(*map(self.views[name].of, draws))
-        self.samples, self.traces = self.samples + samples, [*self.traces, trace]
+                self.moments[name].add(*map(self.views[name].of, gradients))
+        self.samples, self.traces = self.samples + len(output), [*self.traces, trace]
 
     def sensitivity(self, shrink: bool) -> Sensitivity:
         """The means over samples and passes, shrunk or as they are."""
@@ -207,15 +211,3 @@ class _Sums:
         fisher = {name: square / self.samples for name, square in squares.items()}
         effective = sum(self.traces) ** 2 / sum(x * x for x in self.traces)
         return Sensitivity(fisher, curvature, len(self.traces), noise, effective)
-
-
-def _gradients(
-    output: Tensor, chosen: dict[str, nn.Parameter], draws: int, noise: torch.Generator
-) -> dict[str, list[Tensor]]:
-    """By parameter: the gradients of the output times N(0, I), one per draw."""
-    by_draw = []
-    for left in reversed(range(draws)):
-        n = torch.randn(output.shape, generator=noise, dtype=torch.float32).to(output)
-        how = {"retain_graph": left > 0, "allow_unused": True, "materialize_grads": True}
-        by_draw.append(torch.autograd.grad(output, list(chosen.values()), n, **how))
-    return dict(zip(chosen, map(list, zip(*by_draw, strict=True)), strict=True))
