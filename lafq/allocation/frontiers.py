@@ -108,13 +108,15 @@ class _Option(NamedTuple):
 
     def cost(self, chosen: Tensor) -> tuple[int, float]:
         """Bytes and damage with the formats of these numbers, int64 (R,)."""
-        by_format = {self.formats[i]: (chosen == i).nonzero()[:, 0] for i in chosen.unique()}
+        by_format = {
+            self.formats[i]: (chosen == i).nonzero()[:, 0] for i in chosen.unique().tolist()
+        }
         size = counted_bytes(self.rows.view, by_format, self.kept.sum(1), "fp16", self.group)
         return size, self.damage.gather(1, chosen[:, None]).sum().item()
 
     def entry(self, chosen: Tensor) -> str | WeightSpec:
         """That of a plan, with the formats of these numbers."""
-        names = tuple(self.formats[i].name for i in chosen)
+        names = tuple(self.formats[i].name for i in chosen.tolist())
         format = names[0] if len(set(names)) == 1 else names
         if self.kept.any():
             return WeightSpec(format, self.rows.view.back(self.kept), "fp16")
