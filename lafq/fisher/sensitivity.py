@@ -68,10 +68,10 @@ def estimate_sensitivity(
     seed: int = 0,
     names: list[str] | None = None,
     shrink: bool = True,
-    curvature: bool = True,
     largest: int = LARGEST,
     channels: int | None = CHANNELS,
     draws: int = 1,
+    curvature: bool = True,
 ) -> Sensitivity:
     """Estimate the diagonal of the true Fisher information, and from the same passes the curvature
     that output channels share.
@@ -84,14 +84,14 @@ def estimate_sensitivity(
         names: the parameters; None: all with two dimensions or more.
         shrink: shrink noisy estimates (`fisher.shrinkage`), else take the means over passes as they
             are.
-        curvature: False gives means of Fisher values alone, with the memory of training and one
-            gradient more; a curvature needs C^2 numbers per tensor besides.
         largest: columns of a curvature matrix; that of a tensor with more weights per output
             channel is estimated in blocks.
         channels: output channels that one pass adds to a curvature; those of a tensor with more
             take turns (None: no turns).
         draws: of noise per pass. If batches are few, 4 tell more of each; a draw takes a backward
             pass and memory for a gradient.
+        curvature: False gives means of Fisher values alone, with the memory of training and one
+            gradient more; a curvature needs C^2 numbers per tensor besides.
 
     Raises ValueError for an unknown name, no batch, a result that is not finite or zero everywhere,
     and draws below 1.
