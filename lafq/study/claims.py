@@ -36,13 +36,14 @@ from lafq.study.workspace import Workspace, load_optional, load_table
 FID_MARGIN = 1.0
 MARGIN_IMAGES = 100
 LEVEL = 0.05
+Claim = dict[str, Any]
 FRONT = ("Layer1", "Layer2")
 HALF = 500
 LAYERWISE = ("ratio", "group", "mean_std")
 RATIOS_OF_MEANS = ("C1", "C2")
 ABOVE = ("C1", "C2", "C2 share")  # the others say that their number lies below NULL
 NULL = {"C1": 1.0, "C2": 1.0, "C2 share": 0.5, "rules damage": 1.0}  # of the others 0
-MEASURED = ("measured", "low", "high", "verdict", "p")
+OF_A_RUN = ["seed", "steps", "claim", "measured", "low", "high", "verdict", "p"]
 RATE = 4.0  # bits per weight at which claims about rules are tested
 
 
@@ -75,44 +76,22 @@ def holm(p: list[float]) -> list[float]:
     return corrected
 
 
-class Claim(NamedTuple):
-    """A row of claims.csv: what was measured, its interval low..high, and of what; fields that do
-    not apply to a claim are empty.
-
-    p: where a claim was tested more than once, corrected for the number of tests. kind: of Fisher
-    information; front_weights: share of the weights that Layers 1-2 have. rule to budget_bits: the
-    row compared; fp16_mib: of uniform FP16, beside it. best_share: of the resamples in which the
-    best ratio is one of 0.35-0.40, where chance gives `chance`.
-    """
-
-    claim: str
-    measured: float
-    low: float
-    high: float
-    verdict: str
-    p: float = math.nan
-    kind: str = ""
-    front_weights: float = math.nan
-    rule: str = ""
-    setting: str = ""
-    format: str = ""
-    granularity: str = ""
-    mem_mib: float = math.nan
-    fp16_mib: float = math.nan
-    budget_bits: float = math.nan
-    features: str = ""
-    n_images: float = math.nan
-    best_share: float = math.nan
-    chance: float = math.nan
-    runs: float = math.nan
-
-
 def _claim(
-    claim: str, measured: float, low: float, high: float, margin: float = 0.0, **fields: Any
+    claim: str,
+    measured: float,
+    low: float,
+    high: float,
+    margin: float = 0.0,
+    p: float = math.nan,
+    **fields: Any,
 ) -> Claim:
+    """A row of claims.csv: its number, the interval low..high and the verdict, and fields that say
+    of what the number is (results/README.md lists the columns).
+    """
     side = {"above": claim in ABOVE, "null": NULL.get(claim, 0.0)}
-    holds = verdict(low, high, **side, margin=margin, p=fields.get("p", 0.0))
-    return Claim(claim, measured, low, high, holds, **fields)
+    holds = verdict(low, high, **side, margin=margin, p=p)
+    number = {"measured": measured, "low": low, "high": high}
+    return {"claim": claim} | number | {"verdict": holds, "p": p} | fields
 
 
 class Judge(NamedTuple):
@@ -184,8 +163,8 @@ def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int
 
 
 def _c1_and_c2(trace: Tensor, early: Tensor, front_weights: float) -> dict[str, Tensor]:
-    """The numbers of the claims, of ratios the logarithm, from the Fisher trace of Layers 1-2 and of
-    the others by timestep bin and block (..., 2, bins, blocks); early: which bins are (bins,).
+    """The claims' numbers, of ratios the logarithm. trace: of Layers 1-2 and of the others by
+    timestep bin and block (..., 2, bins, blocks); early: which bins are (bins,).
     """
     by_bin = trace.mean(-1)
     halves = by_bin.sum(-2)
@@ -280,26 +259,22 @@ def image_claims(
 
 
 def over_runs(by_run: pd.DataFrame) -> pd.DataFrame:
-    """Each claim over training runs: rows of Claims become one Claim each, with the fields that all
-    runs share.
+    """Each claim over training runs, at least two, with the fields that all of them share.
 
     The interval is Student's t over the runs (of the logarithm where the number is a ratio of
-    means), at least two of them.
+    means).
     """
     claims = []
     for name, rows in by_run.groupby("claim", sort=False):
         values = rows["measured"]
         if len(values) < 2:
-            raise ValueError(
-                f"{len(values)} training run: an interval over runs needs at least two"
-            )
+            raise ValueError("one training run: an interval over runs needs at least two")
         if name in RATIOS_OF_MEANS:
             ends = map(math.exp, _student(values.map(math.log)))
         else:
             ends = _student(values)
-        described = [c for c in Claim._fields if c in rows and c not in ("claim", *MEASURED)]
-        shared = {c: rows[c].iloc[0] for c in described if rows[c].nunique() == 1}
-        claims.append(_claim(name, *ends, **shared | {"runs": len(values)}))
+        shared = rows.loc[:, rows.nunique() == 1].iloc[0].drop(OF_A_RUN, errors="ignore")
+        claims.append(_claim(name, *ends, runs=len(values), **shared))
     return pd.DataFrame(claims)
 
 

@@ -125,9 +125,7 @@ def _reverse_states(
 
 
 def by_layer(timesteps: pd.DataFrame) -> pd.DataFrame:
-    """Weights, mean Fisher value per weight and share of the Fisher trace of every layer, over all
-    timesteps; columns layer, weights, mean_fisher, share_of_all.
-    """
+    """Weights, mean_fisher per weight and share_of_all of the Fisher trace, of every layer."""
     traced = timesteps.assign(trace=timesteps["fisher"] * timesteps["weights"])
     total = traced.groupby("layer")[["weights", "trace"]].sum()
     table = pd.DataFrame({"weights": total["weights"] // timesteps["t_low"].nunique()})

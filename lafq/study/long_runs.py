@@ -58,7 +58,7 @@ from lafq.study.workspace import (
     Workspace,
     load_optional,
     profile_parameters,
-    save_images,
+    save_arrays,
     save_table,
 )
 from lafq.tensors import load_tensors, save_tensors
@@ -286,7 +286,8 @@ def described(profile: str, images: int = DESCRIBED) -> Tables:
         small = dequantize_(quantize(model, plan))
         sets[name] = store.draw(small, sampling, name).images
     sets[published_images.REAL_DIGITS] = mnist(train=False)[0][HELD_OUT][:images]
-    save_images(work, "evidence_images", {name: x[:SHOWN, 0].numpy() for name, x in sets.items()})
+    shown = {name: x[:SHOWN, 0].numpy() for name, x in sets.items()}
+    save_arrays(work.results / "evidence_images.npz", shown)
     return {"evidence_images": published_images.image_statistics(sets, mnist_extractor())}
 
 

@@ -6,18 +6,11 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from lafq.study import poster
+from lafq.study import poster, workspace
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import KEY, Row
-from lafq.study.workspace import (
-    Workspace,
-    load_images,
-    load_optional,
-    load_table,
-    save_images,
-    save_table,
-)
+from lafq.study.workspace import Workspace, load_optional, load_table, save_table
 
 RULES = ("baseline", "uniform", *poster.TARGET_SHARE, "ratio")
 
@@ -29,7 +22,7 @@ def save_rows(
     if work.keep:
         (work.results / f"{name}.npz").unlink(missing_ok=True)
     else:
-        save_images(work, name, images)
+        workspace.save_arrays(work.results / f"{name}.npz", images)
     save_table(work, name, table)
 
 
@@ -41,7 +34,7 @@ def load_rows(
     """
     table, store = load_table(work, name), ImageStore(work)
     if (work.results / f"{name}.npz").is_file() or not store.folder.is_dir():
-        images = load_images(work, name)
+        images = workspace.load_images(work, name)
     else:
         rows = zip(table["sample"], table["n_images"], strict=True)
         images = {key: store.images(key, count) for key, count in rows}
@@ -49,10 +42,8 @@ def load_rows(
         baseline, its_images = load_rows(work, "01_baseline")
         for column in ("n_images", "steps"):
             if (theirs := baseline[column].iloc[0]) != (ours := table[column].iloc[0]):
-                raise ValueError(
-                    f"01_baseline has {column} {theirs}, {name} has {ours}: run 01_train with the "
-                    f"same settings"
-                )
+                both = f"01_baseline has {column} {theirs}, {name} has {ours}"
+                raise ValueError(f"{both}: run 01_train with the same settings")
         table, images = pd.concat([baseline, table], ignore_index=True), its_images | images
     return table, images
 
@@ -73,8 +64,8 @@ def evaluate_rows(
     save_rows(work, name, table, images)
     keys = {row[: len(KEY)] for row in compared}
     if keys:
-        compared_rows = table[[key in keys for key in table[KEY].itertuples(index=False)]]
-        update_comparison(work, poster.compare(compared_rows, work.profile))
+        chosen = table[[key in keys for key in table[KEY].itertuples(index=False)]]
+        update_comparison(work, poster.compare(chosen, work.profile))
 
 
 def update(work: Workspace, name: str, rows: pd.DataFrame) -> None:

@@ -8,6 +8,7 @@ of a budget in bits per weight: uniform formats, the allocator's, and threshold 
 import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -156,8 +157,7 @@ def _with_bytes(columns: dict[str, Any], stored: list[int], model: nn.Module) ->
 
 def kept_share(model: nn.Module, plan: Entries) -> float:
     """Share of the six layers' weights that the plan leaves in FP32."""
-    names = quantizable(model)
-    return sum(kept_weights(model, plan, n) for n in names) / _weights(model)
+    return sum(kept_weights(model, plan, n) for n in quantizable(model)) / _weights(model)
 
 
 def _weights(model: nn.Module) -> int:
@@ -257,9 +257,7 @@ def uniform_rows(model: nn.Module, formats: Sequence[str] = ("fp16", "int8")) ->
 def keep_ratio(fisher: Scores, ratio: float) -> dict[str, Tensor]:
     """Per layer the floor(ratio * n) of n units of highest Fisher value, ratio in [0, 1]."""
     if not 0 <= ratio <= 1:
-        raise ValueError(
-            f"ratio {ratio} is outside [0, 1]: it is the share of a layer's units to keep"
-        )
+        raise ValueError(f"ratio {ratio} is outside [0, 1], the share of a layer's units to keep")
     return keep_above(rule_scores("ratio", fisher), 1 - ratio)
 
 
@@ -272,13 +270,12 @@ def ratio_rows(
 ) -> list[Row]:
     """The ratio rule; coarse ratios, and Inception for the others, by weight only."""
     rows = []
-    for granularity in granularities:
+    for granularity, low in product(granularities, formats):
         by_weight, values = granularity == "weight", by_granularity(fisher, granularity)
-        for low in formats:
-            for ratio in sorted({*ratios, *(coarse if by_weight else ())}):
-                plan = make_plan(keep_ratio(values, ratio), low)
-                key = "ratio", f"{ratio:.2f}", low, granularity, "nearest"
-                rows.append(Row(*key, plan, inception=by_weight and ratio in ratios))
+        for ratio in sorted({*ratios, *(coarse if by_weight else ())}):
+            key = "ratio", f"{ratio:.2f}", low, granularity, "nearest"
+            plan = make_plan(keep_ratio(values, ratio), low)
+            rows.append(Row(*key, plan, inception=by_weight and ratio in ratios))
     return rows
 
 
@@ -289,22 +286,16 @@ def published_rows(
     uniform formats; of `count` thresholds of a rule the nearest to the paper's share of bytes.
     """
     rows = [BASELINE._replace(inception=True), *uniform_rows(model)]
-    for rule in poster.TARGET_SHARE:
-        rows += _of_the_papers_size(model, rule, fisher, count)
+    for rule, share in poster.TARGET_SHARE.items():
+        sizes = size_table(model, rule, fisher, [["int8", "weight"]], count)
+        rows += threshold_rows(rule, fisher, nearest_size(sizes, share), inception=True)
     return rows + ratio_rows(fisher, ratios)
 
 
 def claimed_rows(model: nn.Module, fisher: Scores, count: int) -> list[Row]:
-    """The rows that C3 and C4 speak of: those of `published_rows` that they compare."""
-    group = _of_the_papers_size(model, "group", fisher, count)
-    ratios = ratio_rows(fisher, poster.RATIOS)
-    return [BASELINE, *uniform_rows(model, ("fp16",)), *group, *ratios]
-
-
-def _of_the_papers_size(model: nn.Module, rule: str, fisher: Scores, count: int) -> list[Row]:
-    sizes = size_table(model, rule, fisher, [["int8", "weight"]], count)
-    chosen = nearest_size(sizes, poster.TARGET_SHARE[rule])
-    return threshold_rows(rule, fisher, chosen, inception=True)
+    """Of `published_rows`, with all ratios, those that C3 and C4 compare, and the baseline."""
+    rows = published_rows(model, fisher, poster.RATIOS, count)
+    return [r for r in rows if r.rule in ("baseline", "group", "ratio") or r.format == "fp16"]
 
 
 def measured_sensitivity(

@@ -4,6 +4,7 @@ and figures as files. LAFQ_OUTPUT names another folder to hold results/ and figu
 
 import os
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +103,8 @@ def open_workspace(
 def compute_on(threads: int, device: str = "auto") -> torch.device:
     """Fix the number of threads (at most the cores) and how FP32 is computed; choose the device.
 
-    "auto": a CUDA GPU where one is visible. Raises ValueError for another device, RuntimeError when
-    CUDA is asked for and absent.
+    "auto": a CUDA GPU where one is visible. ValueError for another device, RuntimeError for CUDA
+    that is asked for and absent.
     """
     from dask.system import CPU_COUNT  # reads the limits of a container too
 
@@ -124,10 +125,9 @@ def kind_of_machine() -> str:
     """What decides the last bits of an image: processor, vector instructions, threads, torch."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    cpuinfo, fields = Path("/proc/cpuinfo"), {}
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []:
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
+    cpuinfo = Path("/proc/cpuinfo")
+    content = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    fields = dict(re.findall(r"^(.+?)\s*: (.*)$", content, re.MULTILINE))
     processor = fields.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in fields:
         processor = f"{processor} {fields['cpu family']}/{fields['model']}".lstrip()
@@ -163,18 +163,13 @@ def compute_or_load(work: Workspace, name: str, make: Callable[[], pd.DataFrame]
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write an npz file."""
+    """Write an npz file of arrays by name."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
 
-def save_images(work: Workspace, name: str, images: dict[str, np.ndarray]) -> None:
-    """Write generated images, uint8 (N, 32, 32) by key, to results/<profile>/<name>.npz."""
-    save_arrays(work.results / f"{name}.npz", images)
-
-
 def load_images(work: Workspace, name: str) -> dict[str, np.ndarray]:
-    """Read what `save_images` wrote."""
+    """The images, uint8 (N, 32, 32) by key, of results/<profile>/<name>.npz."""
     with np.load(_existing(work, f"{name}.npz")) as file:
         return dict(file)
 

@@ -59,7 +59,7 @@ def fisher_claims(early, front, noise=0.0):
                 fisher = (early if t < 500 else 1) * (front if name[:6] in claims.FRONT else 1)
                 rows.append((name, t, block, wobble * fisher))
     blocks = pd.DataFrame(rows, columns=["parameter", "t_low", "block", "fisher"])
-    return {c.claim: c for c in claims.fisher_claims(blocks, WEIGHTS, "made up", seed=0)}
+    return {c["claim"]: c for c in claims.fisher_claims(blocks, WEIGHTS, "made up", seed=0)}
 
 
 @pytest.mark.parametrize(
@@ -68,26 +68,26 @@ def fisher_claims(early, front, noise=0.0):
 )
 def test_c1(early, noise, expected):
     claim = fisher_claims(early, 1, noise)["C1"]
-    assert claim.verdict == expected
-    assert claim.low < claim.measured < claim.high
+    assert claim["verdict"] == expected
+    assert claim["low"] < claim["measured"] < claim["high"]
 
 
 def test_c1_and_c2_are_exact_without_noise():
     of = fisher_claims(5, 7)
-    assert of["C1"].measured == pytest.approx(5)
-    assert of["C2"].measured == pytest.approx(7)
-    assert of["C2 share"].measured == pytest.approx(7 * 2 / (7 * 2 + 4))
-    assert of["C2 share"].front_weights == pytest.approx(1 / 3)
-    assert [of[c].verdict for c in ("C2", "C2 share")] == ["supported"] * 2
+    assert of["C1"]["measured"] == pytest.approx(5)
+    assert of["C2"]["measured"] == pytest.approx(7)
+    assert of["C2 share"]["measured"] == pytest.approx(7 * 2 / (7 * 2 + 4))
+    assert of["C2 share"]["front_weights"] == pytest.approx(1 / 3)
+    assert [of[c]["verdict"] for c in ("C2", "C2 share")] == ["supported"] * 2
     of = fisher_claims(1, 1.5)
-    assert [of[c].verdict for c in ("C2", "C2 share")] == ["supported", "contradicted"]
+    assert [of[c]["verdict"] for c in ("C2", "C2 share")] == ["supported", "contradicted"]
 
 
 def test_blocks_are_resampled_for_all_tensors_at_once():
     """Noise that all tensors of a block share cancels in C2, and not in C1."""
     of = fisher_claims(2, 3, 0.5)
-    assert of["C2"].high - of["C2"].low < 1e-9
-    assert of["C1"].high / of["C1"].low > 1.2
+    assert of["C2"]["high"] - of["C2"]["low"] < 1e-9
+    assert of["C1"]["high"] / of["C1"]["low"] > 1.2
 
 
 def ratio_rows(formats=("fp16",)):
@@ -113,11 +113,11 @@ def test_c3_on_images(inside, outside, expected):
         noisy = clean + (inside if is_best else outside) * noise
         images[sample] = noisy.clamp(0, 255).to(torch.uint8).numpy()
     [claim] = claims.best_ratio(table, claims.judge(images, 0, None))
-    assert claim.verdict == expected
-    assert claim.low < claim.measured < claim.high
-    assert (claim.format, claim.features, claim.n_images) == ("fp16", "MNIST", 60)
-    assert claim.chance == 3 / 8
-    assert claim.best_share == 1 or expected != "supported"
+    assert claim["verdict"] == expected
+    assert claim["low"] < claim["measured"] < claim["high"]
+    assert (claim["format"], claim["features"], claim["n_images"]) == ("fp16", "MNIST", 60)
+    assert claim["chance"] == 3 / 8
+    assert claim["best_share"] == 1 or expected != "supported"
 
 
 def made_up(values, spread, margin=0.0):
@@ -144,8 +144,8 @@ def test_c3_by_the_margin(gain, spread, margin, expected):
     table, inside = ratio_rows()
     fids = dict(zip(table["sample"], 60 - gain * inside, strict=True))
     [claim] = claims.best_ratio(table, made_up(fids, spread, margin))
-    assert claim.verdict == expected
-    assert claim.measured == pytest.approx(-gain)
+    assert claim["verdict"] == expected
+    assert claim["measured"] == pytest.approx(-gain)
 
 
 def test_c3_is_corrected_for_the_number_of_formats():
@@ -157,10 +157,10 @@ def test_c3_is_corrected_for_the_number_of_formats():
     by = made_up(dict(zip(table["sample"], 60 - gain, strict=True)), 1.0)
     [alone] = claims.best_ratio(table[table["format"] == "int8"], by)
     both = claims.best_ratio(table, by)[1]
-    assert 0.025 < alone.p < 0.05
-    assert (alone.verdict, both.verdict) == ("supported", "inconclusive")
-    assert both.p == 2 * alone.p
-    assert (alone.low, alone.high) == (both.low, both.high)
+    assert 0.025 < alone["p"] < 0.05
+    assert (alone["verdict"], both["verdict"]) == ("supported", "inconclusive")
+    assert both["p"] == 2 * alone["p"]
+    assert (alone["low"], alone["high"]) == (both["low"], both["high"])
 
 
 def test_c3_needs_ratios_on_both_sides():
@@ -181,8 +181,9 @@ def test_c4_compares_rows_of_equal_bytes(change, spread, expected):
     by = made_up({"u": 60.0, "g": 60.0 + change, "x": 0.0}, spread, margin=1.0)
     table = pd.DataFrame(rows, columns=[*KEY[:4], "mem_mib", "sample"])
     claim = claims.layerwise_images(table, by)
-    assert claim.verdict == expected
-    assert (claim.rule, claim.setting, claim.mem_mib, claim.fp16_mib) == ("group", "a", 4.1, 4.0)
+    assert claim["verdict"] == expected
+    compared = [claim[field] for field in ("rule", "setting", "mem_mib", "fp16_mib")]
+    assert compared == ["group", "a", 4.1, 4.0]
 
 
 @pytest.mark.parametrize(
@@ -194,5 +195,5 @@ def test_claims_about_rules_follow_from_their_intervals(low, high, expected):
     table = table.assign(rounding="feedback", budget_bits=4.0)
     ends = {"over_global": 3.0, "over_global_low": low, "over_global_high": high}
     of_rules = claims.damage_claims(table.assign(**ends), "feedback")
-    assert [claim.rule for claim in of_rules] == list(claims.LAYERWISE)
-    assert {claim.verdict for claim in of_rules} == {expected}
+    assert [claim["rule"] for claim in of_rules] == list(claims.LAYERWISE)
+    assert {claim["verdict"] for claim in of_rules} == {expected}

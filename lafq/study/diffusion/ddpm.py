@@ -47,7 +47,7 @@ def noised_batches(
 
 
 def bin_edges(bins: int) -> list[int]:
-    """The first timestep of each of `bins` bins of consecutive timesteps, and 1,000 behind them."""
+    """The first timestep of each of `bins` bins of consecutive timesteps, and 1,000 at the end."""
     return [round(b * TIMESTEPS / bins) for b in range(bins + 1)]
 
 
@@ -61,10 +61,10 @@ def stratified_batches(
     """
     if not 1 <= bins <= TIMESTEPS or samples < bins:
         raise ValueError(
-            f"{samples} samples over {bins} timestep bins: give every bin at least one sample"
+            f"{samples} samples over {bins} timestep bins: give every bin one at least"
         )
     edges = bin_edges(bins)
-    for b in tqdm(range(bins), desc="Fisher", unit="bin", leave=False):
+    for b in tqdm(range(bins), "Fisher", leave=False):
         g, count = generator(seed, b), samples // bins + (b < samples % bins)
         t = torch.randint(edges[b], edges[b + 1], (count,), generator=g).to(like.device)
         x_0 = unit_interval(images[torch.randint(len(images), (count,), generator=g)]).to(like)
@@ -80,10 +80,8 @@ def trailing_timesteps(steps: int) -> list[int]:
 
 
 def ancestral_step(x_t: Tensor, eps: Tensor, z: Tensor, t: int, s: int) -> Tensor:
-    """A draw x_s from p(x_s | x_t), s < t, with the posterior's variance and x_0 not clipped;
-    x_{-1} is the image. All tensors (B, ...).
-
-    Source: Ho et al. 2020, algorithm 2, for a strided subset of the timesteps.
+    """A draw x_s (B, ...) from p(x_s | x_t), s < t, with the posterior's variance and x_0 not
+    clipped; x_{-1} is the image (Ho et al. 2020, algorithm 2, for a subset of the timesteps).
     """
     alpha_bar_t, alpha_bar_s = ALPHA_BAR[t].item(), ALPHA_BAR[s].item() if s >= 0 else 1.0
     alpha = alpha_bar_t / alpha_bar_s

@@ -56,9 +56,7 @@ def take_weights(
 
 
 def load_model(work: Workspace, width: int) -> UNet:
-    """The model of a profile with its trained EMA weights, in evaluation mode; errors as
-    `load_tensors`.
-    """
+    """The model with its trained EMA weights, in evaluation mode; errors as `load_tensors`."""
     weights, _ = load_tensors(work.results / WEIGHTS, "01_train with TRAIN=1", width=width)
     model = UNet(width)
     model.load_state_dict(weights)

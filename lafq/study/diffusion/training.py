@@ -145,7 +145,7 @@ def fit(
 
 def _read(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -> dict[str, Any]:
     try:
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         made, done, planned = state["record"], len(state["losses"]), state["steps"]
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{checkpoint} is damaged ({error}): delete it to train anew") from None
@@ -178,8 +178,6 @@ def held_out_outputs(
 
 
 def held_out_losses(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> Tensor:
-    """Denoising loss of each of the first held-out digits (digits,): mean over the pixels of (eps -
-    eps_theta)^2.
-    """
+    """Mean over the pixels of (eps - eps_theta)^2 for the first held-out digits (digits,)."""
     eps_theta, eps = held_out_outputs(model, seed, digits)
     return (eps_theta - eps).square().flatten(1).mean(1)

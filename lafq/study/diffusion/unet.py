@@ -72,9 +72,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """One "layer" of the paper: residual block, attention in two layers, residual block, resampling
-    convolution.
-    """
+    """A "layer" of the paper: two residual blocks, attention in two layers, resampling."""
 
     def __init__(self, name: str, width: int, dropout: float) -> None:
         super().__init__()
@@ -140,9 +138,7 @@ def quantizable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def layer_sizes(model: UNet) -> pd.DataFrame:
-    """Parameters and MiB (FP32) of the six layers, of the input and output convolutions, and of the
-    whole model; columns layer, channels, parameters, mib.
-    """
+    """Parameters and MiB (FP32) of the six layers, of what is outside them, and of all."""
     total = sum(p.numel() for p in model.parameters())
     counts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in LAYERS}
     counts |= {"input and output": total - sum(counts.values()), "total": total}

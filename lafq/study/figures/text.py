@@ -53,7 +53,7 @@ def sentence(templates: Mapping[str, str], row: pd.Series) -> str:
     """The sentence of a claim's row; "" where it has none, or a field that it names is empty."""
     template = templates.get(row["claim"], "")
     fields = [field for _, field, _, _ in Formatter().parse(template) if field]
-    return "" if row[fields].isna().any() else template.format(**row)
+    return "" if row.reindex(fields).isna().any() else template.format(**row)
 
 
 CLAIMS = {"claim": "claim", "quantity": partial(sentence, QUANTITIES)}

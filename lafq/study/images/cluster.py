@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     # Imported where it is used: it takes half a second, and few runs need it.
     from distributed import Client
 
+T = TypeVar("T")
 REACH = 10  # seconds
 AHEAD = 4  # tasks per thread of the workers
 
@@ -74,16 +75,16 @@ def connect(address: str) -> "Client":
 
 
 def sample_all(
-    address: str, tasks: Iterator[tuple[str, bytes]], **how: Any
-) -> Iterator[tuple[str, np.ndarray, str]]:
-    """`draw` the packed models of the tasks (key, packed); yields (key, images, machine). Tasks are
+    address: str, tasks: Iterator[tuple[T, bytes]], **how: Any
+) -> Iterator[tuple[T, np.ndarray, str]]:
+    """`draw` the packed models of the tasks (row, packed); yields (row, images, machine). Tasks are
     taken a few for each thread of the workers at a time.
     """
     how |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     with connect(address) as client:
         room = AHEAD * sum(client.nthreads().values())
         while taken := list(islice(tasks, room)):
-            keys, packed = zip(*taken, strict=True)
+            rows, packed = zip(*taken, strict=True)
             drawn = client.map(draw, packed, how=how, pure=False)
-            for key, future in zip(keys, drawn, strict=True):
-                yield key, *future.result()
+            for row, future in zip(rows, drawn, strict=True):
+                yield row, *future.result()

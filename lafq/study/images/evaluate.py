@@ -1,5 +1,5 @@
-"""Rows of the tables: quantize every model, sample from the same noise, score the images, alone and
-against the FP32 model's.
+"""Rows of the tables: models quantized, sampled from the same noise, and scored, alone and against
+the FP32 model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lafq.quantization.model import dequantize_, weights_sha256
 from lafq.study.diffusion import subject
@@ -23,7 +24,7 @@ from lafq.study.images.features import (
     inception_extractor,
     mnist_extractor,
 )
-from lafq.study.images.sampling import ImageStore, Recipe, Sampled, Sampling
+from lafq.study.images.sampling import ImageStore, Recipe, RowFiles, Sampled, Sampling
 from lafq.study.rows import BASELINE, Row, quantized, recipe, sizes
 from lafq.study.workspace import Workspace
 
@@ -39,9 +40,7 @@ class Scored(NamedTuple):
 
 
 def score(images: Tensor, extractors: Sequence[FeatureExtractor], seed: int) -> Scored:
-    """The metrics of uint8 images (N, 1, 32, 32) on each extractor's features; sets of equally many
-    images are resampled alike.
-    """
+    """The metrics of uint8 images (N, 1, 32, 32), on the same resamples for an equal N and seed."""
     indices, scored = metrics.resamples(len(images), seed), Scored({}, {})
     for extractor in extractors:
         seen, reference = extractor.features(images), extractor.reference
@@ -66,9 +65,7 @@ def metric_values(seen: Features, extractor: FeatureExtractor) -> dict[str, floa
 
 
 def against_baseline(scored: Scored, baseline: Scored) -> dict[str, float]:
-    """The columns of a row: for every metric the value, its difference from the baseline's, and
-    both 95 % intervals.
-    """
+    """For every metric the value, its difference from the baseline's, and both 95 % intervals."""
     columns = {}
     for metric in METRICS:
         value, before = (s.values.get(metric, NONE) for s in (scored, baseline))
@@ -116,6 +113,7 @@ class Evaluation:
         rows: Sequence[Row] = (),
     ) -> None:
         self.work, self.model, self.sampling = work, model, sampling
+        self.store = ImageStore(work)
         self.extractors = [mnist_extractor(), *([inception] if inception else [])]
         self.recipes: dict[str, Recipe] = {}
         self.scores: dict[tuple[str, bool], dict[str, float]] = {}
@@ -131,25 +129,30 @@ class Evaluation:
 
     def draw(self, row: Row, rounded: nn.Module, label: str) -> Sampled:
         """The images of a row; rounded: its quantized model, read back in FP32."""
-        return ImageStore(self.work).draw(rounded, self.sampling, label, self.recipe(row, rounded))
+        return self.store.draw(rounded, self.sampling, label, self.recipe(row, rounded))
 
     def draw_on_cluster(self, rows: Sequence[Row]) -> None:
-        """Have a Dask cluster draw the images of all rows that are not kept yet."""
+        """Have a Dask cluster draw the images that are not kept yet, those of equal rows once."""
+        drawn: set[str] = set()
 
-        def packed() -> Iterator[tuple[bytes, nn.Module, Recipe | None]]:
+        def tasks() -> Iterator[tuple[RowFiles, bytes]]:
             for row in rows:
                 small = quantized(self.model, row, self.sampling.seed)
-                content = cluster.pack(small, self.model)
+                packed = cluster.pack(small, self.model)
                 rounded = dequantize_(small)
-                yield content, rounded, self.recipe(row, rounded)
+                files = self.store.files(rounded, self.sampling, self.recipe(row, rounded))
+                if files.missing and files.key not in drawn:
+                    drawn.add(files.key)
+                    yield files, packed
 
-        where = {"width": self.model.width, "device": self.work.device.type}
-        ImageStore(self.work).draw_on_cluster(packed(), len(rows), self.sampling, **where)
+        how = {"width": self.model.width, "device": self.work.device.type}
+        done = cluster.sample_all(self.work.scheduler, tasks(), **self.sampling._asdict(), **how)
+        for files, images, machine in tqdm(done, "sampling on the cluster", len(rows)):
+            for batch in files.missing:
+                files.keep(batch, images[batch.start : batch.stop], machine)
 
     def recipe(self, row: Row, rounded: nn.Module) -> Recipe | None:
-        """A row's recipe, or that of an earlier row with the very same weights; None where images
-        are not kept.
-        """
+        """A row's recipe, or an earlier row's with the very same weights; None if not kept."""
         if not self.work.keep:
             return None
         needs_fisher = row.rule not in ("baseline", "uniform") and not row.made
@@ -173,12 +176,12 @@ class Evaluation:
     def conditions(self, sampled: Sampled) -> dict[str, Any]:
         """The columns that say how a row's images were drawn and scored."""
         mnist, *inception = (extractor.reference_images for extractor in self.extractors)
-        reference = f"{mnist} test digits, 32x32"
+        more = f" (Inception: {inception[0]})" if inception else ""
         return {
             "n_images": self.sampling.images,
             "steps": self.sampling.steps,
             "same_machine": len(sampled.machines | self.baseline.machines) == 1,
-            "reference": reference + "".join(f" (Inception: {count})" for count in inception),
+            "reference": f"{mnist} test digits, 32x32{more}",
             "sample": sampled.key,
         }
 
@@ -193,11 +196,9 @@ def evaluate(
     """Quantize the model as every row says, sample from the same noise, and score the images.
 
     inception_reference: number of reference digits for the Inception columns; 0 leaves them empty.
-
     Returns one line per row (results/README.md lists the columns), and uint8 images (N, 32, 32) by
-    `sample`, the key of a row's images. All plans are checked first. Equal plans are sampled once;
-    images that are kept already are not sampled again. Raises ValueError for a plan that does not
-    fit the model, and the errors of `ImageStore.draw`.
+    `sample`, the key of a row's images. All plans are checked first; ValueError for one that does
+    not fit the model, and as `ImageStore.draw`. What is kept already is not sampled again.
     """
     stored = sizes(model, [row.plan for row in rows]).to_dict("records")
     run = Evaluation(work, model, sampling, inception_extractor(inception_reference), rows)
@@ -231,39 +232,33 @@ def quality(work: Workspace, model: nn.Module, sampling: Sampling, block: int) -
 def evaluate_large(
     work: Workspace, model: nn.Module, rows: list[Row], sampling: Sampling
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """`evaluate` with many images, the unquantized model first, and the columns of
-    `block_statistics`.
-    """
+    """`evaluate`, the unquantized model first, with the columns of `block_statistics`."""
     rows = [BASELINE, *(row for row in rows if row.rule != "baseline")]
     table, images = evaluate(work, model, rows, sampling)
-    return table.merge(
-        block_statistics(images, table["sample"][0]), on="sample", how="left"
-    ), images
+    blocks = block_statistics(images, table["sample"][0])
+    return table.merge(blocks, on="sample", how="left"), images
 
 
 def block_statistics(images: dict[str, np.ndarray], baseline: str) -> pd.DataFrame:
-    """fid_mnist of disjoint blocks of a tenth of the images, as a paper of so many would have it.
+    """fid_mnist of disjoint blocks of a tenth of the images, uint8 (N, 32, 32) by `sample`, as a
+    paper of so many would have it: mean, standard deviation (_sd), and those of the difference from
+    the same block of the `sample` baseline.
 
-    images: uint8 (N, 32, 32) by `sample`; baseline: that of the unquantized model. Columns sample,
-    blocks, block_fid_mnist and block_delta_fid_mnist (its difference from the baseline's block),
-    each the mean and, with _sd, the standard deviation over the blocks; fid_mnist_inf, FID
-    extrapolated to infinite N from blocks of a fifth, a half and all of the images.
+    fid_mnist_inf: FID extrapolated to infinite N from blocks of a fifth, a half and all images.
     """
-    features = {
-        key: mnist_extractor().features(torch.from_numpy(pixels)[:, None]).features
-        for key, pixels in images.items()
-    }
-    block = len(images[baseline]) // 10
-    before, lines = _block_fids(features[baseline], block), []
-    sizes = [2 * block, 5 * block, 10 * block]
-    for key, of_row in features.items():
-        fids = _block_fids(of_row, block)
-        line = {"sample": key, "blocks": len(fids)}
-        for name, values in (("block_fid_mnist", fids), ("block_delta_fid_mnist", fids - before)):
-            line |= {name: values.mean(), f"{name}_sd": values.std()}
-        means = [_block_fids(of_row, size).mean() for size in sizes]
-        lines.append(line | {"fid_mnist_inf": metrics.fid_at_infinity(sizes, means)})
-    return pd.DataFrame(lines)
+    look, block = mnist_extractor().features, len(images[baseline]) // 10
+    features = {key: look(torch.from_numpy(x)[:, None]).features for key, x in images.items()}
+    fids = pd.DataFrame({key: _block_fids(of_row, block) for key, of_row in features.items()})
+    deltas, sizes = fids.sub(fids[baseline], axis=0), [2 * block, 5 * block, 10 * block]
+
+    def beyond(of_row: Tensor) -> float:
+        return metrics.fid_at_infinity(sizes, [_block_fids(of_row, n).mean() for n in sizes])
+
+    columns = {"blocks": fids.count()}
+    columns |= {"block_fid_mnist": fids.mean(), "block_fid_mnist_sd": fids.std()}
+    columns |= {"block_delta_fid_mnist": deltas.mean(), "block_delta_fid_mnist_sd": deltas.std()}
+    columns["fid_mnist_inf"] = [beyond(of_row) for of_row in features.values()]
+    return pd.DataFrame(columns).rename_axis("sample").reset_index()
 
 
 def _block_fids(features: Tensor, size: int) -> pd.Series:

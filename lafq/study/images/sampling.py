@@ -14,7 +14,6 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lafq.quantization.model import weights_sha256
 from lafq.study.diffusion.ddpm import sample
-from lafq.study.images import cluster
 from lafq.study.workspace import Workspace, kind_of_machine, save_arrays
 
 Recipe = dict[str, Any]
@@ -147,9 +144,7 @@ class ImageStore:
         label: str = "sampling",
         recipe: Recipe | None = None,
     ) -> Sampled:
-        """The images of `ddpm.sample`, batch by batch drawn or taken from where they are kept;
-        ValueError for no images, and as `RowFiles.read`.
-        """
+        """The images of `ddpm.sample`, drawn or read batch by batch; errors as `RowFiles.read`."""
         if sampling.images < 1:
             raise ValueError(f"{sampling.images} images asked for: at least one is needed")
         files, (_, *how), parts = self.files(model, sampling, recipe), sampling, []
@@ -160,34 +155,6 @@ class ImageStore:
             parts.append(files.read(batch))
         images, machines = zip(*parts, strict=True)
         return Sampled(files.key, torch.from_numpy(np.concatenate(images)), frozenset(machines))
-
-    def draw_on_cluster(
-        self,
-        rows: Iterator[tuple[bytes, nn.Module, Recipe | None]],
-        count: int,
-        sampling: Sampling,
-        **model: Any,
-    ) -> None:
-        """Have the workers of a Dask cluster draw what is not yet kept of `count` rows, equal ones
-        once; errors as `cluster.connect`.
-
-        rows: `cluster.pack` of the quantized model, this model in FP32, and its recipe; taken a few
-        at a time. model: its `width` and `device`.
-        """
-        files: dict[str, RowFiles] = {}
-
-        def tasks() -> Iterator[tuple[str, bytes]]:
-            for packed, rounded, recipe in rows:
-                row = self.files(rounded, sampling, recipe)
-                if row.key not in files and row.missing:
-                    files[row.key] = row
-                    yield row.key, packed
-
-        address, how = self.work.scheduler, sampling._asdict() | model
-        drawn = cluster.sample_all(address, tasks(), **how)
-        for key, images, machine in tqdm(drawn, "sampling on the cluster", count):
-            for batch in files[key].missing:
-                files[key].keep(batch, images[batch.start : batch.stop], machine)
 
     def images(self, key: str, count: int) -> np.ndarray:
         """The first `count` kept images of a row, uint8 (N, 32, 32), by its key, the `sample` of

@@ -1,5 +1,4 @@
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -48,18 +47,7 @@ def test_extracted_files_beside_the_archives_are_not_read(archives):
     (archives / "t10k-images-idx3-ubyte").write_bytes(bytes(16 + 28 * 28 * 10_000))
     found = mnist(train=False, root=archives.parent.parent)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-
-
-def test_processes_that_read_at_once_leave_no_file(archives):
-    before = sorted(archives.iterdir())
-    with ThreadPoolExecutor(4) as pool:
-        found = list(
-            pool.map(
-                lambda _: mnist(train=False, root=archives.parent.parent)[0].sum().item(), range(4)
-            )
-        )
-    assert len(set(found)) == 1
-    assert sorted(archives.iterdir()) == before
+    assert len(list(archives.iterdir())) == 5
 
 
 def test_named_streams():

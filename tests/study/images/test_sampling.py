@@ -5,7 +5,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lafq.quantization.model import weights_sha256
 from lafq.study import results, workspace
 from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject
@@ -21,15 +20,7 @@ SMOKE = Workspace("smoke")
 KEEPING = Workspace("smoke", keep=True)
 DRAW = Sampling(images=5, steps=2, seed=0, batch=2)
 FISHER = {"samples": 2000, "bins": 20, "seed": 0}
-KEYS = [
-    "b1626986d42f7463",
-    "3b891e638a91ebb1",
-    "3bff8c810534454f",
-    "50591c719a0f83a2",
-    "3b891e638a91ebb1",
-    "3fe5562a782de6b4",
-    "a462c10e424bea0d",
-]
+KEYS = ["b1626986", "3b891e63", "3bff8c81", "50591c71", "3b891e63", "3fe5562a", "a462c10e"]
 
 
 @pytest.fixture
@@ -66,20 +57,16 @@ def test_keys_are_what_they_were(tiny, rows):
         "kept": "fp32",
         "fisher": {"kind": "empirical", "samples": 2000, "bins": 20, "seed": 0},
     }
-    keys = [
-        sampling.row_key(provenance, Sampling(100, steps=100, seed=0, batch=25))
-        for provenance in provenances
-    ]
-    assert keys == KEYS
+    draw = Sampling(100, steps=100, seed=0, batch=25)
+    keys = [sampling.row_key(provenance, draw) for provenance in provenances]
+    assert [key[:8] for key in keys] == KEYS
     other = [Sampling(100, *draw) for draw in ((1000, 0, 25), (100, 1, 25), (100, 0, 50))]
     assert len({sampling.row_key(provenances[0], draw) for draw in other} | {keys[0]}) == 4
 
 
 def test_a_plan_that_treats_all_weights_alike_is_the_uniform_row_or_the_baseline(tiny, rows):
-    uniform, ratio = (
-        recipe(rows[1], "w", FISHER, quantizable(tiny)),
-        {r.setting: recipe(r, "w", FISHER, quantizable(tiny)) for r in rows[3:]},
-    )
+    uniform, *ratios = (recipe(row, "w", FISHER, quantizable(tiny)) for row in (rows[1], *rows[3:]))
+    ratio = {row.setting: words for row, words in zip(rows[3:], ratios, strict=True)}
     assert ratio["0.00"] == uniform
     assert ratio["1.00"]["rule"] == "baseline"
     assert ratio["0.35"]["rule"] == "ratio"
@@ -97,10 +84,7 @@ def test_images_are_kept_in_batches_and_found_again(tiny, rows, monkeypatch):
         assert np.array_equal(images[a], same[b])
     monkeypatch.setattr(sampling, "sample", None)
     pd.testing.assert_frame_equal(table, evaluate(tiny, rows[1:3])[0])
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"6 images of row .* are needed, .* has 5: `make reproduce PROFILE=smoke`",
-    ):
+    with pytest.raises(FileNotFoundError, match=r"6 images of row .* are needed, .* has 5: `make"):
         ImageStore(SMOKE).images(key, 6)
 
 
@@ -129,10 +113,7 @@ def test_a_baseline_of_other_sampling_is_refused(tiny, sandbox):
     for name, steps in (("01_baseline", 2), ("same", 2), ("other", 3)):
         results.save_rows(SMOKE, name, *drawn(tiny, None, steps=steps))
     assert len(results.load_rows(SMOKE, "same", with_baseline=True)[0]) == 2
-    with pytest.raises(
-        ValueError,
-        match="01_baseline has steps 2, other has 3: run 01_train with the same settings",
-    ):
+    with pytest.raises(ValueError, match="01_baseline has steps 2, other has 3: run 01_train"):
         results.load_rows(SMOKE, "other", with_baseline=True)
 
 
@@ -189,37 +170,28 @@ def rewrite(path, **changes):
     np.savez_compressed(path, images=images, record=np.array(json.dumps(record | changes)))
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:200])
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("changes", "message"),
     [
-        (cut, "is damaged"),
-        (
-            lambda path: rewrite(path, images=np.zeros((2, 1, 32, 32), np.uint8)),
-            "its images are not those recorded",
-        ),
-        (lambda path: rewrite(path, seed=1), "holds the images of another row"),
-        (
-            lambda path: rewrite(path, drawn_from="0" * 64),
-            "from other weights than its recipe gives now",
-        ),
+        (None, "is damaged"),
+        ({"images": np.zeros((2, 1, 32, 32), np.uint8)}, "its images are not those recorded"),
+        ({"seed": 1}, "holds the images of another row"),
+        ({"drawn_from": "0" * 64}, "from other weights than its recipe gives now"),
     ],
     ids=["cut", "other images", "other draw", "other weights"],
 )
-def test_a_bad_file_is_one_sentence_and_once_deleted_is_drawn_anew(tiny, sandbox, damage, message):
+def test_a_bad_file_is_one_sentence_and_once_deleted_is_drawn_anew(tiny, sandbox, changes, message):
     def draw():
         return ImageStore(KEEPING).draw(tiny, DRAW, recipe={"rule": "x"}).images
 
     images = draw()
     before = {path: path.read_bytes() for path in files()}
     bad = files()[0]
-    damage(bad)
-    with pytest.raises(
-        ValueError, match=f"{bad.name} .*{message}.* delete it, and the next run draws"
-    ):
+    if changes:
+        rewrite(bad, **changes)
+    else:
+        bad.write_bytes(bad.read_bytes()[:200])
+    with pytest.raises(ValueError, match=f"{bad.name} .*{message}.* delete it, and the next run"):
         draw()
     bad.unlink()
     assert np.array_equal(draw(), images)
@@ -249,20 +221,12 @@ def test_a_full_disk_loses_nothing(tiny, rows, monkeypatch):
         write(*args, **kwargs)
 
     monkeypatch.setattr(np, "savez_compressed", full_at_the_second)
-    with pytest.raises(
-        OSError, match=r"No space left on device.*make room.*the files already there are unchanged"
-    ):
+    with pytest.raises(OSError, match=r"No space left on device.*make room"):
         evaluate(tiny, rows[:1])
     assert len(files()) == 1
     table, _ = evaluate(tiny, rows[:1])
     assert len(calls) == 7  # two rows of three files, one of them twice
     assert len(table) == 1
-
-
-def test_provenances_do_not_depend_on_the_weights_drawn_from(tiny, rows):
-    provenance = recipe(rows[2], weights_sha256(tiny), FISHER, quantizable(tiny))
-    assert weights_sha256(tiny) in provenance.values()
-    assert "drawn_from" not in provenance
 
 
 def test_the_spread_of_fid_takes_the_baselines_kept_images(tiny, sandbox, monkeypatch):
