@@ -66,9 +66,7 @@ def verdict(
 
 
 def holm(p: list[float]) -> list[float]:
-    """P values corrected for their number (Holm 1979, "A simple sequentially rejective multiple
-    test procedure").
-    """
+    """P values corrected for their number (Holm 1979, Scandinavian Journal of Statistics 6)."""
     order, corrected, largest = sorted(range(len(p)), key=p.__getitem__), [0.0] * len(p), 0.0
     for i, place in enumerate(order):
         largest = max(largest, min(1.0, (len(p) - i) * p[place]))
@@ -77,21 +75,16 @@ def holm(p: list[float]) -> list[float]:
 
 
 def _claim(
-    claim: str,
-    measured: float,
-    low: float,
-    high: float,
-    margin: float = 0.0,
-    p: float = math.nan,
-    **fields: Any,
+    claim: str, measured: float, low: float, high: float, margin: float = 0.0, **fields: Any
 ) -> Claim:
     """A row of claims.csv: its number, the interval low..high and the verdict, and fields that say
     of what the number is (results/README.md lists the columns).
     """
     side = {"above": claim in ABOVE, "null": NULL.get(claim, 0.0)}
-    holds = verdict(low, high, **side, margin=margin, p=p)
+    fields = {"p": math.nan} | fields
+    holds = verdict(low, high, **side, margin=margin, p=fields["p"])
     number = {"measured": measured, "low": low, "high": high}
-    return {"claim": claim} | number | {"verdict": holds, "p": p} | fields
+    return {"claim": claim} | number | {"verdict": holds} | fields
 
 
 class Judge(NamedTuple):
