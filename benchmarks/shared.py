@@ -92,8 +92,7 @@ def over(name: str, errors: Tensor, reference: Tensor, seed: int = SEED) -> dict
     """The mean error over that of a reference, paired over the digits, with its interval: the
     columns name, name_low and name_high.
     """
-    ratio = damage.ratio_of_means(errors, reference, seed)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), ratio, strict=True))
+    return damage.over(name, errors, reference, seed)
 
 
 def write(name: str, rows: Iterable[dict]) -> None:
