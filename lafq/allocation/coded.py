@@ -26,7 +26,7 @@ from lafq.quantization.channels import ChannelView, WeightSpec
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.checks import channel_view, check_estimates, check_plan, check_values
 from lafq.quantization.entropy_coding import compress_parts
-from lafq.quantization.formats import FORMATS, FP16_MAX, MIB, absmax_scale, unshrunk_scale
+from lafq.quantization.formats import FORMATS, FP16_MAX, MIB, unshrunk_scale
 from lafq.quantization.model import nbytes, weights_sha256, with_quantized
 from lafq.quantization.plan import Allocation, Plan, Recipe
 from lafq.quantization.quantized_weight import QuantizedWeight
@@ -47,7 +47,7 @@ class _Rows(NamedTuple):
     values: Tensor
     fisher: Tensor
     view: ChannelView
-    factor: Factor | None
+    factors: list[Factor] | None
     unit: Tensor
 
     def steps(self, log_step: float) -> Tensor:
@@ -60,11 +60,11 @@ class _Rows(NamedTuple):
 
     def rounded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The rows as rounded with these steps (R,), and the damage of each (R,)."""
-        if self.factor is None:
+        if self.factors is None:
             rows = (self.values / scale[:, None]).round_().mul_(scale[:, None])
             return rows, damage(rows - self.values, self.fisher)
         qmax = torch.full_like(scale, INTEGERS[-1].qmax)
-        rows, quadratic = rounded(self.values, scale, qmax, self.factor)
+        rows, quadratic = rounded(self.values, scale[:, None], qmax, self.factors)
         return rows, 0.5 * self.fisher.mean(1).double() * quadratic
 
 
@@ -127,7 +127,9 @@ def _prepared(model: nn.Module, sensitivity: Sensitivity) -> dict[str, _Rows]:
         view = channel_view(model, name)
         values, f = (view.of(t.detach().cpu()) for t in (parameters[name], fisher[name]))
         parts = factor(curvature[name].cpu()) if name in curvature else None
-        matters = f.mean(1).double() * (1.0 if parts is None else parts.pivots.mean().item())
+        matters = f.mean(1).double() * (
+            1.0 if parts is None else torch.cat([h.pivots for h in parts]).mean().item()
+        )
         tensors[name] = _Rows(values, f, view, parts, matters.clamp_min(1e-300).rsqrt())
     return tensors
 
@@ -196,7 +198,7 @@ class _Search(NamedTuple):
             formats = tuple(next(f.name for f in INTEGERS if code <= f.qmax) for code in codes)
             plan[name] = WeightSpec(formats, steps=steps)
             view, damages[name] = tensor.view, of_rows.sum().item()
-            stored[name] = QuantizedWeight.of(view.back(rows), plan[name], view, absmax_scale, None)
+            stored[name] = QuantizedWeight.of(view.back(rows), plan[name], view)
         small = with_quantized(self.model, stored)
         save_quantized(self.path, small, self.model, compress=True)
         self.bar.update()

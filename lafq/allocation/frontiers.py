@@ -18,15 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lafq.quantization.channels import ChannelView, WeightSpec, counted_bytes, scales_per_channel
+from lafq.quantization.channels import ChannelView, WeightSpec, counted_bytes
 from lafq.quantization.formats import (
     DEFAULT_FORMATS,
     FP16_MAX,
     Format,
     fake_quantize,
     get_format,
-    grouped_scale,
-    spread_scale,
+    scales_by_group,
     unshrunk_scale,
 )
 from lafq.quantization.rounding import Factor, damage, diagonal_of, factor, rounded
@@ -48,7 +47,7 @@ class StorageOption(NamedTuple):
 
 class _Rows(NamedTuple):
     """A weight tensor and its Fisher values as rows (R, C), the formats that it may take, and its
-    curvature with that's factor.
+    curvature with its factors.
     """
 
     values: Tensor
@@ -56,7 +55,7 @@ class _Rows(NamedTuple):
     view: ChannelView
     formats: list[Format]
     curvature: Tensor | None
-    factor: Factor | None
+    factors: list[Factor] | None
 
 
 class _Option(NamedTuple):
@@ -128,7 +127,7 @@ def _largest(rows: _Rows) -> Iterable[Tensor]:
 
 def _option(rows: _Rows, group: int = 0, kept: Tensor | None = None) -> _Option:
     length = rows.view.size[1]
-    scales = 16 * scales_per_channel(length, group)
+    scales = 16 * (length // (group or length))
     bits = torch.tensor([f.bits * length + scales * f.is_integer for f in rows.formats])
     by_format = _float_damages(rows, group, kept) | _integer_damages(rows, group, kept)
     damages = torch.stack([by_format[f] for f in rows.formats], 1)
@@ -165,10 +164,7 @@ def _integer_damages(rows: _Rows, group: int, kept: Tensor | None) -> dict[Forma
     if not integers:
         return {}
     rest, weight = (t if kept is None else t.masked_fill(kept, 0) for t in (values, fisher))
-    scales = [
-        spread_scale(grouped_scale(unshrunk_scale, rest, f.qmax, weight, group), len(rest), group)
-        for f in integers
-    ]
+    scales = [scales_by_group(unshrunk_scale, rest, f.qmax, weight, group) for f in integers]
     qmax = torch.tensor([f.qmax for f in integers]).repeat_interleave(len(values))
     free = None if kept is None else kept.repeat(len(integers), 1)
     after, quadratic = rounded(

@@ -17,9 +17,9 @@ from lafq.allocation.coded import allocate_coded
 from lafq.allocation.frontiers import ALLOCATED
 from lafq.allocation.rules import RULES, by_granularity, keep_above, threshold_grid
 from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
-from lafq.quantization.channels import channels_by_format, counted_bytes
+from lafq.quantization.channels import counted_bytes
 from lafq.quantization.checks import channel_view
-from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
+from lafq.quantization.formats import MIB, STUDY_FORMATS, get_format, unshrunk_scale
 from lafq.quantization.model import bits_per_weight, kept_weights, nbytes, quantize
 from lafq.quantization.plan import Entries, Plan, Recipe, make_plan
 from lafq.quantization.tuning import BATCH, tune
@@ -213,7 +213,7 @@ def size_sweep(
         kept = (score.numel() - torch.searchsorted(ascending, thresholds)) * (size // score.numel())
         total += kept
         kept_by_channel = torch.zeros(view.size[0], dtype=torch.int64)
-        channels = channels_by_format(format, view.size[0])
+        channels = {get_format(format): torch.arange(view.size[0])}
         for i, number in enumerate(kept.tolist()):
             # In one format, bytes depend on the sum of the kept weights alone: all of them stand in
             # channel 0.
