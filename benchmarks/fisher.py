@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lafq.allocation import allocate as solver
 from lafq.fisher.empirical import empirical_fisher
-from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity, monte_carlo_fisher
+from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
 from lafq.quantization.checks import channel_view
 from lafq.rng import generator
 from lafq.study.diffusion.ddpm import add_noise, unit_interval
@@ -133,12 +133,14 @@ def rows(width: int) -> list[dict]:
     x, t, _ = data
     exact = {
         "empirical": loop(model, names, *data),
-        "true": monte_carlo_fisher(model, names, itertools.repeat((x, t), DRAWS), seed=1),
+        "true": estimate_sensitivity(
+            model, itertools.repeat((x, t), DRAWS), 1, names, curvature=False
+        ).fisher,
     }
     methods: dict[str, tuple[str, Callable[..., dict[str, Tensor]]]] = {
         "true, one batched backward pass (lafq)": (
             "true",
-            lambda *_: monte_carlo_fisher(model, names, [(x, t)], seed=0),
+            lambda *_: estimate_sensitivity(model, [(x, t)], 0, names, curvature=False).fisher,
         ),
         "true, the same with the curvature (lafq)": (
             "true",

@@ -21,9 +21,9 @@ from lafq.allocation.allocate import frontiers_of, solve_budget
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.channels import WeightSpec
 from lafq.quantization.checks import channel_view
-from lafq.quantization.formats import MIB, unshrunk_scale
+from lafq.quantization.formats import MIB
 from lafq.quantization.model import bits_per_weight, nbytes
-from lafq.quantization.plan import Plan, Recipe
+from lafq.quantization.plan import Plan
 from lafq.study.damage import FRESH_SEED
 from lafq.study.diffusion.unet import quantizable
 
@@ -42,18 +42,18 @@ def grouped(model: nn.Module, low: str, size: int) -> Plan:
     return plan
 
 
-def plans(model: nn.Module, known: Sensitivity, recipe: Recipe) -> Iterator[tuple[str, str, Plan]]:
+def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Plan]]:
     """Format, group and plan of every row."""
     for low in LOW:
         yield from ((low, str(size or "channel"), grouped(model, low, size)) for size in SIZES)
     fronts = {
-        name: frontiers_of(model, known.fisher, "mixed", curvature=known.curvature, groups=groups)
+        name: frontiers_of(model, known, groups=groups)
         for name, groups in (("channel", ()), ("any", SIZES[1:]))
     }
     for low in ALLOCATED:
         mib = nbytes(model, dict.fromkeys(known.fisher, low)) / MIB
         for name, front in fronts.items():
-            yield f"allocator, bytes of {low}", name, solve_budget(model, front, mib, recipe)
+            yield f"allocator, bytes of {low}", name, solve_budget(model, front, mib, known.recipe)
 
 
 @torch.no_grad()
@@ -61,11 +61,10 @@ def main() -> None:
     """Write the table: one row per format and size of group, then the allocator's."""
     subject = Subject(16, DIGITS)
     model, known = subject.model, subject.sensitivity(SAMPLES)
-    recipe = Recipe(unshrunk_scale, known.fisher, known.curvature)
     table, first, before = [], {}, torch.empty(0)
-    for format, group, plan in plans(model, known, recipe):
+    for format, group, plan in plans(model, known):
         found, bits = (
-            subject.planned(plan, recipe),
+            subject.planned(plan, known.recipe),
             bits_per_weight(model, plan, list(quantizable(model))),
         )
         row = {"format": format, "group": group, "bits_per_weight": bits}

@@ -3,7 +3,7 @@ blocks.csv and a figure.
 
 growth.csv: each step of a user's work, in a process of its own, on U-Nets of five widths with
 random weights. Peak memory is what the step takes above the model, its inputs and the libraries
-(Linux: /proc/self). A tensor wider than `monte_carlo.LARGEST` has its curvature in blocks.
+(Linux: /proc/self). A tensor wider than `sensitivity.LARGEST` has its curvature in blocks.
 
 blocks.csv: what smaller blocks of the curvature, and fewer output channels per pass, cost in damage
 and save in time, on the trained models of width 16 and 64.

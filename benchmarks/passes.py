@@ -21,13 +21,12 @@ from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 
 from lafq import allocate, estimate_sensitivity, quantize
-from lafq.fisher.sensitivity import BATCH
 from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import dequantize_, nbytes
 from lafq.rng import generator
 from lafq.study import workspace
 from lafq.study.damage import HALF_PIXELS
-from lafq.study.diffusion.ddpm import noised_batches
+from lafq.study.diffusion.ddpm import BATCH, noised_batches
 from lafq.study.diffusion.mnist import mnist
 
 PASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -25,9 +25,9 @@ from shared import WORK, Subject, Table, over, run
 from torch import Tensor, nn
 
 from lafq.allocation import allocate as solver
-from lafq.quantization.formats import MIB, bit_bytes, unshrunk_scale
+from lafq.quantization.formats import MIB, bit_bytes
 from lafq.quantization.model import dequantize_, nbytes, quantize
-from lafq.quantization.plan import Plan, Recipe
+from lafq.quantization.plan import Plan
 from lafq.study import workspace
 from lafq.study.damage import FRESH_SEED
 from lafq.study.diffusion.subject import load_model
@@ -98,10 +98,8 @@ class Judge(Subject):
     def __init__(self, width: int) -> None:
         super().__init__(width, DIGITS[width], SEED + FRESH_SEED)
         known = self.sensitivity(SAMPLES[width])
-        self.fronts = solver.frontiers_of(
-            self.model, known.fisher, "mixed", curvature=known.curvature
-        )
-        self.recipe = Recipe(unshrunk_scale, known.fisher, known.curvature)
+        self.fronts = solver.frontiers_of(self.model, known)
+        self.recipe = known.recipe
 
     def allocated(self, size: int, names: set[str]) -> Tensor:
         """`errors` of the allocator's plan of these bytes, in which only these weights may be

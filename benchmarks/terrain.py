@@ -43,9 +43,9 @@ from torch import Tensor, nn
 from lafq import allocate, quantize, save_quantized
 from lafq.allocation import allocate as solver
 from lafq.fisher.sensitivity import Sensitivity
-from lafq.quantization.formats import MIB, unshrunk_scale
+from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize_, nbytes, resident_bytes
-from lafq.quantization.plan import Plan, Recipe
+from lafq.quantization.plan import Plan
 from lafq.study import workspace
 from lafq.tensors import load_tensors, save_tensors
 
@@ -70,15 +70,13 @@ def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Call
     """Method and format of every row of ours, and what makes its plan; allocations are named for
     the row whose bytes they have.
     """
-    recipe, frontiers = Recipe(unshrunk_scale, known.fisher, known.curvature), {}
+    frontiers = {}
     alike = {low: Plan(dict.fromkeys(known.fisher, low)) for low in UNIFORM}
 
     def allocated(mib: float) -> Plan:
         if not frontiers:
-            frontiers.update(
-                solver.frontiers_of(model, known.fisher, "mixed", curvature=known.curvature)
-            )
-        return solver.solve_budget(model, frontiers, mib, recipe=recipe)
+            frontiers.update(solver.frontiers_of(model, known))
+        return solver.solve_budget(model, frontiers, mib, known.recipe)
 
     def sensitive() -> Plan:
         rounded = dequantize_(quantize(model, alike["int4"]))

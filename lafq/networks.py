@@ -50,13 +50,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def named(model: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
     """The parameters of these names; ValueError for an unknown name, or none."""
     available = dict(model.named_parameters())
-    if not names:
-        raise ValueError("no parameter is named: give the names whose Fisher information is wanted")
-    for name in names:
-        if name not in available:
-            raise ValueError(
-                f"the model has no parameter {name!r}: names are those of model.named_parameters()"
-            )
+    unknown = [name for name in names if name not in available]
+    if unknown or not names:
+        wrong = f"the model has no parameter {unknown[0]!r}" if unknown else "no parameter is named"
+        raise ValueError(f"{wrong}: give names of model.named_parameters()")
     return {name: available[name] for name in names}
 
 

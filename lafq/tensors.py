@@ -66,19 +66,15 @@ def remove_leftovers(folder: Path) -> None:
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
+    except OSError as error:  # another user's process runs, but takes no signal
+        return isinstance(error, PermissionError)
     return True
 
 
 def save_tensors(
     path: Path, tensors: dict[str, Tensor], *, sealed: bool = False, **metadata: Any
 ) -> None:
-    """Write named tensors and a metadata record (any JSON values) as safetensors, with a seal when
-    asked for.
-    """
+    """Write named tensors and a metadata record (any JSON values), with a seal when asked for."""
     about = {"lafq": json.dumps(metadata)} | ({"seal": BLANK} if sealed else {})
     with atomic_write(path) as temporary:
         temporary.touch()
@@ -86,7 +82,7 @@ def save_tensors(
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, about)
         temporary.chmod(mode)
         if sealed:
-            digest, place = _seal(temporary)
+            _, digest, place = _seal(temporary)
             with temporary.open("r+b") as file:
                 file.seek(place)
                 file.write(digest.encode())
@@ -103,53 +99,44 @@ def load_tensors(
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run {made_by} first, which makes it")
-    if sealed:
-        digest, place = _seal(path)
-        with path.open("rb") as file:
-            file.seek(place)
-            if not place or file.read(64) != digest.encode():
-                raise ValueError(
-                    f"{path} is damaged or not a lafq file (its checksum is wrong): run {made_by} "
-                    f"again"
-                )
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {})["lafq"])
-            # Clones, since the tensors as read keep the whole file mapped.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or not a lafq file ({error}): delete it and run {made_by} again"
-        ) from None
+    advice = f": delete it and run {made_by} again"
+    with _opened(path, sealed, advice) as (file, metadata):
+        # Clones, since the tensors as read keep the whole file mapped.
+        tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
     for key, value in expected.items():
         if metadata.get(key) != value:
-            raise ValueError(
-                f"{path} was made with {key}={metadata.get(key)}, not {value}: delete it and run "
-                f"{made_by} again"
-            )
+            raise ValueError(f"{path} was made with {key}={metadata.get(key)}, not {value}{advice}")
     return tensors, metadata
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata record of a file, without its tensors; ValueError when it has none."""
+    with _opened(path) as (_, metadata):
+        return metadata
+
+
+@contextmanager
+def _opened(
+    path: Path, sealed: bool = False, advice: str = ""
+) -> Iterator[tuple[safe_open, dict[str, Any]]]:
     try:
+        if sealed:
+            found, digest, _ = _seal(path)
+            if found != digest:
+                raise ValueError("its checksum is wrong")
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["lafq"])
+            yield file, json.loads((file.metadata() or {})["lafq"])
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not a lafq file ({error})") from None
+        raise ValueError(f"{path} is damaged or not a lafq file ({error}){advice}") from None
 
 
-def _seal(path: Path) -> tuple[str, int]:
-    """The digest a sealed file must carry, and where in the file it stands (0 when it has no place
-    for one).
-    """
+def _seal(path: Path) -> tuple[str, str, int]:
+    """The seal of a file ("" for none), what it must be, and where in the file it stands."""
     with path.open("rb") as file:
         length = file.read(8)
         header = file.read(min(int.from_bytes(length, "little"), HEADER_LIMIT))
         seal = re.search(rb'"seal":"([0-9a-f]{64})"', header)
-        if not seal:
-            return "", 0
-        blank = header[: seal.start(1)] + BLANK.encode() + header[seal.end(1) :]
-        content = hashlib.sha256(length + blank)
+        start, end = seal.span(1) if seal else (0, 0)
+        content = hashlib.sha256(length + header[:start] + BLANK.encode() + header[end:])
         hashlib.file_digest(file, lambda: content)
-    return content.hexdigest(), 8 + seal.start(1)
+    return header[start:end].decode(), content.hexdigest(), 8 + start

@@ -1,3 +1,1 @@
-"""What `make` calls and no notebook imports: running and publishing notebooks, pages with numbers,
-long experiments, checks.
-"""
+"""What `make` calls and no notebook imports."""

@@ -1,8 +1,6 @@
-"""ro-crate-metadata.json: which notebook made which table from which parameters, for archives that
-read RO-Crate 1.1.
+"""ro-crate-metadata.json (RO-Crate 1.1): which notebook made which table from which parameters.
 
-Source: Soiland-Reyes et al. 2022, "Packaging research artefacts with RO-Crate", and the RO-Crate
-1.1 specification.
+Source: Soiland-Reyes et al. 2022, "Packaging research artefacts with RO-Crate".
 """
 
 import json
@@ -13,58 +11,55 @@ import yaml
 
 from lafq.study import workspace
 from lafq.study.diffusion.subject import WEIGHTS
-from lafq.tensors import atomic_write, sha256
+from lafq.tensors import sha256
 
 PATH = workspace.ROOT / "ro-crate-metadata.json"
 LICENSE = "https://spdx.org/licenses/MIT"
+VERSION = "https://w3id.org/ro/crate/1.1"
+DESCRIPTION = "Notebooks, code, weights and tables: one command computes each number anew."
+NOTEBOOK = {"@type": ["File", "SoftwareSourceCode"], "encodingFormat": "application/x-ipynb+json"}
 Entity = dict[str, Any]
 
 
 def crate() -> Entity:
-    """The metadata of the committed results: a root dataset, its files, and one action per notebook
-    and profile.
-    """
+    """A root dataset, the committed results' files, and one action per notebook and profile."""
     about = yaml.safe_load((workspace.ROOT / "CITATION.cff").read_text())
     paper, actions = about["references"][0], []
-    weights = _file(workspace.RESULTS / "mini" / WEIGHTS)
-    files = {weights["@id"]: weights}
+    files = [_file(workspace.RESULTS / "mini" / WEIGHTS)]
     for record in sorted(workspace.RESULTS.glob("*/record.json")):
         profile, ran = record.parent.name, json.loads(record.read_text())["notebooks"]
         for notebook, parameters in sorted(ran.items() if profile != "smoke" else ()):
-            found = sorted(record.parent.glob(f"{notebook[:2]}_*"))
-            made = [_file(path) for path in found if path.suffix in (".csv", ".npz")]
-            software = _software(f"notebooks/{notebook}.ipynb")
-            files |= {entity["@id"]: entity for entity in (software, *made)}
+            paths = sorted(record.parent.glob(f"{notebook[:2]}_*"))
+            made = [_file(path) for path in paths if path.suffix in (".csv", ".npz")]
             actions.append(_action(profile, notebook, parameters, made))
-    description = "Notebooks, code, weights and tables: one command computes each number anew."
+            software = actions[-1]["instrument"]
+            files += [software | {"name": software["@id"]} | NOTEBOOK, *made]
+    files = list({file["@id"]: file for file in files}.values())
     root = {
-        "@id": "./",
-        "@type": "Dataset",
         "name": about["title"],
-        "description": description,
+        "description": DESCRIPTION,
         "version": about["version"],
         "datePublished": str(about["date-released"]),
         "license": {"@id": LICENSE},
         "author": [{"@id": "#authors"}],
         "citation": {"@id": "#paper"},
-        "hasPart": [{"@id": name} for name in files],
-        "mentions": [{"@id": action["@id"]} for action in actions],
+        "hasPart": _references(files),
+        "mentions": _references(actions),
     }
-    version = {"conformsTo": {"@id": "https://w3id.org/ro/crate/1.1"}, "about": {"@id": "./"}}
-    written = {"name": paper["title"], "datePublished": str(paper["year"])}
-    context = [
-        {"@id": PATH.name, "@type": "CreativeWork", **version},
+    metadata = {"conformsTo": {"@id": VERSION}, "about": {"@id": "./"}}
+    article = {"name": paper["title"], "datePublished": str(paper["year"])}
+    graph = [
+        {"@id": "./", "@type": "Dataset", **root},
+        {"@id": PATH.name, "@type": "CreativeWork", **metadata},
         {"@id": LICENSE, "@type": "CreativeWork", "name": "MIT License"},
         {"@id": "#authors", "@type": "Organization", "name": about["authors"][0]["name"]},
-        {"@id": "#paper", "@type": "ScholarlyArticle", **written},
+        {"@id": "#paper", "@type": "ScholarlyArticle", **article},
     ]
-    graph = [root, *context, *files.values(), *actions]
-    return {"@context": "https://w3id.org/ro/crate/1.1/context", "@graph": graph}
+    return {"@context": f"{VERSION}/context", "@graph": graph + files + actions}
 
 
-def _software(name: str) -> Entity:
-    kind = {"@type": ["File", "SoftwareSourceCode"], "encodingFormat": "application/x-ipynb+json"}
-    return {"@id": name, "name": name, **kind}
+def _references(entities: list[Entity]) -> list[Entity]:
+    return [{"@id": entity["@id"]} for entity in entities]
 
 
 def _file(path: Path) -> Entity:
@@ -74,18 +69,14 @@ def _file(path: Path) -> Entity:
 
 
 def _action(profile: str, notebook: str, parameters: Entity, made: list[Entity]) -> Entity:
-    settings = (f"{name}={value}" for name, value in sorted(parameters.items()))
+    settings = (
+        f"{name}={value}" for name, value in sorted(parameters.items()) if name != "PROFILE"
+    )
     return {
         "@id": f"#{profile}-{notebook}",
         "@type": "CreateAction",
         "name": f"{notebook} with profile {profile}",
-        "description": ", ".join(word for word in settings if not word.startswith("PROFILE=")),
+        "description": ", ".join(settings),
         "instrument": {"@id": f"notebooks/{notebook}.ipynb"},
-        "result": [{"@id": file["@id"]} for file in made],
+        "result": _references(made),
     }
-
-
-def write() -> None:
-    """Write the metadata anew."""
-    with atomic_write(PATH) as temporary:
-        temporary.write_text(json.dumps(crate(), indent=1) + "\n")

@@ -23,15 +23,14 @@ from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.figures import text
 from lafq.study.published_images import fid_noise
 from lafq.study.workspace import profile_parameters
-from lafq.tensors import atomic_write, sha256
+from lafq.tensors import sha256
 
 EXPLORER = "00_explore"
 BLOCKS = workspace.ROOT / "docs" / "blocks"
 README, CARD = workspace.ROOT / "README.md", workspace.ROOT / "results" / "MODEL_CARD.md"
 PAGES = (README, CARD, *sorted((workspace.ROOT / "docs").glob("*.md")))
-MARKED = re.compile(
-    r"(?P<open><!-- (?P<name>\w+) -->\n).*?(?P<close><!-- /(?P=name) -->)", flags=re.DOTALL
-)
+MARK = re.compile(r"<!-- /?\w+ -->")
+MARKED = re.compile(r"(<!-- (?P<name>\w+) -->\n).*?(<!-- /(?P=name) -->)", flags=re.DOTALL)
 
 
 def notebooks(only: str = "", profile: str = "") -> list[Path]:
@@ -44,10 +43,10 @@ def notebooks(only: str = "", profile: str = "") -> list[Path]:
         profile_parameters(profile)
         about = yaml.safe_load((workspace.PROFILES / f"{profile}.yaml").read_text())
         return [path for path in every if path.stem in about.get("notebooks", path.stem)]
-    if not (found := [path for path in every if path.name.startswith(only)]):
+    if not (selected := [path for path in every if path.name.startswith(only)]):
         names = ", ".join(path.stem for path in every)
         raise ValueError(f"no notebook's name begins with {only!r}: choose one of {names}")
-    return found
+    return selected
 
 
 @cache
@@ -60,8 +59,7 @@ def rows(name: str | list[str], **where: Any) -> pd.DataFrame:
     list of values.
     """
     names = [name] if isinstance(name, str) else name
-    tables = [_table(workspace.RESULTS / f"{n}.csv") for n in names]
-    table = pd.concat(tables, ignore_index=True)
+    table = pd.concat([_table(workspace.RESULTS / f"{n}.csv") for n in names], ignore_index=True)
     for column, value in where.items():
         if isinstance(value, float):
             table = table[np.isclose(table[column], value)]
@@ -72,10 +70,9 @@ def rows(name: str | list[str], **where: Any) -> pd.DataFrame:
 
 def row(name: str, **where: Any) -> pd.Series:
     """The one row of `rows`; ValueError where there are none or several."""
-    found = rows(name, **where)
-    if len(found) != 1:
-        raise ValueError(f"{name} has {len(found)} rows with {where}, and one is needed")
-    return found.iloc[0]
+    if len(table := rows(name, **where)) != 1:
+        raise ValueError(f"{name} has {len(table)} rows with {where}, and one is needed")
+    return table.iloc[0]
 
 
 def record(name: str) -> dict[str, Any]:
@@ -85,8 +82,7 @@ def record(name: str) -> dict[str, Any]:
 
 def file(name: str) -> dict[str, Any]:
     """Bytes, MiB and sha256 of a file in results/."""
-    path = workspace.RESULTS / name
-    size = path.stat().st_size
+    size = (path := workspace.RESULTS / name).stat().st_size
     return {"bytes": size, "mib": size / MIB, "sha256": sha256(path)}
 
 
@@ -105,11 +101,12 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"to": text.write, "percent": "{:.1%}".format}
-    helpers = (rows, row, record, file, exponent, bits_of_equal_damage, fid_noise)
-    helpers += (workspace.profile_parameters, text.interval, text.table, text.markdown)
-    environment.globals |= {f.__name__: f for f in (*helpers, text.holds, text.name)}
-    environment.globals |= {"poster": poster, "reference": REFERENCE}
-    environment.globals["notebooks"] = [path.stem for path in notebooks()]
+    helpers = [rows, row, record, file, exponent, bits_of_equal_damage, fid_noise]
+    helpers += [profile_parameters, text.interval, text.table, text.markdown, text.holds, text.name]
+    environment.globals |= {helper.__name__: helper for helper in helpers}
+    names = [path.stem for path in notebooks()]
+    environment.globals |= {"poster": poster, "reference": REFERENCE, "notebooks": names}
+    environment.globals["CLAIMS"] = text.CLAIMS | text.NOTE
     return environment
 
 
@@ -126,13 +123,9 @@ def filled(page: str, profile: str = "mini") -> str:
     """A page with every marked block brought up to date; ValueError for a mark that names no block,
     or is not closed.
     """
-    page, count = MARKED.subn(
-        lambda mark: f"{mark['open']}{block(mark['name'], profile)}\n{mark['close']}", page
-    )
-    if 2 * count != len(marks := re.findall(r"<!-- /?\w+ -->", page)):
-        raise ValueError(
-            f"{len(marks)} marks make {count} blocks: every <!-- name --> needs its <!-- /name -->"
-        )
+    page, count = MARKED.subn(lambda m: f"{m[1]}{block(m['name'], profile)}\n{m[3]}", page)
+    if 2 * count != (marks := len(MARK.findall(page))):
+        raise ValueError(f"{marks} marks make {count} blocks: <!-- name --> needs <!-- /name -->")
     return page
 
 
@@ -141,11 +134,3 @@ def fill_notebook(notebook: nbformat.NotebookNode, profile: str) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = filled(cell.source, profile)
-
-
-def refresh() -> None:
-    """Write the pages' numbers anew."""
-    for path in PAGES:
-        page = filled(path.read_text())
-        with atomic_write(path) as temporary:
-            temporary.write_text(page)

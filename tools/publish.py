@@ -1,6 +1,4 @@
-"""The committed notebooks: executed from results/, and told apart from results that were computed
-anew since.
-"""
+"""The committed notebooks and pages: written from results/, without computing anything."""
 
 import ast
 import json
@@ -17,30 +15,26 @@ from nbclient import NotebookClient
 from lafq.study import workspace
 from lafq.study.workspace import profile_parameters
 from lafq.tensors import atomic_write
-from tools import pages
+from tools import crate, pages
 from tools.pages import EXPLORER, notebooks
 
 PAPER = "paper"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
-MAIN_TABLE = {"01_train": "01_baseline"}
 
 
 def declared(notebook: Path) -> dict[str, Any]:
     """The parameters that a notebook's `parameters` cell declares, with their defaults."""
-    found: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
     for cell in nbformat.read(notebook, as_version=4).cells:
         if "parameters" in cell.metadata.get("tags", []):
-            exec(cell.source, {}, found)
-    return found
+            exec(cell.source, {}, parameters)
+    return parameters
 
 
 def clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:
     """Write a notebook without what names this run or machine: papermill's record, times, progress
-    bars, versions.
-
-    Widgets go too: their state is not kept, and a page that shows the notebook could not draw them
-    without it.
+    bars, versions; and without widgets, which no page can draw without their state.
     """
     notebook = notebook or nbformat.read(path, as_version=4)
     notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec",) if k in notebook.metadata}
@@ -48,18 +42,16 @@ def clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:
     for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
         if cell.cell_type == "code":
-            cell.outputs = [
-                o
-                for o in cell.outputs
-                if o.get("name") != "stderr" and WIDGET not in o.get("data", {})
-            ]
+            shown = (o for o in cell.outputs if WIDGET not in o.get("data", {}))
+            cell.outputs = [o for o in shown if o.get("name") != "stderr"]
     with atomic_write(path) as temporary, temporary.open("w") as file:
         nbformat.write(notebook, file)
 
 
 def publish(only: str = "") -> None:
     """Fill and execute notebooks/ in place, COMPUTE false, and notebooks/paper/ with the values of
-    profile paper. Times of the last complete `make reproduce` go to results/<profile>/timing.json.
+    profile paper; then write the pages and the crate. Times of the last complete `make reproduce`
+    go to results/<profile>/timing.json.
     """
     for timing in workspace.BUILD.glob("*/timing.json"):
         asked = {path.stem for path in notebooks(profile=timing.parent.name)} - {EXPLORER}
@@ -69,30 +61,20 @@ def publish(only: str = "") -> None:
     for path in notebooks(only):
         notebook = nbformat.read(path, as_version=4)
         _execute(notebook, path, declared(path)["PROFILE"])
-        if path in rendered(PAPER):
-            notebook = with_parameters(notebook, profile_parameters(PAPER))
-            _execute(notebook, workspace.NOTEBOOKS / PAPER / path.name, PAPER)
-
-
-def rendered(profile: str) -> list[Path]:
-    """The notebooks that stand in notebooks/<profile>/ as well: what that profile runs, has tables
-    of, and is not their default.
-    """
-    folder = workspace.RESULTS / profile
-    return [
-        path
-        for path in notebooks(profile=profile)
-        if (folder / f"{MAIN_TABLE.get(path.stem, path.stem)}.csv").is_file()
-        and declared(path)["PROFILE"] != profile
-    ]
+        if (beside := workspace.NOTEBOOKS / PAPER / path.name).is_file():
+            _execute(with_parameters(notebook, profile_parameters(PAPER)), beside, PAPER)
+    texts = {path: pages.filled(path.read_text()) for path in pages.PAGES}
+    texts[crate.PATH] = json.dumps(crate.crate(), indent=1) + "\n"
+    for path, text in texts.items():
+        with atomic_write(path) as temporary:
+            temporary.write_text(text)
+        print(f"{path.relative_to(workspace.ROOT)}: refreshed from results/")
 
 
 def with_parameters(
     notebook: nbformat.NotebookNode, parameters: dict[str, Any]
 ) -> nbformat.NotebookNode:
-    """The notebook with a profile's values in its parameters cell, and with links that hold one
-    folder deeper.
-    """
+    """The notebook with a profile's values in its parameters cell, its links a folder deeper."""
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             cell.source = _with_values(cell.source, parameters)
@@ -135,14 +117,11 @@ def published() -> Path:
 
     if not changed("results") or changed("notebooks", "README.md"):
         return workspace.ROOT
-    folder = workspace.BUILD / "published"
+    folder, archive = workspace.BUILD / "published", workspace.BUILD / "published.tar"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    archive = workspace.BUILD / "published.tar"
     git = ["git", "archive", "-o", str(archive), "HEAD", "results"]
     subprocess.run(git, cwd=workspace.ROOT, check=True)
     shutil.unpack_archive(archive, folder, filter="data")
-    print(
-        "results/ is newer than the pages: they are held against the last commit's", file=sys.stderr
-    )
+    print("results/ is newer than the pages: held against the last commit's", file=sys.stderr)
     return folder

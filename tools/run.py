@@ -1,14 +1,15 @@
-"""Run the notebooks: `python -m tools.run reproduce | resume | publish`, the verbs of the Makefile.
+"""Run the notebooks: `python -m tools.run VERB`, the verbs of the Makefile.
 
 reproduce computes everything of a profile anew (only Inception's weights and reference features are
-kept), resume goes on with the last run as it was asked for, publish re-executes notebooks/ from
-results/ and refreshes the numbers of the pages. Executed notebooks and timing.json go to
-build/<profile>/, the parameters and versions to results/<profile>/record.json.
+kept), resume goes on with the last run as it was asked for, publish writes notebooks/ and the pages
+from results/. Executed notebooks and timing.json go to build/<profile>/, the parameters and
+versions to results/<profile>/record.json.
 """
 
 import argparse
 import json
 import logging
+import math
 import os
 import platform
 import resource
@@ -37,6 +38,8 @@ from tools.publish import QUIET_KERNEL, clean, declared, publish, published
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
 MAY_BE_ZERO = ("SEED", "INCEPTION_REFERENCE", "TRAINING.warmup", "TRAINING.decay")
 LAST = "last_run.json"
+RESUME = "`make resume` goes on from here"
+DIED = "the notebook's process died, most likely for want of memory: lower SAMPLING_BATCH"
 
 
 def fits(name: str, value: Any, declared: Any) -> None:
@@ -54,10 +57,11 @@ def fits(name: str, value: Any, declared: Any) -> None:
             raise ValueError(f"{name} is []: it must have at least one value")
         for item in value:
             fits(name, item, declared[0])
-    elif kind is int and value < 1 - (name in MAY_BE_ZERO):
-        raise ValueError(f"{name} is {value}: it must be at least {1 - (name in MAY_BE_ZERO)}")
-    elif kind is float and (value < 0 or (value > 1 and "RATIO" in name.upper())):
-        raise ValueError(f"{name} has {value}, which is out of range")
+    elif kind in (int, float):
+        low = 0 if kind is float or name in MAY_BE_ZERO else 1
+        high = 1 if "RATIO" in name.upper() else math.inf
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}: it must lie in [{low}, {high}]")
 
 
 def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict[str, Any]:
@@ -68,26 +72,19 @@ def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict
     """
     known = {name: value for path in selected for name, value in declared(path).items()}
     every = {name: value for path in notebooks() for name, value in declared(path).items()} | known
-    parameters = profile_parameters(profile)
-    for names, allowed in ((overrides, known), (parameters, every)):
+    p = profile_parameters(profile)
+    for names, allowed in ((overrides, known), (p, every)):
         if unknown := sorted(set(names) - set(allowed)):
-            raise ValueError(
-                f"unknown parameter {unknown[0]}: the notebooks declare "
-                f"{', '.join(sorted(allowed))}"
-            )
-    parameters |= overrides
-    for name, value in parameters.items():
+            names = ", ".join(sorted(allowed))
+            raise ValueError(f"unknown parameter {unknown[0]}: the notebooks declare {names}")
+    p |= overrides
+    for name, value in p.items():
         fits(name, value, every[name])
-    if overrides.get("COMPUTE") and not parameters["TRAIN"]:
-        subject.check_weights(Workspace(profile), *trained(parameters))
-    if parameters["SCHEDULER"]:
-        cluster.connect(parameters["SCHEDULER"]).close()
-    return parameters
-
-
-def trained(parameters: dict[str, Any]) -> tuple[Any, ...]:
-    """What trained weights must have been trained with."""
-    return parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"]
+    if overrides.get("COMPUTE") and not p["TRAIN"]:
+        subject.check_weights(Workspace(profile), p["WIDTH"], p["SEED"], p["TRAINING"])
+    if p["SCHEDULER"]:
+        cluster.connect(p["SCHEDULER"]).close()
+    return p
 
 
 def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew: bool) -> None:
@@ -98,139 +95,54 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
     """
     work = Workspace(profile)
     for folder in (work.results, work.figures, work.build):
-        writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written to: give yourself the right to")
         remove_leftovers(folder)
     if anew:
         verify.keep_aside(work)
         shutil.rmtree(work.build / "samples", ignore_errors=True)
         if parameters["TRAIN"] and selected[0].stem == "01_train":
-            (work.build / "checkpoint.safetensors").unlink(missing_ok=True)
-    began = time.monotonic()
+            (work.build / subject.CHECKPOINT).unlink(missing_ok=True)
     for path in selected:
         used = {name: value for name, value in parameters.items() if name in declared(path)}
         print(f"{path.stem} ({profile}) ...", flush=True)
         start, output = time.monotonic(), work.build / path.name
-        papermill.execute_notebook(
-            path,
-            output,
-            used,
-            cwd=workspace.NOTEBOOKS,
-            progress_bar=False,
-            stderr_file=sys.stderr,
-            extra_arguments=QUIET_KERNEL,
-        )
+        how = {"cwd": workspace.NOTEBOOKS, "progress_bar": False, "stderr_file": sys.stderr}
+        papermill.execute_notebook(path, output, used, extra_arguments=QUIET_KERNEL, **how)
         clean(output)
-        timed = {
-            "seconds": round(time.monotonic() - start),
-            "peak_mib_so_far": round(_peak_mib()),
-        }
+        seconds, peak = round(time.monotonic() - start), round(_peak_mib())
         _update(work.results / "record.json", path.stem, used)
         if anew:
+            timed = {"seconds": seconds, "peak_mib_so_far": peak}
             _update(work.build / "timing.json", path.stem, timed)
-        print(
-            f"{path.stem}: {timed['seconds']} s, peak so far {timed['peak_mib_so_far']:,} MiB -> "
-            f"build/{profile}/{path.name}",
-            flush=True,
-        )
-    print(
-        f"done in {(time.monotonic() - began) / 60:.1f} minutes: tables in results/{profile}, "
-        f"figures in figures/{profile}, executed notebooks in build/{profile}"
-    )
+        print(f"{path.stem}: {seconds} s, peak so far {peak:,} MiB, {output}", flush=True)
+    print(f"tables: {work.results}\nfigures: {work.figures}\nexecuted notebooks: {work.build}")
     verify.report(work)
     print("`make publish` refreshes notebooks/ and README.md from these results")
 
 
-def writable(folder: Path) -> None:
-    """Make a folder; OSError before any work where that, or writing into it, is not possible."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written to: give yourself the right to")
-
-
 def _peak_mib() -> float:
-    """Largest resident memory of any notebook's process so far, MiB (the system counts KiB, macOS
-    bytes).
-    """
+    """The most that a notebook's process has held so far (Linux counts KiB, macOS bytes)."""
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _update(path: Path, key: str, value: Any) -> None:
     record = json.loads(path.read_text()) if path.is_file() else {}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    record |= {
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        **{name: version(name) for name in PACKAGES},
-    }
+    record |= {name: version(name) for name in PACKAGES}
+    record |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
+    record["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     record.setdefault("notebooks", {})[key] = value
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
-def main() -> int:
-    """Parse the verb and run it; errors are one sentence and exit status 1, with earlier results
-    left as they were.
-    """
-    parser = argparse.ArgumentParser(prog="tools.run")
-    parser.add_argument("verb", choices=["reproduce", "resume", "publish", "published"])
-    parser.add_argument("--profile", default="")
-    parser.add_argument("--only", default="", help="run only notebooks that begin so, e.g. 03")
-    parser.add_argument("--weights", type=Path, help="trained weights, as 01_train writes them")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter, in YAML"
-    )
-    arguments = parser.parse_args()
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "15")
-    # What stops a notebook is said below, in one sentence.
-    for name in ("traitlets", "papermill"):
-        logging.getLogger(name).addHandler(logging.NullHandler())
-    resume, status = "`make resume` goes on from here", 1
-    try:
-        if arguments.verb == "published":
-            print(published())
-        elif arguments.verb == "publish":
-            publish(arguments.only)
-            refresh_pages()
-        else:
-            run(arguments)
-        return 0
-    except KeyboardInterrupt:
-        status, said = 130, f"\ninterrupted: what was finished is kept, and {resume}"
-    except DeadKernelError:
-        said = (
-            "stopped: the notebook's process died, most likely for want of memory: free some, or "
-            f"lower SAMPLING_BATCH in notebooks/profiles; then {resume}"
-        )
-    except (PapermillExecutionError, CellExecutionError) as error:
-        said = f"stopped: {error.ename}: {error.evalue}\nmend this, then {resume}"
-    except (ValueError, OSError, RuntimeError) as error:
-        said = f"stopped: {error}"
-    print(said, file=sys.stderr)
-    return status
-
-
-def refresh_pages() -> None:
-    """Bring the numbers of README and model card up to date."""
-    # Imported here because it draws on every table, which only a publisher has.
-    from tools import crate, pages
-
-    pages.refresh()
-    crate.write()
-    print(
-        "README.md, docs/ and results/MODEL_CARD.md: numbers refreshed from results/; "
-        "ro-crate-metadata.json written"
-    )
-
-
 def _override(item: str) -> tuple[str, Any]:
-    """The name and the value of NAME=VALUE; ValueError when it is anything else."""
-    name, equals, value = item.partition("=")
+    name, _, value = item.partition("=")
     try:
-        return name, yaml.safe_load(value) if equals else {}[name]
-    except (yaml.YAMLError, KeyError):
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
         raise ValueError(f"--set {item!r} is not NAME=VALUE with a value in YAML") from None
 
 
@@ -248,13 +160,51 @@ def run(arguments: argparse.Namespace) -> None:
     asked["profile"] = profile = asked["profile"] or "mini"
     asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
     if arguments.weights:
-        needed = trained(profile_parameters(profile))
-        subject.take_weights(Workspace(profile), arguments.weights, *needed)
+        p = profile_parameters(profile)
+        trained = (p["WIDTH"], p["SEED"], p["TRAINING"])
+        subject.take_weights(Workspace(profile), arguments.weights, *trained)
     selected = notebooks(asked["only"], profile)
     parameters = check(profile, asked["overrides"], selected)
     with atomic_write(last) as temporary:
         temporary.write_text(json.dumps(asked))
     execute(profile, parameters, selected, anew=arguments.verb == "reproduce")
+
+
+def main() -> int:
+    """Parse the verb and run it; errors are one sentence and exit status 1, with earlier results
+    left as they were.
+    """
+    parser = argparse.ArgumentParser(prog="tools.run")
+    parser.add_argument("verb", choices=["reproduce", "resume", "publish", "published"])
+    parser.add_argument("--profile", default="")
+    parser.add_argument("--only", default="", help="run only notebooks that begin so, e.g. 03")
+    parser.add_argument("--weights", type=Path, help="trained weights, as 01_train writes them")
+    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE, a value in YAML")
+    arguments = parser.parse_args()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "15")
+    # What stops a notebook is told below, in one sentence.
+    for name in ("traitlets", "papermill"):
+        logging.getLogger(name).addHandler(logging.NullHandler())
+    try:
+        if arguments.verb == "published":
+            print(published())
+        elif arguments.verb == "publish":
+            publish(arguments.only)
+        else:
+            run(arguments)
+        return 0
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: what was finished is kept, and {RESUME}", file=sys.stderr)
+        return 130
+    except DeadKernelError:
+        reason = f"{DIED}; then {RESUME}"
+    except (PapermillExecutionError, CellExecutionError) as error:
+        reason = f"{error.ename}: {error.evalue}\nmend this, then {RESUME}"
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = str(error)
+    print(f"stopped: {reason}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

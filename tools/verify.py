@@ -1,11 +1,8 @@
 """Check the committed results of a profile, in minutes and without its FP32 weights: `make verify`.
 
-Of a profile that keeps no images, the tables of the last run are compared with those before it
-(`compared`). Otherwise:
-
-Every image file is read and held against its own record; the classifier's scores of all images are
-computed again and compared with the tables; a few images are drawn again, from the packed weights
-and, where they are given, from the FP32 weights.
+Where images are kept, each file is held against its record, all scores are computed again, and a
+few images are drawn again, from the packed weights and, where they are given, from the FP32
+weights. Elsewhere the tables of the last run are compared with those before it (`report`).
 """
 
 import argparse
@@ -13,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +33,18 @@ from lafq.study.images.sampling import ImageStore
 from lafq.study.rows import uniform_rows
 from lafq.study.workspace import Workspace, compute_on, profile_parameters
 
-PACKED_IMAGES, IMAGES = 8, 4
+Check = tuple[bool | None, str]  # whether it holds (None: it was not made), and a line
+IMAGES = 4  # drawn again of a row
 # Another processor, or other kernels on the same one, computes other last bits. Scores of equal
 # images: largest difference, besides the rounding of the tables to six digits.
-SCORES = {"fid_mnist": 0.02, "is_mnist": 0.001, "kid_mnist": 0.02}
+SCORES, ROUNDED = {"fid_mnist": 0.02, "is_mnist": 0.001, "kid_mnist": 0.02}, 5e-6
 # Images drawn again: mean absolute difference of a pixel, in grey levels of 255, over all images
 # compared. It was 0 with AVX2 kernels and batches of 8, where AVX-512 kernels had drawn batches of
 # 25; between uniform INT8 and FP32 it is 0.14.
 GREY_LEVELS = 0.02
-ROUNDED = 5e-6
 TOLERANCES = Path(__file__).with_name("tolerances.yaml")
 # Words that name the weights, the machine or a rounded number.
-WORDS = ("sample", "reference", "note", "quantity", "same_machine", "target")
+WORDS = ("sample", "reference", "same_machine", "target")
 SHOWN = 10
 
 
@@ -63,206 +61,113 @@ def keep_aside(work: Workspace) -> None:
         shutil.copy(path, before(work))
 
 
-def compared(work: Workspace) -> tuple[str, list[str]]:
-    """One sentence on all tables of a profile, and a line for every row or verdict that is out of
-    its tolerance.
+def cells(folder: Path, names: list[str]) -> pd.Series:
+    """Every cell of these tables as it is written, by table, row and column."""
+    tables = {name: pd.DataFrame() for name in names}
+    how = {"dtype": str, "na_filter": False, "usecols": lambda column: column not in WORDS}
+    for path in (folder / f"{name}.csv" for name in names):
+        if path.is_file():
+            tables[path.stem] = pd.read_csv(path, **how).rename(index=lambda i: i + 1)
+    return pd.concat({name: table.stack() for name, table in tables.items()})
 
-    A table that has been made for the first time is left out; one that is gone is out of its
-    tolerance.
+
+def compared(work: Workspace) -> pd.DataFrame:
+    """The cells of the tables of `before`, as they were and as they are: `holds` where a number is
+    within its tolerance, or a word the same.
     """
-    rows, verdicts, out = [0, 0], [0, 0], []
-    tables = sorted(before(work).glob("*.csv"))
-    for path in tables:
-        name, new = path.stem, work.results / path.name
-        old = _read(path)
-        if (
-            not new.is_file()
-            or list((table := _read(new)).columns) != list(old.columns)
-            or len(table) != len(old)
-        ):
-            rows[1] += len(old)
-            out.append(f"{name}: other rows or columns than before")
-            continue
-        same = pd.DataFrame(
-            {
-                column: _within(name, column, table[column], old[column])
-                for column in old.columns
-                if column not in WORDS
-            }
-        )
-        if "verdict" in same:
-            verdicts = [verdicts[0] + same["verdict"].sum(), verdicts[1] + len(same)]
-        holds = same.all(axis=1)
-        rows = [rows[0] + holds.sum(), rows[1] + len(same)]
-        for i in np.flatnonzero(~holds):
-            off = same.columns[~same.iloc[i]]
-            what = ", ".join(f"{c} {table[c][i]} (before: {old[c][i]})" for c in off[:3])
-            out.append(
-                f"{name}, row {i + 1}: {what}"
-                + (f" and {len(off) - 3} more" if len(off) > 3 else "")
-            )
-    said = f"reproduced: {rows[0]:,} of {rows[1]:,} rows of {len(tables)} tables within the declared tolerance, "
-    return said + f"{verdicts[0]} of {verdicts[1]} verdicts equal", out
+    names = sorted(path.stem for path in before(work).glob("*.csv"))
+    both = {"before": cells(before(work), names), "now": cells(work.results, names)}
+    table = pd.DataFrame(both).rename_axis(["table", "row", "column"]).reset_index()
+    old, new = (pd.to_numeric(table[when], errors="coerce") for when in both)
+    allowed, rules = pd.Series(0.0, table.index), yaml.safe_load(TOLERANCES.read_text())
+    for (name, column), part in table.groupby(["table", "column"]).groups.items():
+        rule = next(r for r in rules if fnmatch(name, r["table"]) and fnmatch(column, r["column"]))
+        allowed[part] = rule.get("absolute", 0.0) + rule.get("relative", 0.0) * old[part].abs()
+    table["holds"] = (table["before"] == table["now"]) | ((new - old).abs() <= allowed)
+    return table
 
 
 def report(work: Workspace) -> bool:
-    """Print `compared`, its first lines; returns whether all is within tolerance. Says nothing
-    where nothing was kept aside.
+    """Print how many rows of `compared` hold, and the first cells that do not; returns whether all
+    do. Says nothing where nothing was kept aside.
     """
     if not any(before(work).glob("*.csv")):
         return True
-    said, out = compared(work)
-    more = [f"and {len(out) - SHOWN} more"] * (len(out) > SHOWN)
-    print("\n  ".join([said, *out[:SHOWN], *more]))
-    return not out
+    table = compared(work)
+    rows = table.groupby(["table", "row"])["holds"].all()
+    verdicts, off = table[table["column"] == "verdict"]["holds"], table[~table["holds"]]
+    print(f"rows within the declared tolerance: {rows.sum():,} of {len(rows):,}")
+    print(f"equal verdicts: {verdicts.sum()} of {len(verdicts)}")
+    for cell in off[:SHOWN].itertuples():
+        print(f"  {cell.table}, row {cell.row}, {cell.column}: {cell.now} (before: {cell.before})")
+    if len(off) > SHOWN:
+        print(f"  and {len(off) - SHOWN} more")
+    return off.empty
 
 
-def _read(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
-
-
-def _within(name: str, column: str, new: pd.Series, old: pd.Series) -> np.ndarray:
-    """Which rows of a column are the same: numbers within the tolerance, words letter by letter."""
-    rule = next(
-        r
-        for r in yaml.safe_load(TOLERANCES.read_text())
-        if fnmatch(name, r["table"]) and fnmatch(column, r["column"])
-    )
-    if rule.get("ignore"):
-        return np.ones(len(new), dtype=bool)
-    if not (pd.api.types.is_numeric_dtype(new) and pd.api.types.is_numeric_dtype(old)):
-        return (new.astype(str) == old.astype(str)).to_numpy()
-    return np.isclose(
-        new, old, atol=rule.get("absolute", 0.0), rtol=rule.get("relative", 0.0), equal_nan=True
-    )
-
-
-def image_tables(work: Workspace) -> dict[str, pd.DataFrame]:
-    """The tables of results/<profile> that name images, by file name."""
-    found = {
-        path.name: workspace.load_table(work, path.stem)
-        for path in sorted(work.results.glob("*.csv"))
-    }
-    return {
-        name: table
-        for name, table in found.items()
-        if {"sample", "n_images", "steps"} <= set(table.columns)
-    }
-
-
-def check_files(work: Workspace) -> Iterator[tuple[bool, str]]:
-    """Every file of images against its record, and every packed weight against its checksum:
-    (whether it holds, a line).
-    """
-    files = sorted(ImageStore(work).folder.glob("*.npz"))
-    damaged, count = [], 0
-    for path in files:
-        try:
-            count += len(sampling.read(path)[0])
-        except ValueError as error:
-            damaged.append(str(error))
-    yield from ((False, line) for line in damaged)
-    if not damaged:
-        yield bool(files), f"{len(files)} files with {count:,} images agree with their checksums"
-
-
-def check_tables(work: Workspace) -> Iterator[tuple[bool, str]]:
+def check_tables(work: Workspace) -> Iterator[Check]:
     """The classifier's scores of every row's images, computed again, against its table."""
-    extractor, seen = mnist_extractor(), {}
-    for name, table in image_tables(work).items():
-        off = dict.fromkeys(SCORES, 0.0)
-        for row in table.itertuples():
-            key = row.sample, row.n_images
-            if key not in seen:
-                images = torch.from_numpy(ImageStore(work).images(*key))[:, None]
-                seen[key] = metric_values(extractor.features(images), extractor)
-            for metric in SCORES:
-                expected = getattr(row, metric)
-                off[metric] = max(
-                    off[metric], abs(seen[key][metric] - expected) - ROUNDED * abs(expected)
-                )
-        differences = ", ".join(
-            f"{metric} {value:.2g} (at most {SCORES[metric]:g})" for metric, value in off.items()
-        )
-        holds = all(value <= SCORES[metric] for metric, value in off.items())
-        yield (
-            holds,
-            f"{name}: scores of {len(table)} rows computed again, largest difference {differences}",
-        )
+    extractor, allowed = mnist_extractor(), pd.Series(SCORES)
+
+    @cache
+    def scores(sample: str, count: int) -> dict[str, float]:
+        images = torch.from_numpy(ImageStore(work).images(sample, count))[:, None]
+        return metric_values(extractor.features(images), extractor)
+
+    for path in sorted(work.results.glob("*.csv")):
+        table = workspace.load_table(work, path.stem)
+        if {"sample", "n_images", "steps"} <= set(table.columns):
+            again = map(scores, table["sample"], table["n_images"])
+            old, new = table[list(SCORES)], pd.DataFrame(again)[list(SCORES)]
+            off = ((new - old).abs() - ROUNDED * old.abs()).max()
+            largest = ", ".join(
+                f"{name} {off[name]:.2g} (at most {SCORES[name]:g})" for name in off.index
+            )
+            line = f"{path.name}: scores of {len(table)} rows, largest difference {largest}"
+            yield bool((off <= allowed).all()), line
 
 
-def check_drawn(
-    work: Workspace, name: str, model: nn.Module, row: Any, images: int, seed: int
-) -> tuple[bool, str]:
-    """The first images of a row drawn again from `model`, against those that are kept."""
-    again = sample(model, images, row.steps, seed, batch_size=images)[:, 0].numpy()
-    off = np.abs(again.astype(int) - ImageStore(work).images(row.sample, images)).mean()
-    line = f"{name}: {images} images drawn again at {row.steps} steps differ by {off:.3g} of 255 grey levels per pixel"
-    return bool(off <= GREY_LEVELS), f"{line} (at most {GREY_LEVELS:g})"
+def models(
+    work: Workspace, weights: Path | None, p: dict[str, Any]
+) -> Iterator[tuple[str, nn.Module, pd.DataFrame]]:
+    """What images can be drawn from: a name, the model, and its row (of several: the first)."""
+    if (path := work.results / subject.PACKED).is_file():
+        rows = workspace.load_table(work, "packed").query("rule == 'allocate'")
+        yield "packed weights", dequantize_(load_quantized(path, UNet(p["WIDTH"]))), rows
+    if weights:
+        subject.take_weights(work, weights, p["WIDTH"], p["SEED"], p["TRAINING"])
+        model = subject.load_model(work, p["WIDTH"])
+        yield "FP32", model, workspace.load_table(work, "01_baseline")
+        table = workspace.load_table(work, "03_global").query("rule == 'uniform'")
+        for row in uniform_rows(model):
+            small = dequantize_(quantize(model, row.plan))
+            yield f"uniform {row.format}", small, table[table["format"] == row.format]
 
 
-def check_packed(work: Workspace, width: int, seed: int) -> tuple[bool, str]:
-    """The packed weights: their checksum, and images drawn from them."""
-    model = dequantize_(load_quantized(work.results / subject.PACKED, UNet(width)))
-    row = next(workspace.load_table(work, "packed").query("rule == 'allocate'").itertuples())
-    return check_drawn(work, "packed weights", model, row, PACKED_IMAGES, seed)
-
-
-def check_weights(
-    work: Workspace, path: Path, parameters: dict[str, Any]
-) -> Iterator[tuple[bool, str]]:
-    """Images of the baseline and of both uniform formats, drawn again from the FP32 weights in a
-    file.
-    """
-    subject.take_weights(
-        work, path, parameters["WIDTH"], parameters["SEED"], parameters["TRAINING"]
-    )
-    model = subject.load_model(work, parameters["WIDTH"])
-    baseline = next(workspace.load_table(work, "01_baseline").itertuples())
-    yield check_drawn(work, "FP32 baseline", model, baseline, IMAGES, parameters["SEED"])
-    table = workspace.load_table(work, "03_global")
-    for row in uniform_rows(model):
-        [found] = table[(table["rule"] == "uniform") & (table["format"] == row.format)].itertuples()
-        small = dequantize_(quantize(model, row.plan))
-        yield check_drawn(
-            work, f"uniform {row.format.upper()}", small, found, IMAGES, parameters["SEED"]
-        )
-
-
-def checks(work: Workspace, path: Path | None) -> Iterator[tuple[bool | None, str]]:
-    """All checks, one after another: whether each holds (None: it could not be made), and a line."""
-    p = profile_parameters(work.profile)
+def checks(work: Workspace, weights: Path | None) -> Iterator[Check]:
+    """All checks, one after another; ValueError for a damaged file of images."""
+    p, store, folder = profile_parameters(work.profile), ImageStore(work), f"results/{work.profile}"
     compute_on(p["THREADS"], "cpu")
-    if not ImageStore(work).folder.is_dir():
-        if p["KEEP"]:
-            raise ValueError(
-                f"results/{work.profile}/samples is missing: `git checkout -- "
-                f"results/{work.profile}` restores it"
-            )
-        if not before(work).is_dir():
-            raise ValueError(
-                f"nothing to compare with: `make reproduce PROFILE={work.profile}` keeps the "
-                f"earlier tables aside"
-            )
-        said, out = compared(work)
-        yield not out, said
-        yield from ((False, line) for line in out)
-        return
-    yield from check_files(work)
-    yield from check_tables(work)
-    if (work.results / subject.PACKED).is_file():
-        yield check_packed(work, p["WIDTH"], p["SEED"])
+    again = f"`make reproduce PROFILE={work.profile}`"
+    if store.folder.is_dir():
+        files = [sampling.read(path)[0] for path in sorted(store.folder.glob("*.npz"))]
+        yield bool(files), f"checksums of {len(files)} files, {sum(map(len, files)):,} images"
+        yield from check_tables(work)
+        for name, model, rows in models(work, weights, p):
+            row = rows.iloc[0]
+            images = sample(model, IMAGES, row["steps"], p["SEED"], batch_size=IMAGES)[:, 0].numpy()
+            off = np.abs(images.astype(int) - store.images(row["sample"], IMAGES)).mean()
+            line = f"{IMAGES} images drawn again, {off:.3g} of 255 grey levels per pixel"
+            yield bool(off <= GREY_LEVELS), f"{name}: {line} (at most {GREY_LEVELS:g})"
+        if not weights:
+            yield None, "rows drawn from the FP32 weights: give them with WEIGHTS=path"
+        yield None, f"Inception scores, intervals, Fisher information: {again} computes them"
+    elif p["KEEP"]:
+        raise ValueError(f"{folder}/samples is missing: `git checkout -- {folder}` restores it")
+    elif not any(before(work).glob("*.csv")):
+        raise ValueError(f"nothing to compare with: {again} keeps the earlier tables aside")
     else:
-        yield None, f"packed weights: results/{work.profile}/{subject.PACKED} is not there"
-    if path:
-        yield from check_weights(work, path, p)
-    else:
-        yield None, "rows drawn from the FP32 weights: give them with WEIGHTS=path"
-    yield (
-        None,
-        f"Inception scores, intervals and Fisher information: `make reproduce "
-        f"PROFILE={work.profile}` computes them again",
-    )
+        yield report(work), "tables of the last run, compared with those before"
 
 
 def main() -> int:
@@ -279,10 +184,7 @@ def main() -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
-    print(
-        f"verify, profile {args.profile}: "
-        + (f"{failed} checks FAILED" if failed else "all that was checked holds")
-    )
+    print(f"verify, profile {args.profile}: checks that failed: {failed}")
     return int(failed > 0)
 
 

@@ -13,24 +13,27 @@ choices of small excess, by search over sums of them.
 """
 
 import math
-from itertools import pairwise
 
 import numpy as np
-import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from lafq.allocation.coded import allocate_coded
-from lafq.allocation.frontiers import ALLOCATED, StorageOption, frontier
+from lafq.allocation.frontiers import (
+    ALLOCATED,
+    Rows,
+    StorageOption,
+    frontier,
+    planned,
+    undominated,
+)
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.networks import unwrapped
-from lafq.quantization.channels import weight_spec
-from lafq.quantization.checks import channel_view, check_estimates, check_plan
-from lafq.quantization.formats import DEFAULT_FORMATS, FORMATS, MIB, get_format, unshrunk_scale
-from lafq.quantization.model import nbytes, weights_sha256
-from lafq.quantization.plan import Allocation, Plan, Recipe
+from lafq.quantization.checks import check_estimates, check_plan
+from lafq.quantization.formats import DEFAULT_FORMATS, MIB, get_format
+from lafq.quantization.model import nbytes
+from lafq.quantization.plan import Allocation, Recipe
 
-NEAREST = Recipe(unshrunk_scale)
 CLOSE = 1e-3  # the share of the damage that a plan may lie above the bound without a search
 SUMS = 4096  # that the search keeps
 
@@ -52,9 +55,9 @@ def allocate(
 
     Args:
         model: any network with FP32 weights.
-        sensitivity: as `sensitivity.estimate_sensitivity` gives it; parameters that it does not
-            name stay in FP32. Without a curvature, weights are planned for rounding to the nearest
-            code; with it, for error feedback.
+        sensitivity: as `estimate_sensitivity` gives it; parameters that it does not name stay in
+            FP32. Without a curvature, weights are planned for rounding to the nearest code; with
+            it, for error feedback.
         memory_mib: MiB (2**20 bytes) of all that must be stored, biases, norms, scales and masks
             included. The next three arguments are for it alone.
         file_mib: MiB of the file that `save_quantized(..., compress=True)` writes
@@ -84,30 +87,26 @@ def allocate(
         raise ValueError("give memory_mib or file_mib: a plan is made for one of these sizes")
     if file_mib is not None:
         return allocate_coded(model, sensitivity, file_mib, progress)
-    fisher, curvature = sensitivity.fisher, sensitivity.curvature
-    fronts = frontiers_of(model, fisher, granularity, formats, progress, curvature, groups)
-    return solve_budget(model, fronts, memory_mib, Recipe(unshrunk_scale, fisher, curvature))
+    frontiers = frontiers_of(model, sensitivity, granularity, formats, groups, progress)
+    return solve_budget(model, frontiers, memory_mib, sensitivity.recipe)
 
 
 def frontiers_of(
     model: nn.Module,
-    fisher: dict[str, Tensor],
-    granularity: str,
+    sensitivity: Sensitivity,
+    granularity: str = "mixed",
     formats: tuple[str, ...] = DEFAULT_FORMATS,
-    progress: bool = True,
-    curvature: dict[str, Tensor] | None = None,
     groups: tuple[int, ...] = (),
+    progress: bool = True,
 ) -> dict[str, Frontier]:
-    """The frontier of every parameter that `fisher` names: made once, it serves any number of
+    """The frontier of every parameter that has Fisher values: made once, it serves any number of
     budgets. Arguments and errors are those of `allocate`.
     """
-    model, curvature = unwrapped(model), curvature or {}
+    model, fisher = unwrapped(model), sensitivity.fisher
     if granularity not in ALLOCATED:
-        raise ValueError(
-            f"unknown granularity {granularity!r}: choose one of {', '.join(ALLOCATED)}"
-        )
-    for name in formats:
-        get_format(name)
+        choices = ", ".join(ALLOCATED)
+        raise ValueError(f"unknown granularity {granularity!r}: choose one of {choices}")
+    known = [get_format(name) for name in formats]
     if any(group < 1 for group in groups):
         raise ValueError(f"groups are {groups}: give numbers of weights of at least 1, or none")
     if not fisher or not {"fp32", "fp16"} & set(formats):
@@ -115,31 +114,22 @@ def frontiers_of(
             "give the Fisher values of one parameter at least, and fp32 or fp16 among the formats"
         )
     check_plan(model, dict.fromkeys(fisher, "fp16"))
-    parameters = check_estimates(model, fisher, curvature)
-    fronts = {}
-    hidden = {} if progress else {"disable": True}
-    for name, values in tqdm(
-        fisher.items(), desc="damage by format", unit="tensor", leave=False, **hidden
-    ):
-        shared = curvature[name].cpu() if name in curvature else None
-        sides = parameters[name].detach().cpu(), values.detach().cpu(), channel_view(model, name)
-        fronts[name] = frontier(*sides, granularity, formats, shared, groups)
-    return fronts
+    check_estimates(model, fisher, sensitivity.curvature)
+    names = tqdm(fisher, "damage by format", leave=False, unit="tensor") if progress else fisher
+    return {
+        name: frontier(Rows.of(model, name, sensitivity), granularity, known, groups)
+        for name in names
+    }
 
 
 def solve_budget(
-    model: nn.Module, frontiers: dict[str, Frontier], memory_mib: float, recipe: Recipe = NEAREST
+    model: nn.Module, frontiers: dict[str, Frontier], memory_mib: float, recipe: Recipe
 ) -> Allocation:
     """One choice of every frontier, of least total damage within the budget; ValueError for one
-    below the smallest possible.
-
-    recipe: the rounding that the frontiers were made for, which the plan carries.
+    below the smallest possible. recipe: the rounding that the frontiers were made for.
     """
-    model = unwrapped(model)
-    rest = nbytes(model, dict.fromkeys(frontiers, "fp32")) - sum(
-        4 * model.get_parameter(n).numel() for n in frontiers
-    )
-    fronts = list(frontiers.values())
+    model, fronts = unwrapped(model), list(frontiers.values())
+    rest = nbytes(model, {}) - sum(4 * model.get_parameter(n).numel() for n in frontiers)
     budget = memory_mib * MIB + 0.5 - rest  # half a byte: MiB are not exact
     least = sum(front[0].nbytes for front in fronts)
     if not budget >= least:
@@ -148,44 +138,31 @@ def solve_budget(
             f"a budget of {memory_mib} MiB cannot be met: the smallest possible is {smallest} MiB"
         )
     taken = filled(fronts, budget, *one_price(fronts, budget))
-    chosen = {n: front[i] for (n, front), i in zip(frontiers.items(), taken, strict=True)}
-    entries = {name: choice.entry for name, choice in chosen.items() if choice.entry != "fp32"}
-    plan = Plan(entries, recipe, weights_sha256(model))
-    rows = [_report(name, model.get_parameter(name).numel(), c) for name, c in chosen.items()]
-    total = sum(choice.damage for choice in chosen.values())
-    return Allocation(plan, nbytes(model, plan), total, pd.DataFrame(rows))
+    choices = {n: front[i] for (n, front), i in zip(frontiers.items(), taken, strict=True)}
+    return planned(model, choices, recipe)
 
 
 def one_price(fronts: list[Frontier], budget: float) -> tuple[list[int], float]:
     """What each parameter takes at the least price at which the bytes fit, and that price per byte;
     0 where the largest choices fit.
     """
-    steps = []
+    steps = []  # along the lower convex hull of each frontier, of which some price takes a corner
     for i, front in enumerate(fronts):
-        for low, high in pairwise(lower_hull(front)):
-            more = front[high].nbytes - front[low].nbytes
-            steps.append(((front[low].damage - front[high].damage) / more, i, high, more))
+        sizes, damages = np.array([choice[:2] for choice in front]).T
+        corner = 0
+        while corner < len(front) - 1:
+            more = sizes[corner + 1 :] - sizes[corner]
+            saved = (damages[corner] - damages[corner + 1 :]) / more
+            step = len(saved) - 1 - int(saved[::-1].argmax())  # of equal ones the farthest
+            corner += step + 1
+            steps.append((saved[step], i, corner, more[step]))
     steps.sort(key=lambda step: -step[0])
     taken, left = [0] * len(fronts), budget - sum(front[0].nbytes for front in fronts)
-    for price, i, choice, more in steps:
+    for price, i, corner, more in steps:
         if more > left:
             return taken, price
-        taken[i], left = choice, left - more
+        taken[i], left = corner, left - more
     return taken, 0.0
-
-
-def lower_hull(front: Frontier) -> list[int]:
-    """The corners of a frontier's lower convex hull, by number: what some price would choose."""
-    corners: list[int] = []
-    for i, (size, damage, _) in enumerate(front):
-        while len(corners) > 1:
-            first, last = front[corners[-2]], front[corners[-1]]
-            below = (damage - first.damage) * (last.nbytes - first.nbytes)
-            if (last.damage - first.damage) * (size - first.nbytes) < below:
-                break
-            corners.pop()
-        corners.append(i)
-    return corners
 
 
 def filled(fronts: list[Frontier], budget: float, taken: list[int], price: float) -> list[int]:
@@ -200,13 +177,12 @@ def filled(fronts: list[Frontier], budget: float, taken: list[int], price: float
     least = [near[i][0].min() for i in order]
     more, excess, trail = np.zeros(1), np.zeros(1), []  # of the sums over parameters so far
     for place, i in enumerate(order):
-        more, excess = (
-            np.add.outer(a, b).ravel() for a, b in zip((more, excess), near[i][:2], strict=True)
-        )
+        more = np.add.outer(more, near[i][0]).ravel()
+        excess = np.add.outer(excess, near[i][1]).ravel()
         fits = more <= left  # with the others as they are
         lost = (excess + price * (left - more))[fits].min(initial=lost)
         index = np.flatnonzero((excess <= lost) & (more <= left - sum(least[place + 1 :])))
-        index = index[_undominated(more[index], excess[index] - price * more[index])]
+        index = index[undominated(more[index], excess[index] - price * more[index])]
         index = index[np.argsort(excess[index], kind="stable")[:SUMS]]
         trail.append(np.divmod(index, len(near[i][0])))
         more, excess = more[index], excess[index]
@@ -219,34 +195,10 @@ def filled(fronts: list[Frontier], budget: float, taken: list[int], price: float
 def _near(
     front: Frontier, taken: StorageOption, price: float, lost: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes more than what is taken, excess and number of the choices whose excess is not above
-    what is lost.
+    """Bytes more than what is taken, excess, and number of the choices of no more excess than is
+    lost.
     """
-    more = np.array([c.nbytes - taken.nbytes for c in front], dtype=float)
-    excess = np.array([c.damage - taken.damage for c in front]) + price * more
+    more = np.array([choice.nbytes - taken.nbytes for choice in front], dtype=float)
+    excess = np.array([choice.damage - taken.damage for choice in front]) + price * more
     index = np.flatnonzero(excess <= lost)
     return more[index], excess[index].clip(0), index
-
-
-def _undominated(size: np.ndarray, damage: np.ndarray) -> np.ndarray:
-    """The numbers of those that no other beats in both."""
-    order = np.lexsort((damage, size))
-    least = np.minimum.accumulate(damage[order])
-    return order[np.append(True, damage[order][1:] < least[:-1])]
-
-
-def _report(name: str, weights: int, choice: StorageOption) -> dict:
-    format, kept, _, _, group = weight_spec(choice.entry)
-    channels = [format] if isinstance(format, str) else format
-    counts = {f: channels.count(f) for f in FORMATS if f in channels}
-    words = (
-        ", ".join(f"{n} rows {f}" for f, n in counts.items()) if len(counts) > 1 else channels[0]
-    )
-    return {
-        "parameter": name,
-        "weights": weights,
-        "bits_per_weight": 8 * choice.nbytes / weights,
-        "formats": words + (f", groups of {group}" if group else ""),
-        "kept": 0 if kept is None else int(kept.sum()),
-        "damage": choice.damage,
-    }

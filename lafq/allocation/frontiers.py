@@ -8,215 +8,230 @@ rounding error, channel by channel (a row each), with `formats.unshrunk_scale` a
 curvature, error feedback.
 
 Granularities: "tensor", one format for all rows; "channel", one format per row; "mixed", also a
-share of the single weights in FP16, those of the largest F * w^2. Groups of consecutive weights of
-a channel may have scales of their own.
+hundredth of the single weights in FP16, those of the largest F * w^2. Groups of consecutive weights
+of a channel may have scales of their own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lafq.quantization.channels import ChannelView, WeightSpec, counted_bytes
+from lafq.fisher.sensitivity import Sensitivity
+from lafq.quantization.channels import (
+    ChannelView,
+    WeightSpec,
+    counted_bytes,
+    weight_spec,
+)
+from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import (
-    DEFAULT_FORMATS,
+    FORMATS,
     FP16_MAX,
     Format,
     fake_quantize,
-    get_format,
     scales_by_group,
     unshrunk_scale,
 )
+from lafq.quantization.model import nbytes, weights_sha256
+from lafq.quantization.plan import Allocation, Plan, Recipe
 from lafq.quantization.rounding import Factor, damage, diagonal_of, factor, rounded
 
 ALLOCATED = ("tensor", "channel", "mixed")
-SPARSE_SHARES = (0.01,)
+SPARSE_SHARE = 0.01
 PRICES = 96
 
 
 class StorageOption(NamedTuple):
-    """An entry of a plan for one parameter, the bytes it takes and the damage it is predicted to
-    do.
-    """
+    """An entry of a plan for one parameter, its bytes and the damage it is predicted to do."""
 
     nbytes: int
     damage: float
     entry: str | WeightSpec
 
 
-class _Rows(NamedTuple):
-    """A weight tensor and its Fisher values as rows (R, C), the formats that it may take, and its
-    curvature with its factors.
+class Rows(NamedTuple):
+    """A weight tensor and its Fisher values as rows (R, C), and its curvature with its factors
+    (None where there is none).
     """
 
     values: Tensor
     fisher: Tensor
     view: ChannelView
-    formats: list[Format]
     curvature: Tensor | None
     factors: list[Factor] | None
 
+    @classmethod
+    def of(cls, model: nn.Module, name: str, sensitivity: Sensitivity) -> "Rows":
+        """On the CPU; ValueError for a curvature that is not positive semidefinite."""
+        view, weight = channel_view(model, name), model.get_parameter(name).detach()
+        values, fisher = view.of(weight.cpu()), view.of(sensitivity.fisher[name].detach().cpu())
+        if name not in sensitivity.curvature:
+            return cls(values, fisher, view, None, None)
+        curvature = sensitivity.curvature[name].cpu()
+        return cls(values, fisher, view, curvature, factor(curvature))
+
+    def damage(self, quadratic: Tensor) -> Tensor:
+        """Of each row (R,), c/2 * dw^T H dw, from dw^T H dw."""
+        return 0.5 * self.fisher.mean(1).double() * quadratic
+
 
 class _Option(NamedTuple):
-    """One way to share scales and to keep single weights: kept (R, C) or None, and the damage and
-    bits of every row in every format, (R, formats).
+    """One way to share scales and to keep single weights (R, C): the damage of every row in every
+    format, (R, formats), and the bits of a row, (formats,).
     """
 
+    rows: Rows
+    formats: list[Format]
     group: int
-    kept: Tensor | None
+    kept: Tensor
     damage: Tensor
     bits: Tensor
 
+    def by_price(self) -> Iterable[Tensor]:
+        """For every price of a bit the number of the format of least damage + price * bits, (R,),
+        from where the first row changes its format to where the last does; equal answers once.
+        """
+        saved = self.damage.amax(1) - self.damage.amin(1)
+        saved = saved[saved > 0] / (self.bits.max() - self.bits.min()).clamp_min(1)
+        if not len(saved):
+            return []
+        low, high = saved.min().log10() - 7, saved.max().log10() + 2
+        prices = torch.logspace(low, high, PRICES, dtype=torch.float64).tolist()
+        chosen = [(self.damage + price * self.bits).argmin(1) for price in prices]
+        return torch.stack(chosen).unique_consecutive(dim=0)
+
+    def cost(self, chosen: Tensor) -> tuple[int, float]:
+        """Bytes and damage with the formats of these numbers, int64 (R,)."""
+        by_format = {self.formats[i]: (chosen == i).nonzero()[:, 0] for i in chosen.unique()}
+        size = counted_bytes(self.rows.view, by_format, self.kept.sum(1), "fp16", self.group)
+        return size, self.damage.gather(1, chosen[:, None]).sum().item()
+
+    def entry(self, chosen: Tensor) -> str | WeightSpec:
+        """That of a plan, with the formats of these numbers."""
+        names = tuple(self.formats[i].name for i in chosen)
+        format = names[0] if len(set(names)) == 1 else names
+        if self.kept.any():
+            return WeightSpec(format, self.rows.view.back(self.kept), "fp16")
+        plain = isinstance(format, str) and not self.group
+        return format if plain else WeightSpec(format, group=self.group)
+
 
 def frontier(
-    weight: Tensor,
-    fisher: Tensor,
-    view: ChannelView,
-    granularity: str,
-    formats: tuple[str, ...] = DEFAULT_FORMATS,
-    curvature: Tensor | None = None,
-    groups: tuple[int, ...] = (),
+    rows: Rows, granularity: str, formats: list[Format], groups: tuple[int, ...] = ()
 ) -> list[StorageOption]:
     """The choices of one parameter that no other choice beats in both bytes and damage, smallest
     first.
 
-    weight and fisher have the parameter's shape; view as `channel_view` gives it; curvature (C, C)
-    or (B, S, S) for its columns.
     groups: so many weights may share a scale, where they divide a channel; groups have no single
     weights in FP16.
     """
-    known = [f for f in map(get_format, formats) if not f.is_integer or len(view.shape) > 1]
-    parts = None if curvature is None else factor(curvature)
-    rows = _Rows(view.of(weight), view.of(fisher), view, known, curvature, parts)
-    length = view.size[1]
+    channels, length = rows.view.size
+    if vector := len(rows.view.shape) < 2:
+        formats = [f for f in formats if not f.is_integer]
+    whole = torch.zeros_like(rows.values, dtype=torch.bool)
     smaller = [group for group in groups if group < length and not length % group]
-    options = [_option(rows, group=group) for group in (0, *smaller)]
-    chosen = [
-        (option, torch.full((view.size[0],), i)) for option in options for i in range(len(known))
-    ]
-    if granularity == "mixed" and len(view.shape) > 1:
-        options += [_option(rows, kept=kept) for kept in _largest(rows)]
+    options = [_option(rows, formats, group, whole) for group in (0, *smaller)]
+    alike = [torch.full((channels,), i) for i in range(len(formats))]
+    choices = [(option, chosen) for option in options for chosen in alike]
+    if granularity == "mixed" and not vector:
+        options.append(_option(rows, formats, 0, _largest(rows)))
     if granularity != "tensor":
-        chosen += [(option, formats) for option in options for formats in _by_price(option)]
+        choices += [(option, chosen) for option in options for chosen in option.by_price()]
+    sizes, damages = zip(*(option.cost(chosen) for option, chosen in choices), strict=True)
     # Entries name a format for each row, so they are written for the undominated choices alone.
-    costs = [
-        StorageOption(*_cost(rows, option, formats), str(i))
-        for i, (option, formats) in enumerate(chosen)
+    return [
+        StorageOption(sizes[i], damages[i], choices[i][0].entry(choices[i][1]))
+        for i in undominated(sizes, damages)
     ]
-    return [c._replace(entry=_entry(rows, *chosen[int(c.entry)])) for c in undominated(costs)]
 
 
-def undominated(choices: Iterable[StorageOption]) -> list[StorageOption]:
-    """The options that no other beats in both bytes and damage, smallest first."""
-    front: list[StorageOption] = []
-    for choice in sorted(choices, key=lambda c: (c.nbytes, c.damage)):
-        if not front or choice.damage < front[-1].damage:
-            front.append(choice)
-    return front
+def undominated(sizes: Sequence[float], damages: Sequence[float]) -> np.ndarray:
+    """The numbers of those that no other beats in both bytes and damage, smallest first."""
+    order = np.lexsort((damages, sizes))
+    sorted_damages = np.asarray(damages)[order]
+    least = np.minimum.accumulate(sorted_damages)
+    return order[np.append(True, sorted_damages[1:] < least[:-1])]
 
 
-def _largest(rows: _Rows) -> Iterable[Tensor]:
-    """Masks (R, C) of the single weights of largest F * w^2, by the shares to keep."""
+def planned(
+    model: nn.Module, choices: dict[str, StorageOption], recipe: Recipe, file_bytes: int = 0
+) -> Allocation:
+    """The plan of one choice per parameter, with its report."""
+    entries = {name: choice.entry for name, choice in choices.items() if choice.entry != "fp32"}
+    plan = Plan(entries, recipe, weights_sha256(model))
+    rows = [_report(name, model.get_parameter(name).numel(), c) for name, c in choices.items()]
+    total = sum(choice.damage for choice in choices.values())
+    return Allocation(plan, nbytes(model, plan), total, pd.DataFrame(rows), file_bytes)
+
+
+def _report(name: str, weights: int, choice: StorageOption) -> dict:
+    spec = weight_spec(choice.entry)
+    channels = [spec.format] if isinstance(spec.format, str) else spec.format
+    counts = [f"{channels.count(f)} rows {f}" for f in FORMATS if f in channels]
+    words = ", ".join(counts) if len(counts) > 1 else channels[0]
+    return {
+        "parameter": name,
+        "weights": weights,
+        "bits_per_weight": 8 * choice.nbytes / weights,
+        "formats": words + (f", groups of {spec.group}" if spec.group else ""),
+        "kept": 0 if spec.keep_mask is None else int(spec.keep_mask.sum()),
+        "damage": choice.damage,
+    }
+
+
+def _largest(rows: Rows) -> Tensor:
+    """A mask (R, C) of the single weights of largest F * w^2."""
     saliency = (rows.fisher * rows.values.square()).flatten()
-    for count in sorted({max(1, round(share * len(saliency))) for share in SPARSE_SHARES}):
-        kept = torch.zeros(len(saliency), dtype=torch.bool)
-        kept[saliency.topk(count, sorted=False).indices] = True
-        yield kept.view_as(rows.values)
+    count = max(1, round(SPARSE_SHARE * len(saliency)))
+    kept = torch.zeros(len(saliency), dtype=torch.bool)
+    kept[saliency.topk(count, sorted=False).indices] = True
+    return kept.view_as(rows.values)
 
 
-def _option(rows: _Rows, group: int = 0, kept: Tensor | None = None) -> _Option:
-    length = rows.view.size[1]
-    scales = 16 * (length // (group or length))
-    bits = torch.tensor([f.bits * length + scales * f.is_integer for f in rows.formats])
-    by_format = _float_damages(rows, group, kept) | _integer_damages(rows, group, kept)
-    damages = torch.stack([by_format[f] for f in rows.formats], 1)
-    return _Option(group, kept, damages, bits.double().expand(len(damages), -1))
-
-
-def _float_damages(rows: _Rows, group: int, kept: Tensor | None) -> dict[Format, Tensor]:
-    """The damage (R,) of the formats whose weights are rounded one by one: all of them where there
-    is no curvature, else those that are not integers.
-    """
-    values, fisher, _, formats, curvature, _ = rows
-    rest, weight = (t if kept is None else t.masked_fill(kept, 0) for t in (values, fisher))
-    damages = {}
+def _option(rows: Rows, formats: list[Format], group: int, kept: Tensor) -> _Option:
+    values, fisher, view, curvature, _ = rows
+    rest, weight = values.masked_fill(kept, 0), fisher.masked_fill(kept, 0)
+    fed = [f for f in formats if f.is_integer and curvature is not None]
+    scales = [scales_by_group(unshrunk_scale, rest, f.qmax, weight, group) for f in fed]
+    damages = _feedback_damages(rows, fed, scales, kept) if fed else {}
     for f in formats:
-        if curvature is None or not f.is_integer:
+        if f not in fed:
             stored = fake_quantize(rest, f, unshrunk_scale, weight, group)
-            stored = stored if kept is None else torch.where(kept, _fp16(values), stored)
-            change = stored - values
+            change = torch.where(kept, _fp16(values), stored) - values
             damages[f] = (
                 damage(change, fisher)
                 if curvature is None
-                else 0.5 * fisher.mean(1).double() * _independent(change, curvature)
+                else rows.damage(_independent(change, curvature))
             )
-    return damages
+    length = view.size[1]
+    scale_bits = 16 * (length // (group or length))
+    bits = torch.tensor([f.bits * length + scale_bits * f.is_integer for f in formats]).double()
+    return _Option(rows, formats, group, kept, torch.stack([damages[f] for f in formats], 1), bits)
 
 
-def _integer_damages(rows: _Rows, group: int, kept: Tensor | None) -> dict[Format, Tensor]:
-    """The damage (R,) of integers rounded with error feedback; none without a curvature.
+def _feedback_damages(
+    rows: Rows, formats: list[Format], scales: list[Tensor], kept: Tensor
+) -> dict[Format, Tensor]:
+    """The damage (R,) of integers that are rounded with error feedback.
 
     All formats at once: weights are rounded one after another, and more rows cost little more.
     """
-    values, fisher, _, formats, curvature, parts = rows
-    integers = [f for f in formats if f.is_integer and curvature is not None]
-    if not integers:
-        return {}
-    rest, weight = (t if kept is None else t.masked_fill(kept, 0) for t in (values, fisher))
-    scales = [scales_by_group(unshrunk_scale, rest, f.qmax, weight, group) for f in integers]
-    qmax = torch.tensor([f.qmax for f in integers]).repeat_interleave(len(values))
-    free = None if kept is None else kept.repeat(len(integers), 1)
-    after, quadratic = rounded(
-        values.repeat(len(integers), 1), torch.cat(scales), qmax, parts, free
-    )
-    if free is not None:
-        quadratic = quadratic + _independent(torch.where(free, _fp16(after) - after, 0), curvature)
-    of_rows = quadratic.split(len(values))
-    return {f: 0.5 * fisher.mean(1).double() * q for f, q in zip(integers, of_rows, strict=True)}
+    count, many = len(formats), len(rows.values)
+    qmax = torch.tensor([f.qmax for f in formats]).repeat_interleave(many)
+    values, kept = rows.values.repeat(count, 1), kept.repeat(count, 1)
+    after, quadratic = rounded(values, torch.cat(scales), qmax, rows.factors, kept)
+    quadratic += _independent(torch.where(kept, _fp16(after) - after, 0), rows.curvature)
+    return dict(zip(formats, map(rows.damage, quadratic.split(many)), strict=True))
 
 
 def _independent(change: Tensor, curvature: Tensor) -> Tensor:
-    """dw^T H dw of each row for errors of FP16, which are independent of each other: by the
-    diagonal alone.
-    """
+    """dw^T H dw of each row for FP16 errors, independent of each other: by the diagonal alone."""
     return (change.square() @ diagonal_of(curvature)).double()
 
 
 def _fp16(values: Tensor) -> Tensor:
     return values.clamp(-FP16_MAX, FP16_MAX).half().float()
-
-
-def _by_price(option: _Option) -> Iterable[Tensor]:
-    """For every price of a bit the number of the format of least damage + price * bits, (R,), from
-    where the first row changes its format to where the last does; equal answers once.
-    """
-    drop = (option.damage.amax(1) - option.damage.amin(1)) / (
-        option.bits.amax(1) - option.bits.amin(1)
-    ).clamp_min(1)
-    drop = drop[drop > 0]
-    if not len(drop):
-        return []
-    low, high = drop.min().log10() - 7, drop.max().log10() + 2
-    prices = torch.logspace(low, high, PRICES, dtype=torch.float64).tolist()
-    formats = [(option.damage + price * option.bits).argmin(1) for price in prices]
-    return torch.stack(formats).unique_consecutive(dim=0)
-
-
-def _cost(rows: _Rows, option: _Option, formats: Tensor) -> tuple[int, float]:
-    """Bytes and damage with the formats of these numbers, int64 (R,)."""
-    kept = option.kept
-    in_row = torch.zeros_like(formats) if kept is None else kept.sum(1)
-    by_format = {rows.formats[i]: (formats == i).nonzero()[:, 0] for i in formats.unique().tolist()}
-    damage = option.damage.gather(1, formats[:, None]).sum().item()
-    return counted_bytes(rows.view, by_format, in_row, "fp16", option.group), damage
-
-
-def _entry(rows: _Rows, option: _Option, formats: Tensor) -> str | WeightSpec:
-    names = [rows.formats[i].name for i in formats.tolist()]
-    format = names[0] if len(set(names)) == 1 else tuple(names)
-    if option.kept is not None:
-        return WeightSpec(format, rows.view.back(option.kept), "fp16")
-    if option.group or isinstance(format, tuple):
-        return WeightSpec(format, group=option.group)
-    return format

@@ -25,11 +25,6 @@ PartOf = Callable[[str], str]
 GRANULARITIES = ("tensor", "channel", "weight")
 
 
-def layer_of(name: str) -> str:
-    """The part of a parameter's name before its first dot."""
-    return name.split(".", 1)[0]
-
-
 def global_score(fisher: Scores, layer_of: PartOf, group_of: PartOf) -> Scores:
     """F itself: one threshold for all layers."""
     return dict(fisher)
@@ -37,36 +32,31 @@ def global_score(fisher: Scores, layer_of: PartOf, group_of: PartOf) -> Scores:
 
 def group_score(fisher: Scores, layer_of: PartOf, group_of: PartOf) -> Scores:
     """F over the mean of its group."""
-    scores = {}
-    for part in _parts(fisher, group_of).values():
-        mean = _values(part).mean().item()
-        scores |= {name: f / mean for name, f in part.items()}
-    return {name: scores[name] for name in fisher}
+    return _by_part(fisher, group_of, lambda f: f / f.mean())
 
 
 def mean_std_score(fisher: Scores, layer_of: PartOf, group_of: PartOf) -> Scores:
     """(F - mean) / std over its layer's units (population std); F - mean where all are equal."""
-    scores = {}
-    for part in _parts(fisher, layer_of).values():
-        values = _values(part).double()
-        mean, std = values.mean(), values.std(correction=0)
-        scores |= {n: ((f - mean) / std if std > 0 else f - mean) for n, f in part.items()}
-    return {name: scores[name] for name in fisher}
+
+    def standardized(f: Tensor) -> Tensor:
+        mean, std = f.double().mean(), f.double().std(correction=0)
+        return (f - mean) / std if std > 0 else f - mean
+
+    return _by_part(fisher, layer_of, standardized)
 
 
 def ratio_score(fisher: Scores, layer_of: PartOf, group_of: PartOf) -> Scores:
     """The share of its layer's units that rank below it, float64; of equal ones the first ranks
     highest. At the threshold 1 - r the floor(r * n) highest of n are kept.
     """
-    scores = {}
-    for part in _parts(fisher, layer_of).values():
-        order = _values(part).argsort(descending=True, stable=True)
-        place = torch.arange(1, len(order) + 1, dtype=torch.float64, device=order.device)
+
+    def share_below(f: Tensor) -> Tensor:
+        place = torch.arange(1, len(f) + 1, dtype=torch.float64, device=f.device)
         share = torch.empty_like(place)
-        share[order] = 1 - place / len(order)
-        pieces = share.split([f.numel() for f in part.values()])
-        scores |= {n: s.view(f.shape) for (n, f), s in zip(part.items(), pieces, strict=True)}
-    return {name: scores[name] for name in fisher}
+        share[f.argsort(descending=True, stable=True)] = 1 - place / len(f)
+        return share
+
+    return _by_part(fisher, layer_of, share_below)
 
 
 # Each is called as score(fisher, layer_of, group_of).
@@ -79,49 +69,47 @@ RULES: dict[str, Callable[[Scores, PartOf, PartOf], Scores]] = {
 
 
 def keep_above(scores: Scores, threshold: float) -> dict[str, Tensor]:
-    """Boolean tensors of the scores' shapes: True, to be kept, where a score is at least the
-    threshold.
-    """
-    return {n: s >= threshold for n, s in scores.items()}
+    """Boolean tensors of the scores' shapes: True, to be kept, at the threshold and above."""
+    return {name: score >= threshold for name, score in scores.items()}
 
 
 def by_granularity(fisher: Scores, granularity: str, axes: dict[str, int] | None = None) -> Scores:
     """The mean Fisher value of each thing that is kept or quantized as one.
 
-    granularity: "tensor" gives 0-dim means, "channel" (output channels,), "weight" the Fisher
-    values themselves.
-    axes: by parameter name the axis of the output channels where it is not 0 (1 in a transposed
+    granularity: "tensor" gives 0-dim means, "channel" (output channels,), "weight" the values
+    themselves. axes: by name the axis of the output channels where it is not 0 (1 in a transposed
     convolution). Raises ValueError for another granularity.
     """
     if granularity not in GRANULARITIES:
-        raise ValueError(
-            f"unknown granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}"
-        )
-    if granularity == "channel":
-        return {
-            n: f.movedim((axes or {}).get(n, 0), 0).flatten(1).mean(1) for n, f in fisher.items()
-        }
-    return {n: f.mean() for n, f in fisher.items()} if granularity == "tensor" else dict(fisher)
+        choices = ", ".join(GRANULARITIES)
+        raise ValueError(f"unknown granularity {granularity!r}: choose one of {choices}")
+    if granularity == "weight":
+        return dict(fisher)
+    if granularity == "tensor":
+        return {name: f.mean() for name, f in fisher.items()}
+    axes = axes or {}
+    return {n: f.movedim(axes.get(n, 0), 0).flatten(1).mean(1) for n, f in fisher.items()}
 
 
 def threshold_grid(scores: Scores, count: int) -> list[float]:
     """Thresholds worth trying, highest first: every value where there are at most `count`, else as
     many quantiles. The first keeps nothing, the last everything.
     """
-    values = _values(scores).unique()
+    values = torch.cat([score.flatten() for score in scores.values()]).unique()
     if len(values) > count:
-        values = values[
-            torch.linspace(0, len(values) - 1, count, dtype=torch.float64).round().long()
-        ]
+        places = torch.linspace(0, len(values) - 1, count, dtype=torch.float64)
+        values = values[places.round().long()]
     return [math.inf, *values.flip(0).tolist()]
 
 
-def _parts(scores: Scores, part_of: PartOf) -> dict[str, Scores]:
-    parts: dict[str, Scores] = {}
-    for name, score in scores.items():
-        parts.setdefault(part_of(name), {})[name] = score
-    return parts
-
-
-def _values(scores: Scores) -> Tensor:
-    return torch.cat([s.reshape(-1) for s in scores.values()])
+def _by_part(fisher: Scores, part_of: PartOf, score: Callable[[Tensor], Tensor]) -> Scores:
+    """Scores of the values (n,) of every layer or group together."""
+    parts: dict[str, list[str]] = {}
+    for name in fisher:
+        parts.setdefault(part_of(name), []).append(name)
+    scores = {}
+    for names in parts.values():
+        values = [fisher[name].flatten() for name in names]
+        pieces = score(torch.cat(values)).split([len(v) for v in values])
+        scores |= {n: piece.view(fisher[n].shape) for n, piece in zip(names, pieces, strict=True)}
+    return {name: scores[name] for name in fisher}

@@ -10,7 +10,8 @@ number of samples alone. Gradients are taken sample by sample (torch.func.vmap o
 square of a batch gradient is another quantity.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lafq.networks import arguments_of, checked_output, evaluating, named
 
 GRADIENT_BYTES = 2**29
-Arguments = tuple[Tensor, ...]
 
 
 class EmpiricalFisher(NamedTuple):
@@ -39,7 +39,7 @@ class EmpiricalFisher(NamedTuple):
 def empirical_fisher(
     model: nn.Module,
     names: list[str],
-    batches: Iterable[tuple[Arguments, Tensor]],
+    batches: Iterable[tuple[tuple[Tensor, ...] | Tensor, Tensor]],
     chunk: int | None = None,
 ) -> EmpiricalFisher:
     """Estimate the diagonal empirical Fisher information of the named parameters.
@@ -58,48 +58,27 @@ def empirical_fisher(
     """
     chosen = {name: p.detach() for name, p in named(model, names).items()}
     rest = {n: p.detach() for n, p in model.named_parameters() if n not in chosen}
+    gradients = vmap(grad(partial(_loss, model, rest)), in_dims=(None, 0, 0))
     chunk = chunk or samples_at_once(sum(p.nbytes for p in chosen.values()))
     by_batch, by_sample = [], []
-    with evaluating(model, gradients=True):
+    with evaluating(model, gradients=True), sdpa_kernel(SDPBackend.MATH):
         total = {name: torch.zeros_like(p) for name, p in chosen.items()}
-        squares_of = _squared_gradients(model, chosen, rest)
         for batch, y in batches:
             (target,) = arguments_of(y, y.device)
-            arguments = arguments_of(batch, target.device)
-            sums, means = dict.fromkeys(names, 0.0), {n: [] for n in names}
-            for part in torch.arange(len(target)).split(chunk):
-                squares = squares_of(tuple(a[part] for a in arguments), target[part])
-                for name, square in squares.items():
+            parts = [a.split(chunk) for a in (target, *arguments_of(batch, target.device))]
+            sums, means = dict.fromkeys(names, 0.0), {name: [] for name in names}
+            for part, *arguments in zip(*parts, strict=True):
+                for name, gradient in gradients(chosen, tuple(arguments), part).items():
+                    square = gradient.detach().square()
                     means[name].append(square.flatten(1).mean(1).cpu())
                     value = square.sum(0)
                     total[name] += value
                     sums[name] += value.mean().item()
-            by_batch.append({n: value / len(target) for n, value in sums.items()})
-            by_sample.append({n: torch.cat(parts) for n, parts in means.items()})
+            by_batch.append({name: value / len(target) for name, value in sums.items()})
+            by_sample.append({name: torch.cat(parts) for name, parts in means.items()})
     samples = sum(len(each[names[0]]) for each in by_sample)
-    if not samples:
-        raise ValueError("no batch was given: Fisher information needs at least one sample")
-    by_weight = {name: value / samples for name, value in total.items()}
-    if bad := [n for n, f in by_weight.items() if not torch.isfinite(f).all()]:
-        raise ValueError(
-            f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged"
-        )
-    return EmpiricalFisher(by_weight, by_batch, by_sample)
-
-
-def sample_loss(
-    model: nn.Module, parameters: dict[str, Tensor], arguments: Arguments, target: Tensor
-) -> Tensor:
-    """l of one sample: arguments and target without the batch axis -> scalar."""
-    output = checked_output(
-        functional_call(model, parameters, tuple(a[None] for a in arguments)), 1
-    )[0]
-    if output.shape != target.shape:
-        raise ValueError(
-            f"the model's output for one sample has shape {tuple(output.shape)}, the target "
-            f"{tuple(target.shape)}"
-        )
-    return 0.5 * (target - output).square().sum()
+    check_sums(total, samples)
+    return EmpiricalFisher({n: f / samples for n, f in total.items()}, by_batch, by_sample)
 
 
 def samples_at_once(gradient_bytes: int) -> int:
@@ -107,18 +86,29 @@ def samples_at_once(gradient_bytes: int) -> int:
     return max(1, min(16, GRADIENT_BYTES // gradient_bytes))
 
 
-def _squared_gradients(
-    model: nn.Module, chosen: dict[str, Tensor], rest: dict[str, Tensor]
-) -> Callable[[Arguments, Tensor], dict[str, Tensor]]:
-    """A function of (arguments, target) that gives every sample's squared gradient, (B, ...) by
-    parameter name.
-    """
-    gradients = vmap(
-        grad(lambda part, *sample: sample_loss(model, part | rest, *sample)), in_dims=(None, 0, 0)
-    )
+def check_sums(sums: dict[str, Tensor], samples: int) -> None:
+    """Raise ValueError for Fisher values, summed over samples, that are of none or not finite."""
+    if not samples:
+        raise ValueError("no batch was given: Fisher information needs at least one sample")
+    if bad := [name for name, f in sums.items() if not torch.isfinite(f).all()]:
+        raise ValueError(
+            f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged"
+        )
 
-    def squares(arguments: Arguments, target: Tensor) -> dict[str, Tensor]:
-        with sdpa_kernel(SDPBackend.MATH):
-            return {n: g.detach().square() for n, g in gradients(chosen, arguments, target).items()}
 
-    return squares
+def _loss(
+    model: nn.Module,
+    rest: dict[str, Tensor],
+    chosen: dict[str, Tensor],
+    arguments: tuple[Tensor, ...],
+    target: Tensor,
+) -> Tensor:
+    """l of one sample: arguments and target without the batch axis -> scalar."""
+    one = tuple(a[None] for a in arguments)
+    output = checked_output(functional_call(model, chosen | rest, one), 1)[0]
+    if output.shape != target.shape:
+        raise ValueError(
+            f"the model's output for one sample has shape {tuple(output.shape)}, the target "
+            f"{tuple(target.shape)}"
+        )
+    return 0.5 * (target - output).square().sum()

@@ -6,7 +6,8 @@ matrix (Kunstner et al. 2019). No target is needed.
 
 One backward pass of a batch with n instead of the residual gives g = sum over samples of J_b^T n_b.
 The n_b are independent and of mean zero, so E[g_i^2] = sum over samples of (J_b^T J_b)_ii: squares
-of batch gradients, which are wrong for the loss itself, are unbiased here.
+of batch gradients, which are wrong for the loss itself, are unbiased here. The relative standard
+deviation of a weight's estimate is sqrt(2 / passes): many small batches beat few large ones.
 
 The same passes estimate a curvature. The weights of an output channel r have the Gauss-Newton
 matrix E[g_r g_r^T], g_r (C,) their gradient in one pass; a channel alone gives too few draws of it.
@@ -19,19 +20,22 @@ B times fewer numbers and products.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lafq.fisher.empirical import check_sums
 from lafq.fisher.shrinkage import Moments
 from lafq.networks import arguments_of, checked_output, evaluating, named, unwrapped
+from lafq.quantization.channels import ChannelView
 from lafq.quantization.checks import channel_view, check_estimates
+from lafq.quantization.formats import unshrunk_scale
+from lafq.quantization.plan import Recipe
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
 
-BATCH = 8
 LARGEST = 8192  # columns of one curvature matrix, which takes 256 MiB
 CHANNELS = 128  # output channels of a tensor that one pass adds to its curvature
 
@@ -52,21 +56,10 @@ class Sensitivity(NamedTuple):
     noise: dict[str, float] | None = None
     effective_passes: float = 0.0
 
-
-def monte_carlo_fisher(
-    model: nn.Module, names: list[str], batches: Iterable[tuple[Tensor, ...]], seed: int
-) -> dict[str, Tensor]:
-    """F_i = mean over samples of sum over outputs of (d output / d w_i)^2 for the named parameters,
-    by name.
-
-    batches: arguments of the model, batch by batch, each first argument (B, ...). A pass has one
-    draw, so the relative standard deviation of a weight's estimate is sqrt(2 / number of batches):
-    many small batches beat few large ones. Needs the memory of training and one gradient more.
-    Raises ValueError for an unknown name, no batch, or a result that is not finite or zero
-    everywhere.
-    """
-    squares, samples, _ = _squares(unwrapped(model), names, batches, seed, 1)
-    return {n: f / samples for n, f in squares.items()}
+    @property
+    def recipe(self) -> Recipe:
+        """The rounding that `allocate` predicts the damage of."""
+        return Recipe(unshrunk_scale, self.fisher, self.curvature)
 
 
 def estimate_sensitivity(
@@ -75,6 +68,7 @@ def estimate_sensitivity(
     seed: int = 0,
     names: list[str] | None = None,
     shrink: bool = True,
+    curvature: bool = True,
     largest: int = LARGEST,
     channels: int | None = CHANNELS,
     draws: int = 1,
@@ -90,6 +84,8 @@ def estimate_sensitivity(
         names: the parameters; None: all with two dimensions or more.
         shrink: shrink noisy estimates (`fisher.shrinkage`), else take the means over passes as they
             are.
+        curvature: False gives means of Fisher values alone, with the memory of training and one
+            gradient more; a curvature needs C^2 numbers per tensor besides.
         largest: columns of a curvature matrix; that of a tensor with more weights per output
             channel is estimated in blocks.
         channels: output channels that one pass adds to a curvature; those of a tensor with more
@@ -97,46 +93,42 @@ def estimate_sensitivity(
         draws: of noise per pass. If batches are few, 4 tell more of each; a draw takes a backward
             pass and memory for a gradient.
 
+    Raises ValueError for an unknown name, no batch, a result that is not finite or zero everywhere,
+    and draws below 1.
+
     >>> import torch
     >>> batches = [torch.randn(8, 3) for _ in range(100)]
     >>> estimate_sensitivity(nn.Linear(3, 2), batches).curvature["weight"].shape
     torch.Size([3, 3])
-
-    Needs C^2 numbers per tensor besides those of `monte_carlo_fisher`. Raises ValueError as that
-    does, and for draws below 1.
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}: a pass needs one draw of noise or more")
-    model = unwrapped(model)
+    model, noise = unwrapped(model), generator(seed, 1)
     names = [n for n, p in model.named_parameters() if p.ndim > 1] if names is None else names
-    views = {n: channel_view(model, n) for n in names if model.get_parameter(n).ndim > 1}
-    moments: dict[str, Moments] = {}
-
-    def add(name: str, gradients: list[Tensor]) -> None:
-        if name in views:
-            rows = [views[name].of(g) for g in gradients]
-            if name not in moments:
-                moments[name] = Moments(rows[0], largest, channels)
-            moments[name].add(*rows)
-
-    squares, samples, traces = _squares(model, names, batches, seed, draws, add)
-    passes, effective = len(traces), sum(traces) ** 2 / sum(x * x for x in traces)
-    curvature, noise = {}, {} if shrink else None
-    for name, m in moments.items():
-        if not shrink:
-            curvature[name] = m.plain_curvature()
-            continue
-        curvature[name], noise[name] = m.shrunk_curvature()
-        shrunk = m.shrunk_squares(views[name].of(squares[name]))
-        squares[name] = views[name].back(shrunk).contiguous()
-    if shrink and moments and passes == 1:
+    chosen = named(model, names)
+    matrices = [name for name, p in chosen.items() if p.ndim > 1] if curvature else []
+    views = {name: channel_view(model, name) for name in matrices}
+    with evaluating(model, gradients=True):
+        sums = _Sums(chosen, views, largest, channels)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in chosen)
+        for batch in batches:
+            arguments = arguments_of(batch, next(iter(chosen.values())).device)
+            output = checked_output(model(*arguments), len(arguments[0]))
+            sums.add(_gradients(output, chosen, draws, noise), len(output))
+    check_sums(sums.squares, sums.samples)
+    if not any(square.any() for square in sums.squares.values()):
+        raise ValueError(
+            "the Fisher information is zero everywhere: these batches give the output no gradient, "
+            "give others"
+        )
+    if shrink and views and len(sums.traces) == 1:
         warnings.warn(
             "one pass says nothing about its noise, so all weights of a tensor count the same: "
             "give more batches",
             stacklevel=2,
         )
-    fisher = {name: square / samples for name, square in squares.items()}
-    return Sensitivity(fisher, curvature, passes, noise, effective)
+    return sums.sensitivity(shrink)
 
 
 def predicted_damage(model: nn.Module, small: nn.Module, other: Sensitivity) -> float:
@@ -164,60 +156,57 @@ def predicted_damage(model: nn.Module, small: nn.Module, other: Sensitivity) -> 
     model, small = unwrapped(model), unwrapped(small)
     parameters = check_estimates(model, other.fisher, other.curvature)
     total = 0.0
-    for name, values in other.fisher.items():
+    for name, fisher in other.fisher.items():
         owner, _, attribute = name.rpartition(".")
         # As an attribute, which unpacks it where it is packed.
         stored = getattr(small.get_submodule(owner), attribute)
-        view = channel_view(model, name)
+        view, h = channel_view(model, name), other.curvature.get(name)
         change = view.of(stored.detach() - parameters[name].detach()).cpu()
-        h = other.curvature.get(name)
         h = None if h is None else h.cpu()
-        total += damage(change, view.of(values).cpu(), h).sum().item()
+        total += damage(change, view.of(fisher).cpu(), h).sum().item()
     return total
 
 
-def _squares(
-    model: nn.Module,
-    names: list[str],
-    batches: Iterable[tuple[Tensor, ...] | Tensor],
-    seed: int,
-    draws: int,
-    also: Callable[[str, list[Tensor]], None] | None = None,
-) -> tuple[dict[str, Tensor], int, list[float]]:
-    """Squared gradients of the output times N(0, I), their mean over the draws of a pass summed
-    over passes; the number of samples, and the sum over weights of the squares of each pass.
-
-    `also` sees the gradients of each pass, one per draw.
+class _Sums:
+    """Over passes: squared gradients by name, their mean over the draws of a pass; `Moments` where
+    there is a view; samples; of each pass the sum of its squares over all weights.
     """
-    chosen = named(model, names)
-    samples, traces, noise = 0, [], generator(seed, 1)
-    with evaluating(model, gradients=True):
-        total = {name: torch.zeros_like(p) for name, p in chosen.items()}
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in chosen)
-        for batch in batches:
-            arguments = arguments_of(batch, next(iter(chosen.values())).device)
-            output = checked_output(model(*arguments), len(arguments[0]))
-            trace = 0.0
-            for name, gradients in _gradients(output, chosen, draws, noise).items():
-                for gradient in gradients:
-                    total[name].addcmul_(gradient, gradient, value=1 / draws)
-                    trace += torch.linalg.vector_norm(gradient).item() ** 2 / draws
-                if also:
-                    also(name, gradients)
-            samples, traces = samples + len(output), [*traces, trace]
-    if not samples:
-        raise ValueError("no batch was given: Fisher information needs at least one sample")
-    if bad := [n for n, f in total.items() if not torch.isfinite(f).all()]:
-        raise ValueError(
-            f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged"
-        )
-    if not any(f.any() for f in total.values()):
-        raise ValueError(
-            "the Fisher information is zero everywhere: these batches give the output no gradient, "
-            "give others"
-        )
-    return total, samples, traces
+
+    def __init__(
+        self,
+        chosen: dict[str, nn.Parameter],
+        views: dict[str, ChannelView],
+        largest: int,
+        channels: int | None,
+    ) -> None:
+        self.squares = {name: torch.zeros_like(p) for name, p in chosen.items()}
+        self.moments = {n: Moments(v.of(chosen[n]), largest, channels) for n, v in views.items()}
+        self.views, self.samples, self.traces = views, 0, []
+
+    def add(self, gradients: dict[str, list[Tensor]], samples: int) -> None:
+        """Add the gradients of one pass, one per draw."""
+        trace = 0.0
+        for name, draws in gradients.items():
+            for gradient in draws:
+                self.squares[name].addcmul_(gradient, gradient, value=1 / len(draws))
+                trace += torch.linalg.vector_norm(gradient).item() ** 2 / len(draws)
+            if name in self.moments:
+                self.moments[name].add(*map(self.views[name].of, draws))
+        self.samples, self.traces = self.samples + samples, [*self.traces, trace]
+
+    def sensitivity(self, shrink: bool) -> Sensitivity:
+        """The means over samples and passes, shrunk or as they are."""
+        curvature, noise, squares = {}, {} if shrink else None, dict(self.squares)
+        for name, m in self.moments.items():
+            if not shrink:
+                curvature[name] = m.plain_curvature()
+                continue
+            curvature[name], noise[name] = m.shrunk_curvature()
+            rows = m.shrunk_squares(self.views[name].of(squares[name]))
+            squares[name] = self.views[name].back(rows).contiguous()
+        fisher = {name: square / self.samples for name, square in squares.items()}
+        effective = sum(self.traces) ** 2 / sum(x * x for x in self.traces)
+        return Sensitivity(fisher, curvature, len(self.traces), noise, effective)
 
 
 def _gradients(

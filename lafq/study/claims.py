@@ -4,12 +4,14 @@ C1 and C2 are about Fisher information: intervals resample blocks of samples, th
 all weight tensors. C3 and C4 are about images: intervals resample the images, the same ones in
 every row. Claims about threshold rules, which the poster does not make, compare several thresholds
 with one for all, on damage and on images. Over training runs the interval is Student's t.
+
+What each claim says is typed in figures/text.py and docs/blocks; here are numbers and names.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +23,7 @@ from lafq.rng import generator
 from lafq.study import poster
 from lafq.study.diffusion.unet import layer_of
 from lafq.study.images import metrics
-from lafq.study.images.evaluate import Scored, Scorer
+from lafq.study.images.evaluate import Scored, score
 from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
 from lafq.study.results import load_rows
 from lafq.study.workspace import Workspace, load_optional, load_table
@@ -34,33 +36,15 @@ from lafq.study.workspace import Workspace, load_optional, load_table
 FID_MARGIN = 1.0
 MARGIN_IMAGES = 100
 LEVEL = 0.05
+Claim = dict[str, Any]
 FRONT = ("Layer1", "Layer2")
 HALF = 500
-LAYERWISE = ("group", "mean_std", "ratio")
+LAYERWISE = ("ratio", "group", "mean_std")
 RATIOS_OF_MEANS = ("C1", "C2")
-NULL = {"C1": 1.0, "C2": 1.0, "C2 share": 0.5}  # C3 and C4: 0
+ABOVE = ("C1", "C2", "C2 share")  # the others say that their number lies below NULL
+NULL = {"C1": 1.0, "C2": 1.0, "C2 share": 0.5, "rules damage": 1.0}  # of the others 0
+OF_A_RUN = ["seed", "steps", "claim", "measured", "low", "high", "verdict", "p"]
 RATE = 4.0  # bits per weight at which claims about rules are tested
-SAID = {
-    "C1": "later steps of the reverse process (t near 0) have higher Fisher values",
-    "C2": "Layers 1 and 2 have notably higher Fisher values",
-    "C2 share": "Layers 1 and 2 have notably higher Fisher values",
-    "C3": "the best ratio lies in 0.35-0.40",
-    "C4 images": "thresholds by layer give better images than uniform quantization",
-}
-
-
-# The row that C4 compares is another one in each run.
-VARYING = {
-    "C4 images": (
-        "FID of the layer or group row nearest to uniform FP16 in bytes, minus FID of uniform FP16"
-    )
-}
-RULES_SAID = "several thresholds are better than one for all"
-RULE_WORDS = {
-    "ratio": "ratio (one threshold per layer)",
-    "group": "group (one threshold per group)",
-    "mean_std": "mean_std (one threshold per layer)",
-}
 
 
 def verdict(
@@ -92,34 +76,47 @@ def holm(p: list[float]) -> list[float]:
     return corrected
 
 
-class Claim(NamedTuple):
-    """A row of claims.csv: `quantity` is what was measured, `measured` its value with the interval
-    low..high.
-
-    p: where a claim was tested more than once, corrected for the number of tests. note: what else
-    belongs to it.
+def _claim(
+    claim: str,
+    measured: float,
+    low: float,
+    high: float,
+    margin: float = 0.0,
+    p: float = math.nan,
+    **fields: Any,
+) -> Claim:
+    """A row of claims.csv: its number, the interval low..high and the verdict, and fields that say
+    of what the number is (results/README.md lists the columns).
     """
-
-    claim: str
-    paper: str
-    quantity: str
-    measured: float
-    low: float
-    high: float
-    verdict: str
-    p: float = math.nan
-    note: str = ""
+    side = {"above": claim in ABOVE, "null": NULL.get(claim, 0.0)}
+    holds = verdict(low, high, **side, margin=margin, p=p)
+    number = {"measured": measured, "low": low, "high": high}
+    return {"claim": claim} | number | {"verdict": holds, "p": p} | fields
 
 
 class Judge(NamedTuple):
-    """FID of a row's images, by its `sample`: with its bootstrap draws, the features it is on, and
-    the margin of the verdict.
+    """FID of rows' images, by their `sample`, with its bootstrap draws; the features that it is on,
+    and the margin of its verdicts.
     """
 
     scored: Callable[[str], Scored]
     metric: str
     features: str
+    n_images: int
     margin: float
+
+    def claim(self, claim: str, measured: float, draws: Tensor, **fields: Any) -> Claim:
+        """A claim that a difference of FIDs is below 0."""
+        ends = metrics.interval(measured, draws)
+        fields |= {"features": self.features, "n_images": self.n_images}
+        return _claim(claim, measured, *ends, self.margin, **fields)
+
+    def difference(self, claim: str, sample: str, other: str, **fields: Any) -> Claim:
+        """A claim that the FID of one sample is below the other's."""
+        ours, theirs = self.scored(sample), self.scored(other)
+        measured = ours.values[self.metric] - theirs.values[self.metric]
+        draws = ours.draws[self.metric] - theirs.draws[self.metric]
+        return self.claim(claim, measured, draws, **fields)
 
 
 def judge(images: dict[str, np.ndarray], seed: int, inception: FeatureExtractor | None) -> Judge:
@@ -127,16 +124,16 @@ def judge(images: dict[str, np.ndarray], seed: int, inception: FeatureExtractor 
     them on the classifier's.
     """
     count = len(next(iter(images.values())))
-    scorer, extractor = Scorer(count, seed), inception or mnist_extractor()
+    extractor = inception or mnist_extractor()
 
     @cache
     def scored(sample: str) -> Scored:
-        return scorer.score(torch.from_numpy(images[sample])[:, None], [extractor])
+        return score(torch.from_numpy(images[sample])[:, None], [extractor], seed)
 
-    features, margin = "MNIST", 0.0
-    if inception:
-        features, margin = "Inception", FID_MARGIN * (count == MARGIN_IMAGES)
-    return Judge(scored, f"fid_{extractor.name}", f"{features} features, N = {count}", margin)
+    metric = f"fid_{extractor.name}"
+    if not inception:
+        return Judge(scored, metric, "MNIST", count, 0.0)
+    return Judge(scored, metric, "Inception", count, FID_MARGIN * (count == MARGIN_IMAGES))
 
 
 def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int) -> list[Claim]:
@@ -146,154 +143,75 @@ def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int
     C1 compares the two halves of the timesteps. C2 compares Layers 1-2 with Layers 3-6 per weight,
     and asks whether they have more than half of the trace.
     """
-    front = {name: layer_of(name) in FRONT for name in weights.index}
-    of_front = weights[[n for n in weights.index if front[n]]].sum() / weights.sum()
-    trace, early = _trace_by_side(blocks, weights, front)
-    chosen = torch.randint(
-        trace.shape[-1],
-        (metrics.RESAMPLES, *trace.shape[1:]),
-        generator=generator(seed, trace.shape[-1]),
-    )
-    draws = torch.stack([side.expand(len(chosen), -1, -1).gather(2, chosen) for side in trace], 1)
-
-    def halves(trace: Tensor) -> Tensor:
-        by_bin = trace.mean(-1).sum(-2)
-        return (by_bin[..., early].mean(-1) / by_bin[..., ~early].mean(-1)).log()
-
-    def share(trace: Tensor) -> Tensor:
-        by_side = trace.mean(-1).sum(-1)
-        return by_side[..., 0] / by_side.sum(-1)
-
-    def per_weight(trace: Tensor) -> Tensor:
-        return (share(trace) / of_front).log() - ((1 - share(trace)) / (1 - of_front)).log()
-
-    share_words = (
-        f"share of all Fisher information in Layers 1-2, which have {of_front:.1%} of the weights"
-    )
-    quantities = {
-        "C1": (halves, f"mean Fisher at t < {HALF} divided by that at t >= {HALF}"),
-        "C2": (per_weight, "mean Fisher per weight, Layers 1-2 divided by Layers 3-6"),
-        "C2 share": (share, share_words),
-    }
+    back = ~blocks["parameter"].map(layer_of).isin(FRONT)
+    trace = blocks["fisher"] * blocks["parameter"].map(weights)
+    sums = trace.groupby([back, blocks["t_low"], blocks["block"]]).sum()
+    sums = sums.unstack("block").dropna(axis=1)
+    early = torch.tensor(sums.loc[False].index < HALF)
+    measured = torch.tensor(sums.to_numpy()).view(2, len(early), -1)
+    front = float(weights[weights.index.map(layer_of).isin(FRONT)].sum() / weights.sum())
+    g, (_, bins, count) = generator(seed, measured.shape[-1]), measured.shape
+    chosen = torch.randint(count, (metrics.RESAMPLES, 1, bins, count), generator=g)
+    draws = measured.expand(len(chosen), -1, -1, -1).gather(3, chosen.expand(-1, 2, -1, -1))
+    values, spread = (_c1_and_c2(traces, early, front) for traces in (measured, draws))
     claims = []
-    for claim, (quantity, words) in quantities.items():
-        measured = quantity(trace).item()
-        ends = (measured, *metrics.interval(measured, quantity(draws)))
-        ends = ends if claim == "C2 share" else tuple(math.exp(end) for end in ends)
-        what = verdict(*ends[1:], above=True, null=NULL[claim])
-        claims.append(Claim(claim, SAID[claim], f"{words} ({kind})", *ends, what))
+    for claim, value in values.items():
+        ends = value.item(), *metrics.interval(value.item(), spread[claim])
+        ends = map(math.exp, ends) if claim in RATIOS_OF_MEANS else ends
+        claims.append(_claim(claim, *ends, kind=kind, front_weights=front))
     return claims
 
 
-def _trace_by_side(
-    blocks: pd.DataFrame, weights: pd.Series, front: dict[str, bool]
-) -> tuple[Tensor, Tensor]:
-    """Fisher trace of Layers 1-2 and of the others by timestep bin and block (2, bins, blocks), and
-    which bins are early (bins,).
+def _c1_and_c2(trace: Tensor, early: Tensor, front_weights: float) -> dict[str, Tensor]:
+    """The claims' numbers, of ratios the logarithm. trace: of Layers 1-2 and of the others by
+    timestep bin and block (..., 2, bins, blocks); early: which bins are (bins,).
     """
-    trace = blocks.assign(
-        trace=blocks["fisher"] * blocks["parameter"].map(weights),
-        front=blocks["parameter"].map(front),
-    )
-    sums = trace.pivot_table(
-        index=["front", "t_low"], columns="block", values="trace", aggfunc="sum"
-    ).dropna(axis=1)
-    sides = [torch.from_numpy(sums.loc[side].to_numpy(copy=True)) for side in (True, False)]
-    return torch.stack(sides), torch.tensor([t < HALF for t in sums.loc[True].index])
+    by_bin = trace.mean(-1)
+    halves = by_bin.sum(-2)
+    by_side = by_bin.sum(-1)
+    share = by_side[..., 0] / by_side.sum(-1)
+    return {
+        "C1": (halves[..., early].mean(-1) / halves[..., ~early].mean(-1)).log(),
+        "C2": (share / front_weights).log() - ((1 - share) / (1 - front_weights)).log(),
+        "C2 share": share,
+    }
 
 
 def all_fisher_claims(work: Workspace, seed: int) -> list[Claim]:
     """C1 and C2 on every kind of Fisher information that 02 has estimated."""
     weights = load_table(work, "02_fisher").drop_duplicates("parameter")
     by_name = weights.set_index("parameter")["weights"]
-    kinds = {"empirical, noised digits": load_table(work, "02_fisher_blocks")}
+    kinds = [("empirical, noised digits", load_table(work, "02_fisher_blocks"))]
     others = load_optional(work, "02_fisher_kinds")
     if others is not None:
-        kinds |= dict(iter(others.groupby("kind", sort=False)))
+        kinds += others.groupby("kind", sort=False)
+    return [c for kind, blocks in kinds for c in fisher_claims(blocks, by_name, kind, seed)]
+
+
+def best_ratio(table: pd.DataFrame, by: Judge) -> list[Claim]:
+    """C3 for each format whose ratio sweep, by weight, is in the table: mean FID of the ratios 0.35
+    to 0.40 minus the others'; p values corrected for the number of formats.
+    """
+    tested, published = [], [f"{r:.2f}" for r in poster.RATIOS]
+    for low in ("fp16", "int8"):
+        rows = table.query("rule == 'ratio' and format == @low and granularity == 'weight'")
+        rows = rows[rows["setting"].isin(published)].drop_duplicates("setting")
+        inside = rows["setting"].astype(float).between(*poster.BEST_RATIOS).to_numpy(copy=True)
+        if inside.any() and not inside.all():
+            scored = [by.scored(sample) for sample in rows["sample"]]
+            values = torch.tensor([s.values[by.metric] for s in scored])
+            draws = torch.stack([s.draws[by.metric] for s in scored], 1)
+            measured, spread = (
+                fid[..., inside].mean(-1) - fid[..., ~inside].mean(-1) for fid in (values, draws)
+            )
+            best = inside[draws.argmin(1).numpy()].mean()
+            fields = {"format": low, "best_share": best, "chance": inside.mean()}
+            tested.append((measured.item(), spread, fields))
+    corrected = holm([_p_value(measured, spread) for measured, spread, _ in tested])
     return [
-        claim
-        for kind, blocks in kinds.items()
-        for claim in fisher_claims(blocks, by_name, kind, seed)
+        by.claim("C3", measured, spread, p=p, **fields)
+        for (measured, spread, fields), p in zip(tested, corrected, strict=True)
     ]
-
-
-def best_ratio(
-    table: pd.DataFrame, by: Judge, formats: Sequence[str] = ("fp16", "int8")
-) -> list[Claim]:
-    """C3 for each format whose ratio sweep, by weight, is in the table; p values corrected for the
-    number of formats.
-    """
-    contrasts = [_inside_minus_others(table, by, low) for low in formats]
-    tested = [contrast for contrast in contrasts if contrast is not None]
-    corrected = holm([_p_value(claim.measured, draws) for claim, draws in tested])
-    return [
-        claim._replace(
-            p=p, verdict=verdict(claim.low, claim.high, above=False, margin=by.margin, p=p)
-        )
-        for (claim, _), p in zip(tested, corrected, strict=True)
-    ]
-
-
-def _inside_minus_others(table: pd.DataFrame, by: Judge, low: str) -> tuple[Claim, Tensor] | None:
-    """C3 in one format, with its draws: mean FID of the ratios 0.35 to 0.40 minus the others'; None
-    where the table does not have both.
-    """
-    of_format = (table["rule"] == "ratio") & (table["format"] == low)
-    rows = table[of_format & (table["granularity"] == "weight")].drop_duplicates("setting")
-    rows = rows[rows["setting"].isin([f"{r:.2f}" for r in poster.RATIOS])]
-    inside = rows["setting"].astype(float).between(*poster.BEST_RATIOS).to_numpy(copy=True)
-    if inside.all() or not inside.any():
-        return None
-    scored = [by.scored(sample) for sample in rows["sample"]]
-    values = torch.tensor([s.values[by.metric] for s in scored])
-    draws = torch.stack([s.draws[by.metric] for s in scored], 1)
-    best = inside[draws.argmin(1).numpy()].mean()
-    value, spread = (
-        fid[..., inside].mean(-1) - fid[..., ~inside].mean(-1) for fid in (values, draws)
-    )
-    quantity = (
-        f"mean FID of ratios 0.35-0.40 minus the others' ({low.upper()}, single weights kept; "
-        f"{by.features})"
-    )
-    note = (
-        f"the best ratio is one of 0.35-0.40 in {best:.0%} of resamples "
-        f"(by chance: {inside.mean():.0%})"
-    )
-    claim = _contrast("C3", quantity, value.item(), spread, by.margin)
-    return claim._replace(note=note), spread
-
-
-def layerwise_images(table: pd.DataFrame, by: Judge) -> Claim:
-    """C4, images: of the layer-wise rows with INT8 the nearest in size to uniform FP16, against
-    uniform FP16.
-    """
-    uniform = table[(table["rule"] == "uniform") & (table["format"] == "fp16")].iloc[0]
-    rows = table[table["rule"].isin(LAYERWISE) & (table["format"] == "int8")]
-    row = rows.loc[(rows["mem_mib"] - uniform["mem_mib"]).abs().idxmin()]
-    named = (
-        f"{row['rule']} {row['setting']}, INT8 by {row['granularity']} ({row['mem_mib']:.2f} MiB)"
-    )
-    quantity = (
-        f"FID of {named} minus FID of uniform FP16 ({uniform['mem_mib']:.2f} MiB; {by.features})"
-    )
-    first, second = by.scored(row["sample"]), by.scored(uniform["sample"])
-    draws = first.draws[by.metric] - second.draws[by.metric]
-    return _contrast(
-        "C4 images", quantity, first.values[by.metric] - second.values[by.metric], draws, by.margin
-    )
-
-
-def _contrast(claim: str, quantity: str, measured: float, draws: Tensor, margin: float) -> Claim:
-    low, high = metrics.interval(measured, draws)
-    return Claim(
-        claim,
-        SAID[claim],
-        quantity,
-        measured,
-        low,
-        high,
-        verdict(low, high, above=False, margin=margin),
-    )
 
 
 def _p_value(measured: float, draws: Tensor) -> float:
@@ -305,48 +223,65 @@ def _p_value(measured: float, draws: Tensor) -> float:
     return min(1.0, 2 * max(tail, 1 / len(draws)))
 
 
-def claims_on_images(table: pd.DataFrame, images: dict[str, np.ndarray], seed: int) -> list[Claim]:
-    """C3 (INT8) and C4 (images) on the rows of `claimed_rows` with their images (MNIST features)."""
-    by = judge(images, seed, None)
-    return [*best_ratio(table, by, ["int8"]), layerwise_images(table, by)]
+def layerwise_images(table: pd.DataFrame, by: Judge) -> Claim:
+    """C4, images: of the layer-wise rows with INT8 the nearest in size to uniform FP16, against
+    uniform FP16.
+    """
+    uniform = table.query("rule == 'uniform' and format == 'fp16'").iloc[0]
+    rows = table.query("rule in @LAYERWISE and format == 'int8'")
+    row = rows.loc[(rows["mem_mib"] - uniform["mem_mib"]).abs().idxmin()]
+    compared = row[["rule", "setting", "format", "granularity", "mem_mib"]].to_dict()
+    compared |= {"fp16_mib": uniform["mem_mib"]}
+    return by.difference("C4 images", row["sample"], uniform["sample"], **compared)
+
+
+def claims_on_images(
+    table: pd.DataFrame,
+    images: dict[str, np.ndarray],
+    seed: int,
+    inception: FeatureExtractor | None = None,
+) -> list[Claim]:
+    """C3, where its sweep is there, and C4 on rows with their images; on the classifier's features
+    without Inception.
+    """
+    by = judge(images, seed, inception)
+    return [*best_ratio(table, by), layerwise_images(table, by)]
 
 
 def image_claims(
     work: Workspace, seed: int, inception_reference: int, names: Sequence[str]
 ) -> list[Claim]:
-    """C3, where its sweep is there, and C4, from these tables of rows with their images."""
+    """`claims_on_images` of these tables of rows."""
     tables, images = zip(*(load_rows(work, name) for name in names), strict=True)
-    table = pd.concat(tables, ignore_index=True)
     of_sample = {sample: pixels for part in images for sample, pixels in part.items()}
-    by = judge(of_sample, seed, inception_extractor(inception_reference))
-    return [*best_ratio(table, by), layerwise_images(table, by)]
+    inception = inception_extractor(inception_reference)
+    return claims_on_images(pd.concat(tables, ignore_index=True), of_sample, seed, inception)
 
 
 def over_runs(by_run: pd.DataFrame) -> pd.DataFrame:
-    """Each claim over training runs: rows `seed, claim, paper, quantity, measured, ...` become one
-    Claim each.
+    """Each claim over training runs, at least two, with the fields that all of them share.
 
     The interval is Student's t over the runs (of the logarithm where the number is a ratio of
-    means), at least two of them.
+    means).
     """
     claims = []
     for name, rows in by_run.groupby("claim", sort=False):
-        ratio = name in RATIOS_OF_MEANS
-        forth, back = (math.log, math.exp) if ratio else (float, float)
-        mean, low, high = (back(v) for v in _student([forth(v) for v in rows["measured"]]))
-        holds = verdict(low, high, above=name in NULL, null=NULL.get(name, 0.0))
-        what = VARYING.get(name, rows["quantity"].iloc[0])
-        quantity = f"{what}; {'geometric mean' if ratio else 'mean'} of {len(rows)} training runs"
-        claims.append(Claim(name, rows["paper"].iloc[0], quantity, mean, low, high, holds))
+        values = rows["measured"]
+        if len(values) < 2:
+            raise ValueError("one training run: an interval over runs needs at least two")
+        if name in RATIOS_OF_MEANS:
+            ends = map(math.exp, _student(values.map(math.log)))
+        else:
+            ends = _student(values)
+        shared = rows.loc[:, rows.nunique() == 1].iloc[0].drop(OF_A_RUN, errors="ignore")
+        claims.append(_claim(name, *ends, runs=len(values), **shared))
     return pd.DataFrame(claims)
 
 
-def _student(values: list[float]) -> tuple[float, float, float]:
+def _student(values: pd.Series) -> tuple[float, float, float]:
     """Mean, and the ends of its 95 % interval."""
-    if len(values) < 2:
-        raise ValueError(f"{len(values)} training run: an interval over runs needs at least two")
     low, high = stats.ttest_1samp(values, 0).confidence_interval(metrics.LEVEL)
-    return sum(values) / len(values), float(low), float(high)
+    return values.mean(), float(low), float(high)
 
 
 def damage_claims(table: pd.DataFrame, rounding: str) -> list[Claim]:
@@ -355,37 +290,26 @@ def damage_claims(table: pd.DataFrame, rounding: str) -> list[Claim]:
     """
     alike = np.isclose(table["budget_bits"], RATE) & (table["rounding"] == rounding)
     at_rate = table[alike & (table["granularity"] == "weight")].set_index("rule")
-    claims = []
-    for rule, words in RULE_WORDS.items():
-        row = at_rate.loc[rule]
-        ends = row["over_global_low"], row["over_global_high"]
-        quantity = (
-            f"damage of {words} divided by that of global ({RATE:g} bits per weight, equal bytes "
-            f"and rounding)"
-        )
-        holds = verdict(*ends, above=False, null=1.0)
-        claims.append(Claim("rules", RULES_SAID, quantity, row["over_global"], *ends, holds))
-    return claims
+    ends = ["over_global", "over_global_low", "over_global_high"]
+    return [
+        _claim("rules damage", *at_rate.loc[rule, ends], rule=rule, budget_bits=RATE)
+        for rule in LAYERWISE
+    ]
 
 
-def rule_image_claims(
-    table: pd.DataFrame,
-    images: dict[str, np.ndarray],
-    seed: int,
-    size: str = f"{RATE:g} bits per weight",
-) -> list[Claim]:
+def rule_image_claims(table: pd.DataFrame, images: dict[str, np.ndarray], seed: int) -> list[Claim]:
     """FID of every layer-wise rule's row minus that of the global one; the table's rows are rounded
-    alike and of equal bytes.
-
-    size: these bytes, in words.
+    alike and of equal bytes, their budget in bits per weight as `setting`.
     """
-    by, samples = judge(images, seed, None), table.set_index("rule")["sample"]
-    whole, claims = by.scored(samples["global"]), []
-    for rule in (rule for rule in RULE_WORDS if rule in samples):
-        scored = by.scored(samples[rule])
-        value = scored.values[by.metric] - whole.values[by.metric]
-        ends = metrics.interval(value, scored.draws[by.metric] - whole.draws[by.metric])
-        quantity = f"FID of {RULE_WORDS[rule]} minus that of global ({size}; {by.features})"
-        holds = verdict(*ends, above=False)
-        claims.append(Claim("rules", RULES_SAID, quantity, value, *ends, holds))
-    return claims
+    by, rows = judge(images, seed, None), table.set_index("rule")
+    return [
+        by.difference(
+            "rules images",
+            rows.loc[rule, "sample"],
+            rows.loc["global", "sample"],
+            rule=rule,
+            budget_bits=float(rows.loc[rule, "setting"]),
+        )
+        for rule in LAYERWISE
+        if rule in rows.index
+    ]

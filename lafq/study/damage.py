@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from lafq.allocation import allocate as solver
@@ -25,42 +25,25 @@ from lafq.quantization.model import bits_per_weight, dequantize_, nbytes, quanti
 from lafq.quantization.plan import Recipe
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
+from lafq.study import rows as study_rows
 from lafq.study.diffusion.training import held_out_outputs
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images.metrics import interval, mean_draws, resamples
 from lafq.study.images.sampling import ImageStore, Sampling
-from lafq.study.rows import (
-    BASELINE,
-    BUDGET_KEY,
-    Row,
-    at_bits,
-    bits_of,
-    is_allocated,
-    mib_at,
-    quantized,
-)
+from lafq.study.rows import BASELINE, BUDGET_KEY, Row, is_allocated, mib_at, quantized
 from lafq.study.workspace import Workspace
 
 HALF_PIXELS = 512
-FRESH, FRESH_SEED = (
-    1000,
-    100,
-)  # the first held-out digit, and what is added to the seed of the noise
+FRESH, FRESH_SEED = 1000, 100  # the first held-out digit, and what is added to the noise's seed
 IMAGES = 7
 UNIFORM_INT8 = ("uniform", "int8", "tensor", "nearest")
+ENDS = ("", "_low", "_high")
 COLUMNS = [
-    *BUDGET_KEY,
-    *("budget_mib", "mem_mib", "mem_share", "bits_per_weight", "predicted"),
-    *("damage", "damage_low", "damage_high", "delta_loss"),
-    *(
-        "over_int8",
-        "over_int8_low",
-        "over_int8_high",
-        "over_global",
-        "over_global_low",
-        "over_global_high",
-    ),
+    *(*BUDGET_KEY, "budget_mib", "mem_mib", "mem_share", "bits_per_weight", "predicted"),
+    *(*(f"damage{end}" for end in ENDS), "delta_loss"),
+    *(f"{name}{end}" for name in ("over_int8", "over_global") for end in ENDS),
 ]
+PROXIES = ("curvature x error", "Fisher x error", "rounding error", "Fisher", "magnitude", "random")
 
 
 def output_errors(
@@ -69,8 +52,7 @@ def output_errors(
     """Mean squared difference per pixel of a model's output from the unquantized model's, for each
     held-out digit (digits,), and the rise of the denoising loss.
 
-    outputs: the unquantized model's, as `held_out_outputs` gives them for the same seed and first
-    digit.
+    outputs: the unquantized model's `held_out_outputs` for the same seed and first digit.
     """
     expected, noise = outputs
     predicted, _ = held_out_outputs(model, seed, len(noise), first)
@@ -90,19 +72,24 @@ def ratio_of_means(
     if not errors.any():
         return 0.0, 0.0, 0.0
     indices = resamples(len(errors), seed)
-    paired = isinstance(reference, Tensor)
-    value = (errors.mean() / (reference.mean() if paired else reference)).item()
-    draws = mean_draws(errors, indices) / (mean_draws(reference, indices) if paired else reference)
-    low, high = interval(math.log(value), draws.log())
-    return value, math.exp(low), math.exp(high)
+    mean, draws = errors.mean(), mean_draws(errors, indices)
+    if isinstance(reference, Tensor):
+        mean, draws = mean / reference.mean(), draws / mean_draws(reference, indices)
+    else:
+        mean, draws = mean / reference, draws / reference
+    low, high = interval(math.log(mean.item()), draws.log())
+    return mean.item(), math.exp(low), math.exp(high)
 
 
 def output_mse(errors: Tensor, rise: float, seed: int) -> dict[str, float]:
     """`damage`, the mean of `output_errors` with its 95 % interval over the digits, and
     `delta_loss`.
     """
-    value, low, high = ratio_of_means(errors, 1.0, seed)
-    return {"damage": value, "damage_low": low, "damage_high": high, "delta_loss": rise}
+    return _with_ends("damage", ratio_of_means(errors, 1.0, seed)) | {"delta_loss": rise}
+
+
+def _with_ends(name: str, values: tuple[float, float, float]) -> dict[str, float]:
+    return {f"{name}{end}": value for end, value in zip(ENDS, values, strict=True)}
 
 
 def measure_damage(
@@ -116,160 +103,130 @@ def measure_damage(
     """Bytes, predicted and measured damage of every row, columns as COLUMNS; measured on so many
     held-out digits.
 
-    validation: from other draws than the plans were made from, since on the draws that it was
-    fitted to a plan looks better than it is; damage is predicted from these. The prediction knows
-    nothing of tuning. fresh: on digits and noise that no setting of the allocator was chosen on
-    (FRESH). over_int8 and over_global are ratios of two damages, paired over the digits: to uniform
-    INT8, and of a threshold rule to one threshold for all at the same bytes and with the same
-    rounding.
+    validation: predicts the damage, from other draws than the plans were made from, since on those
+    a plan looks better than it is; it knows nothing of tuning. fresh: on digits and noise that no
+    setting of the allocator was chosen on. over_int8 and over_global: ratios of two damages, paired
+    over the digits, to uniform INT8, and of a threshold rule to one threshold for all at the same
+    bytes and with the same rounding.
     """
     noise, first = (seed + FRESH_SEED, FRESH) if fresh else (seed, 0)
-    outputs, full = held_out_outputs(model, noise, digits, first), nbytes(model, {})
-    found, errors = [], {}
+    outputs = held_out_outputs(model, noise, digits, first)
+    lines, errors = [], {}
     for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
-        small, size = dequantize_(quantized(model, row, seed)), nbytes(model, row.plan)
-        own, rise = output_errors(small, outputs, noise, first)
-        errors[row[:5]] = own
-        key = row.budget_key | {"budget_mib": mib_at(model, row.bits)}
-        stored = {
-            "mem_mib": size / MIB,
-            "mem_share": size / full,
-            "bits_per_weight": bits_of(model, row.plan),
-        }
-        damages = {
-            "predicted": predicted_damage(model, small, validation) / HALF_PIXELS
-        } | output_mse(own, rise, seed)
-        found.append(key | stored | damages)
-    int8 = [own for key, own in errors.items() if key[:1] + key[2:] == UNIFORM_INT8]
-    for row, numbers in zip(rows, found, strict=True):
-        own = errors[row[:5]]
-        references = {
-            "over_int8": int8[0] if int8 else None,
-            "over_global": errors.get(("global", *row[1:5])),
-        }
-        for name, reference in references.items():
-            ratio = (math.nan,) * 3 if reference is None else ratio_of_means(own, reference, seed)
-            numbers |= dict(zip((name, f"{name}_low", f"{name}_high"), ratio, strict=True))
-    return pd.DataFrame(found)[COLUMNS]
+        small = dequantize_(quantized(model, row, seed))
+        errors[row[:5]], rise = output_errors(small, outputs, noise, first)
+        line = row.budget_key | {"budget_mib": mib_at(model, row.bits)}
+        line |= {"bits_per_weight": study_rows.bits_of(model, row.plan)}
+        line |= {"predicted": predicted_damage(model, small, validation) / HALF_PIXELS}
+        lines.append(line | output_mse(errors[row[:5]], rise, seed))
+    int8 = [e for key, e in errors.items() if key[:1] + key[2:] == UNIFORM_INT8]
+    for row, line in zip(rows, lines, strict=True):
+        one_threshold = errors.get(("global", *row[1:5]))
+        for name, reference in (
+            ("over_int8", next(iter(int8), None)),
+            ("over_global", one_threshold),
+        ):
+            if reference is not None:
+                ratio = ratio_of_means(errors[row[:5]], reference, seed)
+                line.update(_with_ends(name, ratio))
+    sizes = study_rows.sizes(model, [row.plan for row in rows])
+    return pd.DataFrame(lines).join(sizes).reindex(columns=COLUMNS)
 
 
 def coded_files(model: nn.Module, rows: list[Row], seed: int) -> pd.DataFrame:
     """BUDGET_KEY and file_mib of every row: its entropy-coded file in MiB, header included."""
-    found = []
+    lines = []
     with TemporaryDirectory() as folder:
         path = Path(folder) / "row.safetensors"
         for row in tqdm(rows, desc="entropy-coded files", unit="row", leave=False):
             save_quantized(path, quantized(model, row, seed), model, compress=True)
-            found.append(row.budget_key | {"file_mib": path.stat().st_size / MIB})
-    return pd.DataFrame(found, columns=[*BUDGET_KEY, "file_mib"])
+            lines.append(row.budget_key | {"file_mib": path.stat().st_size / MIB})
+    return pd.DataFrame(lines, columns=[*BUDGET_KEY, "file_mib"])
 
 
-def bits_by_tensor(
-    model: nn.Module, fisher: dict[str, Tensor], rows: list[Row], granularity: str = "mixed"
-) -> pd.DataFrame:
-    """Bits per weight of every weight tensor in the allocator's rows of a granularity.
-
-    Columns budget_bits, parameter, fisher (the tensor's mean), bits_per_weight.
+def bits_by_tensor(model: nn.Module, fisher: dict[str, Tensor], rows: list[Row]) -> pd.DataFrame:
+    """Bits per weight of every weight tensor in the allocator's rows of granularity "mixed", beside
+    the tensor's mean Fisher value.
     """
-    found = [
-        (
-            round(row.bits, 3),
-            name,
-            fisher[name].mean().item(),
-            bits_per_weight(model, row.plan, [name]),
-        )
-        for row in rows
-        if is_allocated(row, granularity)
+    lines = [
+        {
+            "budget_bits": round(row.bits, 3),
+            "parameter": name,
+            "fisher": fisher[name].mean().item(),
+            "bits_per_weight": bits_per_weight(model, row.plan, [name]),
+        }
+        for row in filter(is_allocated, rows)
         for name in quantizable(model)
     ]
-    return pd.DataFrame(found, columns=["budget_bits", "parameter", "fisher", "bits_per_weight"])
+    return pd.DataFrame(lines)
 
 
 def images_at_bits(
-    work: Workspace,
-    model: nn.Module,
-    rows: list[Row],
-    bits: list[float],
-    steps: int,
-    seed: int,
+    work: Workspace, model: nn.Module, rows: list[Row], bits: list[float], steps: int, seed: int
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """A few images of the unquantized model and of the allocator's plans (granularity mixed) for
-    these bits, from the same noise.
-
-    Returns one row per model, columns KEY, mem_mib, sample, and uint8 images (7, 32, 32) by sample.
+    these bits, from the same noise: a table of KEY, mem_mib and sample, and the images by sample.
     """
-    chosen = [row for b in bits for row in rows if is_allocated(row) and abs(row.bits - b) < 1e-6]
-    shown = [BASELINE._replace(bits=32.0), *chosen]
-    found, samples = [], {}
-    for row in shown:
+    chosen = [row for b in bits for row in rows if is_allocated(row) and math.isclose(row.bits, b)]
+    lines, samples = [], {}
+    for row in (BASELINE._replace(bits=32.0), *chosen):
         name, small = f"{row.bits:g} bits", dequantize_(quantized(model, row, seed))
         key, generated, _ = ImageStore(work).draw(small, Sampling(IMAGES, steps, seed), name)
         samples[key] = generated[:, 0].numpy()
         size = {"mem_mib": nbytes(model, row.plan) / MIB, "sample": key}
-        found.append(row.key | {"setting": name} | size)
-    return pd.DataFrame(found), samples
-
-
-PROXIES = ("curvature x error", "Fisher x error", "rounding error", "Fisher", "magnitude", "random")
+        lines.append(row.key | {"setting": name} | size)
+    return pd.DataFrame(lines), samples
 
 
 def by_tensor(
     model: nn.Module, calibration: Sensitivity, formats: tuple[str, ...], seed: int, digits: int
 ) -> pd.DataFrame:
-    """One tensor at a time in one format, the rest FP32: measured damage beside what would predict
-    it.
-
-    Columns parameter, format, nbytes, measured, and the predictions of PROXIES.
+    """One tensor at a time in one format, the rest FP32: columns parameter, format, nbytes, the
+    measured damage, and PROXIES, which would predict it.
     """
-    outputs, weights, found, g = (
+    outputs, names, g = (
         held_out_outputs(model, seed, digits),
         quantizable(model),
-        [],
         generator(seed, 2),
     )
-    for name, low in tqdm(
-        [(n, f) for n in weights for f in formats],
-        desc="one tensor at a time",
-        unit="plan",
-        leave=False,
-    ):
-        view = channel_view(model, name)
-        w, f = view.of(weights[name]), view.of(calibration.fisher[name])
-        change = fake_quantize(w, get_format(low), unshrunk_scale, f) - w
-        small = dequantize_(
-            quantize(model, {name: low}, Recipe(unshrunk_scale, calibration.fisher))
-        )
-        step = 4.0 ** -get_format(low).bits
-        found.append(
-            {
-                "parameter": name,
-                "format": low,
-                "nbytes": stored_bytes(view, low),
-                "measured": output_errors(small, outputs, seed)[0].mean().item(),
-                "curvature x error": damage(change, f, calibration.curvature[name].to(f))
-                .sum()
-                .item()
-                / HALF_PIXELS,
-                "Fisher x error": damage(change, f).sum().item() / HALF_PIXELS,
-                "rounding error": change.square().sum().item(),
-                "Fisher": f.mean().item() * step,
-                "magnitude": w.square().sum().item() * step,
-                "random": torch.rand((), generator=g).item() * step,
-            }
-        )
-    return pd.DataFrame(found)
+    kinds, lines = [(name, low) for name in names for low in formats], []
+    for name, low in tqdm(kinds, desc="one tensor at a time", unit="plan", leave=False):
+        recipe = Recipe(unshrunk_scale, calibration.fisher)
+        small = dequantize_(quantize(model, {name: low}, recipe))
+        measured = output_errors(small, outputs, seed)[0].mean().item()
+        size = stored_bytes(channel_view(model, name), low)
+        line = {"parameter": name, "format": low, "nbytes": size, "measured": measured}
+        lines.append(line | _proxies(model, name, low, calibration, g))
+    return pd.DataFrame(lines)
+
+
+def _proxies(
+    model: nn.Module, name: str, low: str, calibration: Sensitivity, g: Generator
+) -> dict[str, float]:
+    view, format = channel_view(model, name), get_format(low)
+    w, f = view.of(model.get_parameter(name).detach()), view.of(calibration.fisher[name])
+    change, step = fake_quantize(w, format, unshrunk_scale, f) - w, 4.0**-format.bits
+    values = (
+        damage(change, f, calibration.curvature[name].to(f)).sum() / HALF_PIXELS,
+        damage(change, f).sum() / HALF_PIXELS,
+        change.square().sum(),
+        f.mean() * step,
+        w.square().sum() * step,
+        torch.rand((), generator=g) * step,
+    )
+    return {proxy: value.item() for proxy, value in zip(PROXIES, values, strict=True)}
 
 
 def rank_correlations(points: pd.DataFrame) -> pd.DataFrame:
     """Spearman's rank correlation of every prediction with the measured damage, over all formats
     and within each.
     """
-    found = {"all formats": points} | dict(iter(points.groupby("format", sort=False)))
-    table = {
-        name: [rows[p].corr(rows["measured"], method="spearman") for p in PROXIES]
-        for name, rows in found.items()
+    parts = {"all formats": points} | dict(iter(points.groupby("format", sort=False)))
+    ranks = {
+        name: rows[list(PROXIES)].corrwith(rows["measured"], method="spearman")
+        for name, rows in parts.items()
     }
-    return pd.DataFrame(table, index=list(PROXIES)).rename_axis("prediction").reset_index()
+    return pd.DataFrame(ranks).rename_axis("prediction").reset_index()
 
 
 def allocate_by_proxy(
@@ -278,42 +235,34 @@ def allocate_by_proxy(
     """The same allocation (granularity "tensor") by every prediction of `by_tensor`, and by the
     measurement itself.
     """
-    rows = []
+    rows, recipe = [], Recipe(unshrunk_scale, calibration.fisher)
     for proxy in (*PROXIES, "measured"):
         frontiers = {}
-        for name, own in points.groupby("parameter", sort=False):
-            choices = [
-                StorageOption(int(n), d, f)
-                for n, d, f in own[["nbytes", proxy, "format"]].itertuples(index=False)
-            ]
-            frontiers[name] = undominated(choices)
-        plan = solver.solve_budget(
-            model, frontiers, mib_at(model, bits), recipe=Recipe(unshrunk_scale, calibration.fisher)
-        )
-        rows.append(at_bits(proxy, "any", "tensor", "nearest", bits, plan))
+        for name, choices in points.groupby("parameter", sort=False):
+            best = choices.iloc[undominated(choices["nbytes"], choices[proxy])]
+            options = best[["nbytes", proxy, "format"]].itertuples(index=False)
+            frontiers[name] = [StorageOption(*option) for option in options]
+        plan = solver.solve_budget(model, frontiers, mib_at(model, bits), recipe=recipe)
+        rows.append(study_rows.at_bits(proxy, "any", "tensor", "nearest", bits, plan))
     return rows
 
 
 def with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> pd.DataFrame:
-    """Rows of `measure_damage` with fid_mnist_delta, _low, _high and n_images, empty
-    where `make evidence` has none.
+    """Rows of `measure_damage` with fid_mnist_delta, _low, _high and n_images, empty where
+    `make evidence` has none.
     """
-    names = {f"delta_fid_mnist{end}": f"fid_mnist_delta{end}" for end in ("", "_low", "_high")}
+    names = {f"delta_fid_mnist{end}": f"fid_mnist_delta{end}" for end in ENDS}
     columns = [*names.values(), "n_images"]
     if evidence is None:
         return table.assign(**dict.fromkeys(columns, np.nan))
-    key = BUDGET_KEY
-    found = evidence.rename(columns=names).assign(budget_bits=evidence["budget_bits"].astype(float))
-    return table.merge(found[key + columns], on=key, how="left")
+    known = evidence.rename(columns=names).astype({"budget_bits": float})
+    return table.merge(known[BUDGET_KEY + columns], on=BUDGET_KEY, how="left")
 
 
 def bits_of_equal_damage(rows: pd.DataFrame, damage: float) -> float:
     """Budget in bits per weight at which rows, sorted by it, do this damage, between two of them
     log-linear; NaN outside.
     """
-    logs = np.log(rows["damage"].to_numpy())[::-1]
-    return float(
-        np.interp(
-            np.log(damage), logs, rows["budget_bits"].to_numpy()[::-1], left=np.nan, right=np.nan
-        )
-    )
+    rows = rows.iloc[::-1]
+    ends, logs = {"left": np.nan, "right": np.nan}, np.log(rows["damage"])
+    return float(np.interp(np.log(damage), logs, rows["budget_bits"], **ends))

@@ -6,6 +6,7 @@ own reverse process visits.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import pandas as pd
@@ -13,28 +14,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq.fisher.empirical import EmpiricalFisher, empirical_fisher
-from lafq.fisher.sensitivity import monte_carlo_fisher
+from lafq.fisher.empirical import empirical_fisher
+from lafq.fisher.sensitivity import estimate_sensitivity
 from lafq.rng import generator
-from lafq.study.diffusion.ddpm import (
-    bin_edges,
-    reverse_process,
-    stratified_batches,
-    trailing_timesteps,
-)
+from lafq.study.diffusion import ddpm
 from lafq.study.diffusion.unet import TIMESTEPS, layer_of
 
-BLOCKS = 10
+BLOCKS = 10  # of the samples of every bin
+BLOCK_COLUMNS = ["parameter", "t_low", "block", "samples", "fisher"]
 
 
 class Fisher(NamedTuple):
     """by_weight: F of every weight, by parameter name, in the parameter's shape.
 
-    timesteps: mean F of a tensor within a timestep bin, one row per bin and tensor, columns
-    `parameter, layer, weights, t_low, t_high, fisher` (weights: their number in the tensor; t_high
-    inclusive).
-    blocks: the same by block of samples (BLOCKS of each bin), so that intervals can resample them:
-    columns `parameter, t_low, block, samples, fisher`.
+    timesteps: mean F of a tensor within a timestep bin; columns parameter, layer, weights (their
+    number in the tensor), t_low, t_high (inclusive), fisher.
+    blocks: the same by block of samples, which intervals resample; BLOCK_COLUMNS.
     """
 
     by_weight: dict[str, Tensor]
@@ -52,15 +47,27 @@ def fisher_by_timestep(
     seed: int,
     chunk: int | None = None,
 ) -> Fisher:
-    """`empirical_fisher` of the noise prediction, `samples` draws spread evenly over `bins` bins of
-    consecutive timesteps.
-
-    images: uint8 (N, 1, 32, 32), drawn from with replacement. Errors: those of `empirical_fisher`
-    and `stratified_batches`.
+    """`empirical_fisher` of the noise prediction on uint8 images (N, 1, 32, 32), `samples` draws
+    spread evenly over `bins` bins of consecutive timesteps; errors as there and as
+    `ddpm.stratified_batches`.
     """
-    batches = stratified_batches(images, samples, bins, seed, next(model.parameters()))
-    found = empirical_fisher(model, names, batches, chunk)
-    return Fisher(found.by_weight, _by_timestep(found, bins), _by_block(found, bins))
+    batches = ddpm.stratified_batches(images, samples, bins, seed, next(model.parameters()))
+    fisher, edges = empirical_fisher(model, names, batches, chunk), ddpm.bin_edges(bins)
+    timesteps = [
+        (name, layer_of(name), fisher.by_weight[name].numel(), low, high - 1, mean)
+        for (low, high), means in zip(pairwise(edges), fisher.by_batch, strict=True)
+        for name, mean in means.items()
+    ]
+    blocks = [
+        (name, low, block, len(part), part.mean().item())
+        for low, of_bin in zip(edges[:-1], fisher.by_sample, strict=True)
+        for name, values in of_bin.items()
+        for block, part in enumerate(values.tensor_split(BLOCKS))
+        if len(part)
+    ]
+    columns = ["parameter", "layer", "weights", "t_low", "t_high", "fisher"]
+    tables = pd.DataFrame(timesteps, columns=columns), pd.DataFrame(blocks, columns=BLOCK_COLUMNS)
+    return Fisher(fisher.by_weight, *tables)
 
 
 def fisher_kinds(
@@ -73,84 +80,52 @@ def fisher_kinds(
     seed: int,
     steps: int,
 ) -> pd.DataFrame:
-    """Monte Carlo Fisher information of noised digits, and of states of the reverse process: mean F
-    of a tensor, by bin and block.
+    """Mean Monte Carlo Fisher value of a tensor by kind of input, bin and block (one backward pass
+    each); columns kind and BLOCK_COLUMNS.
 
-    samples: of noised digits, spread evenly over `bins` bins of timesteps. Of the reverse process
-    as many images, at one timestep of each bin that `steps` sampling steps visit. A block has one
-    backward pass. Columns `kind, parameter, t_low, block, samples, fisher`.
+    Of noised digits `samples` draws, spread evenly over the bins; of the reverse process, of
+    `steps` sampling steps, as many images at one timestep of each bin that it visits.
     """
-    like, rows = next(model.parameters()), []
+    batches = ddpm.stratified_batches(images, samples, bins, seed, next(model.parameters()))
     sources = {
-        "Monte Carlo, noised digits": (
-            pair for pair, _ in stratified_batches(images, samples, bins, seed, like)
-        ),
+        "Monte Carlo, noised digits": (x_and_t for x_and_t, _ in batches),
         "Monte Carlo, states of the reverse process": _reverse_states(
             model, max(1, samples // bins), bins, seed, steps
         ),
     }
-    for kind, batches in sources.items():
-        for x, t in batches:
-            t_low = max(edge for edge in bin_edges(bins)[:-1] if edge <= t.min().item())
+    rows = []
+    for kind, source in sources.items():
+        for x, t in source:
+            t_low = _bin_of(t.min().item(), bins)
             parts = zip(x.tensor_split(BLOCKS), t.tensor_split(BLOCKS), strict=True)
             for block, part in enumerate(p for p in parts if len(p[0])):
-                found = monte_carlo_fisher(
-                    model, names, [part], seed=(seed * TIMESTEPS + t_low) * BLOCKS + block
-                )
+                block_seed = (seed * TIMESTEPS + t_low) * BLOCKS + block
+                known = estimate_sensitivity(model, [part], block_seed, names, curvature=False)
                 rows += [
                     (kind, name, t_low, block, len(part[0]), f.mean().item())
-                    for name, f in found.items()
+                    for name, f in known.fisher.items()
                 ]
-    return pd.DataFrame(rows, columns=["kind", "parameter", "t_low", "block", "samples", "fisher"])
+    return pd.DataFrame(rows, columns=["kind", *BLOCK_COLUMNS])
+
+
+def _bin_of(t: int, bins: int) -> int:
+    """The first timestep of the bin that t is in."""
+    return max(edge for edge in ddpm.bin_edges(bins) if edge <= t)
 
 
 def _reverse_states(
     model: nn.Module, images: int, bins: int, seed: int, steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(x_t, t) at the last timestep that the reverse process visits in each bin."""
-    edges, visited = bin_edges(bins), trailing_timesteps(steps)
-    last = {max(edge for edge in edges[:-1] if edge <= t): t for t in visited}
-    streams = [generator(seed, i) for i in range(images)]
-    for t, x in tqdm(
-        reverse_process(model, streams, steps),
-        desc="reverse process",
-        total=steps + 1,
-        unit="step",
-        leave=False,
-    ):
+    last = {_bin_of(t, bins): t for t in ddpm.trailing_timesteps(steps)}
+    states = ddpm.reverse_process(model, [generator(seed, i) for i in range(images)], steps)
+    for t, x in tqdm(states, "reverse process", steps + 1, leave=False):
         if t in last.values():
             yield x, torch.full((len(x),), t, device=x.device)
 
 
-def _by_timestep(found: EmpiricalFisher, bins: int) -> pd.DataFrame:
-    # Batch b holds the timesteps of bin b (`ddpm.stratified_batches`).
-    edges = bin_edges(bins)
-    rows = [
-        (name, layer_of(name), found.by_weight[name].numel(), edges[b], edges[b + 1] - 1, mean)
-        for b, means in enumerate(found.by_batch)
-        for name, mean in means.items()
-    ]
-    return pd.DataFrame(
-        rows, columns=["parameter", "layer", "weights", "t_low", "t_high", "fisher"]
-    )
-
-
-def _by_block(found: EmpiricalFisher, bins: int) -> pd.DataFrame:
-    edges = bin_edges(bins)
-    rows = [
-        (name, edges[b], i, len(part), part.mean().item())
-        for b, samples in enumerate(found.by_sample)
-        for name, values in samples.items()
-        for i, part in enumerate(values.tensor_split(BLOCKS))
-        if len(part)
-    ]
-    return pd.DataFrame(rows, columns=["parameter", "t_low", "block", "samples", "fisher"])
-
-
 def by_layer(timesteps: pd.DataFrame) -> pd.DataFrame:
-    """Weights, mean Fisher value per weight and share of the Fisher trace of every layer, over all
-    timesteps; columns layer, weights, mean_fisher, share_of_all.
-    """
+    """Weights, mean_fisher per weight and share_of_all of the Fisher trace, of every layer."""
     traced = timesteps.assign(trace=timesteps["fisher"] * timesteps["weights"])
     total = traced.groupby("layer")[["weights", "trace"]].sum()
     table = pd.DataFrame({"weights": total["weights"] // timesteps["t_low"].nunique()})

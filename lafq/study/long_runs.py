@@ -58,7 +58,7 @@ from lafq.study.workspace import (
     Workspace,
     load_optional,
     profile_parameters,
-    save_images,
+    save_arrays,
     save_table,
 )
 from lafq.tensors import load_tensors, save_tensors
@@ -162,7 +162,7 @@ def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
     model = UNet(parameters["WIDTH"], settings.pop("dropout")).to(
         work.device, memory_format=torch.channels_last
     )
-    checkpoint = work.build / f"replicate_{seed}.safetensors"
+    checkpoint = work.build / f"replicate_{seed}.pt"
     weights, _ = training.fit(model, mnist(train=True)[0], checkpoint, **settings)
     result = UNet(parameters["WIDTH"])
     result.load_state_dict(weights)
@@ -224,8 +224,8 @@ def at_int4_bytes(profile: str, images: int = IMAGES) -> Tables:
     rows = [row._replace(made=made(samples, seed)) for row in _rounded_alike(rows)]
     sampling = Sampling(images, p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
     table, generated = evaluate_large(work, model, [*uniform, *rows], sampling)
-    ruled, size = table[table["rule"].isin(RULES)], f"width {p['WIDTH']}, the bytes of INT4"
-    of_rules = claims.rule_image_claims(ruled, generated, seed, size)
+    ruled = table[table["rule"].isin(RULES)]
+    of_rules = claims.rule_image_claims(ruled, generated, seed)
     return {"evidence_int4_claims": pd.DataFrame(of_rules), "evidence_int4": table}
 
 
@@ -286,7 +286,8 @@ def described(profile: str, images: int = DESCRIBED) -> Tables:
         small = dequantize_(quantize(model, plan))
         sets[name] = store.draw(small, sampling, name).images
     sets[published_images.REAL_DIGITS] = mnist(train=False)[0][HELD_OUT][:images]
-    save_images(work, "evidence_images", {name: x[:SHOWN, 0].numpy() for name, x in sets.items()})
+    shown = {name: x[:SHOWN, 0].numpy() for name, x in sets.items()}
+    save_arrays(work.results / "evidence_images.npz", shown)
     return {"evidence_images": published_images.image_statistics(sets, mnist_extractor())}
 
 

@@ -5,7 +5,10 @@ quantization plan, and the functions that make the rows of each table.
 of a budget in bits per weight: uniform formats, the allocator's, and threshold rules that fill it.
 """
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -15,13 +18,13 @@ from torch import Tensor, nn
 from lafq.allocation import allocate as solver
 from lafq.allocation.coded import allocate_coded
 from lafq.allocation.frontiers import ALLOCATED
-from lafq.allocation.rules import RULES, by_granularity, keep_above, threshold_grid
+from lafq.allocation.rules import RULES, Scores, by_granularity, keep_above, threshold_grid
 from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
-from lafq.quantization.channels import counted_bytes
+from lafq.quantization.channels import ChannelView, counted_bytes
 from lafq.quantization.checks import channel_view
-from lafq.quantization.formats import MIB, STUDY_FORMATS, get_format, unshrunk_scale
+from lafq.quantization.formats import MIB, STUDY_FORMATS, get_format
 from lafq.quantization.model import bits_per_weight, kept_weights, nbytes, quantize
-from lafq.quantization.plan import Entries, Plan, Recipe, make_plan
+from lafq.quantization.plan import Entries, Plan, make_plan
 from lafq.quantization.tuning import BATCH, tune
 from lafq.rng import generator
 from lafq.study import poster
@@ -32,27 +35,25 @@ from lafq.study.diffusion.unet import layer_of, quantizable
 KEY = ["rule", "setting", "format", "granularity", "rounding"]
 BUDGET_KEY = ["rule", "format", "granularity", "rounding", "budget_bits"]
 
-# Symbols of the thresholds; a ratio has none.
-SYMBOLS = {"global": "tau", "group": "factor", "mean_std": "k"}
+SYMBOLS = {"global": "tau", "group": "factor", "mean_std": "k"}  # of thresholds; a ratio has none
 INTEGERS = ("int2", "int3", "int4", "int6", "int8")
-# Rule and rounding of the allocator's variants.
-VARIANTS = (("allocate", "nearest"), ("allocate_all", "feedback"))
+VARIANTS = (("allocate", "nearest"), ("allocate_all", "feedback"))  # of the allocator
 RULES_AT_BITS = ("global", "group", "ratio", "mean_std", "magnitude", "random")
 
 
 class Row(NamedTuple):
     """A model to evaluate: its key in every table, and its quantization plan.
 
-    rule: what chose the plan: "baseline", "uniform", a threshold rule, "allocate", or
-    "allocate_all" where the allocator may also choose for the input and output convolutions.
-    setting: the rule's threshold, ratio or bits per weight, as text.
-    format: the low format; "any" where the allocator chose, "coded" in an entropy-coded file.
-    rounding: "none", "nearest" (code), "feedback" (error feedback), or "tuned" (feedback, then
-    biases and norms for `tuned` steps).
+    rule: "baseline", "uniform", a threshold rule, "allocate", or "allocate_all" where the allocator
+    may also choose for the input and output convolutions. setting: the rule's threshold, ratio or
+    bits per weight, as text. format: the low format; "any" where the allocator chose, "coded" in an
+    entropy-coded file. rounding: "none", "nearest" (code), "feedback" (error feedback), or "tuned"
+    (feedback, then biases and norms for `tuned` steps).
+
     inception: whether Inception features are computed for it. target: how the threshold was found
-    from the Fisher values ("" where the threshold itself is given). made: what the recipe of its
-    images says of rounding and Fisher information, where that is not as in the paper's rows
-    (`recipe`). bits: the budget in bits per weight (0: none).
+    from the Fisher values, if it was. made: what its recipe says of rounding and Fisher
+    information, where that is not as in the paper's rows. bits: the budget in bits per weight
+    (0: none).
     """
 
     rule: str
@@ -81,13 +82,16 @@ class Row(NamedTuple):
 
 BASELINE = Row("baseline", "none", "fp32", "none", "none", {})
 
-
-# How recipes spell rules and roundings. Keys of kept images are made of these words, and images
-# take hours: none may change.
+# How recipes spell roundings and the allocator's variants. Keys of kept images are made of these
+# words, and images take hours: none may change.
 NEAREST_CODE = "nearest code, scale of the largest weight"
 FEEDBACK = "error feedback, unshrunk scales"
-RECIPE_ROUNDING = {"nearest": "", "feedback": ", error feedback"}
-RECIPE_ALLOCATOR = {"nearest": ", nearest code", "feedback": "", "tuned": ", tuned"}
+ALLOCATORS = {
+    ("allocate", "nearest"): "allocator, nearest code",
+    ("allocate", "feedback"): "allocator",
+    ("allocate", "tuned"): "allocator, tuned",
+    ("allocate_all", "feedback"): "allocator, all weights",
+}
 
 
 def recipe(
@@ -105,10 +109,11 @@ def recipe(
         row = BASELINE
     elif row.rounding == "nearest" and len(low) == 1 and row.plan == dict.fromkeys(names, *low):
         row = Row("uniform", "all", low.pop(), "tensor", "nearest", row.plan)
+    feedback = ", error feedback" if row.rounding == "feedback" else ""
     words = {
         "weights": weights,
-        "rule": _rule_in_recipes(row),
-        "threshold": row.setting,
+        "rule": ALLOCATORS.get((row.rule, row.rounding), row.rule + feedback),
+        "threshold": row.target or row.setting,
         "format": "bits" if row.bits else row.format,
         "granularity": row.granularity,
         "rounding": NEAREST_CODE,
@@ -117,22 +122,10 @@ def recipe(
         return words
     if row.format == "coded":
         words |= {"rule": "shipped", "format": "entropy-coded"}
-    words |= {
-        "threshold": row.target or row.setting,
-        "kept": "fp32",
-        "fisher": {"kind": "empirical", **fisher},
-    }
+    words |= {"kept": "fp32", "fisher": {"kind": "empirical", **fisher}}
     if row.rule in ("allocate", "allocate_all") and row.plan:
         words["plan"] = Plan(row.plan).sha256
     return words | (row.made or {})
-
-
-def _rule_in_recipes(row: Row) -> str:
-    if row.rule == "allocate_all":
-        return "allocator, all weights"
-    if row.rule == "allocate":
-        return f"allocator{RECIPE_ALLOCATOR[row.rounding]}"
-    return row.rule + RECIPE_ROUNDING.get(row.rounding, "")
 
 
 def by_budget(table: pd.DataFrame) -> pd.DataFrame:
@@ -142,48 +135,41 @@ def by_budget(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def quantized(model: nn.Module, row: Row, seed: int) -> nn.Module:
-    """The quantized copy of a model under a row's plan, tuned on noised training digits where the
-    row says so.
-    """
+    """The quantized copy of a model under a row's plan, tuned where the row says so."""
     small = quantize(model, row.plan)
     if row.tuned:
         # Plans are made from the digits of `seed` and validated on those of seed + 1.
-        tune(
-            model,
-            small,
-            noised_batches(mnist(train=True)[0], row.tuned * BATCH, seed + 2, BATCH),
-            row.tuned,
-        )
+        digits = noised_batches(mnist(train=True)[0], row.tuned * BATCH, seed + 2, BATCH)
+        tune(model, small, digits, row.tuned)
     return small
 
 
 def sizes(model: nn.Module, plans: list[Entries]) -> pd.DataFrame:
-    """Kept share of the six layers' weights, stored MiB of the whole model and their share of
-    FP32's, one row per plan.
-    """
-    full, stored = nbytes(model, {}), [nbytes(model, plan) for plan in plans]
-    columns = {"kept_share": [kept_share(model, plan) for plan in plans]}
-    return pd.DataFrame(
-        columns | {"mem_mib": [n / MIB for n in stored], "mem_share": [n / full for n in stored]}
-    )
+    """Of every plan the kept share of the six layers' weights, and MiB and share of all bytes."""
+    kept = [kept_share(model, plan) for plan in plans]
+    return _with_bytes({"kept_share": kept}, [nbytes(model, plan) for plan in plans], model)
+
+
+def _with_bytes(columns: dict[str, Any], stored: list[int], model: nn.Module) -> pd.DataFrame:
+    full, of_plans = nbytes(model, {}), pd.Series(stored, dtype=float)
+    return pd.DataFrame(columns | {"mem_mib": of_plans / MIB, "mem_share": of_plans / full})
 
 
 def kept_share(model: nn.Module, plan: Entries) -> float:
     """Share of the six layers' weights that the plan leaves in FP32."""
-    weights = quantizable(model)
-    return sum(kept_weights(model, plan, n) for n in weights) / sum(
-        w.numel() for w in weights.values()
-    )
+    return sum(kept_weights(model, plan, n) for n in quantizable(model)) / _weights(model)
 
 
-def rule_scores(
-    rule: str, fisher: dict[str, Tensor], granularity: str = "weight"
-) -> dict[str, Tensor]:
+def _weights(model: nn.Module) -> int:
+    return sum(w.numel() for w in quantizable(model).values())
+
+
+def rule_scores(rule: str, fisher: Scores, granularity: str = "weight") -> Scores:
     """A rule's scores of Fisher values, with the poster's layers and groups."""
     return RULES[rule](by_granularity(fisher, granularity), layer_of, poster.group_of)
 
 
-def group_means(fisher: dict[str, Tensor]) -> dict[str, float]:
+def group_means(fisher: Scores) -> dict[str, float]:
     """Mean Fisher value over the units of each of the poster's groups."""
     units: dict[str, list[Tensor]] = {group: [] for group in poster.GROUPS}
     for name, values in fisher.items():
@@ -192,49 +178,41 @@ def group_means(fisher: dict[str, Tensor]) -> dict[str, float]:
 
 
 def size_sweep(
-    model: nn.Module, scores: dict[str, Tensor], format: str, granularity: str, count: int
+    model: nn.Module, scores: Scores, format: str, granularity: str, count: int
 ) -> pd.DataFrame:
-    """Size of the plan at every threshold of `threshold_grid`: columns format, granularity,
-    threshold, kept_share, mem_mib, mem_share.
+    """`sizes` of the plans at every threshold of `threshold_grid`, with the columns format,
+    granularity and threshold in front. scores: one value per weight, or per weight tensor.
 
-    scores: one value per weight, or per weight tensor. kept_share: of the weights of the six
-    layers; mem_mib: of the whole model. Only numbers of kept weights are counted, no masks built,
-    which takes seconds at width 64; a test holds the sizes equal to those of the plans (`sizes`).
+    Kept weights are counted without masks, which takes seconds at width 64.
     """
     values, weights = threshold_grid(scores, count), quantizable(model)
     thresholds = torch.tensor(values, dtype=next(iter(scores.values())).dtype)
-    full, all_weights = nbytes(model, {}), sum(w.numel() for w in weights.values())
-    total = torch.zeros(len(values), dtype=torch.int64)
-    rest = full - 4 * sum(weights[n].numel() for n in scores)
-    stored = torch.full((len(values),), rest, dtype=torch.int64)
+    kept = torch.zeros(len(values), dtype=torch.int64)
+    stored = kept + nbytes(model, {}) - 4 * sum(weights[n].numel() for n in scores)
     for name, score in scores.items():
-        size, view = weights[name].numel(), channel_view(model, name)
         ascending = score.flatten().cpu().sort().values
-        kept = (score.numel() - torch.searchsorted(ascending, thresholds)) * (size // score.numel())
-        total += kept
-        kept_by_channel = torch.zeros(view.size[0], dtype=torch.int64)
-        channels = {get_format(format): torch.arange(view.size[0])}
-        for i, number in enumerate(kept.tolist()):
-            # In one format, bytes depend on the sum of the kept weights alone: all of them stand in
-            # channel 0.
-            kept_by_channel[0] = number
-            stored[i] += (
-                4 * size if number == size else counted_bytes(view, channels, kept_by_channel)
-            )
-    return pd.DataFrame(
-        {
-            "format": format,
-            "granularity": granularity,
-            "threshold": values,
-            "kept_share": (total.double() / all_weights).numpy(),
-            "mem_mib": (stored.double() / MIB).numpy(),
-            "mem_share": (stored.double() / full).numpy(),
-        }
-    )
+        units = score.numel() - torch.searchsorted(ascending, thresholds)
+        of_tensor = units * (weights[name].numel() // score.numel())
+        view = channel_view(model, name)
+        stored += torch.tensor([_bytes(view, format, n) for n in of_tensor.tolist()])
+        kept += of_tensor
+    key = {"format": format, "granularity": granularity, "threshold": values}
+    share = kept.double() / _weights(model)
+    return _with_bytes(key | {"kept_share": share.numpy()}, stored.tolist(), model)
+
+
+def _bytes(view: ChannelView, format: str, kept: int) -> int:
+    """Bytes of a tensor in one format, so many of whose weights are kept in FP32."""
+    if kept == math.prod(view.size):
+        return 4 * kept
+    # In one format the bytes depend on the sum alone: all kept weights are put in channel 0.
+    by_channel = torch.zeros(view.size[0], dtype=torch.int64)
+    by_channel[0] = kept
+    return counted_bytes(view, {get_format(format): torch.arange(len(by_channel))}, by_channel)
 
 
 def size_table(
-    model: nn.Module, rule: str, fisher: dict[str, Tensor], kinds: list[list[str]], count: int
+    model: nn.Module, rule: str, fisher: Scores, kinds: list[list[str]], count: int
 ) -> pd.DataFrame:
     """`size_sweep` of a rule for several kinds, each a format and a granularity."""
     sweeps = [
@@ -245,8 +223,8 @@ def size_table(
 
 
 def nearest_size(sweeps: pd.DataFrame, share: float) -> pd.DataFrame:
-    """Of every (format, granularity) the row of `size_sweep` whose share of the baseline's bytes is
-    nearest to `share`; a column `target` says so in words.
+    """Of every format and granularity the row of `size_sweep` nearest to a share of FP32's bytes;
+    its column `target` says so in words.
     """
     kinds = [sweeps["format"], sweeps["granularity"]]
     nearest = sweeps.loc[(sweeps["mem_share"] - share).abs().groupby(kinds).idxmin()]
@@ -258,70 +236,54 @@ def nearest_size(sweeps: pd.DataFrame, share: float) -> pd.DataFrame:
 
 
 def threshold_rows(
-    rule: str, fisher: dict[str, Tensor], chosen: pd.DataFrame, inception: bool = False
+    rule: str, fisher: Scores, chosen: pd.DataFrame, inception: bool = False
 ) -> list[Row]:
-    """A rule's row at every threshold of `nearest_size`; what scores at least the threshold is
-    kept.
-    """
+    """A rule's row at every threshold of `nearest_size`: what scores at least that is kept."""
     rows = []
     for cut in chosen.itertuples():
-        setting = f"{SYMBOLS[rule]}={cut.threshold:.3g}"
         masks = keep_above(rule_scores(rule, fisher, cut.granularity), cut.threshold)
-        plan = make_plan(masks, cut.format)
-        key = rule, setting, cut.format, cut.granularity, "nearest"
-        rows.append(Row(*key, plan, inception, cut.target))
+        key = rule, f"{SYMBOLS[rule]}={cut.threshold:.3g}", cut.format, cut.granularity, "nearest"
+        rows.append(Row(*key, make_plan(masks, cut.format), inception, cut.target))
     return rows
 
 
 def uniform_rows(model: nn.Module, formats: Sequence[str] = ("fp16", "int8")) -> list[Row]:
     """All weights of the six layers in one format: the rows that go with every table."""
-    plans = {low: dict.fromkeys(quantizable(model), low) for low in formats}
-    return [
-        Row("uniform", "all", low, "tensor", "nearest", plan, inception=True)
-        for low, plan in plans.items()
-    ]
+    key, names = ("tensor", "nearest"), quantizable(model)
+    plans = {low: dict.fromkeys(names, low) for low in formats}
+    return [Row("uniform", "all", f, *key, plan, inception=True) for f, plan in plans.items()]
 
 
-def keep_ratio(fisher: dict[str, Tensor], ratio: float) -> dict[str, Tensor]:
-    """Per layer the floor(ratio * n) of n units of highest Fisher value; ValueError outside
-    [0, 1].
-    """
+def keep_ratio(fisher: Scores, ratio: float) -> dict[str, Tensor]:
+    """Per layer the floor(ratio * n) of n units of highest Fisher value, ratio in [0, 1]."""
     if not 0 <= ratio <= 1:
-        raise ValueError(
-            f"ratio {ratio} is outside [0, 1]: it is the share of a layer's units to keep"
-        )
-    return keep_above(RULES["ratio"](fisher, layer_of, poster.group_of), 1 - ratio)
+        raise ValueError(f"ratio {ratio} is outside [0, 1], the share of a layer's units to keep")
+    return keep_above(rule_scores("ratio", fisher), 1 - ratio)
 
 
 def ratio_rows(
-    fisher: dict[str, Tensor],
+    fisher: Scores,
     ratios: Sequence[float],
     coarse: Sequence[float] = (),
     formats: Sequence[str] = ("int8",),
     granularities: Sequence[str] = ("weight",),
 ) -> list[Row]:
-    """The ratio rule: the paper's ratios, and coarse ones by weight; Inception by weight for the
-    paper's.
-    """
+    """The ratio rule; coarse ratios, and Inception for the others, by weight only."""
     rows = []
-    for granularity in granularities:
+    for granularity, low in product(granularities, formats):
         by_weight, values = granularity == "weight", by_granularity(fisher, granularity)
-        for low in formats:
-            for ratio in sorted({*ratios, *(coarse if by_weight else ())}):
-                plan = make_plan(keep_ratio(values, ratio), low)
-                key = "ratio", f"{ratio:.2f}", low, granularity, "nearest"
-                rows.append(Row(*key, plan, inception=by_weight and ratio in ratios))
+        for ratio in sorted({*ratios, *(coarse if by_weight else ())}):
+            key = "ratio", f"{ratio:.2f}", low, granularity, "nearest"
+            plan = make_plan(keep_ratio(values, ratio), low)
+            rows.append(Row(*key, plan, inception=by_weight and ratio in ratios))
     return rows
 
 
 def published_rows(
-    model: nn.Module, fisher: dict[str, Tensor], ratios: Sequence[float], count: int
+    model: nn.Module, fisher: Scores, ratios: Sequence[float], count: int
 ) -> list[Row]:
     """The rows of the poster's table in INT8 on single weights, beside the baseline and both
-    uniform formats.
-
-    Global, group-wise and mean/std thresholds are taken at the paper's share of bytes, the nearest
-    of `count` thresholds.
+    uniform formats; of `count` thresholds of a rule the nearest to the paper's share of bytes.
     """
     rows = [BASELINE._replace(inception=True), *uniform_rows(model)]
     for rule, share in poster.TARGET_SHARE.items():
@@ -330,14 +292,10 @@ def published_rows(
     return rows + ratio_rows(fisher, ratios)
 
 
-def claimed_rows(model: nn.Module, fisher: dict[str, Tensor], count: int) -> list[Row]:
-    """The rows C3 and C4 speak of, in INT8: the baseline, uniform FP16, the group row at the
-    paper's size, the ratios.
-    """
-    sizes = size_table(model, "group", fisher, [["int8", "weight"]], count)
-    group = threshold_rows("group", fisher, nearest_size(sizes, poster.TARGET_SHARE["group"]))
-    ratios = ratio_rows(fisher, poster.RATIOS)
-    return [BASELINE, *uniform_rows(model, ("fp16",)), *group, *ratios]
+def claimed_rows(model: nn.Module, fisher: Scores, count: int) -> list[Row]:
+    """Of `published_rows`, with all ratios, those that C3 and C4 compare, and the baseline."""
+    rows = published_rows(model, fisher, poster.RATIOS, count)
+    return [r for r in rows if r.rule in ("baseline", "group", "ratio") or r.format == "fp16"]
 
 
 def measured_sensitivity(
@@ -355,24 +313,18 @@ def measured_sensitivity(
 
 
 def made(samples: int, seed: int) -> dict[str, Any]:
-    """What recipes say of plans that are made from `measured_sensitivity` and rounded with error
-    feedback.
-    """
-    return {
-        "rounding": FEEDBACK,
-        "fisher": {"kind": "Monte Carlo", "samples": samples, "seed": seed},
-    }
+    """What recipes say of plans from `measured_sensitivity`, rounded with error feedback."""
+    fisher = {"kind": "Monte Carlo", "samples": samples, "seed": seed}
+    return {"rounding": FEEDBACK, "fisher": fisher}
 
 
 def mib_at(model: nn.Module, bits: float) -> float:
-    """MiB of the whole model when the weights of the six layers take this many bits each, the rest
-    FP32.
-    """
-    weights = sum(w.numel() for w in quantizable(model).values())
+    """MiB of the whole model with so many bits per weight in the six layers, and the rest FP32."""
+    weights = _weights(model)
     return (nbytes(model, {}) - 4 * weights + bits * weights / 8) / MIB
 
 
-def bits_of(model: nn.Module, plan: Plan) -> float:
+def bits_of(model: nn.Module, plan: Entries) -> float:
     """Stored bits per weight of the six layers, scales and masks included."""
     return bits_per_weight(model, plan, quantizable(model))
 
@@ -385,18 +337,29 @@ def at_bits(
 
 
 def uniform_at_bits(model: nn.Module, sensitivity: Sensitivity) -> list[Row]:
-    """All weights in one format: rounded as everywhere, and with the allocator's scales and error
-    feedback.
-    """
+    """All weights in one format, rounded as everywhere, and then as the allocator's plans are."""
     plans = {low: Plan(dict.fromkeys(quantizable(model), low)) for low in (*INTEGERS, "fp16")}
-    bits = {low: bits_of(model, plan) for low, plan in plans.items()}
-    feedback = Recipe(unshrunk_scale, sensitivity.fisher, sensitivity.curvature)
-    rounded = {low: Plan(plans[low], feedback) for low in INTEGERS}
+    rounded = {low: Plan(plans[low], sensitivity.recipe) for low in INTEGERS}
     return [
-        at_bits("uniform", low, "tensor", rounding, bits[low], plan)
+        at_bits("uniform", low, "tensor", rounding, bits_of(model, plan), plan)
         for rounding, by_format in (("nearest", plans), ("feedback", rounded))
         for low, plan in by_format.items()
     ]
+
+
+def _within(
+    model: nn.Module, key: tuple[str, ...], bits: Sequence[float], solve: Callable[[float], Plan]
+) -> list[Row]:
+    """The rows of the plans that `solve` makes for budgets, which it takes in MiB; a line tells of
+    a budget below the smallest possible size.
+    """
+    rows = []
+    for b in bits:
+        try:
+            rows.append(at_bits(*key, b, solve(mib_at(model, b))))
+        except ValueError:
+            print(f"{', '.join(key)}: {b:.2f} bits per weight cannot be met")
+    return rows
 
 
 def allocated_at_bits(
@@ -406,42 +369,22 @@ def allocated_at_bits(
     granularities: Sequence[str] = ALLOCATED,
     variants: Sequence[tuple[str, str]] = VARIANTS,
 ) -> list[Row]:
-    """The allocator at these granularities and budgets, and its variants at granularity "mixed".
-
-    A budget below the smallest possible size is left out, and a line says so.
-    """
+    """The allocator at these granularities and budgets, and its variants at granularity "mixed"."""
     layers, rows = {name: sensitivity.fisher[name] for name in quantizable(model)}, []
     kinds = [("allocate", "feedback", granularity) for granularity in granularities]
     for rule, rounding, granularity in [*kinds, *((*kind, "mixed") for kind in variants)]:
         fisher = sensitivity.fisher if rule == "allocate_all" else layers
-        curvature = sensitivity.curvature if rounding == "feedback" else None
-        frontiers = solver.frontiers_of(
-            model, fisher, granularity, STUDY_FORMATS, curvature=curvature
-        )
-        how = Recipe(unshrunk_scale, sensitivity.fisher, curvature)
-        for b in bits:
-            try:
-                plan = solver.solve_budget(model, frontiers, mib_at(model, b), recipe=how)
-            except ValueError:
-                print(f"{rule}, {rounding}, {granularity}: {b:.2f} bits per weight cannot be met")
-                continue
-            rows.append(at_bits(rule, "any", granularity, rounding, b, plan))
+        known = Sensitivity(fisher, sensitivity.curvature if rounding == "feedback" else {})
+        frontiers = solver.frontiers_of(model, known, granularity, STUDY_FORMATS)
+        solve = partial(solver.solve_budget, model, frontiers, recipe=known.recipe)
+        rows += _within(model, (rule, "any", granularity, rounding), bits, solve)
     return rows
 
 
 def coded_at_bits(model: nn.Module, sensitivity: Sensitivity, bits: Sequence[float]) -> list[Row]:
-    """The steps that `allocate_coded` chooses for all weights, in files of as many bytes as
-    `mib_at` counts for these bits.
-    """
-    rows = []
-    for b in bits:
-        try:
-            plan = allocate_coded(model, sensitivity, mib_at(model, b), progress=False)
-        except ValueError:
-            print(f"entropy-coded: a file of {b:.2f} bits per weight cannot be met")
-            continue
-        rows.append(at_bits("allocate", "coded", "channel", "feedback", b, plan))
-    return rows
+    """What `allocate_coded` chooses, in files of the bytes that `mib_at` counts for these bits."""
+    solve = partial(allocate_coded, model, sensitivity, progress=False)
+    return _within(model, ("allocate", "coded", "channel", "feedback"), bits, solve)
 
 
 def is_allocated(row: Row, granularity: str = "mixed") -> bool:
@@ -450,9 +393,7 @@ def is_allocated(row: Row, granularity: str = "mixed") -> bool:
 
 
 def tuned_rows(rows: list[Row], bits: Sequence[float], steps: int) -> list[Row]:
-    """The allocator's rows of granularity "mixed" at these budgets, with biases and norms tuned for
-    so many steps.
-    """
+    """The allocator's "mixed" rows at these budgets, biases and norms tuned for so many steps."""
     chosen = [row for row in rows if is_allocated(row) and row.bits in bits]
     return [row._replace(rounding="tuned", tuned=steps) for row in chosen]
 
@@ -464,8 +405,8 @@ def rules_at_bits(
     seed: int,
     rules: Sequence[str] = RULES_AT_BITS,
 ) -> list[Row]:
-    """The poster's four rules, and the same with magnitude or random scores: single weights kept,
-    up to the same bytes.
+    """The poster's four rules, and magnitude or random scores: single weights kept, up to the same
+    bytes.
 
     What is not kept goes to the largest integer format below the budget, what is kept stays FP16
     (FP32 where even all FP16 fits). Every plan comes twice: with the usual scales and nearest
@@ -477,44 +418,35 @@ def rules_at_bits(
     scores["ratio"] = _from_0_to_1(scores["ratio"])
     scores["magnitude"] = {n: w.abs() for n, w in weights.items()}
     scores["random"] = {n: torch.rand(f.shape, generator=g) for n, f in fisher.items()}
-    feedback, rows = Recipe(unshrunk_scale, sensitivity.fisher, sensitivity.curvature), []
+    rows = []
     for b in bits:
         fitting = [f for f in (*INTEGERS, "fp16") if bits_of(model, dict.fromkeys(fisher, f)) < b]
         for rule in rules if fitting else ():
             low, high = fitting[-1], "fp32" if fitting[-1] == "fp16" else "fp16"
             plan = at_bytes(model, scores[rule], low, high, mib_at(model, b))
-            for rounding, rounded in (("nearest", plan), ("feedback", Plan(plan, feedback))):
-                rows.append(at_bits(rule, low, "weight", rounding, b, rounded))
+            rounded = {"nearest": plan, "feedback": Plan(plan, sensitivity.recipe)}
+            rows += [at_bits(rule, low, "weight", how, b, p) for how, p in rounded.items()]
     return rows
 
 
-def at_bytes(
-    model: nn.Module, scores: dict[str, Tensor], low: str, high: str, budget_mib: float
-) -> Plan:
-    """Keep as `high` the single weights of highest score, as many as fit in the budget, and send
-    the others to `low`.
-    """
+def at_bytes(model: nn.Module, scores: Scores, low: str, high: str, budget_mib: float) -> Plan:
+    """The weights of highest score in the format `high`, as many as fit, the others in `low`."""
     values = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True).values
-    fits, too_many = 0, len(values)
+    plan, fits, too_many = make_plan(keep_above(scores, math.inf), low, high), 0, len(values)
     while too_many - fits > len(values) / 2**16:
         count = (fits + too_many) // 2
-        if (
-            nbytes(model, make_plan(keep_above(scores, values[count].item()), low, high))
-            <= budget_mib * MIB
-        ):
-            fits = count
+        larger = make_plan(keep_above(scores, values[count].item()), low, high)
+        if nbytes(model, larger) <= budget_mib * MIB:
+            plan, fits = larger, count
         else:
             too_many = count
-    threshold = values[fits].item() if fits else float("inf")
-    return make_plan(keep_above(scores, threshold), low, high)
+    return plan
 
 
-def _from_0_to_1(ratio_scores: dict[str, Tensor]) -> dict[str, Tensor]:
+def _from_0_to_1(ratio_scores: Scores) -> Scores:
     """The shares of `ratio_score`, r / n of rank r, as r / (n - 1) in every layer: so the kept
     images of this rule at a budget were made.
     """
-    counts: dict[str, int] = {}
-    for name, score in ratio_scores.items():
-        counts[layer_of(name)] = counts.get(layer_of(name), 0) + score.numel()
-    n = {name: counts[layer_of(name)] for name in ratio_scores}
+    count = pd.Series({name: score.numel() for name, score in ratio_scores.items()})
+    n = count.groupby(layer_of).transform("sum").to_dict()
     return {name: s * n[name] / max(n[name] - 1, 1) for name, s in ratio_scores.items()}

@@ -1,12 +1,10 @@
 """A workspace: the folders of one profile, the device that computes for it, and its tables, images
-and figures as files.
-
-The folders are found from this file, so that any working directory will do. LAFQ_OUTPUT names
-another folder to hold results/ and figures/.
+and figures as files. LAFQ_OUTPUT names another folder to hold results/ and figures/.
 """
 
 import os
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +47,8 @@ def profile_parameters(profile: str) -> dict[str, Any]:
 class Workspace:
     """Where a profile has its tables, figures and images, and what computes them.
 
-    compute: whether tables are computed now, or loaded. keep: images are kept in
-    results/<profile>/samples instead of in build/, found by their recipe (`images.sampling`).
-    scheduler: address of a Dask scheduler whose workers draw images ("": none).
+    compute: tables are computed now, not loaded. keep: images are kept by their recipe
+    (`images.sampling`). scheduler: address of a Dask scheduler whose workers draw ("": none).
     """
 
     profile: str
@@ -62,21 +59,15 @@ class Workspace:
 
     @classmethod
     def open(cls, profile: str, threads: int, device: str = "auto", **settings: bool | str) -> Self:
-        """Check the profile, fix the number of threads and choose the device ("auto": a CUDA GPU
-        where one is visible).
-
-        settings: compute, keep and scheduler.
-        Raises ValueError for an unknown profile, RuntimeError when CUDA is asked for and absent.
-        """
+        """The workspace of a known profile on `compute_on`; settings: compute, keep, scheduler."""
         profile_parameters(profile)
         return cls(profile, compute_on(threads, device), **settings)
 
     @classmethod
     def of(cls, parameters: dict[str, Any]) -> Self:
         """The workspace that a profile's parameters describe, which computes."""
-        p = parameters
-        settings = {"compute": True, "keep": p["KEEP"], "scheduler": p["SCHEDULER"]}
-        return cls.open(p["PROFILE"], p["THREADS"], p["DEVICE"], **settings)
+        device = compute_on(parameters["THREADS"], parameters["DEVICE"])
+        return cls(parameters["PROFILE"], device, True, parameters["KEEP"], parameters["SCHEDULER"])
 
     @property
     def results(self) -> Path:
@@ -99,7 +90,6 @@ def open_workspace(
 ) -> Workspace:
     """`Workspace.open` in the notebooks' style; prints where the notebook's tables come from."""
     set_style()
-    work = Workspace.open(profile, threads, device, compute=compute, **settings)
     if compute:
         print(f"COMPUTE is true: everything below is computed now and written to results/{profile}")
     else:
@@ -107,15 +97,14 @@ def open_workspace(
             f"COMPUTE is false: tables and images are loaded from results/{profile}, as the last "
             f"`make reproduce` wrote them"
         )
-    return work
+    return Workspace.open(profile, threads, device, compute=compute, **settings)
 
 
 def compute_on(threads: int, device: str = "auto") -> torch.device:
-    """Fix the number of threads (fewer where there are fewer cores) and how FP32 is computed;
-    choose the device.
+    """Fix the number of threads (at most the cores) and how FP32 is computed; choose the device.
 
-    "auto": a CUDA GPU where one is visible. Raises ValueError for another device, RuntimeError when
-    CUDA is asked for and absent.
+    "auto": a CUDA GPU where one is visible. ValueError for another device, RuntimeError for CUDA
+    that is asked for and absent.
     """
     from dask.system import CPU_COUNT  # reads the limits of a container too
 
@@ -133,15 +122,12 @@ def compute_on(threads: int, device: str = "auto") -> torch.device:
 
 
 def kind_of_machine() -> str:
-    """Processor, its vector instructions as torch uses them, threads and torch: what decides the
-    last bits of an image.
-    """
+    """What decides the last bits of an image: processor, vector instructions, threads, torch."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    cpuinfo, fields = Path("/proc/cpuinfo"), {}
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []:
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
+    cpuinfo = Path("/proc/cpuinfo")
+    content = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    fields = dict(re.findall(r"^(.+?)\s*: (.*)$", content, re.MULTILINE))
     processor = fields.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in fields:
         processor = f"{processor} {fields['cpu family']}/{fields['model']}".lstrip()
@@ -159,10 +145,7 @@ def save_table(work: Workspace, name: str, table: pd.DataFrame) -> None:
 
 
 def load_table(work: Workspace, name: str) -> pd.DataFrame:
-    """Read results/<profile>/<name>.csv; FileNotFoundError names the remedy when there is none.
-
-    `setting` is text ("tau=1.2e-05", "0.35").
-    """
+    """Read results/<profile>/<name>.csv; FileNotFoundError names the remedy when there is none."""
     path = _existing(work, f"{name}.csv")
     return pd.read_csv(path, dtype={"setting": str}, keep_default_na=False, na_values=[""])
 
@@ -179,14 +162,14 @@ def compute_or_load(work: Workspace, name: str, make: Callable[[], pd.DataFrame]
     return load_table(work, name)
 
 
-def save_images(work: Workspace, name: str, images: dict[str, np.ndarray]) -> None:
-    """Write generated images, uint8 (N, 32, 32) by key, to results/<profile>/<name>.npz."""
-    with atomic_write(work.results / f"{name}.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **images)
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an npz file of arrays by name."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def load_images(work: Workspace, name: str) -> dict[str, np.ndarray]:
-    """Read what `save_images` wrote."""
+    """The images, uint8 (N, 32, 32) by key, of results/<profile>/<name>.npz."""
     with np.load(_existing(work, f"{name}.npz")) as file:
         return dict(file)
 
@@ -196,12 +179,8 @@ def set_style() -> None:
     import seaborn as sns
 
     pd.options.display.max_colwidth = None
-    sns.set_theme(
-        context="notebook",
-        style="whitegrid",
-        palette="colorblind",
-        rc={"figure.constrained_layout.use": True},
-    )
+    layout = {"figure.constrained_layout.use": True}
+    sns.set_theme(style="whitegrid", palette="colorblind", rc=layout)
 
 
 def save_figure(
@@ -212,30 +191,24 @@ def save_figure(
     pixels: bool = False,
     model: str = "",
 ) -> None:
-    """Write figures/<profile>/<name>.png and .svg, without dates so that equal figures are equal
-    bytes.
-
-    pixels: the figure is made of images, so only the .png is written. Below: the model (by default
-    the width of the profile's), and the note (what the bars are).
+    """Write figures/<profile>/<name>.png and, unless it is made of pixels, .svg; without dates, so
+    that equal figures are equal bytes. Below stand the model (by default the profile's) and a note.
     """
     import matplotlib
 
     below = "; ".join(part for part in (model or MODELS.get(work.profile, ""), note) if part)
     figure.text(1, -0.01, below, ha="right", va="top", fontsize=8, color="0.35")
+    kinds = {"png": {"Software": None}} | ({} if pixels else {"svg": {"Date": None}})
+    how = {"dpi": 150, "bbox_inches": "tight"}
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        kinds = (("png", {"Software": None}), ("svg", {"Date": None}))
-        for suffix, metadata in kinds[:1] if pixels else kinds:
+        for suffix, metadata in kinds.items():
             with atomic_write(work.figures / f"{name}.{suffix}") as temporary:
-                figure.savefig(
-                    temporary, format=suffix, dpi=150, bbox_inches="tight", metadata=metadata
-                )
+                figure.savefig(temporary, format=suffix, metadata=metadata, **how)
 
 
 def _existing(work: Workspace, name: str) -> Path:
     path = work.results / name
     if not path.is_file():
-        raise FileNotFoundError(
-            f"results/{work.profile}/{name} is missing: `make reproduce PROFILE={work.profile}` "
-            f"makes it"
-        )
+        remedy = f"`make reproduce PROFILE={work.profile}` makes it"
+        raise FileNotFoundError(f"results/{work.profile}/{name} is missing: {remedy}")
     return path

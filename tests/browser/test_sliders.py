@@ -27,7 +27,7 @@ FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
 ]
-MISSING = "no Chromium was found and Playwright could not fetch its own: install one so that `chromium` is on PATH"
+MISSING = "no Chromium was found, and Playwright fetched none: put `chromium` on PATH"
 ANSWERS = urllib3.Retry(100, backoff_factor=0.1, backoff_max=1)
 MINUTES = 3 * 60 * 1000  # milliseconds: a condition not met by then never will be
 
@@ -58,30 +58,16 @@ def lab(tmp_path):
     results = tmp_path / "output" / "results" / "mini"
     results.mkdir(parents=True)
     shutil.copy(workspace.RESULTS / "mini" / WEIGHTS, results)
-    own = {
-        f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower())
-        for kind in ("CONFIG", "DATA", "RUNTIME")
-    }
+    kinds = ("CONFIG", "DATA", "RUNTIME")
+    folders = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower()) for kind in kinds}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "jupyterlab",
-            "--no-browser",
-            "--allow-root",
-            "--ip=127.0.0.1",
-            f"--port={port}",
-        ),
-        *(
-            "--ServerApp.port_retries=0",
-            "--IdentityProvider.token=explore",
-            f"--ServerApp.root_dir={tmp_path / 'notebooks'}",
-        ),
-    ]
-    environment = os.environ | own | {"LAFQ_OUTPUT": str(tmp_path / "output")}
+    flags = f"--no-browser --allow-root --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0"
+    token = "--IdentityProvider.token=explore"
+    where = f"--ServerApp.root_dir={tmp_path / 'notebooks'}"
+    command = [sys.executable, "-m", "jupyterlab", *flags.split(), token, where]
+    environment = os.environ | folders | {"LAFQ_OUTPUT": str(tmp_path / "output")}
     with (tmp_path / "server.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:

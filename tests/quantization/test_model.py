@@ -6,14 +6,14 @@ import torchvision
 from diffusers import UNet2DModel
 from torch import nn
 
-from lafq.allocation.rules import by_granularity, keep_above, layer_of, ratio_score
+from lafq.allocation.rules import by_granularity, keep_above, ratio_score
 from lafq.quantization import formats
 from lafq.quantization.channels import ChannelView, WeightSpec
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import FORMATS
 from lafq.quantization.model import dequantize_, nbytes, quantize, resident_bytes
 from lafq.quantization.plan import Recipe, make_plan
-from lafq.study.diffusion.unet import UNet, quantizable
+from lafq.study.diffusion.unet import UNet, layer_of, quantizable
 
 TRANSPOSED = ("Layer4.resample.weight", "Layer5.resample.weight", "Layer6.resample.weight")
 

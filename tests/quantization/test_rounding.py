@@ -6,10 +6,10 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from lafq.allocation import allocate as solver
-from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity, monte_carlo_fisher
+from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
 from lafq.quantization.channels import WeightSpec
 from lafq.quantization.checks import channel_view
-from lafq.quantization.formats import absmax_scale, unshrunk_scale
+from lafq.quantization.formats import absmax_scale
 from lafq.quantization.model import dequantize_, nbytes, quantize, resident_bytes
 from lafq.quantization.plan import Recipe
 from lafq.quantization.rounding import damage, factor, rounded
@@ -180,7 +180,8 @@ def test_fisher_is_that_of_true_fisher(tiny, digits):
         tiny, noised_batches(digits, 16, 0), 0, names, shrink=False
     )
     assert passes == 2
-    alone = monte_carlo_fisher(tiny, names, noised_batches(digits, 16, 0), 0)
+    batches = noised_batches(digits, 16, 0)
+    alone = estimate_sensitivity(tiny, batches, 0, names, curvature=False).fisher
     for n in names:
         assert torch.equal(fisher[n], alone[n])
         assert curvature[n].shape == (channel_view(tiny, n).size[1],) * 2
@@ -265,8 +266,7 @@ def test_every_layer_kind_keeps_its_shape_and_other_weights(digits):
     network(inputs)
     names = ["0.weight", "1.weight", "3.weight"]
     found = estimate_sensitivity(network, itertools.repeat((inputs,), 8), 0, names)
-    recipe = Recipe(unshrunk_scale, found.fisher, found.curvature)
-    fed = dequantize_(quantize(network, dict.fromkeys(names, "int4"), recipe))
+    fed = dequantize_(quantize(network, dict.fromkeys(names, "int4"), found.recipe))
     stored = dict(fed.named_parameters())
     for n, p in network.named_parameters():
         assert stored[n].shape == p.shape

@@ -4,120 +4,136 @@ import pytest
 import torch
 
 from lafq.study import claims, poster
-from lafq.study.claims import Judge
+from lafq.study.claims import Judge, holm, verdict
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.unet import LAYERS
 from lafq.study.images.evaluate import Scored
 from lafq.study.rows import KEY
 
-BINS, BLOCKS = range(0, 1000, 100), 10
 WEIGHTS = pd.Series({f"{layer}.{i}": 10 + i for layer in LAYERS for i in range(3)})
 
 
-def blocks(early, front, noise=0.0):
-    """Fisher values times `early` below t = 500 and times `front` in Layers 1 and 2; blocks differ
-    by log-normal noise.
+@pytest.mark.parametrize(
+    ("low", "high", "settings", "expected"),
+    [
+        (0.2, 0.5, {"above": True}, "supported"),
+        (-0.5, -0.2, {"above": True}, "contradicted"),
+        (-0.1, 0.2, {"above": True}, "inconclusive"),
+        (0.2, 0.5, {"above": False}, "contradicted"),
+        (-0.5, -0.2, {"above": False}, "supported"),
+        (1.2, 3.0, {"above": True, "null": 1.0}, "supported"),
+        (0.9, 3.0, {"above": True, "null": 1.0}, "inconclusive"),
+        (-0.9, 0.9, {"above": False, "margin": 1.0}, "effect under 1 FID"),
+        (0.2, 0.9, {"above": False, "margin": 1.0}, "effect under 1 FID"),
+        (-1.0, 0.9, {"above": False, "margin": 1.0}, "inconclusive"),
+        (-3.0, -0.5, {"above": False, "margin": 1.0}, "supported"),
+        (0.5, 3.0, {"above": False, "margin": 1.0}, "contradicted"),
+        (0.2, 0.5, {"above": True, "p": 0.06}, "inconclusive"),
+        (-0.9, 0.9, {"above": False, "margin": 1.0, "p": 0.9}, "effect under 1 FID"),
+    ],
+)
+def test_verdict(low, high, settings, expected):
+    assert verdict(low, high, **settings) == expected
+
+
+def test_the_margin_is_a_third_of_the_posters_gain():
+    fid = {row.threshold: row.fid for row in poster.POSTER}
+    assert pytest.approx((fid["none"] - fid["0.35"]) / 3, abs=0.05) == claims.FID_MARGIN
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def fisher_claims(early, front, noise=0.0):
+    """Claims on Fisher values times `early` below t = 500 and times `front` in Layers 1 and 2;
+    blocks differ by log-normal noise.
     """
     g, rows = np.random.default_rng(0), []
-    for t in BINS:
-        for block in range(BLOCKS):
+    for t in range(0, 1000, 100):
+        for block in range(10):
             wobble = np.exp(noise * g.standard_normal() - noise**2 / 2)
             for name in WEIGHTS.index:
-                fisher = (
-                    wobble * (early if t < 500 else 1) * (front if name[:6] in claims.FRONT else 1)
-                )
-                rows.append({"parameter": name, "t_low": t, "block": block, "fisher": fisher})
-    return pd.DataFrame(rows)
-
-
-def fisher_claims(*made):
-    return {c.claim: c for c in claims.fisher_claims(blocks(*made), WEIGHTS, "made up", seed=0)}
+                fisher = (early if t < 500 else 1) * (front if name[:6] in claims.FRONT else 1)
+                rows.append((name, t, block, wobble * fisher))
+    blocks = pd.DataFrame(rows, columns=["parameter", "t_low", "block", "fisher"])
+    return {c["claim"]: c for c in claims.fisher_claims(blocks, WEIGHTS, "made up", seed=0)}
 
 
 @pytest.mark.parametrize(
     ("early", "noise", "expected"),
-    [
-        (3, 0.3, "supported"),
-        (0.3, 0.3, "contradicted"),
-        (1, 0.5, "inconclusive"),
-    ],
+    [(3, 0.3, "supported"), (0.3, 0.3, "contradicted"), (1, 0.5, "inconclusive")],
 )
 def test_c1(early, noise, expected):
     claim = fisher_claims(early, 1, noise)["C1"]
-    assert claim.verdict == expected
-    assert claim.low < claim.measured < claim.high
+    assert claim["verdict"] == expected
+    assert claim["low"] < claim["measured"] < claim["high"]
 
 
 def test_c1_and_c2_are_exact_without_noise():
-    found = fisher_claims(5, 7)
-    assert found["C1"].measured == pytest.approx(5)
-    assert found["C2"].measured == pytest.approx(7)
-    assert found["C2 share"].measured == pytest.approx(7 * 2 / (7 * 2 + 4))
-    assert "33.3% of the weights" in found["C2 share"].quantity
-    assert [found[c].verdict for c in ("C2", "C2 share")] == ["supported"] * 2
-    assert [fisher_claims(1, 1.5)[c].verdict for c in ("C2", "C2 share")] == [
-        "supported",
-        "contradicted",
-    ]
+    of = fisher_claims(5, 7)
+    assert of["C1"]["measured"] == pytest.approx(5)
+    assert of["C2"]["measured"] == pytest.approx(7)
+    assert of["C2 share"]["measured"] == pytest.approx(7 * 2 / (7 * 2 + 4))
+    assert of["C2 share"]["front_weights"] == pytest.approx(1 / 3)
+    assert [of[c]["verdict"] for c in ("C2", "C2 share")] == ["supported"] * 2
+    of = fisher_claims(1, 1.5)
+    assert [of[c]["verdict"] for c in ("C2", "C2 share")] == ["supported", "contradicted"]
 
 
 def test_blocks_are_resampled_for_all_tensors_at_once():
     """Noise that all tensors of a block share cancels in C2, and not in C1."""
-    found = fisher_claims(2, 3, 0.5)
-    assert found["C2"].high - found["C2"].low < 1e-9
-    assert found["C1"].high / found["C1"].low > 1.2
+    of = fisher_claims(2, 3, 0.5)
+    assert of["C2"]["high"] - of["C2"]["low"] < 1e-9
+    assert of["C1"]["high"] / of["C1"]["low"] > 1.2
 
 
-def digits(noise, seed, count=60):
-    """Real digits, worse the more noise is added."""
-    clean = mnist(train=False)[0][HELD_OUT][:count, 0].float()
-    added = noise * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-    return (clean + added).clamp(0, 255).to(torch.uint8).numpy()
-
-
-def ratio_rows(inside, outside, formats=("fp16",)):
-    rows, images = [], {}
-    for low in formats:
-        for i, r in enumerate(poster.RATIOS):
-            best = poster.BEST_RATIOS[0] <= r <= poster.BEST_RATIOS[1]
-            images[f"{low}{i}"] = digits(inside if best else outside, seed=i)
-            key = dict(zip(KEY, ("ratio", f"{r:.2f}", low, "weight", "nearest"), strict=True))
-            rows.append(key | {"sample": f"{low}{i}"})
-    return pd.DataFrame(rows), images
+def ratio_rows(formats=("fp16",)):
+    """Rows of the poster's ratios, and which of them the poster calls the best."""
+    rows = [
+        ("ratio", f"{r:.2f}", low, "weight", "nearest") for low in formats for r in poster.RATIOS
+    ]
+    table = pd.DataFrame(rows, columns=KEY)
+    inside = table["setting"].astype(float).between(*poster.BEST_RATIOS)
+    return table.assign(sample=table["format"] + table["setting"]), inside
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("inside", "outside", "expected"),
-    [(5, 60, "supported"), (60, 5, "contradicted"), (20, 20, "inconclusive")],
+    ("inside", "outside", "expected"), [(5, 60, "supported"), (20, 20, "inconclusive")]
 )
 def test_c3_on_images(inside, outside, expected):
-    table, images = ratio_rows(inside, outside)
+    """Real digits, worse the more noise is added."""
+    table, best = ratio_rows()
+    clean, images = mnist(train=False)[0][HELD_OUT][:60, 0].float(), {}
+    for i, (sample, is_best) in enumerate(zip(table["sample"], best, strict=True)):
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(i))
+        noisy = clean + (inside if is_best else outside) * noise
+        images[sample] = noisy.clamp(0, 255).to(torch.uint8).numpy()
     [claim] = claims.best_ratio(table, claims.judge(images, 0, None))
-    assert claim.verdict == expected
-    assert claim.low < claim.measured < claim.high
-    assert "FP16, single weights kept; MNIST features, N = 60" in claim.quantity
-    if expected == "supported":
-        assert (
-            claim.note == "the best ratio is one of 0.35-0.40 in 100% of resamples (by chance: 38%)"
-        )
+    assert claim["verdict"] == expected
+    assert claim["low"] < claim["measured"] < claim["high"]
+    assert (claim["format"], claim["features"], claim["n_images"]) == ("fp16", "MNIST", 60)
+    assert claim["chance"] == 3 / 8
+    assert claim["best_share"] == 1 or expected != "supported"
 
 
-def made_up(values, spread, margin=0.0, seed=0):
+def made_up(values, spread, margin=0.0):
     """A judge whose rows have these FIDs and independent normal draws around them."""
-    draws = np.random.default_rng(seed).standard_normal((len(values), 1000)) * spread
+    draws = np.random.default_rng(0).standard_normal((len(values), 1000)) * spread
     by_sample = {
         k: Scored({"fid": v}, {"fid": v + torch.from_numpy(d)})
         for (k, v), d in zip(values.items(), draws, strict=True)
     }
-    return Judge(by_sample.__getitem__, "fid", "made up", margin)
+    return Judge(by_sample.__getitem__, "fid", "made up", 100, margin)
 
 
 @pytest.mark.parametrize(
     ("gain", "spread", "margin", "expected"),
     [
         (0.0, 0.1, 1.0, "effect under 1 FID"),
-        (0.5, 0.1, 1.0, "effect under 1 FID"),
         (3.0, 0.1, 1.0, "supported"),
         (-3.0, 0.1, 1.0, "contradicted"),
         (0.0, 5.0, 1.0, "inconclusive"),
@@ -125,71 +141,59 @@ def made_up(values, spread, margin=0.0, seed=0):
     ],
 )
 def test_c3_by_the_margin(gain, spread, margin, expected):
-    table, _ = ratio_rows(0, 0)
-    inside = table["setting"].astype(float).between(*poster.BEST_RATIOS)
+    table, inside = ratio_rows()
     fids = dict(zip(table["sample"], 60 - gain * inside, strict=True))
     [claim] = claims.best_ratio(table, made_up(fids, spread, margin))
-    assert claim.verdict == expected
-    assert claim.measured == pytest.approx(-gain)
+    assert claim["verdict"] == expected
+    assert claim["measured"] == pytest.approx(-gain)
 
 
 def test_c3_is_corrected_for_the_number_of_formats():
     """Two formats: the one with p between 0.025 and 0.05 alone would be supported, and is not
     beside another test.
     """
-    table, _ = ratio_rows(0, 0, ("fp16", "int8"))
-    inside = table["setting"].astype(float).between(*poster.BEST_RATIOS)
+    table, inside = ratio_rows(("fp16", "int8"))
     gain = inside * np.where(table["format"] == "fp16", 0.0, 1.55)
     by = made_up(dict(zip(table["sample"], 60 - gain, strict=True)), 1.0)
-    alone, both = claims.best_ratio(table, by, ["int8"])[0], claims.best_ratio(table, by)[1]
-    assert 0.025 < alone.p < 0.05
-    assert (alone.verdict, both.verdict) == ("supported", "inconclusive")
-    assert both.p == 2 * alone.p
-    assert (alone.low, alone.high) == (both.low, both.high)
+    [alone] = claims.best_ratio(table[table["format"] == "int8"], by)
+    both = claims.best_ratio(table, by)[1]
+    assert 0.025 < alone["p"] < 0.05
+    assert (alone["verdict"], both["verdict"]) == ("supported", "inconclusive")
+    assert both["p"] == 2 * alone["p"]
+    assert (alone["low"], alone["high"]) == (both["low"], both["high"])
 
 
 def test_c3_needs_ratios_on_both_sides():
-    table, _ = ratio_rows(0, 0)
-    table = table[table["setting"].isin(["0.35", "0.38"])]
-    assert claims.best_ratio(table, made_up(dict.fromkeys(table["sample"], 60.0), 1.0)) == []
+    table, inside = ratio_rows()
+    assert claims.best_ratio(table[inside], made_up(dict.fromkeys(table["sample"], 60.0), 1)) == []
 
 
 @pytest.mark.parametrize(
     ("change", "spread", "expected"),
-    [
-        (-3, 0.2, "supported"),
-        (3, 0.2, "contradicted"),
-        (0, 0.2, "effect under 1 FID"),
-        (0, 3, "inconclusive"),
-    ],
+    [(-3, 0.2, "supported"), (3, 0.2, "contradicted"), (0, 0.2, "effect under 1 FID")],
 )
 def test_c4_compares_rows_of_equal_bytes(change, spread, expected):
-    columns = [*KEY[:4], "mem_mib", "sample"]
     rows = [
         ("uniform", "all", "fp16", "tensor", 4.0, "u"),
         ("group", "a", "int8", "weight", 4.1, "g"),
         ("ratio", "0.9", "int8", "weight", 9.0, "x"),
     ]
     by = made_up({"u": 60.0, "g": 60.0 + change, "x": 0.0}, spread, margin=1.0)
-    claim = claims.layerwise_images(pd.DataFrame(rows, columns=columns), by)
-    assert claim.verdict == expected
-    assert (
-        "group a, INT8 by weight (4.10 MiB) minus FID of uniform FP16 (4.00 MiB; made up)"
-        in claim.quantity
-    )
+    table = pd.DataFrame(rows, columns=[*KEY[:4], "mem_mib", "sample"])
+    claim = claims.layerwise_images(table, by)
+    assert claim["verdict"] == expected
+    compared = [claim[field] for field in ("rule", "setting", "mem_mib", "fp16_mib")]
+    assert compared == ["group", "a", 4.1, 4.0]
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "said"),
+    ("low", "high", "expected"),
     [(2, 9, "contradicted"), (0.2, 0.9, "supported"), (0.5, 2, "inconclusive")],
 )
-def test_claims_about_rules_follow_from_their_intervals(low, high, said):
-    key = {"granularity": "weight", "rounding": "feedback", "budget_bits": 4.0}
-    rows = [key | {"rule": rule} for rule in claims.RULE_WORDS]
-    found = claims.damage_claims(
-        pd.DataFrame(rows).assign(
-            over_global=(low + high) / 2, over_global_low=low, over_global_high=high
-        ),
-        "feedback",
-    )
-    assert [claim.verdict for claim in found] == [said] * 3
+def test_claims_about_rules_follow_from_their_intervals(low, high, expected):
+    table = pd.DataFrame({"rule": claims.LAYERWISE, "granularity": "weight"})
+    table = table.assign(rounding="feedback", budget_bits=4.0)
+    ends = {"over_global": 3.0, "over_global_low": low, "over_global_high": high}
+    of_rules = claims.damage_claims(table.assign(**ends), "feedback")
+    assert [claim["rule"] for claim in of_rules] == list(claims.LAYERWISE)
+    assert {claim["verdict"] for claim in of_rules} == {expected}

@@ -85,8 +85,8 @@ def test_model_is_left_as_it_was(tiny, digits):
     [
         (["Layer9.weight"], 4, 2, "no parameter 'Layer9.weight'"),
         ([], 4, 2, "no parameter is named"),
-        (["inp.weight"], 1, 2, "give every bin at least one sample"),
-        (["inp.weight"], 4, 0, "give every bin at least one sample"),
+        (["inp.weight"], 1, 2, "give every bin one at least"),
+        (["inp.weight"], 4, 0, "give every bin one at least"),
     ],
 )
 def test_bad_input(tiny, digits, names, samples, bins, message):

@@ -1,12 +1,17 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from lafq.allocation.rules import by_granularity, keep_above
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.model import nbytes
+from lafq.quantization.plan import make_plan
 from lafq.rng import generator
+from lafq.study import results, rows
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.rows import keep_ratio, mib_at, rule_scores, rules_at_bits
+from lafq.study.rows import KEY, keep_ratio, mib_at, rule_scores, rules_at_bits
+from lafq.study.workspace import Workspace
 
 MIB = 2**20
 
@@ -14,7 +19,7 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return UNet(8).eval()
+    return UNet(4).eval()
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +57,34 @@ def test_ratio_out_of_range(ratio):
 def test_a_layer_in_no_group():
     with pytest.raises(ValueError, match="unknown layer 'Layer7': the groups cover Layer1, "):
         rule_scores("group", {"Layer7.a": torch.ones(1)})
+
+
+def test_the_size_nearest_a_share_is_that_of_its_row(tiny):
+    scores = {n: w.square() for n, w in quantizable(tiny).items()}
+    table = rows.size_sweep(tiny, scores, "int8", "weight", 20)
+    assert table["kept_share"].iloc[[0, -1]].tolist() == [0, 1]
+    assert table["kept_share"].is_monotonic_increasing
+    assert table["mem_share"].iloc[-1] == 1
+    nearest = rows.nearest_size(table, 0.5)
+    assert abs(nearest["mem_share"].item() - 0.5) == (table["mem_share"] - 0.5).abs().min()
+    [row] = rows.threshold_rows("global", scores, nearest)
+    assert nbytes(tiny, row.plan) / MIB == nearest["mem_mib"].item()
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "weight"])
+@pytest.mark.parametrize("low", ["fp16", "int8"])
+def test_sizes_counted_are_those_of_the_plans(tiny, low, granularity):
+    scores = by_granularity({n: w.square() for n, w in quantizable(tiny).items()}, granularity)
+    table = rows.size_sweep(tiny, scores, low, granularity, 20)
+    made = [make_plan(keep_above(scores, cut), low) for cut in table["threshold"]]
+    counted = table[["kept_share", "mem_mib", "mem_share"]]
+    pd.testing.assert_frame_equal(counted, rows.sizes(tiny, made), check_exact=True)
+
+
+def test_the_comparison_replaces_only_the_rules_it_is_given(sandbox):
+    for rule, setting, fid in (("ratio", "0.35", 1), ("baseline", "none", 2), ("ratio", "0.40", 3)):
+        key = dict(zip(KEY, (rule, setting, "fp16", "t", "nearest"), strict=True))
+        row = pd.DataFrame([{"profile": "smoke", **key, "fid": fid}])
+        table = results.update_comparison(Workspace("smoke"), row)
+    assert table[["rule", "setting"]].values.tolist() == [["baseline", "none"], ["ratio", "0.40"]]
+    assert table["fid"].tolist() == [2, 3]

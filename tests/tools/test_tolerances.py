@@ -22,48 +22,35 @@ def test_equal_tables(kept, capsys):
     workspace.save_table(SMOKE, "06_new", ROWS)
     assert verify.report(SMOKE)
     assert capsys.readouterr().out == (
-        "reproduced: 3 of 3 rows of 2 tables within the declared tolerance, 1 of 1 verdicts equal\n"
+        "rows within the declared tolerance: 3 of 3\nequal verdicts: 1 of 1\n"
     )
 
 
 def test_what_another_machine_changes_is_within_the_tolerance(kept):
-    workspace.save_table(
-        SMOKE, "03_global", ROWS.assign(fid_mnist=[90.015, 91.0], sample=["other", "names"])
-    )
-    assert not verify.compared(SMOKE)[1]
+    other = ROWS.assign(fid_mnist=[90.015, 91.0], sample=["other", "names"])
+    workspace.save_table(SMOKE, "03_global", other)
+    assert verify.report(SMOKE)
 
 
 @pytest.mark.parametrize(
-    ("name", "table", "said", "line"),
+    ("name", "table", "line"),
     [
         (
             "03_global",
             ROWS.assign(fid_mnist=[90.0, 91.2]),
-            "2 of 3 rows",
-            "03_global, row 2: fid_mnist 91.2 (before: 91)",
+            "03_global, row 2, fid_mnist: 91.2 (before: 91)",
         ),
-        (
-            "03_global",
-            ROWS.assign(method=["a", "c"]),
-            "2 of 3 rows",
-            "03_global, row 2: method c (before: b)",
-        ),
-        ("03_global", ROWS[:1], "1 of 3 rows", "03_global: other rows or columns than before"),
-        (
-            "claims",
-            CLAIMS.assign(verdict="inconclusive"),
-            "0 of 1 verdicts",
-            "claims, row 1: verdict inconclusive",
-        ),
+        ("03_global", ROWS.assign(method=["a", "c"]), "03_global, row 2, method: c (before: b)"),
+        ("03_global", ROWS[:1], "rows within the declared tolerance: 2 of 3"),
+        ("03_global", pd.DataFrame({"method": []}), "rows within the declared tolerance: 1 of 3"),
+        ("claims", CLAIMS.assign(verdict="inconclusive"), "equal verdicts: 0 of 1"),
     ],
-    ids=["number", "word", "row gone", "verdict"],
+    ids=["number", "word", "row gone", "table gone", "verdict"],
 )
-def test_what_is_out_is_named(kept, name, table, said, line, capsys):
+def test_what_is_out_is_named(kept, name, table, line, capsys):
     workspace.save_table(SMOKE, name, table)
     assert not verify.report(SMOKE)
-    printed = capsys.readouterr().out
-    assert said in printed
-    assert line in printed
+    assert line in capsys.readouterr().out
 
 
 def test_nothing_is_said_of_a_first_run(sandbox, capsys):
@@ -75,4 +62,4 @@ def test_nothing_is_said_of_a_first_run(sandbox, capsys):
 def test_every_tolerance_has_its_reason():
     for rule in yaml.safe_load(verify.TOLERANCES.read_text()):
         assert rule["reason"]
-        assert rule.get("ignore") or rule.get("absolute", 0) + rule.get("relative", 0) > 0
+        assert rule.get("absolute", 0) + rule.get("relative", 0) > 0

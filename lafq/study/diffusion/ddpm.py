@@ -25,9 +25,7 @@ BATCH = 8
 def unit_interval(images: Tensor) -> Tensor:
     """uint8 images -> float32 in [0, 1], the model's range; ValueError for another dtype."""
     if images.dtype != torch.uint8:
-        raise ValueError(
-            f"images must be uint8 (0 to 255), these are {images.dtype}: convert them first"
-        )
+        raise ValueError(f"images must be uint8 (0 to 255), these are {images.dtype}: convert them")
     return images.float() / 255
 
 
@@ -40,36 +38,33 @@ def add_noise(x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 def noised_batches(
     images: Tensor, samples: int, seed: int, batch: int = BATCH
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x_t, t) of `samples` uint8 images (N, ...), drawn with replacement, t spread evenly over all
-    timesteps.
-    """
+    """(x_t, t) of `samples` uint8 images (N, ...), drawn with replacement; t evenly spread."""
     g = generator(seed)
     times = (torch.arange(samples) * TIMESTEPS // samples)[torch.randperm(samples, generator=g)]
-    for t in tqdm(times.split(batch), desc="noised digits", unit="batch", leave=False):
+    for t in tqdm(times.split(batch), "noised digits", leave=False):
         x_0 = unit_interval(images[torch.randint(len(images), t.shape, generator=g)])
         yield add_noise(x_0, t, torch.randn(x_0.shape, generator=g)), t
 
 
 def bin_edges(bins: int) -> list[int]:
-    """The first timestep of each of `bins` bins of consecutive timesteps, and 1,000 behind them."""
+    """The first timestep of each of `bins` bins of consecutive timesteps, and 1,000 at the end."""
     return [round(b * TIMESTEPS / bins) for b in range(bins + 1)]
 
 
 def stratified_batches(
     images: Tensor, samples: int, bins: int, seed: int, like: Tensor
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-    """((x_t, t), eps) of every timestep bin: `samples` draws spread evenly over the bins, t uniform
-    within its bin.
+    """((x_t, t), eps) of every timestep bin: `samples` draws of the uint8 images (N, ...), with
+    replacement, spread evenly over the bins; t uniform within its bin.
 
-    images: uint8 (N, ...), drawn from with replacement. like: a tensor of the device and dtype
-    wanted. Raises ValueError for fewer samples than bins, or a number of bins out of range.
+    like: a tensor of the device and dtype wanted. Raises ValueError for a bin without a sample.
     """
     if not 1 <= bins <= TIMESTEPS or samples < bins:
         raise ValueError(
-            f"{samples} samples over {bins} timestep bins: give every bin at least one sample"
+            f"{samples} samples over {bins} timestep bins: give every bin one at least"
         )
     edges = bin_edges(bins)
-    for b in tqdm(range(bins), desc="Fisher", unit="bin", leave=False):
+    for b in tqdm(range(bins), "Fisher", leave=False):
         g, count = generator(seed, b), samples // bins + (b < samples % bins)
         t = torch.randint(edges[b], edges[b + 1], (count,), generator=g).to(like.device)
         x_0 = unit_interval(images[torch.randint(len(images), (count,), generator=g)]).to(like)
@@ -85,10 +80,8 @@ def trailing_timesteps(steps: int) -> list[int]:
 
 
 def ancestral_step(x_t: Tensor, eps: Tensor, z: Tensor, t: int, s: int) -> Tensor:
-    """A draw x_s from p(x_s | x_t), s < t, with the posterior's variance and x_0 not clipped;
-    x_{-1} is the image. All tensors (B, ...).
-
-    Source: Ho et al. 2020, algorithm 2, for a strided subset of the timesteps.
+    """A draw x_s (B, ...) from p(x_s | x_t), s < t, with the posterior's variance and x_0 not
+    clipped; x_{-1} is the image (Ho et al. 2020, algorithm 2, for a subset of the timesteps).
     """
     alpha_bar_t, alpha_bar_s = ALPHA_BAR[t].item(), ALPHA_BAR[s].item() if s >= 0 else 1.0
     alpha = alpha_bar_t / alpha_bar_s
@@ -107,7 +100,7 @@ def reverse_process(
     """The states (t, x_t) at `steps` timesteps from 999 down, then the images (-1, x_{-1}).
 
     streams: one CPU generator per image, which gives its start and its noise. x_t: (images, *SHAPE)
-    on the model's device. Raises ValueError for a number of steps out of range.
+    on the model's device.
     """
     device = next(model.parameters()).device
 
@@ -133,23 +126,19 @@ def sample(
     label: str = "sampling",
     first: int = 0,
 ) -> Tensor:
-    """Generate the images first, ..., first + images - 1 from the model as it is (pass the EMA
-    weights).
+    """The images first, ..., first + images - 1 of the model, uint8 (images, *SHAPE): clamped to
+    [0, 1] and rounded; ValueError for no images, and for a number of steps out of range.
 
     Image i depends on (seed, i) alone, so that two models, or two batch sizes, see the same noise.
-    `label` stands beside the progress bar. The model's weights are put into channels-last order, in
-    place; their values stay. Returns uint8 (images, *SHAPE): clamped to [0, 1] and rounded.
-    Raises ValueError for no images, and the errors of `reverse_process`.
+    The model's weights are put into channels-last order, in place; their values stay.
     """
     if images < 1:
         raise ValueError(f"{images} images asked for: at least one is needed")
-    trailing_timesteps(steps)  # raises for a wrong number of steps before the progress bar opens
+    trailing_timesteps(steps)  # its error comes before the progress bar
     model = model.to(memory_format=torch.channels_last)
     batches, pixels = torch.arange(first, first + images).split(batch_size), []
-    with (
-        evaluating(model),
-        tqdm(total=len(batches) * steps, desc=label, unit="step", leave=False) as bar,
-    ):
+    bar = tqdm(total=len(batches) * steps, desc=label, unit="step", leave=False)
+    with evaluating(model), bar:
         for batch in batches:
             streams = [generator(seed, i) for i in batch.tolist()]
             for t, x_t in reverse_process(model, streams, steps):

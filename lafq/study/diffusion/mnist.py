@@ -5,6 +5,7 @@ The archives in data/MNIST/raw are checked and read as they are: nothing is extr
 
 import gzip
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,21 +25,16 @@ SHAPE = (1, 32, 32)
 PADDING = 2
 REFERENCE = slice(0, 5000)
 HELD_OUT = slice(5000, 10000)
-REMEDY = "restore it with `git checkout -- data/MNIST/raw`"
 
 
 def mnist(train: bool, root: Path = workspace.DATA) -> tuple[Tensor, Tensor]:
-    """The training (60,000) or test (10,000) digits.
+    """The training (60,000) or test (10,000) digits: images, uint8 (N, 1, 32, 32), zero-padded from
+    28x28, and labels, int64 (N,).
 
-    Returns images, uint8 (N, 1, 32, 32), zero-padded from 28x28, and labels, int64 (N,).
-    Raises FileNotFoundError or ValueError naming the archive that is missing or damaged.
+    Raises ValueError naming the archive that is missing or damaged.
     """
-    split = "train" if train else "t10k"
-    images, labels = (
-        _read(root / "MNIST" / "raw" / name, md5)
-        for name, md5 in ARCHIVES.items()
-        if name.startswith(split)
-    )
+    raw, names = root / "MNIST" / "raw", list(ARCHIVES)
+    images, labels = (_read(raw / name) for name in (names[:2] if train else names[2:]))
     return F.pad(images.view(-1, 1, 28, 28), (PADDING,) * 4), labels.long()
 
 
@@ -47,12 +43,14 @@ def unpadded(images: Tensor) -> Tensor:
     return images[:, :, PADDING:-PADDING, PADDING:-PADDING]
 
 
-def _read(archive: Path, md5: str) -> Tensor:
-    """The bytes of an archive behind its header: four for its kind, and four for each dimension."""
-    if not archive.is_file():
-        raise FileNotFoundError(f"the MNIST archive {archive} is missing: {REMEDY}")
-    packed = archive.read_bytes()
-    if hashlib.md5(packed).hexdigest() != md5:
-        raise ValueError(f"the MNIST archive {archive} is damaged (its md5 is not {md5}): {REMEDY}")
+@cache
+def _read(archive: Path) -> Tensor:
+    packed = archive.read_bytes() if archive.is_file() else b""
+    if hashlib.md5(packed).hexdigest() != ARCHIVES[archive.name]:
+        raise ValueError(
+            f"the MNIST archive {archive} is missing or damaged: restore it with `git "
+            f"checkout -- data/MNIST/raw`"
+        )
     content = gzip.decompress(packed)
+    # The header has four bytes for the kind, and four for each dimension.
     return torch.frombuffer(bytearray(content[4 + 4 * content[3] :]), dtype=torch.uint8)

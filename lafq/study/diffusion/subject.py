@@ -17,7 +17,7 @@ from lafq.tensors import atomic_write, load_tensors, read_metadata, save_tensors
 
 __all__ = ["LAYERS", "SHAPE", "TIMESTEPS", "UNet", "layer_of", "mnist", "quantizable"]
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "ema.safetensors"
 PACKED = "packed.safetensors"
 FISHER = "fisher.safetensors"
@@ -28,15 +28,13 @@ def check_weights(
 ) -> None:
     """Check the weights of a profile, or those in the file `path`, without reading their tensors.
 
-    Raises FileNotFoundError naming the two ways to get them when there are none, ValueError when
-    they are damaged or were trained with other settings than the profile's (`width`, `seed` and
-    `training`).
+    Raises FileNotFoundError when there are none, ValueError when they are damaged or were trained
+    with other settings than the profile's.
     """
-    path = path or work.results / WEIGHTS
+    path, remedy = path or work.results / WEIGHTS, "WEIGHTS=path, or train them anew with TRAIN=1"
     if not path.is_file():
         raise FileNotFoundError(
-            f"the trained weights {path} are missing: give a file that has them with WEIGHTS=path, "
-            f"or train them anew with TRAIN=1"
+            f"the trained weights {path} are missing: give a file that has them with {remedy}"
         )
     metadata = read_metadata(path)
     for name, value in {"width": width, "seed": seed, **training}.items():
@@ -44,8 +42,7 @@ def check_weights(
         if metadata.get(name, value) != value:
             raise ValueError(
                 f"{path} was trained with {name}={metadata[name]}, profile {work.profile} has "
-                f"{value}: give the weights of this profile with WEIGHTS=path, or train them anew "
-                f"with TRAIN=1"
+                f"{value}: give the weights of this profile with {remedy}"
             )
 
 
@@ -59,11 +56,7 @@ def take_weights(
 
 
 def load_model(work: Workspace, width: int) -> UNet:
-    """The model of a profile with its trained EMA weights, in evaluation mode.
-
-    Raises FileNotFoundError naming what makes them when there are none, ValueError when they are of
-    another width or damaged.
-    """
+    """The model with its trained EMA weights, in evaluation mode; errors as `load_tensors`."""
     weights, _ = load_tensors(work.results / WEIGHTS, "01_train with TRAIN=1", width=width)
     model = UNet(width)
     model.load_state_dict(weights)
@@ -71,13 +64,10 @@ def load_model(work: Workspace, width: int) -> UNet:
 
 
 def save_fisher(work: Workspace, values: dict[str, Tensor], width: int, **settings: int) -> None:
-    """Write the empirical Fisher values of the six layers' weights (`unet.quantizable`) to
-    results/<profile>/fisher.safetensors.
-
-    settings: how it was estimated (samples, bins, seed), kept in the file.
+    """Write the empirical Fisher values of the six layers' weights, by name, to
+    results/<profile>/fisher.safetensors; settings: samples, bins and seed of the estimate.
     """
-    about = {"weights": _weights_file_sha256(work), "width": width, "settings": settings}
-    save_tensors(work.results / FISHER, values, **about)
+    save_tensors(work.results / FISHER, values, **_origin(work, width), settings=settings)
 
 
 def fisher_settings(work: Workspace) -> dict[str, int]:
@@ -86,15 +76,11 @@ def fisher_settings(work: Workspace) -> dict[str, int]:
 
 
 def load_fisher(work: Workspace, width: int) -> dict[str, Tensor]:
-    """What `save_fisher` wrote, by parameter name.
-
-    Raises FileNotFoundError when there are none, ValueError when they are of other weights than the
-    profile's.
-    """
-    about = {"weights": _weights_file_sha256(work), "width": width}
-    return load_tensors(work.results / FISHER, "02_fisher with COMPUTE=True", **about)[0]
+    """What `save_fisher` wrote; errors as `load_tensors`, also for values of other weights."""
+    path = work.results / FISHER
+    return load_tensors(path, "02_fisher with COMPUTE=True", **_origin(work, width))[0]
 
 
-def _weights_file_sha256(work: Workspace) -> str:
+def _origin(work: Workspace, width: int) -> dict[str, Any]:
     path = work.results / WEIGHTS
-    return sha256(path) if path.is_file() else "none"
+    return {"weights": sha256(path) if path.is_file() else "none", "width": width}

@@ -4,6 +4,7 @@ checkpoints.
 Source: Ho et al. 2020, algorithm 1; the paper's own settings are in notebooks/profiles/paper.yaml.
 """
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,48 +21,30 @@ from lafq.study.diffusion.ddpm import add_noise, unit_interval
 from lafq.study.diffusion.mnist import HELD_OUT
 from lafq.study.diffusion.subject import CHECKPOINT, SHAPE, TIMESTEPS, WEIGHTS, UNet, mnist
 from lafq.study.workspace import Workspace
-from lafq.tensors import atomic_write, load_tensors, save_tensors
+from lafq.tensors import atomic_write, save_tensors
 
 LOSS_DIGITS = 200
-MOMENTS = ("exp_avg", "exp_avg_sq")
+WINDOW = 50  # steps whose mean loss is a row of training.csv
 
 
 def train(
-    work: Workspace,
-    width: int,
-    *,
-    seed: int,
-    steps: int,
-    dropout: float,
-    window: int = 50,
-    **settings: Any,
+    work: Workspace, width: int, *, seed: int, steps: int, dropout: float, **settings: Any
 ) -> None:
-    """Train (or continue) the model of a profile; writes results/<profile>/ema.safetensors and
-    training.csv, the loss averaged over windows of `window` steps.
-
-    settings: those of `fit`.
-    """
+    """Train (or continue) a profile's model as `fit`; writes ema.safetensors and training.csv."""
     torch.manual_seed(seed)
     model = UNet(width, dropout).to(work.device, memory_format=torch.channels_last)
-    weights, losses = fit(
-        model, mnist(train=True)[0], work.build / CHECKPOINT, steps=steps, seed=seed, **settings
-    )
+    digits, checkpoint = mnist(train=True)[0], work.build / CHECKPOINT
+    weights, losses = fit(model, digits, checkpoint, steps=steps, seed=seed, **settings)
     about = {"width": width, "steps": steps, "seed": seed, "dropout": dropout, **settings}
     save_tensors(work.results / WEIGHTS, weights, **about)
     loss = pd.Series(losses, index=range(1, steps + 1), name="loss")
+    windows = loss.groupby(lambda step: -(-step // WINDOW) * WINDOW).mean()
     with atomic_write(work.results / "training.csv") as temporary:
-        (
-            loss.groupby(lambda step: -(-step // window) * window)
-            .mean()
-            .rename_axis("step")
-            .to_csv(temporary, float_format="%.6f")
-        )
+        windows.rename_axis("step").to_csv(temporary, float_format="%.6f")
 
 
 def ema_of(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of a model's weights; the decay warms up as (1 + n) / (10 + n) to
-    `decay`.
-    """
+    """Exponential moving average of a model's weights; the decay warms up as (1 + n) / (10 + n)."""
 
     def update(ema: list[Tensor], current: list[Tensor], n: Tensor) -> None:
         torch._foreach_lerp_(ema, current, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
@@ -79,9 +62,8 @@ def training_steps(
     ema: AveragedModel,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
-    steps: int,
+    steps: range,
     *,
-    start: int = 0,
     batch_size: int,
     peak: float,
     warmup: int,
@@ -89,18 +71,15 @@ def training_steps(
     seed: int,
     bf16: bool,
 ) -> Iterator[tuple[int, float]]:
-    """Run steps `start`..`steps` - 1 of noise-prediction training, yielding (step, loss) after
-    each.
+    """Train on uint8 images (N, *SHAPE), yielding (step, loss) after each step.
 
     The loss is the mean over batch and pixels of (eps - eps_theta(x_t, t))^2, t uniform in 0..999.
     The draws of a step come from (seed, step), so a run continued from a checkpoint is the run that
-    was never interrupted.
-    images: uint8 (N, *SHAPE). bf16: bfloat16 autocast of the forward pass; weights and loss stay
-    FP32.
+    was never interrupted. bf16: bfloat16 autocast of the forward pass alone.
     """
     device = next(model.parameters()).device
     model.train()
-    for step in range(start, steps):
+    for step in steps:
         g = generator(seed, step)
         torch.manual_seed(int(torch.randint(2**62, (), generator=g)))
         chosen = torch.randint(len(images), (batch_size,), generator=g)
@@ -108,7 +87,7 @@ def training_steps(
         eps = torch.randn(batch_size, *SHAPE, generator=g).to(device)
         x_t = add_noise(unit_interval(images[chosen]).to(device), t, eps)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, peak, steps, warmup, decay)
+            group["lr"] = learning_rate(step, peak, steps.stop, warmup, decay)
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             eps_theta = model(x_t.to(memory_format=torch.channels_last), t)
@@ -131,13 +110,11 @@ def fit(
     **settings: Any,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Train from scratch, or on from `checkpoint` if there is one, and return the EMA weights and
-    every step's loss.
+    every step's loss; settings as `training_steps`.
 
-    The checkpoint is rewritten every `every` steps and kept; `settings` are those of
-    `training_steps`.
-    compile: with torch.compile, which takes a C++ compiler, is faster and rounds differently. A run
-    may be prolonged (other `steps`) as long as its learning rate has not begun to fall. Raises
-    ValueError when the checkpoint belongs to other settings.
+    The checkpoint is rewritten every `every` steps and kept; ValueError when it is damaged or
+    belongs to other settings. A run may be prolonged (other `steps`) as long as its learning rate
+    has not begun to fall. compile: torch.compile is faster and rounds differently.
     """
     record = {"width": model.width, "dropout": model.dropout, "ema_decay": ema_decay}
     record |= {"compile": compile, **settings}
@@ -145,58 +122,40 @@ def fit(
     if compile:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
     losses: list[float] = []
     if checkpoint.is_file():
-        tensors = _checked(checkpoint, steps, settings["decay"], record)
-        losses = tensors["loss"].tolist()
-        _restore(tensors, model, ema, optimizer)
+        state = _read(checkpoint, steps, settings["decay"], record)
+        losses = state["losses"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    remaining = range(len(losses), steps)
     bar = tqdm(initial=len(losses), total=steps, desc="training", unit="step", leave=False)
-    for step, loss in training_steps(
-        model, ema, optimizer, images, steps, start=len(losses), **settings
-    ):
+    for step, loss in training_steps(model, ema, optimizer, images, remaining, **settings):
         losses.append(loss)
         bar.update()
         if (step + 1) % every == 0 or step + 1 == steps:
-            save_tensors(checkpoint, _state(model, ema, optimizer, losses), steps=steps, **record)
+            state = {name: part.state_dict() for name, part in parts.items()}
+            with atomic_write(checkpoint) as temporary:
+                torch.save({**state, "losses": losses, "steps": steps, "record": record}, temporary)
             bar.set_postfix(loss=sum(losses[-every:]) / len(losses[-every:]))
     bar.close()
     return {n: p.detach() for n, p in ema.module.named_parameters()}, losses
 
 
-def _checked(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -> dict[str, Tensor]:
-    tensors, metadata = load_tensors(checkpoint, "01_train", **record)
-    done, planned = len(tensors["loss"]), metadata["steps"]
+def _read(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -> dict[str, Any]:
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        made, done, planned = state["record"], len(state["losses"]), state["steps"]
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{checkpoint} is damaged ({error}): delete it to train anew") from None
+    other = [name for name, value in record.items() if made.get(name) != value]
+    wrong = [f"{name}={made.get(name)}, not {record[name]}" for name in other]
     if steps != planned and done > min(steps, planned) - decay:
-        raise ValueError(
-            f"{checkpoint} is {done} steps into a run of {planned}, past where {steps} steps would "
-            f"have changed the learning rate: delete it to train anew"
-        )
-    return tensors
-
-
-def _state(
-    model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW, losses: list[float]
-) -> dict[str, Tensor]:
-    state = {"loss": torch.tensor(losses, dtype=torch.float64)}
-    for (name, p), q in zip(model.named_parameters(), ema.module.parameters(), strict=True):
-        moments = optimizer.state[p]
-        state |= {f"model/{name}": p.detach(), f"ema/{name}": q.detach()}
-        state |= {f"{key}/{name}": moments[key] for key in MOMENTS}
+        wrong.append(f"{planned} steps in view: the learning rate of {steps} has begun to fall")
+    if wrong:
+        raise ValueError(f"{checkpoint} was made with {wrong[0]}; delete it to train anew")
     return state
-
-
-@torch.no_grad()
-def _restore(
-    state: dict[str, Tensor], model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW
-) -> None:
-    done = torch.tensor(float(len(state["loss"])))
-    ema.n_averaged.fill_(int(done))
-    for (name, p), q in zip(model.named_parameters(), ema.module.parameters(), strict=True):
-        p.copy_(state[f"model/{name}"])
-        q.copy_(state[f"ema/{name}"])
-        # The fused kernel walks memory, so the moments need the strides of the parameter.
-        moments = {key: torch.empty_like(p).copy_(state[f"{key}/{name}"]) for key in MOMENTS}
-        optimizer.state[p] = {"step": done.to(p.device, copy=True), **moments}
 
 
 @torch.inference_mode()
@@ -205,8 +164,7 @@ def held_out_outputs(
 ) -> tuple[Tensor, Tensor]:
     """Predicted and true noise (digits, *SHAPE) of so many held-out digits from number `first` on.
 
-    The timesteps are spread evenly over all of them, one per digit; the noise is that of the seed,
-    whatever the model.
+    The timesteps are spread evenly over the digits; the noise is the seed's, whatever the model.
     """
     device = next(model.parameters()).device
     x_0 = unit_interval(mnist(train=False)[0][HELD_OUT][first : first + digits])
@@ -220,8 +178,6 @@ def held_out_outputs(
 
 
 def held_out_losses(model: nn.Module, seed: int, digits: int = LOSS_DIGITS) -> Tensor:
-    """Denoising loss of each of the first held-out digits (digits,): mean over the pixels of (eps -
-    eps_theta)^2.
-    """
+    """Mean over the pixels of (eps - eps_theta)^2 for the first held-out digits (digits,)."""
     eps_theta, eps = held_out_outputs(model, seed, digits)
     return (eps_theta - eps).square().flatten(1).mean(1)

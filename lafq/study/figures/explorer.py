@@ -26,9 +26,9 @@ from lafq.allocation.rules import GRANULARITIES, by_granularity, keep_above
 from lafq.allocation.rules import RULES as SCORES
 from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.checks import channel_view
-from lafq.quantization.formats import MIB, STUDY_FORMATS, unshrunk_scale
+from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import bits_per_weight, dequantize_, kept_weights, nbytes, quantize
-from lafq.quantization.plan import Plan, Recipe, make_plan
+from lafq.quantization.plan import Plan, make_plan
 from lafq.study.damage import HALF_PIXELS
 from lafq.study.diffusion.subject import load_model
 from lafq.study.diffusion.unet import layer_of, quantizable
@@ -173,17 +173,13 @@ def plan_of(subject: Subject, setting: Setting) -> tuple[str, Plan]:
         return words, make_plan(keep, format)
     granularity = "mixed" if granularity == "weight" else granularity
     if granularity not in subject.fronts:
-        curvature = subject.calibration.curvature
+        known = subject.calibration._replace(fisher=fisher)
         subject.fronts[granularity] = frontiers_of(
-            model, fisher, granularity, STUDY_FORMATS, False, curvature=curvature
+            model, known, granularity, STUDY_FORMATS, progress=False
         )
-    recipe, budget = (
-        Recipe(unshrunk_scale, subject.calibration.fisher, subject.calibration.curvature),
-        amount * nbytes(model, {}) / MIB,
-    )
-    return f"size at most {amount:.1%} of FP32", solve_budget(
-        model, subject.fronts[granularity], budget, recipe=recipe
-    )
+    budget, fronts = amount * nbytes(model, {}) / MIB, subject.fronts[granularity]
+    plan = solve_budget(model, fronts, budget, subject.calibration.recipe)
+    return f"size at most {amount:.1%} of FP32", plan
 
 
 def kept(scores: dict[str, Tensor], rule: str, share: float) -> tuple[str, dict[str, Tensor]]:

@@ -3,6 +3,8 @@ words that compare.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from string import Formatter
 from typing import Any
 
 import pandas as pd
@@ -23,8 +25,40 @@ ROWS |= {"psnr": ("psnr", "{:.1f} dB"), "class_changed": ("class_changed", ".0%"
 COMPARED = _KEY | {"fid_paper": ("fid_paper", ".2f")} | _FID
 COMPARED |= {column: (column, ".2f") for column in ("is_paper", "is_mnist")}
 COMPARED |= {column: (column, ".3f") for column in ("mem_share_paper", "mem_share")}
-CLAIMS = {"claim": "claim", "quantity": "quantity", "measured": ("measured", ".4g", "interval")}
-CLAIMS |= {"verdict": "verdict"}
+# What each claim measures, and what else is known of it, with slots for the fields of its row.
+_FIDS = "({features} features, N = {n_images:g})"
+QUANTITIES = {
+    "C1": "mean Fisher at t < 500 divided by that at t >= 500 ({kind})",
+    "C2": "mean Fisher per weight, Layers 1-2 divided by Layers 3-6 ({kind})",
+    "C2 share": "share of all Fisher information in Layers 1-2, which have {front_weights:.1%} "
+    "of the weights ({kind})",
+    "C3": "mean FID of ratios 0.35-0.40 minus the others', {format}, single weights kept "
+    f"{_FIDS}",
+    "C4 images": "FID of the layer or group row nearest to uniform FP16 in bytes, minus FID of "
+    f"uniform FP16 {_FIDS}",
+    "rules damage": "damage of {rule} divided by that of global, {budget_bits:g} bits per weight, "
+    "equal bytes and rounding",
+    "rules images": "FID of {rule} minus that of global, {budget_bits:g} bits per weight "
+    f"{_FIDS}",
+}
+NOTES = {
+    "C3": "the best ratio is one of 0.35-0.40 in {best_share:.0%} of resamples (by chance: "
+    "{chance:.0%})",
+    "C4 images": "{rule} {setting}, {format} by {granularity}, {mem_mib:.2f} MiB (uniform FP16: "
+    "{fp16_mib:.2f})",
+}
+
+
+def sentence(templates: Mapping[str, str], row: pd.Series) -> str:
+    """The sentence of a claim's row; "" where it has none, or a field that it names is empty."""
+    template = templates.get(row["claim"], "")
+    fields = [field for _, field, _, _ in Formatter().parse(template) if field]
+    return "" if row.reindex(fields).isna().any() else template.format(**row)
+
+
+CLAIMS = {"claim": "claim", "quantity": partial(sentence, QUANTITIES)}
+CLAIMS |= {"measured": ("measured", ".4g", "interval"), "verdict": "verdict"}
+NOTE = {"note": partial(sentence, NOTES)}
 
 
 def name(row: pd.Series) -> str:

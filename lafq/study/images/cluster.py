@@ -1,22 +1,20 @@
 """Sample the rows of a table on a Dask cluster that the user runs; the images are the same wherever
-they are drawn.
-
-A task is the bytes of a packed model's file (`save_quantized`) and the noise to start from. Images
-that have come back are kept, so `make resume` goes on from there.
+they are drawn, and are kept as they come back.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import nn
 
-from lafq.quantization.checkpoint import load_quantized
+from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.model import dequantize_
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
@@ -26,8 +24,17 @@ if TYPE_CHECKING:
     # Imported where it is used: it takes half a second, and few runs need it.
     from distributed import Client
 
+T = TypeVar("T")
 REACH = 10  # seconds
-AHEAD = 2  # tasks per thread of the workers
+AHEAD = 4  # tasks per thread of the workers
+
+
+def pack(small: nn.Module, model: nn.Module) -> bytes:
+    """What a worker is sent: the file of the quantized copy `small` of a model."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "packed.safetensors"
+        save_quantized(path, small, model)
+        return path.read_bytes()
 
 
 def draw(packed: bytes, how: dict[str, Any]) -> tuple[np.ndarray, str]:
@@ -68,22 +75,16 @@ def connect(address: str) -> "Client":
 
 
 def sample_all(
-    address: str, tasks: Iterator[tuple[str, bytes]], total: int, keep: Callable, **how: Any
-) -> None:
-    """`draw` the packed models of `tasks`; keep(key, images, machine) takes what comes back."""
-    from distributed import as_completed
-
+    address: str, tasks: Iterator[tuple[T, bytes]], **how: Any
+) -> Iterator[tuple[T, np.ndarray, str]]:
+    """`draw` the packed models of the tasks (row, packed); yields (row, images, machine). Tasks are
+    taken a few for each thread of the workers at a time.
+    """
     how |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    with connect(address) as client, tqdm(total=total, desc="sampling on the cluster") as bar:
-        keys, running = {}, as_completed(loop=client.loop, with_results=True)
+    with connect(address) as client:
         room = AHEAD * sum(client.nthreads().values())
-        waiting = next(tasks, None)
-        while keys or waiting:
-            if waiting and len(keys) < room:
-                keys[future := client.submit(draw, waiting[1], how, pure=False)] = waiting[0]
-                running.add(future)
-                waiting = next(tasks, None)
-            else:
-                future, found = next(running)
-                keep(keys.pop(future), *found)
-                bar.update()
+        while taken := list(islice(tasks, room)):
+            rows, packed = zip(*taken, strict=True)
+            drawn = client.map(draw, packed, how=how, pure=False)
+            for row, future in zip(rows, drawn, strict=True):
+                yield row, *future.result()

@@ -1,22 +1,22 @@
-"""Rows of the tables: quantize every model, sample from the same noise, score the images, alone and
-against the FP32 model's.
+"""Rows of the tables: models quantized, sampled from the same noise, and scored, alone and against
+the FP32 model.
 """
 
-from collections.abc import Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lafq.quantization.model import dequantize_, weights_sha256
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import unit_interval
-from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.diffusion.training import held_out_losses
-from lafq.study.images import metrics
+from lafq.study.images import cluster, metrics
 from lafq.study.images.features import (
     NAMES,
     FeatureExtractor,
@@ -24,11 +24,12 @@ from lafq.study.images.features import (
     inception_extractor,
     mnist_extractor,
 )
-from lafq.study.images.sampling import ImageStore, Recipe, Sampled, Sampling
+from lafq.study.images.sampling import ImageStore, Recipe, RowFiles, Sampled, Sampling
 from lafq.study.rows import BASELINE, Row, quantized, recipe, sizes
 from lafq.study.workspace import Workspace
 
 METRICS = tuple(f"{metric}_{name}" for name in NAMES for metric in ("fid", "is", "kid"))
+NONE, NO_DRAWS = float("nan"), torch.tensor([torch.nan])  # of a metric that was not asked for
 
 
 class Scored(NamedTuple):
@@ -38,26 +39,20 @@ class Scored(NamedTuple):
     draws: dict[str, Tensor]
 
 
-class Scorer:
-    """Scores sets of N images with error bars: every set on the same resamples of the N indices."""
-
-    def __init__(self, images: int, seed: int) -> None:
-        self.indices = metrics.resamples(images, seed)
-
-    def score(self, images: Tensor, extractors: Sequence[FeatureExtractor]) -> Scored:
-        """The metrics of uint8 images (N, 1, 32, 32) on each extractor's features."""
-        scored = Scored({}, {})
-        for extractor in extractors:
-            seen = extractor.features(images)
-            draws = {
-                "fid": metrics.fid_draws(seen.features, extractor.reference, self.indices),
-                "kid": metrics.kid_draws(seen.features, extractor.reference, self.indices),
-            }
-            if seen.logits is not None:
-                draws["is"] = metrics.inception_score_draws(seen.logits, self.indices)
-            scored.values.update(metric_values(seen, extractor))
-            scored.draws.update({f"{m}_{extractor.name}": d for m, d in draws.items()})
-        return scored
+def score(images: Tensor, extractors: Sequence[FeatureExtractor], seed: int) -> Scored:
+    """The metrics of uint8 images (N, 1, 32, 32), on the same resamples for an equal N and seed."""
+    indices, scored = metrics.resamples(len(images), seed), Scored({}, {})
+    for extractor in extractors:
+        seen, reference = extractor.features(images), extractor.reference
+        draws = {
+            "fid": metrics.fid_draws(seen.features, reference, indices),
+            "kid": metrics.kid_draws(seen.features, reference, indices),
+        }
+        if seen.logits is not None:
+            draws["is"] = metrics.inception_score_draws(seen.logits, indices)
+        scored.values.update(metric_values(seen, extractor))
+        scored.draws.update({f"{m}_{extractor.name}": d for m, d in draws.items()})
+    return scored
 
 
 def metric_values(seen: Features, extractor: FeatureExtractor) -> dict[str, float]:
@@ -70,17 +65,13 @@ def metric_values(seen: Features, extractor: FeatureExtractor) -> dict[str, floa
 
 
 def against_baseline(scored: Scored, baseline: Scored) -> dict[str, float]:
-    """The columns of a row: for every metric the value, its difference from the baseline's, and
-    both 95 % intervals.
-    """
+    """For every metric the value, its difference from the baseline's, and both 95 % intervals."""
     columns = {}
-    nan = float("nan")
     for metric in METRICS:
-        value, delta, draws, paired = nan, nan, torch.full((2,), nan), torch.full((2,), nan)
-        if metric in scored.values:
-            value, draws = scored.values[metric], scored.draws[metric]
-            delta, paired = value - baseline.values[metric], draws - baseline.draws[metric]
-        columns |= _columns(metric, value, draws) | _columns(f"delta_{metric}", delta, paired)
+        value, before = (s.values.get(metric, NONE) for s in (scored, baseline))
+        draws, paired = (s.draws.get(metric, NO_DRAWS) for s in (scored, baseline))
+        columns |= _with_interval(metric, value, draws)
+        columns |= _with_interval(f"delta_{metric}", value - before, draws - paired)
     return columns
 
 
@@ -92,8 +83,7 @@ def paired_change(
 
     `rmse`, the mean over images of the root mean squared difference (0..1); `psnr`, the peak
     signal-to-noise ratio of all of them in dB; `class_changed`, the share of images whose predicted
-    digit changes; `delta_loss`, the rise of the denoising loss on held-out digits, with its 95 %
-    interval.
+    digit changes; `delta_loss`, the rise of the denoising loss, with its 95 % interval.
     """
     error = (unit_interval(generated) - unit_interval(unquantized)).square().flatten(1).mean(1)
     digits, digits_before = (
@@ -105,13 +95,13 @@ def paired_change(
         "rmse": error.sqrt().mean().item(),
         "psnr": -10 * error.mean().log10().item(),
         "class_changed": (digits != digits_before).float().mean().item(),
-        **_columns("delta_loss", rise.mean().item(), draws),
+        **_with_interval("delta_loss", rise.mean().item(), draws),
     }
 
 
 class Evaluation:
-    """Draws and scores the rows of one table, and compares each with the FP32 model's images from
-    the same noise. inception_rows: whether any row asks for Inception's features.
+    """Draws and scores the rows of one table, and compares each with `baseline`, the FP32 model's
+    images from the same noise. rows: what a Dask cluster draws first, where there is one.
     """
 
     def __init__(
@@ -119,41 +109,50 @@ class Evaluation:
         work: Workspace,
         model: nn.Module,
         sampling: Sampling,
-        inception: FeatureExtractor | None,
-        inception_rows: bool,
+        inception: FeatureExtractor | None = None,
+        rows: Sequence[Row] = (),
     ) -> None:
         self.work, self.model, self.sampling = work, model, sampling
         self.store = ImageStore(work)
         self.extractors = [mnist_extractor(), *([inception] if inception else [])]
-        self.inception_rows = inception_rows
         self.recipes: dict[str, Recipe] = {}
         self.scores: dict[tuple[str, bool], dict[str, float]] = {}
-
-    @cached_property
-    def baseline(self) -> Sampled:
-        """The images of the FP32 model."""
-        return self.draw(BASELINE, self.model, "FP32 baseline")
+        if work.scheduler and rows:
+            self.draw_on_cluster(rows)
+        self.baseline = self.draw(BASELINE, model, "FP32 baseline")
 
     @cached_property
     def expected(self) -> tuple[Scored, Tensor]:
         """The scores of the FP32 model's images, and its held-out losses."""
-        scored = self._scored(self.baseline, self.inception_rows)
+        scored = score(self.baseline.images, self.extractors, self.sampling.seed)
         return scored, held_out_losses(self.model, self.sampling.seed)
 
     def draw(self, row: Row, rounded: nn.Module, label: str) -> Sampled:
         """The images of a row; rounded: its quantized model, read back in FP32."""
         return self.store.draw(rounded, self.sampling, label, self.recipe(row, rounded))
 
-    def draw_on_cluster(self, rows: list[Row]) -> None:
-        """Have a Dask cluster draw the images of all rows that are not kept yet."""
-        seed = self.sampling.seed
-        copies = ((quantized(self.model, row, seed), partial(self.recipe, row)) for row in rows)
-        self.store.draw_on_cluster(self.model, copies, len(rows), self.sampling)
+    def draw_on_cluster(self, rows: Sequence[Row]) -> None:
+        """Have a Dask cluster draw the images that are not kept yet, those of equal rows once."""
+        drawn: set[str] = set()
+
+        def tasks() -> Iterator[tuple[RowFiles, bytes]]:
+            for row in rows:
+                small = quantized(self.model, row, self.sampling.seed)
+                packed = cluster.pack(small, self.model)
+                rounded = dequantize_(small)
+                files = self.store.files(rounded, self.sampling, self.recipe(row, rounded))
+                if files.missing and files.key not in drawn:
+                    drawn.add(files.key)
+                    yield files, packed
+
+        how = {"width": self.model.width, "device": self.work.device.type}
+        done = cluster.sample_all(self.work.scheduler, tasks(), **self.sampling._asdict(), **how)
+        for files, images, machine in tqdm(done, "sampling on the cluster", len(rows)):
+            for batch in files.missing:
+                files.keep(batch, images[batch.start : batch.stop], machine)
 
     def recipe(self, row: Row, rounded: nn.Module) -> Recipe | None:
-        """A row's recipe, or that of an earlier row with the very same weights; None where images
-        are not kept.
-        """
+        """A row's recipe, or an earlier row's with the very same weights; None if not kept."""
         if not self.work.keep:
             return None
         needs_fisher = row.rule not in ("baseline", "uniform") and not row.made
@@ -164,18 +163,27 @@ class Evaluation:
 
     def score(self, row: Row, rounded: nn.Module, sampled: Sampled) -> dict[str, float]:
         """The columns of a row's images and held-out losses; equal images are scored once."""
-        key = sampled.key, row.inception
+        key, seed = (sampled.key, row.inception), self.sampling.seed
         if key not in self.scores:
-            scored, losses = self.expected
-            images, seed = (sampled.images, self.baseline.images), self.sampling.seed
+            expected, losses = self.expected
+            extractors = self.extractors if row.inception else self.extractors[:1]
+            scored = score(sampled.images, extractors, seed)
+            images = sampled.images, self.baseline.images
             change = paired_change(held_out_losses(rounded, seed), losses, *images, seed)
-            of_images = against_baseline(self._scored(sampled, row.inception), scored)
-            self.scores[key] = of_images | change
+            self.scores[key] = against_baseline(scored, expected) | change
         return self.scores[key]
 
-    def _scored(self, sampled: Sampled, inception: bool) -> Scored:
-        scorer = Scorer(self.sampling.images, self.sampling.seed)
-        return scorer.score(sampled.images, self.extractors[: 2 if inception else 1])
+    def conditions(self, sampled: Sampled) -> dict[str, Any]:
+        """The columns that say how a row's images were drawn and scored."""
+        mnist, *inception = (extractor.reference_images for extractor in self.extractors)
+        more = f" (Inception: {inception[0]})" if inception else ""
+        return {
+            "n_images": self.sampling.images,
+            "steps": self.sampling.steps,
+            "same_machine": len(sampled.machines | self.baseline.machines) == 1,
+            "reference": f"{mnist} test digits, 32x32{more}",
+            "sample": sampled.key,
+        }
 
 
 def evaluate(
@@ -188,62 +196,33 @@ def evaluate(
     """Quantize the model as every row says, sample from the same noise, and score the images.
 
     inception_reference: number of reference digits for the Inception columns; 0 leaves them empty.
-
-    Returns one line per row (KEY, bytes, every metric with its interval and its paired difference
-    from FP32, and how it was sampled; results/README.md lists the columns), and uint8 images (N,
-    32, 32) by `sample`, the key of a row's images. All plans are checked first. Equal plans are
-    sampled once; images that are kept already are not sampled again. Raises ValueError for a plan
-    that does not fit the model and for no images, and the errors of `ImageStore.draw`.
+    Returns one line per row (results/README.md lists the columns), and uint8 images (N, 32, 32) by
+    `sample`, the key of a row's images. All plans are checked first; ValueError for one that does
+    not fit the model, and as `ImageStore.draw`. What is kept already is not sampled again.
     """
     stored = sizes(model, [row.plan for row in rows]).to_dict("records")
-    inception = inception_extractor(inception_reference)
-    run = Evaluation(work, model, sampling, inception, any(row.inception for row in rows))
-    if work.scheduler:
-        run.draw_on_cluster(rows)
-    baseline, lines, images = run.baseline, [], {}
+    run = Evaluation(work, model, sampling, inception_extractor(inception_reference), rows)
+    lines, images = [], {}
     for row, size in zip(rows, stored, strict=True):
         # One quantized model is held at a time.
         rounded = dequantize_(quantized(model, row, sampling.seed))
         sampled = run.draw(row, rounded, f"row {len(lines) + 1} of {len(rows)}")
         scores = run.score(row, rounded, sampled)
-        how = _how(sampling, sampled, baseline, inception_reference if inception else 0)
-        lines.append({**row.key, **size, **scores, **how})
+        lines.append({**row.key, **size, **scores, **run.conditions(sampled)})
         images[sampled.key] = sampled.images[:, 0].numpy()
-        print(
-            f"{' '.join(row.key.values())}: {size['mem_mib']:.2f} MiB, FID (MNIST) "
-            f"{scores['fid_mnist']:.2f}",
-            flush=True,
-        )
+        name, mib = " ".join(row.key.values()), size["mem_mib"]
+        print(f"{name}: {mib:.2f} MiB, FID (MNIST) {scores['fid_mnist']:.2f}", flush=True)
     return pd.DataFrame(lines), images
-
-
-def _how(
-    sampling: Sampling, sampled: Sampled, baseline: Sampled, inception_reference: int
-) -> dict[str, Any]:
-    reference = f"{REFERENCE.stop - REFERENCE.start} test digits, 32x32"
-    if inception_reference:
-        reference += f" (Inception: {inception_reference})"
-    return {
-        "n_images": sampling.images,
-        "steps": sampling.steps,
-        "same_machine": len(sampled.machines | baseline.machines) == 1,
-        "reference": reference,
-        "sample": sampled.key,
-    }
 
 
 def quality(work: Workspace, model: nn.Module, sampling: Sampling, block: int) -> pd.DataFrame:
     """Metrics of the unquantized model on all images and on each disjoint block of them: the
-    metric's own spread.
-
-    One row for all images and one per block: columns images (a range), n_images, fid_mnist,
-    is_mnist, kid_mnist.
+    metric's own spread. Columns images (a range), n_images, fid_mnist, is_mnist, kid_mnist.
     """
-    words = recipe(BASELINE, weights_sha256(model), {}) if work.keep else None
-    generated = ImageStore(work).draw(model, sampling, recipe=words).images
-    starts = range(0, len(generated) - block + 1, block)
-    extractor, lines = mnist_extractor(), []
-    for part in (range(len(generated)), *(range(start, start + block) for start in starts)):
+    generated, extractor = Evaluation(work, model, sampling).baseline.images, mnist_extractor()
+    every, lines = range(len(generated)), []
+    starts = every[: len(every) - block + 1 : block]
+    for part in (every, *(every[start : start + block] for start in starts)):
         seen = extractor.features(generated[part.start : part.stop])
         line = {"images": f"{part.start}-{part.stop - 1}", "n_images": len(part)}
         lines.append(line | metric_values(seen, extractor))
@@ -253,38 +232,33 @@ def quality(work: Workspace, model: nn.Module, sampling: Sampling, block: int) -
 def evaluate_large(
     work: Workspace, model: nn.Module, rows: list[Row], sampling: Sampling
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """`evaluate` with many images, the unquantized model first, and the columns of
-    `block_statistics` for blocks of a tenth.
-    """
+    """`evaluate`, the unquantized model first, with the columns of `block_statistics`."""
     rows = [BASELINE, *(row for row in rows if row.rule != "baseline")]
     table, images = evaluate(work, model, rows, sampling)
-    blocks = block_statistics(images, table["sample"][0], sampling.images // 10)
+    blocks = block_statistics(images, table["sample"][0])
     return table.merge(blocks, on="sample", how="left"), images
 
 
-def block_statistics(images: dict[str, np.ndarray], baseline: str, block: int) -> pd.DataFrame:
-    """fid_mnist of disjoint blocks of images, as a paper of `block` images would have it: mean and
-    standard deviation.
+def block_statistics(images: dict[str, np.ndarray], baseline: str) -> pd.DataFrame:
+    """fid_mnist of disjoint blocks of a tenth of the images, uint8 (N, 32, 32) by `sample`, as a
+    paper of so many would have it: mean, standard deviation (_sd), and those of the difference from
+    the same block of the `sample` baseline.
 
-    images: uint8 (N, 32, 32) by `sample`; baseline: that of the unquantized model. One row per
-    sample, columns sample, blocks, block_fid_mnist, block_fid_mnist_sd, and
-    block_delta_fid_mnist(_sd), of the differences from the baseline's blocks; fid_mnist_inf, FID
-    extrapolated to infinite N from blocks of a fifth, a half and all of the images.
+    fid_mnist_inf: FID extrapolated to infinite N from blocks of a fifth, a half and all images.
     """
-    features = {
-        key: mnist_extractor().features(torch.from_numpy(pixels)[:, None]).features
-        for key, pixels in images.items()
-    }
-    before, lines, sizes = _block_fids(features[baseline], block), [], [2, 5, 10]
-    for key, of_row in features.items():
-        fids = _block_fids(of_row, block)
-        means = [_block_fids(of_row, size * block).mean() for size in sizes]
-        line = {"sample": key, "blocks": len(fids)}
-        for name, values in (("block_fid_mnist", fids), ("block_delta_fid_mnist", fids - before)):
-            line |= {name: values.mean(), f"{name}_sd": values.std()}
-        beyond = metrics.fid_at_infinity([size * block for size in sizes], means)
-        lines.append(line | {"fid_mnist_inf": beyond})
-    return pd.DataFrame(lines)
+    look, block = mnist_extractor().features, len(images[baseline]) // 10
+    features = {key: look(torch.from_numpy(x)[:, None]).features for key, x in images.items()}
+    fids = pd.DataFrame({key: _block_fids(of_row, block) for key, of_row in features.items()})
+    deltas, sizes = fids.sub(fids[baseline], axis=0), [2 * block, 5 * block, 10 * block]
+
+    def beyond(of_row: Tensor) -> float:
+        return metrics.fid_at_infinity(sizes, [_block_fids(of_row, n).mean() for n in sizes])
+
+    columns = {"blocks": fids.count()}
+    columns |= {"block_fid_mnist": fids.mean(), "block_fid_mnist_sd": fids.std()}
+    columns |= {"block_delta_fid_mnist": deltas.mean(), "block_delta_fid_mnist_sd": deltas.std()}
+    columns["fid_mnist_inf"] = [beyond(of_row) for of_row in features.values()]
+    return pd.DataFrame(columns).rename_axis("sample").reset_index()
 
 
 def _block_fids(features: Tensor, size: int) -> pd.Series:
@@ -292,6 +266,6 @@ def _block_fids(features: Tensor, size: int) -> pd.Series:
     return pd.Series([metrics.fid(part, mnist_extractor().reference) for part in parts])
 
 
-def _columns(name: str, value: float, draws: Tensor) -> dict[str, float]:
+def _with_interval(name: str, value: float, draws: Tensor) -> dict[str, float]:
     low, high = metrics.interval(value, draws)
     return {name: value, f"{name}_low": low, f"{name}_high": high}

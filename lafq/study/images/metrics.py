@@ -1,14 +1,11 @@
 """FID, KID and IS of features, through torch-fidelity, with error bars: a paired bootstrap over the
 images, with an interval freed of the bootstrap's own bias.
 
-IS is over one split; KID takes 100 subsets of min(N, 1,000) images, from a fixed seed.
-
 FID and IS of N images depend on N, and a resample, which repeats images, behaves as fewer of them:
 its FID lies far above the value. So the draws are centred: with value v, draws b and their mean m
 the interval is [v - (q97.5 - m), v - (q2.5 - m)] (the basic bootstrap of Davison and Hinkley 1997,
-section 5.2, less the bias m - v). It speaks of the expected value at this N. Where N is below the
-number of features it is wider than it need be (a test measures both on Gaussians). A difference
-from the baseline is taken resample by resample, on the same indices for both.
+section 5.2, less the bias m - v). It speaks of the expected value at this N; where N is below the
+number of features it is wider than it need be (a test measures both on Gaussians).
 """
 
 from collections.abc import Sequence
@@ -60,76 +57,65 @@ class Reference:
 
 
 def fid(features: Tensor, reference: Reference) -> float:
-    """Frechet distance between Gaussians fitted to the features (N, d) and to the reference; at
-    least two images.
+    """Frechet distance between Gaussians fitted to the features (N, d) and to the reference;
+    ValueError for fewer than two images, and for features that are not finite.
     """
     if len(features) < 2:
         raise ValueError("FID needs at least two images")
     if not torch.isfinite(features).all():
-        raise ValueError(
-            "the features of the images are not finite: the network that computes them is damaged"
-        )
+        raise ValueError("features are not finite: the network that computes them is damaged")
     if features.shape[1] > LARGE:
         # torch-fidelity's takes 10 s in 2,048 dimensions; a test holds this against it.
         return fid_draws(features, reference, torch.arange(len(features))[None]).item()
     fidelity = _fidelity("fid")
     ours = fidelity.fid_features_to_statistics(features)
-    found = fidelity.fid_statistics_to_metric(ours, reference.statistics, verbose=False)
-    return found[fidelity.KEY_METRIC_FID]
+    metric = fidelity.fid_statistics_to_metric(ours, reference.statistics, verbose=False)
+    return metric["frechet_inception_distance"]
 
 
 def kid(features: Tensor, reference: Reference) -> float:
-    """Unbiased squared MMD, cubic polynomial kernel, between the features (N, d) and the
-    reference.
+    """Unbiased squared MMD (cubic kernel) between the features (N, d) and the reference, over 100
+    subsets of min(N, 1,000) images.
     """
     size = min(len(features), len(reference.features), 1000)
-    return _fidelity("kid").kid_features_to_metric(
-        features,
-        reference.features,
-        kid_subsets=100,
-        kid_subset_size=size,
-        rng_seed=KID_SEED,
-        verbose=False,
-    )["kernel_inception_distance_mean"]
+    subsets = {"kid_subsets": 100, "kid_subset_size": size, "rng_seed": KID_SEED}
+    metric = _fidelity("kid").kid_features_to_metric(
+        features, reference.features, **subsets, verbose=False
+    )
+    return metric["kernel_inception_distance_mean"]
 
 
 def inception_score(logits: Tensor) -> float:
-    """exp of the mean KL divergence between p(y|x) and p(y), over one split, from logits (N,
-    classes).
-    """
+    """exp of the mean KL divergence of p(y|x) from p(y), over one split of logits (N, classes)."""
     return _fidelity("isc").isc_features_to_metric(logits, splits=1)["inception_score_mean"]
 
 
 def resamples(images: int, seed: int, count: int = RESAMPLES) -> Tensor:
-    """Indices (count, images) drawn with replacement from 0..images - 1, the same ones for an equal
-    seed.
-    """
+    """Indices (count, images) drawn with replacement from 0..images - 1."""
     return torch.randint(images, (count, images), generator=generator(seed, images))
 
 
 def interval(value: float, draws: Tensor) -> tuple[float, float]:
     """The centred 95 % interval of a value with its bootstrap draws (count,)."""
-    tail = (1 - LEVEL) / 2
+    draws, tail = draws.double(), (1 - LEVEL) / 2
+    tails = torch.tensor([tail, 1 - tail], dtype=torch.float64)
     # A resample of one image alone, which a handful of images gives at times, has no KID.
-    low, high = torch.nanquantile(
-        draws.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    ).tolist()
-    centre = draws.double().nanmean().item()
+    low, high = torch.nanquantile(draws, tails).tolist()
+    centre = draws.nanmean().item()
     return value - (high - centre), value - (low - centre)
 
 
 def fid_draws(features: Tensor, reference: Reference, indices: Tensor) -> Tensor:
-    """FID of the features (N, d) against the reference, for each row of indices (count, n):
-    (count,).
+    """FID of the features (N, d), for each row of indices (count, n): (count,).
 
     With S the reference's covariance and Y the features times S^(1/2), the trace of (C S)^(1/2) is
     the sum of the singular values of the centred Y / sqrt(n - 1); they come from the smaller of the
     n x n and d x d products.
     """
-    x = features.double() - torch.as_tensor(reference.statistics["mu"]).double()
+    mu, sigma = (torch.as_tensor(reference.statistics[name]).double() for name in ("mu", "sigma"))
+    x = features.double() - mu
     y, square, n = x @ reference.root, x.square().sum(1), indices.shape[1]
     gram = y @ y.T if n <= x.shape[1] else None
-    of_reference = torch.as_tensor(reference.statistics["sigma"]).double().trace()
     draws = []
     for chosen in indices.split(CHUNK):
         centre = x[chosen].mean(1).square().sum(1)
@@ -141,17 +127,13 @@ def fid_draws(features: Tensor, reference: Reference, indices: Tensor) -> Tensor
         else:
             centred = y[chosen] - y[chosen].mean(1, keepdim=True)
             product = centred.transpose(1, 2) @ centred
-        shared = (torch.linalg.eigvalsh(product / (n - 1)).clamp_min(0)).sqrt().sum(1)
-        draws.append(centre + trace + of_reference - 2 * shared)
+        shared = torch.linalg.eigvalsh(product / (n - 1)).clamp_min(0).sqrt().sum(1)
+        draws.append(centre + trace + sigma.trace() - 2 * shared)
     return torch.cat(draws)
 
 
 def kid_draws(features: Tensor, reference: Reference, indices: Tensor) -> Tensor:
-    """Unbiased squared MMD (cubic kernel) of the features (N, d) against the whole reference, for
-    each row of indices (count, n): (count,).
-
-    Pairs of one image with itself, which a resample contains, are left out.
-    """
+    """`kid` against the whole reference, for each row of indices; no image pairs with itself."""
     kernel = _kid_kernel(features, features).fill_diagonal_(0)
     cross = _kid_kernel(features, reference.features).mean(1)
     times = torch.stack([torch.bincount(i, minlength=len(features)) for i in indices]).double()
@@ -161,7 +143,7 @@ def kid_draws(features: Tensor, reference: Reference, indices: Tensor) -> Tensor
 
 
 def inception_score_draws(logits: Tensor, indices: Tensor) -> Tensor:
-    """Inception score over one split of logits (N, classes), for each row of indices: (count,)."""
+    """`inception_score`, for each row of indices: (count,)."""
     p = logits.double().softmax(1)
     entropy = -(p * p.clamp_min(1e-300).log()).sum(1)
     mean = torch.stack([p[i].mean(0) for i in indices])
@@ -174,11 +156,8 @@ def mean_draws(values: Tensor, indices: Tensor) -> Tensor:
 
 
 def fid_at_infinity(sizes: Sequence[int], fids: Sequence[float]) -> float:
-    """FID extrapolated to infinite N: the intercept of a line through the FID of `sizes` images
-    over 1 / N.
-
-    Source: Chong and Forsyth 2020, "Effectively Unbiased FID and Inception Score and Where to Find
-    Them".
+    """The intercept of a line through the FID of `sizes` images over 1 / N (Chong and Forsyth 2020,
+    "Effectively Unbiased FID and Inception Score and Where to Find Them").
     """
     return float(np.polyfit(1 / np.asarray(sizes), np.asarray(fids), 1)[1])
 

@@ -16,20 +16,14 @@ from lafq.study.diffusion.ddpm import (
 
 
 def scheduler(**settings):
-    return DDPMScheduler(
-        1000, 1e-4, 0.02, "linear", clip_sample=False, timestep_spacing="trailing", **settings
-    )
+    settings |= {"clip_sample": False, "timestep_spacing": "trailing"}
+    return DDPMScheduler(1000, 1e-4, 0.02, "linear", **settings)
 
 
 def test_forward_process_is_diffusers():
-    x0, noise, t = (
-        torch.rand(4, 1, 32, 32),
-        torch.randn(4, 1, 32, 32),
-        torch.tensor([0, 10, 500, 999]),
-    )
-    torch.testing.assert_close(
-        add_noise(x0, t, noise), scheduler().add_noise(x0, noise, t), rtol=1e-4, atol=1e-5
-    )
+    x0, noise, t = torch.rand(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.tensor([0, 10, 500, 999])
+    theirs = scheduler().add_noise(x0, noise, t)
+    torch.testing.assert_close(add_noise(x0, t, noise), theirs, rtol=1e-4, atol=1e-5)
     assert ALPHA_BAR[0] == pytest.approx(1 - 1e-4)
 
 
@@ -49,11 +43,9 @@ def test_one_reverse_trajectory_is_diffusers(steps):
         t_next = timesteps[i + 1] if i + 1 < steps else -1
         eps = 0.9 * torch.tanh(ours) + 0.05
         state = g.get_state()
-        noise = (
-            torch.randn(ours.shape, generator=g, dtype=torch.float64)
-            if t_next >= 0
-            else torch.zeros_like(ours)
-        )
+        noise = torch.zeros_like(ours)
+        if t_next >= 0:
+            noise = torch.randn(ours.shape, generator=g, dtype=torch.float64)
         ours = ancestral_step(ours, eps, noise, t, t_next)
         g.set_state(state)
         other = theirs.step(eps, t, other, generator=g).prev_sample
@@ -63,9 +55,7 @@ def test_one_reverse_trajectory_is_diffusers(steps):
 def test_any_number_of_steps_gives_as_many_timesteps():
     for steps in range(1, 1001):
         timesteps = trailing_timesteps(steps)
-        assert len(timesteps) == steps
-        assert timesteps[0] == 999
-        assert timesteps[-1] >= 0
+        assert (len(timesteps), timesteps[0]) == (steps, 999) and timesteps[-1] >= 0
         assert all(a > b for a, b in itertools.pairwise(timesteps))
 
 
@@ -92,12 +82,6 @@ def test_noise_does_not_depend_on_the_model_or_the_batch(tiny):
     sample(recorder, 3, 2, seed=5, batch_size=2)
     first_of_batch_two = recorder.seen[2]
     assert torch.equal(first_of_batch_two[0], torch.randn(1, 32, 32, generator=generator(5, 2)))
-
-
-def test_output_is_uint8_and_last_step_has_no_noise(tiny):
-    images = sample(tiny, 2, 1, seed=0)
-    assert images.dtype == torch.uint8
-    assert images.shape == (2, 1, 32, 32)
 
 
 @pytest.mark.parametrize(("images", "steps"), [(0, 5), (-1, 5), (1, 0), (1, 1001)])

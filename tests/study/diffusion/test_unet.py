@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from lafq.study.diffusion.unet import LAYERS, UNet, layer_of, quantizable, time_table
+from lafq.study.diffusion.unet import (
+    LAYERS,
+    UNet,
+    layer_of,
+    layer_sizes,
+    quantizable,
+    time_table,
+)
 
 PAPER = {
     "Layer1": 222_080,
@@ -19,18 +26,15 @@ def paper_model():
 
 
 def test_width_64_is_the_papers_model(paper_model):
-    assert {
-        n: sum(p.numel() for p in getattr(paper_model, n).parameters()) for n in LAYERS
-    } == PAPER
-    total = sum(p.numel() for p in paper_model.parameters())
-    assert total == 35_178_689
-    assert round(total * 4 / 2**20, 2) == 134.20
+    sizes = layer_sizes(paper_model).set_index("layer")
+    assert sizes["parameters"][list(LAYERS)].to_dict() == PAPER
+    assert sizes["parameters"]["total"] == 35_178_689
+    assert round(sizes["mib"]["total"], 2) == 134.20
 
 
 def test_all_stage_weights_in_fp16_are_the_posters_67_70(paper_model):
-    halved = sum(
-        p.numel() for n, p in paper_model.named_parameters() if layer_of(n) and n.endswith("weight")
-    )
+    weights = {n: p for n, p in paper_model.named_parameters() if n.endswith("weight")}
+    halved = sum(p.numel() for n, p in weights.items() if layer_of(n))
     assert round((35_178_689 * 4 - halved * 2) / 2**20, 2) == 67.70
 
 
@@ -44,8 +48,7 @@ def test_weight_tensors(paper_model):
 def test_any_even_width(width):
     model = UNet(width).eval()
     out = model(torch.rand(2, 1, 32, 32), torch.tensor([0, 999]))
-    assert out.shape == (2, 1, 32, 32)
-    assert torch.isfinite(out).all()
+    assert out.shape == (2, 1, 32, 32) and torch.isfinite(out).all()
 
 
 @pytest.mark.parametrize("width", [0, 2, 5, -4])

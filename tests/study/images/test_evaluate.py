@@ -1,14 +1,18 @@
 import math
 
+import pandas as pd
 import pytest
 import torch
 
+from lafq.quantization.model import nbytes
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.training import held_out_losses
-from lafq.study.images import evaluate
-from lafq.study.images.evaluate import Scorer, against_baseline, paired_change
+from lafq.study.diffusion.unet import quantizable
+from lafq.study.images import evaluate, sampling
+from lafq.study.images.evaluate import against_baseline, paired_change, score
 from lafq.study.images.features import FeatureExtractor, mnist_extractor
 from lafq.study.images.sampling import Sampling
+from lafq.study.rows import BASELINE, Row, uniform_rows
 from lafq.study.workspace import Workspace
 
 SMOKE = Workspace("smoke")
@@ -32,7 +36,7 @@ def halves(logits):
 
 def test_equal_images_differ_by_nothing():
     images = mnist(train=False)[0][HELD_OUT][:20]
-    scored, again = (Scorer(20, 0).score(x, [mnist_extractor()]) for x in (images, images.clone()))
+    scored, again = (score(x, [mnist_extractor()], 0) for x in (images, images.clone()))
     row = against_baseline(scored, again)
     for metric in ("fid_mnist", "is_mnist", "kid_mnist"):
         assert [row[f"delta_{metric}{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
@@ -43,11 +47,11 @@ def test_equal_images_differ_by_nothing():
 
 
 def test_every_extractor_has_its_columns_and_is_needs_logits():
-    images, scorer = mnist(train=False)[0][HELD_OUT][:12], Scorer(12, 0)
-    row = scorer.score(images, [mnist_extractor(), halves(logits=True)])
+    images = mnist(train=False)[0][HELD_OUT][:12]
+    row = score(images, [mnist_extractor(), halves(logits=True)], 0)
     assert set(row.values) == set(row.draws) == set(evaluate.METRICS)
     assert all(len(draws) == 1000 for draws in row.draws.values())
-    without = scorer.score(images, [halves(logits=False)])
+    without = score(images, [halves(logits=False)], 0)
     assert set(without.values) == set(without.draws) == {"fid_inception", "kid_inception"}
     assert without.values["fid_inception"] == row.values["fid_inception"]
 
@@ -64,7 +68,7 @@ def test_other_images_have_another_class_and_a_known_psnr():
 
 def test_a_handful_of_images_has_intervals():
     images = mnist(train=False)[0][HELD_OUT][:3]
-    scored = Scorer(3, 0).score(images, [mnist_extractor()])
+    scored = score(images, [mnist_extractor()], 0)
     row = against_baseline(scored, scored)
     assert all(v == v for k, v in row.items() if "inception" not in k)
 
@@ -89,7 +93,7 @@ def test_quality_is_of_all_images_and_of_every_block(tiny, sandbox):
 
 def test_blocks_of_the_baseline_differ_from_themselves_by_nothing():
     images = mnist(train=False)[0][HELD_OUT][:40, 0].numpy()
-    table = evaluate.block_statistics({"a": images, "b": images // 2}, "a", block=4)
+    table = evaluate.block_statistics({"a": images, "b": images // 2}, "a")
     assert table["blocks"].tolist() == [10, 10]
     same, faint = table.itertuples()
     assert (same.block_delta_fid_mnist, same.block_delta_fid_mnist_sd) == (0, 0)
@@ -97,3 +101,35 @@ def test_blocks_of_the_baseline_differ_from_themselves_by_nothing():
         faint.block_fid_mnist - same.block_fid_mnist
     )
     assert faint.fid_mnist_inf > same.fid_mnist_inf
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """A list with an item for every call of `sample`."""
+    calls, sample = [], sampling.sample
+    monkeypatch.setattr(sampling, "sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
+    return calls
+
+
+@pytest.mark.slow
+def test_equal_plans_are_sampled_once_and_finished_rows_not_again(sandbox, drawn, tiny):
+    fp16, three = dict.fromkeys(quantizable(tiny), "fp16"), Sampling(3, 2, 0)
+    same = Row("ratio", "0.00", "fp16", "weight", "nearest", fp16)
+    rows = [BASELINE, same, *uniform_rows(tiny, ("fp16",))]
+    table, images = evaluate.evaluate(SMOKE, tiny, rows, three)
+    assert len(drawn) == len(images) == 2
+    assert table["mem_mib"].iloc[1] == table["mem_mib"].iloc[2] == nbytes(tiny, fp16) / 2**20
+    assert table["fid_inception"].isna().all()
+    pd.testing.assert_frame_equal(table, evaluate.evaluate(SMOKE, tiny, rows, three)[0])
+    assert len(drawn) == 2
+    evaluate.evaluate(SMOKE, tiny, rows[:1], three._replace(seed=1))
+    assert len(drawn) == 3
+
+
+def test_a_bad_plan_stops_before_sampling(sandbox, drawn, tiny):
+    bad = Row("x", "", "int1", "tensor", "nearest", {"inp.weight": "int1"})
+    with pytest.raises(ValueError, match="unknown format 'int1'"):
+        evaluate.evaluate(SMOKE, tiny, [BASELINE, bad], Sampling(3, 2, 0))
+    with pytest.raises(ValueError, match="0 images asked for"):
+        evaluate.evaluate(SMOKE, tiny, [BASELINE], Sampling(0, 2, 0))
+    assert not drawn

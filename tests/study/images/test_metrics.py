@@ -1,7 +1,5 @@
 import pytest
 import torch
-import torch_fidelity
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.images import metrics
@@ -48,55 +46,6 @@ def test_what_fid_refuses():
         metrics.fid(torch.zeros(1, 4), reference(4))
     with pytest.raises(ValueError, match="not finite"):
         metrics.fid(torch.full((3, 4), torch.nan), reference(4))
-
-
-class Registered(FeatureExtractorBase):
-    """The shipped classifier as torch-fidelity's own pipeline wants it."""
-
-    def __init__(self, name, features_list, **kwargs):
-        super().__init__(name, features_list)
-
-    @staticmethod
-    def get_provided_features_list():
-        return ("features", "logits")
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return "logits" if metric == "isc" else "features"
-
-    def forward(self, x):
-        seen = mnist_extractor().features(x[:, :1])
-        return tuple(getattr(seen, name) for name in self.features_list)
-
-
-class Plain(torch.utils.data.Dataset):
-    def __init__(self, images):
-        self.images = images.expand(-1, 3, -1, -1)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.images[index]
-
-
-def test_torch_fidelity_from_images_agrees():
-    images, extractor = mnist(train=False)[0], mnist_extractor()
-    ours = metric_values(extractor.features(images[HELD_OUT][:60]), extractor)
-    torch_fidelity.register_feature_extractor("lafq-mnist", Registered)
-    theirs = torch_fidelity.calculate_metrics(
-        input1=Plain(images[HELD_OUT][:60]),
-        input2=Plain(images[:5000]),
-        feature_extractor="lafq-mnist",
-        **{"fid": True, "isc": True, "kid": True, "isc_splits": 1, "kid_subset_size": 60},
-        **{"kid_subsets": 100, "rng_seed": metrics.KID_SEED, "cuda": False, "cache": False},
-        **{"verbose": False, "save_cpu_ram": True},
-    )
-    assert ours["fid_mnist"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
-    assert ours["is_mnist"] == pytest.approx(theirs["inception_score_mean"], rel=1e-3)
-    assert ours["kid_mnist"] == pytest.approx(
-        theirs["kernel_inception_distance_mean"], rel=1e-2, abs=1e-4
-    )
 
 
 @pytest.mark.slow

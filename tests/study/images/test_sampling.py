@@ -1,14 +1,10 @@
 import json
-import os
-import signal
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lafq.quantization.model import weights_sha256
 from lafq.study import results, workspace
 from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject
@@ -24,15 +20,7 @@ SMOKE = Workspace("smoke")
 KEEPING = Workspace("smoke", keep=True)
 DRAW = Sampling(images=5, steps=2, seed=0, batch=2)
 FISHER = {"samples": 2000, "bins": 20, "seed": 0}
-KEYS = [
-    "b1626986d42f7463",
-    "3b891e638a91ebb1",
-    "3bff8c810534454f",
-    "50591c719a0f83a2",
-    "3b891e638a91ebb1",
-    "3fe5562a782de6b4",
-    "a462c10e424bea0d",
-]
+KEYS = ["b1626986", "3b891e63", "3bff8c81", "50591c71", "3b891e63", "3fe5562a", "a462c10e"]
 
 
 @pytest.fixture
@@ -69,20 +57,16 @@ def test_keys_are_what_they_were(tiny, rows):
         "kept": "fp32",
         "fisher": {"kind": "empirical", "samples": 2000, "bins": 20, "seed": 0},
     }
-    keys = [
-        sampling.row_key(provenance, Sampling(100, steps=100, seed=0, batch=25))
-        for provenance in provenances
-    ]
-    assert keys == KEYS
+    draw = Sampling(100, steps=100, seed=0, batch=25)
+    keys = [sampling.row_key(provenance, draw) for provenance in provenances]
+    assert [key[:8] for key in keys] == KEYS
     other = [Sampling(100, *draw) for draw in ((1000, 0, 25), (100, 1, 25), (100, 0, 50))]
     assert len({sampling.row_key(provenances[0], draw) for draw in other} | {keys[0]}) == 4
 
 
 def test_a_plan_that_treats_all_weights_alike_is_the_uniform_row_or_the_baseline(tiny, rows):
-    uniform, ratio = (
-        recipe(rows[1], "w", FISHER, quantizable(tiny)),
-        {r.setting: recipe(r, "w", FISHER, quantizable(tiny)) for r in rows[3:]},
-    )
+    uniform, *ratios = (recipe(row, "w", FISHER, quantizable(tiny)) for row in (rows[1], *rows[3:]))
+    ratio = {row.setting: words for row, words in zip(rows[3:], ratios, strict=True)}
     assert ratio["0.00"] == uniform
     assert ratio["1.00"]["rule"] == "baseline"
     assert ratio["0.35"]["rule"] == "ratio"
@@ -100,10 +84,7 @@ def test_images_are_kept_in_batches_and_found_again(tiny, rows, monkeypatch):
         assert np.array_equal(images[a], same[b])
     monkeypatch.setattr(sampling, "sample", None)
     pd.testing.assert_frame_equal(table, evaluate(tiny, rows[1:3])[0])
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"6 images of row .* are needed, .* has 5: `make reproduce PROFILE=smoke`",
-    ):
+    with pytest.raises(FileNotFoundError, match=r"6 images of row .* are needed, .* has 5: `make"):
         ImageStore(SMOKE).images(key, 6)
 
 
@@ -121,21 +102,18 @@ def test_where_images_go_is_for_the_profile_to_say(tiny, sandbox):
     """
     for work, words in ((KEEPING, {"rule": "x"}), (SMOKE, None), (KEEPING, {"rule": "x"})):
         table, images = drawn(tiny, words)
-        ImageStore(work).save_rows("x", table, images)
+        results.save_rows(work, "x", table, images)
         assert (SMOKE.results / "x.npz").is_file() == (not work.keep)
-        again, found = ImageStore(work).load_rows("x")
+        again, found = results.load_rows(work, "x")
         pd.testing.assert_frame_equal(again, table)
         assert all(np.array_equal(images[key], found[key]) for key in images)
 
 
 def test_a_baseline_of_other_sampling_is_refused(tiny, sandbox):
     for name, steps in (("01_baseline", 2), ("same", 2), ("other", 3)):
-        ImageStore(SMOKE).save_rows(name, *drawn(tiny, None, steps=steps))
+        results.save_rows(SMOKE, name, *drawn(tiny, None, steps=steps))
     assert len(results.load_rows(SMOKE, "same", with_baseline=True)[0]) == 2
-    with pytest.raises(
-        ValueError,
-        match="01_baseline has steps 2, other has 3: run 01_train with the same settings",
-    ):
+    with pytest.raises(ValueError, match="01_baseline has steps 2, other has 3: run 01_train"):
         results.load_rows(SMOKE, "other", with_baseline=True)
 
 
@@ -161,53 +139,28 @@ def test_another_batch_size_draws_anew(tiny, sandbox):
     ]
 
 
-CHILD = """
-import sys, torch
-from pathlib import Path
-from lafq.study import workspace
-from lafq.study.diffusion.unet import UNet
-from lafq.study.images import sampling
-workspace.RESULTS = Path(sys.argv[1])
-torch.manual_seed(0), torch.set_num_threads(1)
-keep = sampling._keep
-def told(path, *rest):
-    keep(path, *rest)
-    print(path.name, flush=True)
-sampling._keep = told
-store, draw = sampling.ImageStore(workspace.Workspace("smoke")), sampling.Sampling(40, 20, 0, 2)
-store.draw(UNet(4).eval(), draw, recipe={"rule": "killed"})
-"""
+def test_an_interrupted_row_goes_on_in_another_clone_with_the_same_bytes(
+    tiny, sandbox, monkeypatch
+):
+    def draw(folder):
+        monkeypatch.setattr(workspace, "RESULTS", folder)
+        images = ImageStore(KEEPING).draw(tiny, DRAW, recipe={"rule": "x"}).images
+        return images, {path.name: path.read_bytes() for path in files()}
 
+    def interrupted(*args, first, **kwargs):
+        if first == 4:
+            raise KeyboardInterrupt
+        return sample(*args, first=first, **kwargs)
 
-@pytest.mark.slow
-def test_a_killed_row_goes_on_in_another_clone_with_the_same_bytes(tiny, sandbox, monkeypatch):
-    command = [sys.executable, "-c", CHILD, str(workspace.RESULTS)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TQDM_DISABLE": "1"}
-    ) as child:
-        for _ in range(3):
-            child.stdout.readline()
-        child.send_signal(signal.SIGKILL)
-    finished = {path.name: path.read_bytes() for path in files() if path.suffix == ".npz"}
-    assert 3 <= len(finished) < 20
-    clone = sandbox / "clone"
-    for name, content in finished.items():
-        (clone / "smoke" / "samples").mkdir(parents=True, exist_ok=True)
-        (clone / "smoke" / "samples" / name).write_bytes(content)
-    monkeypatch.setattr(workspace, "RESULTS", clone)
-    drawn = []
-    monkeypatch.setattr(
-        sampling, "sample", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k)
-    )
-    arguments = tiny, Sampling(40, 20, 0, 2)
-    resumed = ImageStore(SMOKE).draw(*arguments, recipe={"rule": "killed"})
-    assert len(drawn) == 20 - len(finished)
-    kept = {path.name: path.read_bytes() for path in files()}
-    assert {name: kept[name] for name in finished} == finished
-    monkeypatch.setattr(workspace, "RESULTS", sandbox / "whole")
-    whole = ImageStore(SMOKE).draw(*arguments, recipe={"rule": "killed"})
-    assert np.array_equal(whole.images, resumed.images)
-    assert {path.name: path.read_bytes() for path in files()} == kept
+    whole, content = draw(sandbox / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sampling, "sample", interrupted)
+        draw(sandbox / "first")
+    shutil.copytree(sandbox / "first", sandbox / "clone")
+    finished = files()
+    resumed, again = draw(sandbox / "clone")
+    assert len(finished) == 2 and again == content
+    assert np.array_equal(whole, resumed)
 
 
 def rewrite(path, **changes):
@@ -217,37 +170,28 @@ def rewrite(path, **changes):
     np.savez_compressed(path, images=images, record=np.array(json.dumps(record | changes)))
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:200])
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("changes", "message"),
     [
-        (cut, "is damaged"),
-        (
-            lambda path: rewrite(path, images=np.zeros((2, 1, 32, 32), np.uint8)),
-            "its images are not those recorded",
-        ),
-        (lambda path: rewrite(path, seed=1), "holds the images of another row"),
-        (
-            lambda path: rewrite(path, drawn_from="0" * 64),
-            "from other weights than its recipe gives now",
-        ),
+        (None, "is damaged"),
+        ({"images": np.zeros((2, 1, 32, 32), np.uint8)}, "its images are not those recorded"),
+        ({"seed": 1}, "holds the images of another row"),
+        ({"drawn_from": "0" * 64}, "from other weights than its recipe gives now"),
     ],
     ids=["cut", "other images", "other draw", "other weights"],
 )
-def test_a_bad_file_is_one_sentence_and_once_deleted_is_drawn_anew(tiny, sandbox, damage, message):
+def test_a_bad_file_is_one_sentence_and_once_deleted_is_drawn_anew(tiny, sandbox, changes, message):
     def draw():
         return ImageStore(KEEPING).draw(tiny, DRAW, recipe={"rule": "x"}).images
 
     images = draw()
     before = {path: path.read_bytes() for path in files()}
     bad = files()[0]
-    damage(bad)
-    with pytest.raises(
-        ValueError, match=f"{bad.name} .*{message}.* delete it, and the next run draws"
-    ):
+    if changes:
+        rewrite(bad, **changes)
+    else:
+        bad.write_bytes(bad.read_bytes()[:200])
+    with pytest.raises(ValueError, match=f"{bad.name} .*{message}.* delete it, and the next run"):
         draw()
     bad.unlink()
     assert np.array_equal(draw(), images)
@@ -277,20 +221,12 @@ def test_a_full_disk_loses_nothing(tiny, rows, monkeypatch):
         write(*args, **kwargs)
 
     monkeypatch.setattr(np, "savez_compressed", full_at_the_second)
-    with pytest.raises(
-        OSError, match=r"No space left on device.*make room.*the files already there are unchanged"
-    ):
+    with pytest.raises(OSError, match=r"No space left on device.*make room"):
         evaluate(tiny, rows[:1])
     assert len(files()) == 1
     table, _ = evaluate(tiny, rows[:1])
     assert len(calls) == 7  # two rows of three files, one of them twice
     assert len(table) == 1
-
-
-def test_provenances_do_not_depend_on_the_weights_drawn_from(tiny, rows):
-    provenance = recipe(rows[2], weights_sha256(tiny), FISHER, quantizable(tiny))
-    assert weights_sha256(tiny) in provenance.values()
-    assert "drawn_from" not in provenance
 
 
 def test_the_spread_of_fid_takes_the_baselines_kept_images(tiny, sandbox, monkeypatch):
