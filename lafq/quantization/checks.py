@@ -86,7 +86,7 @@ def check_estimates(
     for name, values in fisher.items():
         shape = parameters[name].shape
         if values.shape != shape or not ((values >= 0) & torch.isfinite(values)).all():
-            wanted = f"finite, of its shape {tuple(shape)} and at least 0"
+            wanted = f"finite, of its shape {tuple(shape)} and none below 0 or NaN"
             raise ValueError(f"the Fisher values of {name} must be {wanted}")
     check_names(model, curvature, "the curvature names")
     for name, values in curvature.items():
