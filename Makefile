@@ -10,13 +10,13 @@ WEIGHTS ?=
 PUBLISHED ?=
 RUN = $(BIN)/python -m tools.run
 # A file on one of two processes: some fixtures, and the cells of a notebook, belong together. Idle worker threads sleep, as spinning
-# ones would slow the other process; alone, a process is faster with the default.
+# ones would slow the other processes; alone, a process is faster with the default.
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile
 $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 to retrain, or 0))
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
 	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-.PHONY: help setup reproduce resume publish classifier evidence benchmark peers growth terrain packed verify test test-fast test-kill test-browser site lint clean
+.PHONY: help setup reproduce resume publish classifier evidence benchmark peers growth terrain packed verify test test-unit test-smoke test-fast test-kill test-browser site lint clean
 
 ##@ for everyone
 
@@ -31,12 +31,18 @@ resume: $(READY)  ## go on with an interrupted `make reproduce`, without repeati
 	@$(RUN) resume $(CHOICE)
 
 test: lint  ## ruff, unit tests, all notebooks with smoke (two of them twice), nbval of the committed ones (about 12 minutes on two cores)
-	@set -e; export TQDM_DISABLE=1 LAFQ_OUTPUT="$$($(RUN) published)"; $(PYTEST); \
-	smoke="$(RUN) reproduce --profile smoke" tables="$$LAFQ_OUTPUT/results/smoke"; $$smoke; \
-	rm -rf build/once; cp -R "$$tables" build/once; $$smoke --only 01; $$smoke --only 04; diff -r build/once "$$tables"; \
-	$(PYTEST) --nbval --nbval-current-env notebooks
+	@LAFQ_OUTPUT="$$($(RUN) published)" TQDM_DISABLE=1 $(MAKE) --no-print-directory -j 2 test-unit test-smoke
 	@echo "all passed: ruff, unit tests, the notebooks with smoke (01 and 04 twice, equal bytes), the committed notebooks"
 	@echo "not run: the sliders of 00_explore in a browser (make test-browser)"
+
+test-unit:
+	@$(PYTEST) --nbval --nbval-current-env
+
+test-smoke: SMOKE = $(RUN) reproduce --profile smoke
+test-smoke: TABLES = $${LAFQ_OUTPUT:-.}/results/smoke
+test-smoke:
+	@$(SMOKE) && rm -rf build/once && cp -R "$(TABLES)" build/once
+	@$(SMOKE) --only 01 && $(SMOKE) --only 04 && diff -r build/once "$(TABLES)"
 
 verify: $(READY)  ## check the committed results in minutes (paper: without its weights, and more with WEIGHTS=path)
 	@$(BIN)/python -m tools.verify $(if $(PROFILE),--profile $(PROFILE)) $(if $(WEIGHTS),--weights $(WEIGHTS))
@@ -71,7 +77,7 @@ terrain: $(READY)  ## lafq on a public diffusion model of others: results/terrai
 	@PYTHONPATH=build/terrain-packages $(BIN)/python benchmarks/terrain.py
 
 packed: $(READY)  ## pack the paper profile's weights into an entropy-coded file, to be committed (about half an hour on two cores)
-	@$(BIN)/python -m lafq.study.long_runs --profile $(or $(PROFILE),paper) --only packed --anew
+	@$(BIN)/python -m lafq.study.long_runs --profile paper --only packed --anew
 
 classifier: $(READY)  ## train the MNIST feature extractor anew (about 4 minutes)
 	@$(BIN)/python -m lafq.study.images.features

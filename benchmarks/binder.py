@@ -9,13 +9,12 @@ process, that of the kernel.
 
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
-import pandas as pd
-from shared import run, write
+from shared import in_a_process, run, write
 
 from lafq.study import workspace
 
@@ -36,40 +35,21 @@ def confine() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
 
 
-def measured(name: str, output: str) -> dict:
-    """One notebook, its figures written to the folder `output`; RuntimeError with its last line
-    where it fails.
-    """
-    path = workspace.NOTEBOOKS / name
-    environment = {**os.environ, "LAFQ_OUTPUT": output, "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-c", EXECUTE, str(path), str(workspace.NOTEBOOKS)]
+def measured(path: Path, output: str) -> dict:
+    """One notebook, its figures written to the folder `output`."""
+    how = {"environment": {"LAFQ_OUTPUT": output, "TQDM_DISABLE": "1"}, "preexec_fn": confine}
     start = time.perf_counter()
-    done = subprocess.run(
-        command, env=environment, preexec_fn=confine, capture_output=True, text=True, check=False
-    )
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        raise RuntimeError(
-            f"{name} failed with one core and 2 GiB: {done.stderr.strip().splitlines()[-1]}"
-        )
-    return {
-        "notebook": path.stem,
-        "cores": 1,
-        "limit_mib": LIMIT // 2**20,
-        "seconds": seconds,
-        "peak_mib": int(done.stdout) / 1024,
-    }
+    kib = in_a_process("-c", EXECUTE, path, workspace.NOTEBOOKS, **how)
+    took = {"seconds": round(time.perf_counter() - start, 1), "peak_mib": round(kib / 1024, 1)}
+    return {"notebook": path.stem, "cores": 1, "limit_mib": LIMIT // 2**20, **took}
 
 
 def main() -> None:
     """Write and print results/benchmarks/binder.csv."""
+    paths = sorted(workspace.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(workspace.RESULTS, os.path.join(folder, "results"))
-        table = [
-            measured(path.name, folder)
-            for path in sorted(workspace.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-        ]
-    write("binder", pd.DataFrame(table).round(1).to_dict("records"))
+        write("binder", [measured(path, folder) for path in paths])
 
 
 if __name__ == "__main__":

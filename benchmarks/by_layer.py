@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +18,23 @@ def by_layer(quantize_in_place: Callable[[nn.Module], None]) -> Quantizer:
     left in FP32.
     """
 
+    def alone(layer: nn.Module, x: Tensor) -> nn.Module:
+        small = nn.Sequential(copy.deepcopy(layer))
+        quantize_in_place(small)
+        small(x)
+        if stored_bytes(small) >= resident_bytes(layer):
+            raise ValueError("it is no smaller")
+        return small[0]
+
     def quantized(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[nn.Module, int]:
         result, left = copy.deepcopy(model), 0
-        for layer in inputs:
-            alone = nn.Sequential(copy.deepcopy(model.get_submodule(layer)))
+        for name, x in inputs.items():
             try:
-                quantize_in_place(alone)
-                alone(inputs[layer])
-                done = stored_bytes(alone) < resident_bytes(model.get_submodule(layer))
+                result.set_submodule(name, alone(model.get_submodule(name), x))
             except Exception as error:  # whatever a library does with a layer that it cannot handle
-                done = False
-                tqdm.write(
-                    f"  {layer} stays FP32: {type(error).__name__}: "
-                    f"{str(error).splitlines()[0][:80]}"
-                )
-            left += not done
-            if done:
-                result.set_submodule(layer, alone[0])
+                left += 1
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+                tqdm.write(f"  {name} stays FP32: {reason}")
         return result.eval(), left
 
     return quantized
@@ -76,13 +77,12 @@ def parts(tensor: Tensor) -> int:
 def layer_inputs(model: nn.Module, names: Iterable[str], *arguments: Tensor) -> dict[str, Tensor]:
     """What each layer that has one of these weights is given in a forward pass."""
     seen: dict[str, Tensor] = {}
-    layers = [name.removesuffix(".weight") for name in names]
-    hooks = [
-        model.get_submodule(n).register_forward_pre_hook(
-            lambda _, args, n=n: seen.__setitem__(n, args[0].detach())
-        )
-        for n in layers
-    ]
+
+    def keep(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        seen[name] = arguments[0].detach()
+
+    layers = {n: model.get_submodule(n) for n in (n.removesuffix(".weight") for n in names)}
+    hooks = [m.register_forward_pre_hook(partial(keep, n)) for n, m in layers.items()]
     model(*arguments)
     for hook in hooks:
         hook.remove()

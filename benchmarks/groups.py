@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from shared import Subject, over, run, write
+from shared import SAMPLES, Subject, over, run, write
 from torch import nn
 
 from lafq.allocation.allocate import frontiers_of, solve_budget
@@ -29,7 +29,6 @@ from lafq.study.diffusion.unet import quantizable
 
 LOW, SIZES = ("midrise2", "int2", "int3", "int4"), (0, 128, 64, 32)  # 0: one scale per channel
 ALLOCATED = ("int3", "int4", "int6")
-SAMPLES, DIGITS = 512, 300
 
 
 def grouped(model: nn.Module, low: str, size: int) -> Plan:
@@ -59,22 +58,22 @@ def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Plan
 @torch.no_grad()
 def main() -> None:
     """Write the table: one row per format and size of group, then the allocator's."""
-    subject = Subject(16, DIGITS)
-    model, known = subject.model, subject.sensitivity(SAMPLES)
+    subject = Subject(16, 300)
+    model, known = subject.model, subject.sensitivity(SAMPLES[16])
     table, first, before = [], {}, torch.empty(0)
     for format, group, plan in plans(model, known):
-        found, bits = (
+        errors, bits = (
             subject.planned(plan, known.recipe),
-            bits_per_weight(model, plan, list(quantizable(model))),
+            bits_per_weight(model, plan, quantizable(model)),
         )
         row = {"format": format, "group": group, "bits_per_weight": bits}
-        row["damage"] = found.mean().item()
+        row["damage"] = errors.mean().item()
         if group == "channel":
-            first, before = row, found
+            first, before = row, errors
         else:
             row["decibels"] = 10 * math.log10(first["damage"] / row["damage"])
         if group == "any":
-            row |= over("over", found, before, FRESH_SEED)
+            row |= over("over", errors, before, FRESH_SEED)
         elif group != "channel":
             row["decibels_per_bit"] = row["decibels"] / (bits - first["bits_per_weight"])
         table.append(row)

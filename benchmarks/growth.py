@@ -13,18 +13,29 @@ Rows that are there already are left alone; delete a table to make it again.
 
 import json
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from shared import WORK, Subject, Table, forget_peak, memory, over, run
+from shared import (
+    DIGITS,
+    SAMPLES,
+    WORK,
+    Subject,
+    Table,
+    figure,
+    forget_peak,
+    in_a_process,
+    memory,
+    over,
+    run,
+    seconds,
+)
 from torch import Tensor, nn
 
 from lafq import allocate, estimate_sensitivity, load_quantized, quantize, save_quantized
@@ -49,7 +60,6 @@ BLOCKS = {
     16: ((LARGEST, ALL), (LARGEST, 32), (LARGEST, 16), (576, ALL), (288, ALL), (144, ALL)),
     64: ((LARGEST, ALL), (LARGEST, CHANNELS), (LARGEST, 64), (1152, CHANNELS)),
 }
-SAMPLES, DIGITS = {16: 512, 64: 128}, {16: 500, 64: 100}
 
 
 def random_sensitivity(model: nn.Module) -> Sensitivity:
@@ -71,20 +81,16 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
     """Seconds of a call, and MiB that it took above what was held before."""
     before = memory("VmRSS")
     forget_peak()
-    start = time.perf_counter()
-    work()
-    return {"seconds": time.perf_counter() - start, "peak_mib": memory("VmHWM") - before}
+    return {"seconds": seconds(work), "peak_mib": memory("VmHWM") - before}
 
 
 def one_step(step: str, width: int) -> dict[str, float]:
     """Seconds and MiB of a step; of estimate_sensitivity, seconds per pass."""
     torch.manual_seed(0)
-    model = UNet(width).eval()
+    model, inputs = UNet(width).eval(), (BATCH, 1, 32, 32)
     known = random_sensitivity(model) if step == "allocate" else None
     mib = mib_at(model, BITS)
-    batches = [
-        (torch.randn(BATCH, 1, 32, 32), torch.randint(1000, (BATCH,))) for _ in range(PASSES)
-    ]
+    batches = [(torch.randn(inputs), torch.randint(1000, (BATCH,))) for _ in range(PASSES)]
     uniform = {n: "int4" for n, p in model.named_parameters() if p.ndim > 1}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "small.safetensors"
@@ -99,32 +105,22 @@ def one_step(step: str, width: int) -> dict[str, float]:
             "save_quantized": lambda: save_quantized(path, small, model),
             "load_quantized": lambda: load_quantized(path, model),
         }[step]
-        found = measured(work)
+        cost = measured(work)
     if step == "estimate_sensitivity":
-        found["seconds"] /= PASSES
-    return found | {"weights": sum(p.numel() for p in model.parameters())}
+        cost["seconds"] /= PASSES
+    return cost | {"weights": sum(p.numel() for p in model.parameters())}
 
 
-def in_a_process(step: str, width: int) -> dict[str, Any]:
-    """`one_step` in a process of its own; RuntimeError with its last line where it fails."""
-    command = [sys.executable, __file__, step, str(width)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{step} at width {width}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def pass_ratio(model: nn.Module, batches: list[tuple[Tensor, ...]], **sizes: int) -> float:
+def pass_ratio(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], **sizes: int) -> float:
     """Time of a pass over that of one forward and backward pass of the same batch, the median over
     batches.
     """
     ratios = []
-    for x, t in batches:
-        start = time.perf_counter()
-        model(x, t).square().sum().backward()
-        middle = time.perf_counter()
-        estimate_sensitivity(model, [(x, t)] * 2, 0, shrink=False, **sizes)
-        ratios.append((time.perf_counter() - middle) / 2 / (middle - start))
+    for batch in batches:
+        ordinary = seconds(lambda batch=batch: model(*batch).square().sum().backward())
+        how = {"seed": 0, "shrink": False, **sizes}
+        two = seconds(lambda batch=batch, how=how: estimate_sensitivity(model, [batch] * 2, **how))
+        ratios.append(two / 2 / ordinary)
         model.zero_grad()
     return statistics.median(ratios)
 
@@ -140,12 +136,10 @@ def blocked(table: Table) -> None:
         for largest, channels in settings:
             sizes = {"largest": largest, "channels": channels}
             known = subject.sensitivity(SAMPLES[width], **sizes)
-            plan = allocate(
-                subject.model, known, memory_mib=mib_at(subject.model, BITS), progress=False
-            )
-            errors = subject.planned(plan)
+            mib = mib_at(subject.model, BITS)
+            errors = subject.planned(allocate(subject.model, known, memory_mib=mib, progress=False))
             first = errors if first is None else first
-            batches = list(noised_batches(mnist(train=True)[0], 5 * BATCH, 1))
+            batches = noised_batches(mnist(train=True)[0], 5 * BATCH, 1)
             row = {
                 "columns": max(h.shape[-1] for h in known.curvature.values()),
                 "curvature_mib": sum(4 * h.numel() for h in known.curvature.values()) / MIB,
@@ -158,8 +152,7 @@ def blocked(table: Table) -> None:
 
 def draw(table: pd.DataFrame) -> None:
     """Seconds and peak MiB over the number of weights, one line per step."""
-    workspace.set_style()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    plot, axes = figure(1, 2, figsize=(10, 3.6))
     table = table.assign(peak_mib=table["peak_mib"].clip(lower=0.1))
     for (step, rows), marker in zip(table.groupby("step", sort=False), "osD^v", strict=True):
         for ax, column in zip(axes, ("seconds", "peak_mib"), strict=True):
@@ -167,9 +160,8 @@ def draw(table: pd.DataFrame) -> None:
     for ax, label in zip(axes, ("seconds", "peak MiB above the model"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel="weights of the model", ylabel=label)
     axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle("Time and memory by the size of the model", fontsize=11)
-    workspace.save_figure(WORK, "growth", figure, "random weights; two cores")
-    plt.close(figure)
+    plot.suptitle("Time and memory by the size of the model", fontsize=11)
+    workspace.save_figure(WORK, "growth", plot, "random weights; two cores")
 
 
 def main() -> None:
@@ -180,7 +172,7 @@ def main() -> None:
     table = Table("growth", ("width", "step"))
     for width in WIDTHS:
         for step in STEPS:
-            table.add((width, step), lambda step=step, width=width: in_a_process(step, width))
+            table.add((width, step), partial(in_a_process, __file__, step, width))
     draw(table.frame)
     blocked(Table("blocks", ("width", "largest", "channels")))
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import shared
 import torch
@@ -119,8 +118,7 @@ def measured(
 
 def draw(table: pd.DataFrame) -> None:
     """Damage over uniform INT4's by passes, one panel per network."""
-    workspace.set_style()
-    figure, axes = plt.subplots(1, 4, figsize=(11, 3.1), sharex=True)
+    plot, axes = shared.figure(1, 4, figsize=(11, 3.1), sharex=True)
     for ax, (name, rows) in zip(axes, table.groupby("network", sort=False), strict=True):
         means = rows.groupby(["estimates", "passes"], sort=False)["over_uniform"].mean()
         for kind, style in zip(ESTIMATES, ("o-", "s--", "^:"), strict=True):
@@ -135,10 +133,9 @@ def draw(table: pd.DataFrame) -> None:
     ticks = [1, 4, 16, 64, 256]
     axes[0].set(ylabel="damage / uniform INT4's", xticks=ticks, xticklabels=map(str, ticks))
     axes[-1].legend(title="estimates", fontsize=8, title_fontsize=8)
-    figure.suptitle("Damage by the passes behind a sensitivity", fontsize=11)
+    plot.suptitle("Damage by the passes behind a sensitivity", fontsize=11)
     note = "equal bytes; lower is better; small networks: mean of three draws"
-    workspace.save_figure(shared.WORK, "passes", figure, note)
-    plt.close(figure)
+    workspace.save_figure(shared.WORK, "passes", plot, note)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Peak memory of sampling a digit from a packed model: `make benchmark` writes it to
-results/<profile>/peak_memory.csv, for the rows of the poster's table.
+results/<profile>/peak_memory.csv, for the rows of the poster's table, and to
+results/mini/11_peak_memory.csv, for the entropy-coded files of 11_files.
 
 Each model is measured in a process of its own. The figure is what that process holds above the
 interpreter with its libraries: on a CPU the rise of its peak resident set size over that after a
@@ -7,15 +8,15 @@ tiny model has sampled (Linux), on a CUDA GPU `torch.cuda.max_memory_allocated`.
 tenths of a MiB between runs.
 """
 
-import os
-import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
-from shared import PROFILES, forget_peak, memory, run
+from shared import PROFILES, forget_peak, in_a_process, memory, run
+from torch import nn
 
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.formats import MIB
@@ -24,8 +25,16 @@ from lafq.study import results
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.subject import load_fisher, load_model
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.rows import KEY, published_rows
-from lafq.study.workspace import Workspace, profile_parameters
+from lafq.study.rows import (
+    KEY,
+    Row,
+    allocated_at_bits,
+    coded_at_bits,
+    measured_sensitivity,
+    published_rows,
+    uniform_at_bits,
+)
+from lafq.study.workspace import Workspace, profile_parameters, save_table
 
 # glibc then returns what is freed at once: the peak is of live memory, not of the allocator's
 # habits.
@@ -37,18 +46,9 @@ ALLOCATOR = {
 
 
 def peak_mib(path: Path, width: int, device: str = "cpu", steps: int = 4) -> float:
-    """Peak MiB while a U-Net written by `save_quantized` is loaded and samples a digit; ValueError
-    when the measuring process fails, with its last line.
-    """
-    asked = map(str, (__file__, path, width, device, steps, torch.get_num_threads()))
-    environment = {**os.environ, **ALLOCATOR, "TQDM_DISABLE": "1"}
-    done = subprocess.run(
-        [sys.executable, *asked], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"measuring the memory of {path} failed: {last}")
-    return float(done.stdout)
+    """Peak MiB of a process in which a U-Net of `save_quantized` is loaded and samples a digit."""
+    asked = (__file__, path, width, device, steps, torch.get_num_threads())
+    return in_a_process(*asked, environment=ALLOCATOR | {"TQDM_DISABLE": "1"})
 
 
 def _measure(path: Path, width: int, device: torch.device, steps: int) -> float:
@@ -72,32 +72,47 @@ def _measure(path: Path, width: int, device: torch.device, steps: int) -> float:
     return memory("VmHWM") - before
 
 
-def rows(profile: str) -> pd.DataFrame:
-    """Columns KEY and peak_mib, whole MiB, of the rows that 08_published has."""
-    p = profile_parameters(profile)
-    work, found = Workspace.of(p), []
-    model, fisher = load_model(work, p["WIDTH"]), load_fisher(work, p["WIDTH"])
-    ratios = p["PUBLISHED"]["ratios"]
+def peaks(model: nn.Module, rows: Iterable[Row], device: str, compress: bool) -> list[int]:
+    """Peak memory of each row, whole MiB."""
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "row.safetensors"
-        for row in published_rows(model, fisher, ratios, p["THRESHOLDS"]):
-            save_quantized(path, quantize(model, row.plan), model)
-            found.append(
-                row.key | {"peak_mib": round(peak_mib(path, p["WIDTH"], work.device.type))}
-            )
-    return pd.DataFrame(found, columns=[*KEY, "peak_mib"])
+        path, found = Path(folder) / "row.safetensors", []
+        for row in rows:
+            save_quantized(path, quantize(model, row.plan), model, compress=compress)
+            found.append(round(peak_mib(path, model.width, device)))
+    return found
+
+
+def measure(profile: str) -> None:
+    """Write the tables of a profile whose weights and Fisher values are there."""
+    p = profile_parameters(profile)
+    work = Workspace.of(p)
+    model, fisher = load_model(work, p["WIDTH"]), load_fisher(work, p["WIDTH"])
+    rows = published_rows(model, fisher, p["PUBLISHED"]["ratios"], p["THRESHOLDS"])
+    table = pd.DataFrame([row.key for row in rows], columns=KEY)
+    found = table.assign(peak_mib=peaks(model, rows, work.device.type, compress=False))
+    results.update(work, "peak_memory", found)
+    if profile == "mini":
+        known = measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
+        rows = uniform_at_bits(model, known)
+        bits = sorted({*p["BUDGET_BITS"], *(row.bits for row in rows)})
+        rows += allocated_at_bits(model, known, bits, (), [("allocate_all", "feedback")])
+        rows = [row for row in rows if row.bits < 10]
+        rows += coded_at_bits(model, known, p["CODED_BITS"])
+        table = pd.DataFrame([row.budget_key for row in rows])
+        found = table.assign(peak_mib=peaks(model, rows, work.device.type, compress=True))
+        save_table(work, "11_peak_memory", found)
 
 
 def main() -> None:
-    """Measure the profiles whose weights and Fisher values are there."""
-    if len(sys.argv) == 6:  # the process of `peak_mib`
+    """Measure both profiles, or one model, in the process of `peak_mib`."""
+    if len(sys.argv) == 6:
         path, width, device, steps, threads = sys.argv[1:]
         torch.set_num_threads(int(threads))
         print(_measure(Path(path), int(width), torch.device(device), int(steps)))
         return
     for profile in PROFILES.values():
         try:
-            results.update(Workspace(profile), "peak_memory", rows(profile))
+            measure(profile)
         except FileNotFoundError as error:
             print(f"without profile {profile}: {error}")
 

@@ -42,12 +42,8 @@ class Stored(NamedTuple):
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that have a weight of two dimensions or more, by the name of that weight."""
-    found = {f"{name}.weight": module for name, module in model.named_modules()}
-    return {
-        n: m
-        for n, m in found.items()
-        if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim > 1
-    }
+    weights = ((n, m, getattr(m, "weight", None)) for n, m in model.named_modules())
+    return {f"{n}.weight": m for n, m, w in weights if isinstance(w, Tensor) and w.ndim > 1}
 
 
 def quanto(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
@@ -56,12 +52,11 @@ def quanto(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
 
     library.quantize(model, weights=getattr(library, f"qint{bits}"))
     library.freeze(model)
-    found = {n: m.weight for n, m in layers(model).items() if isinstance(m.weight, library.QTensor)}
+    weights, none = {n: m.weight for n, m in layers(model).items()}, torch.empty(0)
     return {
-        n: Stored(
-            w.dequantize(), bits, w._scale.numel(), getattr(w, "_shift", torch.empty(0)).numel()
-        )
-        for n, w in found.items()
+        n: Stored(w.dequantize(), bits, w._scale.numel(), getattr(w, "_shift", none).numel())
+        for n, w in weights.items()
+        if isinstance(w, library.QTensor)
     }
 
 
@@ -73,26 +68,18 @@ def torchao(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
     from torchao.quantization.granularity import PerAxis, PerGroup
     from torchao.quantization.quantize_.workflows import IntxUnpackedToInt8Tensor
 
-    kind = getattr(torch, f"int{bits}")
-    groups, channels = (
-        IntxWeightOnlyConfig(kind, granularity=g) for g in (PerGroup(GROUP), PerAxis(0))
-    )
-    inputs = {
-        n: m.weight.shape[1]
-        for n, m in layers(model).items()
-        if isinstance(m, nn.Linear | nn.Conv2d)
-    }
+    kind, layered = getattr(torch, f"int{bits}"), layers(model).items()
+    kinds = (PerGroup(GROUP), PerAxis(0))
+    groups, channels = (IntxWeightOnlyConfig(kind, granularity=g) for g in kinds)
+    inputs = {n: m.weight.shape[1] for n, m in layered if isinstance(m, nn.Linear | nn.Conv2d)}
     quantize_(model, groups, lambda _, name: inputs.get(f"{name}.weight", 1) % GROUP == 0)
     # It fails for a single input channel.
     quantize_(model, channels, lambda _, name: 1 < inputs.get(f"{name}.weight", 1) < GROUP)
-    found = {
-        n: m.weight
-        for n, m in layers(model).items()
-        if isinstance(m.weight, IntxUnpackedToInt8Tensor)
-    }
+    weights = {n: m.weight for n, m in layers(model).items()}
     return {
         n: Stored(w.dequantize(), bits, w.scale.numel(), int(w.zero_point.count_nonzero()))
-        for n, w in found.items()
+        for n, w in weights.items()
+        if isinstance(w, IntxUnpackedToInt8Tensor)
     }
 
 
@@ -103,17 +90,14 @@ def brevitas(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]
     from brevitas.graph.quantize import layerwise_quantize
     from brevitas.quant.scaled_int import Int8WeightPerChannelFloatMSE
 
-    settings = {
-        "weight_quant": Int8WeightPerChannelFloatMSE,
-        "weight_bit_width": bits,
-        "return_quant_tensor": False,
-    }
+    settings = {"weight_quant": Int8WeightPerChannelFloatMSE, "weight_bit_width": bits}
+    settings["return_quant_tensor"] = False
     kinds = {
-        nn.Conv2d: qnn.QuantConv2d,
-        nn.ConvTranspose2d: qnn.QuantConvTranspose2d,
-        nn.Linear: qnn.QuantLinear,
+        nn.Conv2d: (qnn.QuantConv2d, settings),
+        nn.ConvTranspose2d: (qnn.QuantConvTranspose2d, settings),
+        nn.Linear: (qnn.QuantLinear, settings),
     }
-    model = layerwise_quantize(model, {kind: (ours, settings) for kind, ours in kinds.items()})
+    model = layerwise_quantize(model, kinds)
     with torch.no_grad():
         model(*batches[0])  # sets the scales
     with torch.no_grad(), gptq_mode(model, use_quant_activations=False) as gptq:
@@ -121,10 +105,8 @@ def brevitas(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]
             for batch in batches:
                 gptq.model(*batch)
             gptq.update()
-    found = {n: m.quant_weight() for n, m in layers(model).items()}
-    return {
-        n: Stored(w.value.detach(), w.bit_width.item(), w.scale.numel()) for n, w in found.items()
-    }
+    weights = {n: m.quant_weight() for n, m in layers(model).items()}
+    return {n: Stored(w.value, w.bit_width.item(), w.scale.numel()) for n, w in weights.items()}
 
 
 def modelopt(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
@@ -134,14 +116,13 @@ def modelopt(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]
     import modelopt.torch.quantization as mtq
 
     def format(b: int) -> dict:
+        weights = {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": b, "axis": 0}}
         off = {"quantizer_name": "*", "enable": False}
-        return {
-            "quant_cfg": [
-                off,
-                {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": b, "axis": 0}},
-            ],
-            "algorithm": "max",
-        }
+        return {"quant_cfg": [off, weights], "algorithm": "max"}
+
+    def loss(output: Tensor, _: object) -> Tensor:
+        """Its gradient is noise of variance 1, as lafq's."""
+        return (output - output.detach() - torch.randn_like(output)).square().sum() / 2
 
     model, _ = mtq.auto_quantize(
         model,
@@ -149,21 +130,16 @@ def modelopt(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]
         quantization_formats=[format(b) for b in (2, 3, 4, 6, 8)],
         data_loader=batches,
         forward_step=lambda m, batch: m(*batch),
-        # The gradient of this loss is noise of variance 1, as lafq's.
-        loss_func=lambda output, _: (
-            (output - output.detach() - torch.randn_like(output)).square().sum() / 2
-        ),
+        loss_func=loss,
         num_calib_steps=len(batches),
         num_score_steps=len(batches),
     )
-    found = {}
-    for name, module in layers(model).items():
-        quantizer = getattr(module, "weight_quantizer", None)
-        if quantizer is not None and quantizer.is_enabled:
-            found[name] = Stored(
-                quantizer(module.weight).detach(), quantizer.num_bits, quantizer.amax.numel()
-            )
-    return found
+    quantized = {n: (m, getattr(m, "weight_quantizer", None)) for n, m in layers(model).items()}
+    return {
+        n: Stored(q(m.weight), q.num_bits, q.amax.numel())
+        for n, (m, q) in quantized.items()
+        if q is not None and q.is_enabled
+    }
 
 
 def aimet(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
@@ -171,27 +147,21 @@ def aimet(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
     from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters
     from aimet_torch.quantsim import QuantizationSimModel
 
-    settings = AdaroundParameters(
-        batches,
-        len(batches),
-        default_num_iterations=ADAROUND_ITERATIONS,
-        forward_fn=lambda m, batch: m(*batch),
-    )
+    how = {"default_num_iterations": ADAROUND_ITERATIONS, "forward_fn": lambda m, x: m(*x)}
+    settings = AdaroundParameters(batches, len(batches), **how)
+    first, bitwidth = batches[0], {"default_param_bw": bits}
     with TemporaryDirectory() as folder:
-        rounded = Adaround.apply_adaround(
-            model, batches[0], settings, folder, "found", default_param_bw=bits
-        )
-        simulated = QuantizationSimModel(rounded, batches[0], default_param_bw=bits)
-        simulated.set_and_freeze_param_encodings(str(Path(folder) / "found.encodings"))
-    found = {}
-    for name, module in layers(simulated.model).items():
-        quantizers = getattr(module, "param_quantizers", None) or {}
-        if "weight" in quantizers and quantizers["weight"] is not None:
-            quantizer = quantizers["weight"]
-            found[name] = Stored(
-                quantizer(module.weight).detach(), bits, quantizer.get_scale().numel()
-            )
-    return found
+        rounded = Adaround.apply_adaround(model, first, settings, folder, "rounded", **bitwidth)
+        simulated = QuantizationSimModel(rounded, first, **bitwidth)
+        simulated.set_and_freeze_param_encodings(str(Path(folder) / "rounded.encodings"))
+    quantized = {
+        n: (m, getattr(m, "param_quantizers", {})) for n, m in layers(simulated.model).items()
+    }
+    return {
+        n: Stored(q["weight"](m.weight), bits, q["weight"].get_scale().numel())
+        for n, (m, q) in quantized.items()
+        if q and q.get("weight") is not None
+    }
 
 
 LIBRARIES: dict[str, Callable[[nn.Module, int, Batches], dict[str, Stored]]] = {
@@ -210,16 +180,15 @@ def main() -> int:
     torch.manual_seed(SEED)
     model: UNet = load_model(Workspace(PROFILES[width]), width)
     shapes = {n: p.shape for n, p in model.named_parameters()}
+    batches = list(noised_batches(mnist(train=True)[0], samples, SEED))
     try:
-        found = LIBRARIES[library](
-            model, bits, list(noised_batches(mnist(train=True)[0], samples, SEED))
-        )
+        quantized = LIBRARIES[library](model, bits, batches)
     except Exception as error:  # whatever a library raises is what the table says of it
         print(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", file=sys.stderr)
         return 1
-    found = {n: s for n, s in found.items() if s.values.shape == shapes.get(n)}
-    tensors = {n: s.values.detach().float().contiguous().clone() for n, s in found.items()}
-    stored = {n: [s.bits, s.scales, s.zero_points] for n, s in found.items()}
+    quantized = {n: s for n, s in quantized.items() if s.values.shape == shapes.get(n)}
+    tensors = {n: s.values.detach().float().contiguous().clone() for n, s in quantized.items()}
+    stored = {n: [s.bits, s.scales, s.zero_points] for n, s in quantized.items()}
     save_tensors(path, tensors, library=library, version=version(library), stored=stored)
     return 0
 

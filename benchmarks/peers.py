@@ -17,11 +17,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
-import torch
-from peer import LIBRARIES, PROFILES, SEED
-from shared import WORK, Subject, Table, over, run
+from peer import LIBRARIES
+from shared import (
+    DIGITS,
+    PROFILES,
+    SAMPLES,
+    SEED,
+    WORK,
+    Subject,
+    Table,
+    figure,
+    in_a_process,
+    over,
+    run,
+)
 from torch import Tensor, nn
 
 from lafq.allocation import allocate as solver
@@ -37,7 +47,6 @@ from lafq.tensors import load_tensors
 HERE = Path(__file__).parent
 BITS = (8, 6, 4, 3, 2)
 OURS = "lafq, uniform"
-SAMPLES, DIGITS = {16: 512, 64: 128}, {16: 500, 64: 100}
 SCALE_BYTES = 2  # a scale counts as FP16, as ours do
 # By library and width the bits, where all would take hours.
 FEWER = {("aimet-torch", 16): (4, 2), ("aimet-torch", 64): (), ("brevitas", 64): (4,)}
@@ -80,13 +89,8 @@ def quantized_by(library: str, width: int, bits: int) -> tuple[dict[str, Tensor]
     path = WORK.build / "peers" / f"{library}-{width}-{bits}.safetensors"
     if not path.is_file():
         search = os.pathsep.join((str(installed(library)), os.environ.get("PYTHONPATH", "")))
-        asked = map(str, (HERE / "peer.py", library, width, bits, SAMPLES[width], path))
-        environment = os.environ | {"PYTHONPATH": search}
-        done = subprocess.run(
-            [sys.executable, *asked], env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        asked = (HERE / "peer.py", library, width, bits, SAMPLES[width], path)
+        in_a_process(*asked, environment={"PYTHONPATH": search})
     return load_tensors(path, "make peers")
 
 
@@ -98,15 +102,7 @@ class Judge(Subject):
     def __init__(self, width: int) -> None:
         super().__init__(width, DIGITS[width], SEED + FRESH_SEED)
         known = self.sensitivity(SAMPLES[width])
-        self.fronts = solver.frontiers_of(self.model, known)
-        self.recipe = known.recipe
-
-    def allocated(self, size: int, names: set[str]) -> Tensor:
-        """`errors` of the allocator's plan of these bytes, in which only these weights may be
-        quantized.
-        """
-        fronts = {n: front for n, front in self.fronts.items() if n in names}
-        return self.planned(solver.solve_budget(self.model, fronts, size / MIB, self.recipe))
+        self.fronts, self.recipe = solver.frontiers_of(self.model, known), known.recipe
 
     def uniform(self, bits: int) -> dict[str, Any]:
         """lafq without the allocator: all weights in one format, rounded to the nearest code."""
@@ -121,31 +117,30 @@ class Judge(Subject):
         except RuntimeError as error:
             return {"error": str(error)}
         whole = load_model(Workspace(PROFILES[self.width]), self.width)
-        with torch.no_grad():
-            for name, values in weights.items():
-                whole.get_parameter(name).copy_(values)
+        whole.load_state_dict(weights, strict=False)
         size = stored_bytes(self.model, about["stored"])
         return self._row(about["version"], size, whole, set(weights))
 
     def _row(self, version: str, size: int, whole: nn.Module, names: set[str]) -> dict[str, Any]:
-        """Bytes and damage, and the allocator's damage at these bytes over it, paired over the
-        digits.
+        """Bytes and damage, and over it the allocator's at these bytes, paired over the digits: in
+        a plan for all weights, and for those that the library quantized.
         """
         theirs, full = self.errors(whole), nbytes(self.model, {})
-        found = {"version": version, "mem_mib": size / MIB, "mem_share": size / full}
-        found |= {"tensors_fp32": len(self.fronts) - len(names), "damage": theirs.mean().item()}
+        row = {"version": version, "mem_mib": size / MIB, "mem_share": size / full}
+        row |= {"tensors_fp32": len(self.fronts) - len(names), "damage": theirs.mean().item()}
         for name, chosen in (("all", set(self.fronts)), ("shared", names)):
-            ours = self.allocated(size, chosen)
-            found[f"damage_{name}"] = ours.mean().item()
-            found |= over(f"over_{name}", ours, theirs)
-        return found
+            fronts = {n: front for n, front in self.fronts.items() if n in chosen}
+            plan = solver.solve_budget(self.model, fronts, size / MIB, self.recipe)
+            ours = self.planned(plan)
+            row[f"damage_{name}"] = ours.mean().item()
+            row |= over(f"over_{name}", ours, theirs)
+        return row
 
 
 def draw(table: pd.DataFrame) -> None:
     """Damage over stored MiB by width: the libraries, and the allocator at their bytes."""
-    workspace.set_style()
     rows = table[table["damage"].notna()].sort_values("mem_mib")
-    figure, axes = plt.subplots(1, rows["width"].nunique(), figsize=(9.5, 4), squeeze=False)
+    plot, axes = figure(1, rows["width"].nunique(), figsize=(9.5, 4), squeeze=False)
     for ax, (width, part) in zip(axes[0], rows.groupby("width"), strict=True):
         for i, (library, marker) in enumerate(zip((OURS, *LIBRARIES), "sv^XP*", strict=True)):
             line = part[part["library"] == library]
@@ -159,10 +154,9 @@ def draw(table: pd.DataFrame) -> None:
         ax.tick_params(axis="x", which="both", labelsize=8)
     axes[0, 0].set_ylabel("damage (mean squared change of the output)")
     axes[0, 0].legend(fontsize=7, loc="lower left")  # of the width at which most libraries were run
-    figure.suptitle("The allocator beside other libraries at equal bytes", fontsize=11)
+    plot.suptitle("The allocator beside other libraries at equal bytes", fontsize=11)
     note = "held-out digits and noise that no plan has seen; lower is better"
-    workspace.save_figure(WORK, "peers", figure, note)
-    plt.close(figure)
+    workspace.save_figure(WORK, "peers", plot, note)
 
 
 def main() -> None:

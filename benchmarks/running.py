@@ -6,13 +6,11 @@ Times are medians of ratios to an FP32 pass run just before.
 """
 
 import copy
-import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
-from shared import PROFILES, run, write
+from shared import PROFILES, run, time_ratio, write
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -40,18 +38,11 @@ def noised_digits(count: int) -> tuple[Tensor, Tensor]:
 def bfloat16(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """The model computing under autocast, its weights in FP32."""
 
-    def run(x: Tensor, t: Tensor) -> Tensor:
+    def forward(x: Tensor, t: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return model(x, t).float()
 
-    return run
-
-
-def seconds(run: Callable, x: Tensor, t: Tensor) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    run(x, t)
-    return time.perf_counter() - start
+    return forward
 
 
 @torch.no_grad()
@@ -64,28 +55,24 @@ def rows(width: int) -> list[dict]:
     runs["bfloat16 compute"] = (bfloat16(copy.deepcopy(model)), resident_bytes(model))
     x, t = noised_digits(100)
     expected, table = model(x, t), []
-    for name, (model_run, size) in tqdm(runs.items(), desc=f"width {width}"):
+    for name, (forward, size) in tqdm(runs.items(), desc=f"width {width}"):
         row = {"width": width, "model": name, "mem_mib": size / MIB}
-        row["damage"] = (model_run(x, t) - expected).square().mean().item()
+        row["damage"] = (forward(x, t) - expected).square().mean().item()
         for batch in (1, 100):
-            pairs = [
-                (seconds(model, x[:batch], t[:batch]), seconds(model_run, x[:batch], t[:batch]))
-                for _ in range(ROUNDS[width, batch])
-            ]
-            row[f"time_batch_{batch}"] = statistics.median(own / full for full, own in pairs)
+            ratio = time_ratio(ROUNDS[width, batch], forward, model, x[:batch], t[:batch])
+            row[f"time_batch_{batch}"] = ratio
         table.append(row)
     return table
 
 
 def main() -> None:
     """Write and print the table; the poster's width only where its weights are."""
-    found = rows(16)
-    write("running", found)
+    table = rows(16)
+    write("running", table)
     try:
-        found += rows(64)
+        write("running", table + rows(64))
     except FileNotFoundError as error:
         print(f"without width 64: {error}")
-    write("running", found)
 
 
 if __name__ == "__main__":

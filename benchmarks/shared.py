@@ -1,20 +1,28 @@
-"""What the benchmarks share: a table that is continued where it was left, the diffusion model and
-the damage of its quantized copies, and the memory of a process.
+"""What the benchmarks share: tables that are continued, the diffusion model and the damage of its
+quantized copies, processes of their own, time and memory.
 """
 
+import json
+import os
+import statistics
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lafq import estimate_sensitivity, quantize
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.model import dequantize_
 from lafq.quantization.plan import Plan, Recipe
-from lafq.study import damage
+from lafq.study import damage, workspace
 from lafq.study.damage import FRESH, FRESH_SEED
 from lafq.study.diffusion import training
 from lafq.study.diffusion.ddpm import noised_batches
@@ -25,6 +33,8 @@ from lafq.study.workspace import Workspace, compute_on, load_optional, save_tabl
 WORK = Workspace("benchmarks")
 PROFILES = {16: "mini", 64: "paper"}  # whose weights a width has
 SEED = 0
+# By width: noised digits behind a sensitivity, and digits that judge a plan made from it.
+SAMPLES, DIGITS = {16: 512, 64: 128}, {16: 500, 64: 100}
 
 
 class Table:
@@ -82,15 +92,44 @@ def over(name: str, errors: Tensor, reference: Tensor, seed: int = SEED) -> dict
     """The mean error over that of a reference, paired over the digits, with its interval: the
     columns name, name_low and name_high.
     """
-    ratio = damage.ratio_of_means(errors, reference, seed)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), ratio, strict=True))
+    return damage.over(name, errors, reference, seed)
 
 
-def write(name: str, rows: list[dict]) -> None:
+def write(name: str, rows: Iterable[dict]) -> None:
     """Write and print a table that is made anew."""
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(tqdm(rows, name))
     save_table(WORK, name, table)
     print(table.to_string(index=False), f"written: results/benchmarks/{name}.csv", sep="\n")
+
+
+def figure(rows: int, columns: int, **how: Any) -> tuple[Figure, Any]:
+    """A figure in the notebooks' style and its axes."""
+    workspace.set_style()
+    return plt.subplots(rows, columns, **how)
+
+
+def seconds(function: Callable, *arguments: Any) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def time_ratio(rounds: int, ours: Callable, ordinary: Callable, *arguments: Any) -> float:
+    """Median over rounds of the time of a call over that of an ordinary one just before it."""
+    pairs = [(seconds(ordinary, *arguments), seconds(ours, *arguments)) for _ in range(rounds)]
+    return statistics.median(own / one for one, own in pairs)
+
+
+def in_a_process(*asked: Any, environment: dict[str, str] | None = None, **how: Any) -> Any:
+    """What a Python process with these arguments prints last, JSON; RuntimeError with its last line
+    where it fails.
+    """
+    command, environment = [sys.executable, *map(str, asked)], os.environ | (environment or {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, **how)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return json.loads((done.stdout.splitlines() or ["null"])[-1])
 
 
 def memory(field: str) -> float:

@@ -14,12 +14,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from by_layer import by_layer, layer_inputs, quanto, stored_bytes, torchao
-from shared import Table, run
+from shared import Table, figure, run
 from terrain_model import (
     CHUNK,
     JUDGED,
@@ -54,12 +53,11 @@ UNIFORM = ("int4", "int3", "int2", "int8", "int6")
 FEWER = (1, 2, 4, 8, 16, PASSES)
 SENSITIVE = 10  # weight tensors that the row "INT4, sensitive tensors FP16" keeps
 TENTH = 0.1
-CODED = "entropy-coded"
+CODED, KEEPING = "entropy-coded", "INT4, sensitive tensors FP16"
 PEERS = {"optimum-quanto": (quanto, ("qint8", "qint4", "qint2")), "torchao": (torchao, (8, 4))}
-
-
+FP32 = ("fp32", "none")
 DRAWN = {
-    "FP32": ("fp32", "none"),
+    "FP32": FP32,
     "uniform INT4": ("uniform", "int4"),
     "allocator, INT4's bytes": ("allocator", "bytes of uniform int4"),
     "allocator, smaller": ("allocator", f"{TENTH:.0%} of FP32"),
@@ -72,56 +70,37 @@ def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Call
     """
     frontiers = {}
     alike = {low: Plan(dict.fromkeys(known.fisher, low)) for low in UNIFORM}
+    tenth, smaller = TENTH * resident_bytes(model) / MIB, f"{TENTH:.0%} of FP32"
 
     def allocated(mib: float) -> Plan:
         if not frontiers:
             frontiers.update(solver.frontiers_of(model, known))
         return solver.solve_budget(model, frontiers, mib, known.recipe)
 
-    def sensitive() -> Plan:
-        rounded = dequantize_(quantize(model, alike["int4"]))
-        error = {
-            n: (f * (rounded.get_parameter(n) - model.get_parameter(n)).square()).sum().item()
-            for n, f in known.fisher.items()
-        }
-        return Plan(
-            alike["int4"] | dict.fromkeys(sorted(error, key=error.get)[-SENSITIVE:], "fp16")
-        )
-
-    yield (
-        "allocator",
-        f"{TENTH:.0%} of FP32",
-        partial(allocated, TENTH * resident_bytes(model) / MIB),
-    )
+    yield "allocator", smaller, partial(allocated, tenth)
     for low, plan in alike.items():
         yield "uniform", low, partial(Plan, plan)
         yield "allocator", f"bytes of uniform {low}", partial(allocated, nbytes(model, plan) / MIB)
     for low in ("int4", "int3", "int2"):
-        yield (
-            CODED,
-            f"bytes of uniform {low}",
-            partial(allocate, model, known, file_mib=nbytes(model, alike[low]) / MIB),
-        )
-    yield (
-        CODED,
-        f"{TENTH:.0%} of FP32",
-        partial(allocate, model, known, file_mib=TENTH * resident_bytes(model) / MIB),
-    )
+        mib = nbytes(model, alike[low]) / MIB
+        yield CODED, f"bytes of uniform {low}", partial(allocate, model, known, file_mib=mib)
+    yield CODED, smaller, partial(allocate, model, known, file_mib=tenth)
     for library, (_, settings) in PEERS.items():
         for setting in settings:
             # Their own rows come first, so their bytes are known.
-            yield (
-                "allocator",
-                f"bytes of {library} {setting}",
-                partial(allocated, known_mib(library, str(setting))),
-            )
-    kept = sensitive()
-    yield "INT4, sensitive tensors FP16", "int4", partial(Plan, kept)
-    yield (
-        "allocator",
-        "bytes of INT4, sensitive tensors FP16",
-        partial(allocated, nbytes(model, kept) / MIB),
-    )
+            mib = known_mib(library, str(setting))
+            yield "allocator", f"bytes of {library} {setting}", partial(allocated, mib)
+    kept = Plan(alike["int4"] | dict.fromkeys(sensitive(model, known, alike["int4"]), "fp16"))
+    yield KEEPING, "int4", partial(Plan, kept)
+    yield "allocator", f"bytes of {KEEPING}", partial(allocated, nbytes(model, kept) / MIB)
+
+
+def sensitive(model: nn.Module, known: Sensitivity, plan: Plan) -> list[str]:
+    """The SENSITIVE weight tensors that a plan harms most by the Fisher information."""
+    rounded = dequantize_(quantize(model, plan))
+    change = {n: rounded.get_parameter(n) - model.get_parameter(n) for n in known.fisher}
+    error = {n: (f * change[n].square()).sum().item() for n, f in known.fisher.items()}
+    return sorted(error, key=error.get)[-SENSITIVE:]
 
 
 def known_mib(method: str, format: str) -> float:
@@ -130,91 +109,70 @@ def known_mib(method: str, format: str) -> float:
     return table[(table["method"] == method) & (table["format"] == format)]["mem_mib"].item()
 
 
-def measured(
-    whole: nn.Module,
-    expected: Tensor,
-    look: dict[str, np.ndarray],
-    drawn: dict[str, Tensor],
-    name: str,
-) -> dict[str, Any]:
-    """Decibels and the distances of a model that computes in FP32; its first maps go to `drawn`."""
-    found = outputs(whole, JUDGED)
-    drawn[name] = found[:CHUNK]
-    return {"decibels": decibels(expected, found), **distances(look, character(found))}
+class Judge:
+    """Makes the rows of results/terrain/terrain.csv: bytes, decibels and distances of a model."""
 
-
-def main() -> None:
-    """Make the rows that are missing and the figure."""
-    # The converter warns of what its resizing leaves out; `load` compares the output with ONNX
-    # Runtime's.
-    warnings.filterwarnings("ignore", module="onnx2pytorch")
-    try:
-        model = load()
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"{error.name} is not installed: `make terrain` installs it") from None
-    known, expected = sensitivity(model), outputs(model, JUDGED)
-    make_rows(model, known, expected, character(expected))
-    by_passes(model, expected)
-
-
-def make_rows(
-    model: nn.Module, known: Sensitivity, expected: Tensor, look: dict[str, np.ndarray]
-) -> None:
-    """The table results/terrain/terrain.csv, written again after every row, and the figure.
-
-    A row that is there is made again only where the figure needs its maps, which are kept in
-    build/.
-    """
-    table, maps_at = Table("terrain", ("method", "format"), WORK), WORK.build / "maps.safetensors"
-    drawn = {"fp32 none": expected[:CHUNK]}
-    if maps_at.is_file():
-        drawn, _ = load_tensors(maps_at, "make terrain")
-
-    def add(method: str, format: str, make: Callable[[], dict[str, Any]]) -> None:
-        key = (method, format)
-        if key not in table:
-            table.add(key, make)
-        elif key in DRAWN.values() and " ".join(key) not in drawn:
-            make()
-        save_tensors(maps_at, drawn)
-
-    full = resident_bytes(model) / MIB
-    add(
-        "fp32",
-        "other noise",
-        lambda: (
-            {"mem_mib": full, "mem_share": 1.0, "decibels": float("nan")} | other_noise(model, look)
-        ),
-    )
-    x = maps(OTHER, MAPS_PER_PASS)
-    with torch.no_grad():
-        inputs = layer_inputs(model, known.fisher, *x)
-
-    def peer(setting: str | int, quantizer: Callable, name: str) -> dict[str, Any]:
+    def __init__(self, model: nn.Module, known: Sensitivity, expected: Tensor) -> None:
+        self.model, self.expected, self.look = model, expected, character(expected)
+        self.full = resident_bytes(model)
         with torch.no_grad():
-            small, left = by_layer(quantizer(setting))(model, inputs)
-        size = stored_bytes(small)
-        sizes = {"mem_mib": size / MIB, "mem_share": size / resident_bytes(model)}
-        sizes["layers_left_fp32"] = left
-        return sizes | measured(small, expected, look, drawn, name)
+            self.inputs = layer_inputs(model, known.fisher, *maps(OTHER, MAPS_PER_PASS))
+        self.maps_at = WORK.build / "maps.safetensors"
+        self.drawn = {" ".join(FP32): expected[:CHUNK]}  # the first maps by row
+        if self.maps_at.is_file():
+            self.drawn, _ = load_tensors(self.maps_at, "make terrain")
 
-    def ours(plan_of: Callable[[], Plan], name: str) -> dict[str, Any]:
-        small = quantize(model, plan_of())
+    def _row(self, name: str, whole: nn.Module, size: int, **sizes: float) -> dict[str, Any]:
+        found = outputs(whole, JUDGED)
+        self.drawn[name] = found[:CHUNK]
+        sizes = {"mem_mib": size / MIB, "mem_share": size / self.full, **sizes}
+        look = distances(self.look, character(found))
+        return {**sizes, "decibels": decibels(self.expected, found), **look}
+
+    def other_noise(self) -> dict[str, Any]:
+        """How far maps of the same model from other noise are: what a distance is held against."""
+        sizes = {"mem_mib": self.full / MIB, "mem_share": 1.0, "decibels": float("nan")}
+        return sizes | distances(self.look, character(outputs(self.model, OTHER)))
+
+    def peer(self, quantizer: Callable, setting: str | int, name: str) -> dict[str, Any]:
+        """Another library with one of its settings."""
+        with torch.no_grad():
+            small, left = by_layer(quantizer(setting))(self.model, self.inputs)
+        return self._row(name, small, stored_bytes(small), layers_left_fp32=left)
+
+    def ours(self, plan_of: Callable[[], Plan], name: str) -> dict[str, Any]:
+        """lafq with a plan."""
+        small = quantize(self.model, plan_of())
         with TemporaryDirectory() as folder:
             path = Path(folder) / "small.safetensors"
-            save_quantized(path, small, model, compress=True)
-            file = path.stat().st_size
+            save_quantized(path, small, self.model, compress=True)
+            file_mib = path.stat().st_size / MIB
         size = resident_bytes(small)
-        sizes = {"mem_mib": size / MIB, "mem_share": size / resident_bytes(model)}
-        sizes["file_mib"] = file / MIB
-        return sizes | measured(dequantize_(small), expected, look, drawn, name)
+        return self._row(name, dequantize_(small), size, file_mib=file_mib)
 
+
+def make_rows(model: nn.Module, known: Sensitivity, expected: Tensor) -> None:
+    """The table results/terrain/terrain.csv and the figure.
+
+    A row that is there is made again only where the figure needs its maps, kept in build/.
+    """
+    table, judge = Table("terrain", ("method", "format"), WORK), Judge(model, known, expected)
+
+    def add(method: str, format: str, make: Callable[..., dict], *arguments: Any) -> None:
+        make = partial(make, *arguments)
+        if (key := (method, format)) not in table:
+            table.add(key, make)
+        elif key in DRAWN.values() and " ".join(key) not in judge.drawn:
+            make()
+        save_tensors(judge.maps_at, judge.drawn)
+
+    add("fp32", "other noise", judge.other_noise)
     for library, (quantizer, settings) in PEERS.items():
         for setting in settings:
-            add(library, str(setting), partial(peer, setting, quantizer, f"{library} {setting}"))
+            add(library, str(setting), judge.peer, quantizer, setting, f"{library} {setting}")
     for method, format, plan_of in plans(model, known):
-        add(method, format, partial(ours, plan_of, f"{method} {format}"))
-    draw(table.frame, drawn)
+        add(method, format, judge.ours, plan_of, f"{method} {format}")
+    draw(table.frame, judge.drawn)
 
 
 def by_passes(model: nn.Module, expected: Tensor) -> None:
@@ -235,31 +193,36 @@ def by_passes(model: nn.Module, expected: Tensor) -> None:
         table.add((passes,), partial(row, passes))
 
 
-def other_noise(model: nn.Module, look: dict[str, np.ndarray]) -> dict[str, float]:
-    """How far maps of the same model from other noise are: what a distance is held against."""
-    return distances(look, character(outputs(model, OTHER)))
-
-
 def draw(table: pd.DataFrame, drawn: dict[str, Tensor]) -> None:
     """Maps by row: FP32, uniform INT4, the allocator at INT4's bytes and at a tenth of FP32's."""
-    workspace.set_style()
-    figure, axes = plt.subplots(len(DRAWN), SHOWN, figsize=(5.6, 7.2))
+    plot, axes = figure(len(DRAWN), SHOWN, figsize=(5.6, 7.2))
     by = table.set_index(["method", "format"])
-    scale = heights(drawn["fp32 none"]).max((1, 2))
+    scale = heights(drawn[" ".join(FP32)]).max((1, 2))
     for row, (title, key) in zip(axes, DRAWN.items(), strict=True):
-        size = (
-            ""
-            if key == ("fp32", "none")
-            else f"\n{by.loc[key, 'mem_share']:.1%} of the bytes\n{by.loc[key, 'decibels']:.1f} dB"
-        )
+        if key != FP32:
+            share, quality = by.loc[key, ["mem_share", "decibels"]]
+            title += f"\n{share:.1%} of the bytes\n{quality:.1f} dB"
         for ax, z, top in zip(row, heights(drawn[" ".join(key)]), scale, strict=False):
             ax.imshow(z, cmap="viridis", vmin=0, vmax=top)
             ax.set(xticks=[], yticks=[])
-        row[0].set_ylabel(f"{title}{size}", fontsize=8)
-    figure.suptitle("Height maps from the same noise", fontsize=10)
+        row[0].set_ylabel(title, fontsize=8)
+    plot.suptitle("Height maps from the same noise", fontsize=10)
     note = "colours from 0 to the highest point of the FP32 map"
-    workspace.save_figure(WORK, "maps", figure, note, pixels=True, model="a public model of others")
-    plt.close(figure)
+    workspace.save_figure(WORK, "maps", plot, note, pixels=True, model="a public model of others")
+
+
+def main() -> None:
+    """Make the rows that are missing and the figure."""
+    # The converter warns of what its resizing leaves out; `load` compares the output with ONNX
+    # Runtime's.
+    warnings.filterwarnings("ignore", module="onnx2pytorch")
+    try:
+        model = load()
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"{error.name} is not installed: `make terrain` installs it") from None
+    expected = outputs(model, JUDGED)
+    make_rows(model, sensitivity(model), expected)
+    by_passes(model, expected)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,8 @@ WEIGHTS = "weights/terrain_consistency_unet_difficulty100.onnx"
 SIZE, SIGMA = 128, 80.0
 PASSES, MAPS_PER_PASS = 32, 2
 FRESH, CHUNK = 64, 4
-KNOWN, JUDGED, OTHER = (
-    0,
-    1,
-    2,
-)  # seeds of the noise: plans are made from, judged on, and what other noise does
+# Seeds of the noise: plans are made from, judged on, and what other noise does.
+KNOWN, JUDGED, OTHER = 0, 1, 2
 STORED = ("fisher", "curvature")
 HEIGHT, ASINH = 22.16864013671875, 0.1  # metres; the package's map from the output to heights
 
@@ -75,30 +72,24 @@ def maps(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
 def outputs(model: nn.Module, seed: int) -> Tensor:
     """What the model makes of FRESH maps, (FRESH, 1, 128, 128)."""
     parts = [part.split(CHUNK) for part in maps(seed, FRESH)]
-    return torch.cat(
-        [model(*x) for x in tqdm(zip(*parts, strict=True), total=FRESH // CHUNK, leave=False)]
-    )
+    return torch.cat([model(*x) for x in tqdm(list(zip(*parts, strict=True)), leave=False)])
 
 
 def estimated(model: nn.Module, passes: int) -> Sensitivity:
     """Of all weights, from the first of PASSES passes of MAPS_PER_PASS maps."""
     parts = [part.split(MAPS_PER_PASS)[:passes] for part in maps(KNOWN, PASSES * MAPS_PER_PASS)]
-    return estimate_sensitivity(
-        model, tqdm(list(zip(*parts, strict=True)), desc="sensitivity", leave=False), KNOWN
-    )
+    batches = tqdm(list(zip(*parts, strict=True)), desc="sensitivity", leave=False)
+    return estimate_sensitivity(model, batches, KNOWN)
 
 
 def sensitivity(model: nn.Module) -> Sensitivity:
     """`estimated` from all passes, kept in build/terrain."""
     path = WORK.build / "sensitivity.safetensors"
     if not path.is_file():
-        found = estimated(model, PASSES)
-        tensors = {
-            f"{kind} {n}": t.contiguous()
-            for kind in STORED
-            for n, t in getattr(found, kind).items()
-        }
-        save_tensors(path, tensors, passes=PASSES, noise=found.noise)
+        known = estimated(model, PASSES)
+        by_kind = {(kind, n): t for kind in STORED for n, t in getattr(known, kind).items()}
+        tensors = {f"{kind} {n}": t.contiguous() for (kind, n), t in by_kind.items()}
+        save_tensors(path, tensors, passes=PASSES, noise=known.noise)
     stored, about = load_tensors(path, "make terrain", passes=PASSES)
     fields = [
         {n.partition(" ")[2]: t for n, t in stored.items() if n.startswith(f"{kind} ")}
@@ -130,10 +121,8 @@ def distances(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, f
     """Wasserstein distances of slopes and roughness (metres), root mean square difference of the
     spectra (dB).
     """
-    found = {
-        name: wasserstein_distance(a[name][::7], b[name][::7]) for name in ("slope", "roughness")
-    }
-    return found | {"spectrum": float(np.sqrt(np.mean((a["spectrum"] - b["spectrum"]) ** 2)))}
+    of = {n: wasserstein_distance(a[n][::7], b[n][::7]) for n in ("slope", "roughness")}
+    return of | {"spectrum": float(np.sqrt(np.mean((a["spectrum"] - b["spectrum"]) ** 2)))}
 
 
 def decibels(expected: Tensor, found: Tensor) -> float:

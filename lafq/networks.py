@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """The model in evaluation mode; afterwards each of its modules is in its former mode and each
-    parameter requires what it did.
+    """The model in evaluation mode; afterwards its modules and parameters are as they were.
 
-    In evaluation mode batch norm does not change its buffers, and dropout passes everything on.
     gradients: they can be taken inside, even where the caller has switched them off.
     """
     modes = [(module, module.training) for module in model.modules()]
@@ -37,10 +35,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     plain names; ValueError for anything that is no module.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"a {type(model).__name__} stands in the place of the model: check the order of the "
-            f"arguments"
-        )
+        kind = f"a {type(model).__name__} stands in the place of the model"
+        raise ValueError(f"{kind}: check the order of the arguments")
     parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
     while hasattr(model, "_orig_mod") or isinstance(model, parallel):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
@@ -58,16 +54,15 @@ def named(model: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
 
 
 def arguments_of(batch: object, device: torch.device) -> list[Any]:
-    """A batch, a tensor or a tuple of the model's arguments, as these arguments, tensors on the
-    device; ValueError for anything else, and for a first argument that is no tensor (B, ...).
+    """The model's arguments in a batch, tensors on the device; ValueError for a batch that is
+    neither a tensor (B, ...) nor a tuple of arguments that begins with one.
     """
     arguments = (batch,) if isinstance(batch, Tensor) else batch
     listed = isinstance(arguments, tuple | list) and arguments
     if not listed or not isinstance(arguments[0], Tensor) or not arguments[0].ndim:
         raise ValueError(
             f"a batch is a {type(batch).__name__}: give one tensor (B, ...), or a tuple of the "
-            "model's arguments that begins with one; wrap a model that takes anything else in a "
-            "module that takes these"
+            "model's arguments that begins with one; wrap a model that takes anything else"
         )
     # A tensor made in inference mode cannot be part of a backward pass.
     return [
@@ -77,15 +72,13 @@ def arguments_of(batch: object, device: torch.device) -> list[Any]:
 
 
 def checked_output(output: object, samples: int) -> Tensor:
-    """The output of a model for a batch of so many samples; ValueError unless it is one tensor
-    whose first axis is the batch.
-    """
+    """The output for so many samples; ValueError unless it is one tensor (samples, ...)."""
     if not isinstance(output, Tensor):
         raise ValueError(
             f"the model's output is a {type(output).__name__}: wrap the model in a module whose "
             f"forward gives one tensor of it"
         )
-    if output.ndim == 0 or len(output) != samples:
+    if output.shape[:1] != (samples,):
         raise ValueError(
             f"the model's output has shape {tuple(output.shape)} for {samples} samples: its first "
             f"axis must be the batch"

@@ -32,12 +32,9 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; on success it replaces `path`, on failure it is removed.
-
-    Raises OSError with one sentence when the file cannot be written (a full disk, a read-only
-    folder).
+    """Give a temporary path, of this writer alone; on success it replaces `path`, on failure it is
+    removed. Raises OSError with one sentence when the file cannot be written.
     """
-    # No two writers share it.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_COUNT)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

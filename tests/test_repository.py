@@ -16,7 +16,7 @@ from lafq.quantization.model import nbytes, resident_bytes
 from lafq.quantization.plan import make_plan
 from lafq.study import poster, workspace
 from lafq.study.diffusion import subject
-from lafq.study.diffusion.unet import quantizable
+from lafq.study.diffusion.unet import layer_of, quantizable
 from lafq.study.rows import KEY, Row, kept_share
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import load_tensors
@@ -176,6 +176,7 @@ def test_a_new_threshold_rule_as_contributing_shows_it(tiny):
     fisher = {n: w.square() for n, w in quantizable(tiny).items()}
     scope = {
         **vars(rules),
+        "layer_of": layer_of,
         "group_of": poster.group_of,
         "Row": Row,
         "make_plan": make_plan,

@@ -21,7 +21,6 @@ from lafq.study import poster, workspace
 from lafq.study.damage import bits_of_equal_damage
 from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.figures import text
-from lafq.study.published_images import fid_noise
 from lafq.study.workspace import profile_parameters
 from lafq.tensors import sha256
 
@@ -101,7 +100,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"to": text.write, "percent": "{:.1%}".format}
-    helpers = [rows, row, record, file, exponent, bits_of_equal_damage, fid_noise]
+    helpers = [rows, row, record, file, exponent, bits_of_equal_damage]
     helpers += [profile_parameters, text.interval, text.table, text.markdown, text.holds, text.name]
     environment.globals |= {helper.__name__: helper for helper in helpers}
     names = [path.stem for path in notebooks()]

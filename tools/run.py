@@ -38,6 +38,7 @@ from tools.publish import QUIET_KERNEL, clean, declared, publish, published
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
 MAY_BE_ZERO = ("SEED", "INCEPTION_REFERENCE", "TRAINING.warmup", "TRAINING.decay")
 LAST = "last_run.json"
+RSS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
 RESUME = "`make resume` goes on from here"
 DIED = "the notebook's process died, most likely for want of memory: lower SAMPLING_BATCH"
 
@@ -111,7 +112,8 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
         how = {"cwd": workspace.NOTEBOOKS, "progress_bar": False, "stderr_file": sys.stderr}
         papermill.execute_notebook(path, output, used, extra_arguments=QUIET_KERNEL, **how)
         clean(output)
-        seconds, peak = round(time.monotonic() - start), round(_peak_mib())
+        seconds = round(time.monotonic() - start)
+        peak = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / RSS_PER_MIB)
         _update(work.results / "record.json", path.stem, used)
         if anew:
             timed = {"seconds": seconds, "peak_mib_so_far": peak}
@@ -120,12 +122,6 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
     print(f"tables: {work.results}\nfigures: {work.figures}\nexecuted notebooks: {work.build}")
     verify.report(work)
     print("`make publish` refreshes notebooks/ and README.md from these results")
-
-
-def _peak_mib() -> float:
-    """The most that a notebook's process has held so far (Linux counts KiB, macOS bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _update(path: Path, key: str, value: Any) -> None:

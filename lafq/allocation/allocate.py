@@ -116,10 +116,8 @@ def frontiers_of(
     check_plan(model, dict.fromkeys(fisher, "fp16"))
     check_estimates(model, fisher, sensitivity.curvature)
     names = tqdm(fisher, "damage by format", leave=False, unit="tensor") if progress else fisher
-    return {
-        name: frontier(Rows.of(model, name, sensitivity), granularity, known, groups)
-        for name in names
-    }
+    rows = ((name, Rows.of(model, name, sensitivity)) for name in names)
+    return {name: frontier(tensor, granularity, known, groups) for name, tensor in rows}
 
 
 def solve_budget(

@@ -74,8 +74,8 @@ def allocate_coded(
     check_plan(model, dict.fromkeys(names, "int8"))
     check_values(model, dict.fromkeys(names, "int8"))
     tensors = {name: Rows.of(model, name, sensitivity) for name in names}
-    turns, budget = range(FILES), file_mib * MIB + 0.5
-    turns = tqdm(turns, "steps", leave=False, unit="file") if progress else turns
+    budget = file_mib * MIB + 0.5  # half a byte: MiB are not exact
+    turns = tqdm(range(FILES), "steps", leave=False, unit="file") if progress else range(FILES)
     with TemporaryDirectory() as folder:
         trial = partial(_trial, model, tensors, Path(folder) / "tried.safetensors")
         best = _search(trial, _first_guess(tensors, budget), budget, turns)

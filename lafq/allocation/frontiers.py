@@ -106,13 +106,15 @@ class _Option(NamedTuple):
 
     def cost(self, chosen: Tensor) -> tuple[int, float]:
         """Bytes and damage with the formats of these numbers, int64 (R,)."""
-        by_format = {self.formats[i]: (chosen == i).nonzero()[:, 0] for i in chosen.unique()}
+        by_format = {
+            self.formats[i]: (chosen == i).nonzero()[:, 0] for i in chosen.unique().tolist()
+        }
         size = counted_bytes(self.rows.view, by_format, self.kept.sum(1), "fp16", self.group)
         return size, self.damage.gather(1, chosen[:, None]).sum().item()
 
     def entry(self, chosen: Tensor) -> str | WeightSpec:
         """That of a plan, with the formats of these numbers."""
-        names = tuple(self.formats[i].name for i in chosen)
+        names = tuple(self.formats[i].name for i in chosen.tolist())
         format = names[0] if len(set(names)) == 1 else names
         if self.kept.any():
             return WeightSpec(format, self.rows.view.back(self.kept), "fp16")
@@ -123,8 +125,7 @@ class _Option(NamedTuple):
 def frontier(
     rows: Rows, granularity: str, formats: list[Format], groups: tuple[int, ...] = ()
 ) -> list[StorageOption]:
-    """The choices of one parameter that no other choice beats in both bytes and damage, smallest
-    first.
+    """The undominated choices of one parameter, smallest first.
 
     groups: so many weights may share a scale, where they divide a channel; groups have no single
     weights in FP16.
@@ -202,11 +203,9 @@ def _option(rows: Rows, formats: list[Format], group: int, kept: Tensor) -> _Opt
         if f not in fed:
             stored = fake_quantize(rest, f, unshrunk_scale, weight, group)
             change = torch.where(kept, _fp16(values), stored) - values
-            damages[f] = (
-                damage(change, fisher)
-                if curvature is None
-                else rows.damage(_independent(change, curvature))
-            )
+            damages[f] = damage(change, fisher)
+            if curvature is not None:
+                damages[f] = rows.damage(_independent(change, curvature))
     length = view.size[1]
     scale_bits = 16 * (length // (group or length))
     bits = torch.tensor([f.bits * length + scale_bits * f.is_integer for f in formats]).double()

@@ -74,11 +74,10 @@ def keep_above(scores: Scores, threshold: float) -> dict[str, Tensor]:
 
 
 def by_granularity(fisher: Scores, granularity: str, axes: dict[str, int] | None = None) -> Scores:
-    """The mean Fisher value of each thing that is kept or quantized as one.
+    """The mean Fisher value of each thing that is kept or quantized as one: 0-dim for "tensor",
+    (output channels,) for "channel", F itself for "weight"; ValueError for another granularity.
 
-    granularity: "tensor" gives 0-dim means, "channel" (output channels,), "weight" the values
-    themselves. axes: by name the axis of the output channels where it is not 0 (1 in a transposed
-    convolution). Raises ValueError for another granularity.
+    axes: by name the axis of the output channels where it is not 0 (1 in a transposed convolution).
     """
     if granularity not in GRANULARITIES:
         choices = ", ".join(GRANULARITIES)

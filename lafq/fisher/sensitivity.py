@@ -68,10 +68,10 @@ def estimate_sensitivity(
     seed: int = 0,
     names: list[str] | None = None,
     shrink: bool = True,
-    curvature: bool = True,
     largest: int = LARGEST,
     channels: int | None = CHANNELS,
     draws: int = 1,
+    curvature: bool = True,
 ) -> Sensitivity:
     """Estimate the diagonal of the true Fisher information, and from the same passes the curvature
     that output channels share.
@@ -84,14 +84,14 @@ def estimate_sensitivity(
         names: the parameters; None: all with two dimensions or more.
         shrink: shrink noisy estimates (`fisher.shrinkage`), else take the means over passes as they
             are.
-        curvature: False gives means of Fisher values alone, with the memory of training and one
-            gradient more; a curvature needs C^2 numbers per tensor besides.
         largest: columns of a curvature matrix; that of a tensor with more weights per output
             channel is estimated in blocks.
         channels: output channels that one pass adds to a curvature; those of a tensor with more
             take turns (None: no turns).
         draws: of noise per pass. If batches are few, 4 tell more of each; a draw takes a backward
             pass and memory for a gradient.
+        curvature: False gives means of Fisher values alone, with the memory of training and one
+            gradient more; a curvature needs C^2 numbers per tensor besides.
 
     Raises ValueError for an unknown name, no batch, a result that is not finite or zero everywhere,
     and draws below 1.
@@ -115,7 +115,7 @@ def estimate_sensitivity(
         for batch in batches:
             arguments = arguments_of(batch, next(iter(chosen.values())).device)
             output = checked_output(model(*arguments), len(arguments[0]))
-            sums.add(_gradients(output, chosen, draws, noise), len(output))
+            sums.add(output, draws, noise)
     check_sums(sums.squares, sums.samples)
     if not any(square.any() for square in sums.squares.values()):
         raise ValueError(
@@ -179,20 +179,24 @@ class _Sums:
         largest: int,
         channels: int | None,
     ) -> None:
+        self.chosen, self.views, self.samples, self.traces = chosen, views, 0, []
         self.squares = {name: torch.zeros_like(p) for name, p in chosen.items()}
         self.moments = {n: Moments(v.of(chosen[n]), largest, channels) for n, v in views.items()}
-        self.views, self.samples, self.traces = views, 0, []
 
-    def add(self, gradients: dict[str, list[Tensor]], samples: int) -> None:
-        """Add the gradients of one pass, one per draw."""
-        trace = 0.0
-        for name, draws in gradients.items():
-            for gradient in draws:
-                self.squares[name].addcmul_(gradient, gradient, value=1 / len(draws))
-                trace += torch.linalg.vector_norm(gradient).item() ** 2 / len(draws)
+    def add(self, output: Tensor, draws: int, noise: torch.Generator) -> None:
+        """Add a pass: the gradients of the output times N(0, I), as often as there are draws."""
+        by_draw, trace = [], 0.0
+        for left in reversed(range(draws)):
+            n = torch.randn(output.shape, generator=noise, dtype=torch.float32).to(output)
+            how = {"retain_graph": left > 0, "allow_unused": True, "materialize_grads": True}
+            by_draw.append(torch.autograd.grad(output, list(self.chosen.values()), n, **how))
+        for name, *gradients in zip(self.chosen, *by_draw, strict=True):
+            for gradient in gradients:
+                self.squares[name].addcmul_(gradient, gradient, value=1 / draws)
+                trace += torch.linalg.vector_norm(gradient).item() ** 2 / draws
             if name in self.moments:
-                self.moments[name].add(*map(self.views[name].of, draws))
-        self.samples, self.traces = self.samples + samples, [*self.traces, trace]
+                self.moments[name].add(*map(self.views[name].of, gradients))
+        self.samples, self.traces = self.samples + len(output), [*self.traces, trace]
 
     def sensitivity(self, shrink: bool) -> Sensitivity:
         """The means over samples and passes, shrunk or as they are."""
@@ -207,15 +211,3 @@ class _Sums:
         fisher = {name: square / self.samples for name, square in squares.items()}
         effective = sum(self.traces) ** 2 / sum(x * x for x in self.traces)
         return Sensitivity(fisher, curvature, len(self.traces), noise, effective)
-
-
-def _gradients(
-    output: Tensor, chosen: dict[str, nn.Parameter], draws: int, noise: torch.Generator
-) -> dict[str, list[Tensor]]:
-    """By parameter: the gradients of the output times N(0, I), one per draw."""
-    by_draw = []
-    for left in reversed(range(draws)):
-        n = torch.randn(output.shape, generator=noise, dtype=torch.float32).to(output)
-        how = {"retain_graph": left > 0, "allow_unused": True, "materialize_grads": True}
-        by_draw.append(torch.autograd.grad(output, list(chosen.values()), n, **how))
-    return dict(zip(chosen, map(list, zip(*by_draw, strict=True)), strict=True))

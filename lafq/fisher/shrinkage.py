@@ -7,9 +7,11 @@ estimate and t its target,
     x* = (1 - s) x + s t,    s = sum of Var(x_i) / sum of (x_i - t_i)^2, at most 1,
 
 has the least expected squared error (Schaefer and Strimmer 2005, section 2; Ledoit and Wolf 2004).
-s falls as 1 / passes. One pass
-tells nothing of its spread: s is 1, and weights of a tensor then count alike.
+s falls as 1 / passes. One pass tells nothing of its spread: s is 1, and weights of a tensor then
+count alike.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,24 +25,20 @@ class Moments:
 
     largest: with more columns, sums for the curvature are kept in equal blocks of at most so many,
     (B, S, S). channels: with more rows, about so many of them count in the curvature of a pass, and
-    the others in those of the next passes; None: all in each. Holds B S^2 + 2 R + C numbers. Raises
-    nothing: what is not finite stays so.
+    the others in those of the next passes; None: all in each.
     """
 
     def __init__(self, gradient: Tensor, largest: int, channels: int | None) -> None:
         rows, columns = gradient.shape
         self.passes, self.turns = 0, -(-rows // (channels or rows))
-        self.blocks = next(
-            b for b in range(max(1, -(-columns // largest)), columns + 1) if columns % b == 0
-        )
+        fewest = max(1, -(-columns // largest))
+        self.blocks = next(b for b in range(fewest, columns + 1) if columns % b == 0)
         size = columns // self.blocks
-        self.curvature = gradient.new_zeros(
-            (self.blocks, size, size) if self.blocks > 1 else (size, size)
-        )
-        self.off_diagonal_squares = gradient.new_zeros((), dtype=torch.float64)
-        self.diagonal_squares = gradient.new_zeros(columns, dtype=torch.float64)
-        self.fourth_powers = gradient.new_zeros(rows, dtype=torch.float64)
-        self.mean_squares = gradient.new_zeros(rows, dtype=torch.float64)
+        shape = (self.blocks, size, size) if self.blocks > 1 else (size, size)
+        zeros = partial(gradient.new_zeros, dtype=torch.float64)
+        self.curvature = gradient.new_zeros(shape)
+        self.off_diagonal_squares, self.diagonal_squares = zeros(()), zeros(columns)
+        self.fourth_powers, self.mean_squares = zeros(rows), zeros(rows)
 
     def add(self, *draws: Tensor) -> None:
         """Add the gradients (R, C) of one pass, one per draw of noise; channels count alike in the
@@ -77,16 +75,14 @@ class Moments:
         """
         mean = self.curvature / self.passes
         diagonal = diagonal_of(mean).double().clone()  # `mean` is changed in place below
-        level = diagonal.mean()
-        off = (
-            torch.linalg.vector_norm(mean).double().square() - diagonal.square().sum()
-        ).clamp_min(0)
-        on = self._share(
-            self.diagonal_squares.sum(), diagonal.square().sum(), (diagonal - level).square().sum()
-        )
+        level, square = diagonal.mean(), diagonal.square().sum()
+        off = (torch.linalg.vector_norm(mean).double().square() - square).clamp_min(0)
+        around = (diagonal - level).square().sum()
+        on = self._share(self.diagonal_squares.sum(), square, around)
         share = torch.maximum(self._share(self.off_diagonal_squares, off, off), on)
-        shrunk = mean.mul_((1 - share) / level.clamp_min(1e-30))
-        target = (1 - on) * diagonal / level.clamp_min(1e-30) + on
+        level = level.clamp_min(1e-30)
+        shrunk = mean.mul_((1 - share) / level)
+        target = (1 - on) * diagonal / level + on
         shrunk.diagonal(dim1=-2, dim2=-1).copy_(target.view(shrunk.shape[:-1]))
         return shrunk, share.item()
 
@@ -99,13 +95,11 @@ class Moments:
         tensor = channel.mean()
         around = (mean - channel).square().sum(1)
         within = self._share(self.fourth_powers, mean.square().sum(1), around)[:, None]
-        across = self._share(
-            self.mean_squares.sum(), channel.square().sum(), (channel - tensor).square().sum()
-        )
-        shape = torch.where(
-            channel > 0, (1 - within) * mean / channel.clamp_min(1e-300) + within, 1
-        )
-        return (((1 - across) * channel + across * tensor) * shape * self.passes).to(squares.dtype)
+        around = (channel - tensor).square().sum()
+        across = self._share(self.mean_squares.sum(), channel.square().sum(), around)
+        level = (1 - across) * channel + across * tensor
+        shape = (1 - within) * mean / channel.clamp_min(1e-300) + within
+        return (level * shape.where(channel > 0, 1) * self.passes).to(squares.dtype)
 
     def _share(self, squares: Tensor, squared_mean: Tensor, distance: Tensor) -> Tensor:
         """s, from the sum over passes of squares, the squared mean over passes, and the squared

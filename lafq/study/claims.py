@@ -23,7 +23,7 @@ from lafq.rng import generator
 from lafq.study import poster
 from lafq.study.diffusion.unet import layer_of
 from lafq.study.images import metrics
-from lafq.study.images.evaluate import Scored, score
+from lafq.study.images.evaluate import score
 from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
 from lafq.study.results import load_rows
 from lafq.study.workspace import Workspace, load_optional, load_table
@@ -66,9 +66,7 @@ def verdict(
 
 
 def holm(p: list[float]) -> list[float]:
-    """P values corrected for their number (Holm 1979, "A simple sequentially rejective multiple
-    test procedure").
-    """
+    """P values corrected for their number (Holm 1979, Scandinavian Journal of Statistics 6)."""
     order, corrected, largest = sorted(range(len(p)), key=p.__getitem__), [0.0] * len(p), 0.0
     for i, place in enumerate(order):
         largest = max(largest, min(1.0, (len(p) - i) * p[place]))
@@ -77,21 +75,16 @@ def holm(p: list[float]) -> list[float]:
 
 
 def _claim(
-    claim: str,
-    measured: float,
-    low: float,
-    high: float,
-    margin: float = 0.0,
-    p: float = math.nan,
-    **fields: Any,
+    claim: str, measured: float, low: float, high: float, margin: float = 0.0, **fields: Any
 ) -> Claim:
     """A row of claims.csv: its number, the interval low..high and the verdict, and fields that say
     of what the number is (results/README.md lists the columns).
     """
     side = {"above": claim in ABOVE, "null": NULL.get(claim, 0.0)}
-    holds = verdict(low, high, **side, margin=margin, p=p)
+    fields = {"p": math.nan} | fields
+    holds = verdict(low, high, **side, margin=margin, p=fields["p"])
     number = {"measured": measured, "low": low, "high": high}
-    return {"claim": claim} | number | {"verdict": holds, "p": p} | fields
+    return {"claim": claim} | number | {"verdict": holds} | fields
 
 
 class Judge(NamedTuple):
@@ -99,8 +92,7 @@ class Judge(NamedTuple):
     and the margin of its verdicts.
     """
 
-    scored: Callable[[str], Scored]
-    metric: str
+    fid: Callable[[str], tuple[float, Tensor]]
     features: str
     n_images: int
     margin: float
@@ -113,10 +105,8 @@ class Judge(NamedTuple):
 
     def difference(self, claim: str, sample: str, other: str, **fields: Any) -> Claim:
         """A claim that the FID of one sample is below the other's."""
-        ours, theirs = self.scored(sample), self.scored(other)
-        measured = ours.values[self.metric] - theirs.values[self.metric]
-        draws = ours.draws[self.metric] - theirs.draws[self.metric]
-        return self.claim(claim, measured, draws, **fields)
+        (ours, draws), (theirs, their_draws) = self.fid(sample), self.fid(other)
+        return self.claim(claim, ours - theirs, draws - their_draws, **fields)
 
 
 def judge(images: dict[str, np.ndarray], seed: int, inception: FeatureExtractor | None) -> Judge:
@@ -127,13 +117,12 @@ def judge(images: dict[str, np.ndarray], seed: int, inception: FeatureExtractor 
     extractor = inception or mnist_extractor()
 
     @cache
-    def scored(sample: str) -> Scored:
-        return score(torch.from_numpy(images[sample])[:, None], [extractor], seed)
+    def fid(sample: str) -> tuple[float, Tensor]:
+        values, draws = score(torch.from_numpy(images[sample])[:, None], [extractor], seed)
+        return values[f"fid_{extractor.name}"], draws[f"fid_{extractor.name}"]
 
-    metric = f"fid_{extractor.name}"
-    if not inception:
-        return Judge(scored, metric, "MNIST", count, 0.0)
-    return Judge(scored, metric, "Inception", count, FID_MARGIN * (count == MARGIN_IMAGES))
+    margin = FID_MARGIN if inception and count == MARGIN_IMAGES else 0.0
+    return Judge(fid, "Inception" if inception else "MNIST", count, margin)
 
 
 def fisher_claims(blocks: pd.DataFrame, weights: pd.Series, kind: str, seed: int) -> list[Claim]:
@@ -198,9 +187,8 @@ def best_ratio(table: pd.DataFrame, by: Judge) -> list[Claim]:
         rows = rows[rows["setting"].isin(published)].drop_duplicates("setting")
         inside = rows["setting"].astype(float).between(*poster.BEST_RATIOS).to_numpy(copy=True)
         if inside.any() and not inside.all():
-            scored = [by.scored(sample) for sample in rows["sample"]]
-            values = torch.tensor([s.values[by.metric] for s in scored])
-            draws = torch.stack([s.draws[by.metric] for s in scored], 1)
+            values, draws = zip(*map(by.fid, rows["sample"]), strict=True)
+            values, draws = torch.tensor(values), torch.stack(draws, 1)
             measured, spread = (
                 fid[..., inside].mean(-1) - fid[..., ~inside].mean(-1) for fid in (values, draws)
             )

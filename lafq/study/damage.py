@@ -60,36 +60,25 @@ def output_errors(
     return (predicted - expected).square().flatten(1).mean(1), rise.item()
 
 
-def ratio_of_means(
-    errors: Tensor, reference: Tensor | float, seed: int
-) -> tuple[float, float, float]:
+def over(name: str, errors: Tensor, reference: Tensor, seed: int) -> dict[str, float]:
     """Mean error over the mean of a reference, with its 95 % interval: a bootstrap over the digits,
-    paired, of the logarithm.
+    paired, of the logarithm. Columns name, name_low, name_high.
 
     A few digits have most of the error, and on the ratio's own scale the interval reaches below
     zero.
     """
-    if not errors.any():
-        return 0.0, 0.0, 0.0
-    indices = resamples(len(errors), seed)
-    mean, draws = errors.mean(), mean_draws(errors, indices)
-    if isinstance(reference, Tensor):
-        mean, draws = mean / reference.mean(), draws / mean_draws(reference, indices)
-    else:
-        mean, draws = mean / reference, draws / reference
-    low, high = interval(math.log(mean.item()), draws.log())
-    return mean.item(), math.exp(low), math.exp(high)
+    ratio = (0.0, 0.0, 0.0)
+    if errors.any():
+        indices = resamples(len(errors), seed)
+        value = (errors.mean() / reference.mean()).item()
+        draws = mean_draws(errors, indices) / mean_draws(reference, indices)
+        ratio = value, *map(math.exp, interval(math.log(value), draws.log()))
+    return {f"{name}{end}": value for end, value in zip(ENDS, ratio, strict=True)}
 
 
 def output_mse(errors: Tensor, rise: float, seed: int) -> dict[str, float]:
-    """`damage`, the mean of `output_errors` with its 95 % interval over the digits, and
-    `delta_loss`.
-    """
-    return _with_ends("damage", ratio_of_means(errors, 1.0, seed)) | {"delta_loss": rise}
-
-
-def _with_ends(name: str, values: tuple[float, float, float]) -> dict[str, float]:
-    return {f"{name}{end}": value for end, value in zip(ENDS, values, strict=True)}
+    """`damage`, the mean of `output_errors` with its interval, and `delta_loss`."""
+    return over("damage", errors, torch.ones_like(errors), seed) | {"delta_loss": rise}
 
 
 def measure_damage(
@@ -119,16 +108,12 @@ def measure_damage(
         line |= {"bits_per_weight": study_rows.bits_of(model, row.plan)}
         line |= {"predicted": predicted_damage(model, small, validation) / HALF_PIXELS}
         lines.append(line | output_mse(errors[row[:5]], rise, seed))
-    int8 = [e for key, e in errors.items() if key[:1] + key[2:] == UNIFORM_INT8]
+    int8 = next((key for key in errors if key[:1] + key[2:] == UNIFORM_INT8), None)
     for row, line in zip(rows, lines, strict=True):
-        one_threshold = errors.get(("global", *row[1:5]))
-        for name, reference in (
-            ("over_int8", next(iter(int8), None)),
-            ("over_global", one_threshold),
-        ):
-            if reference is not None:
-                ratio = ratio_of_means(errors[row[:5]], reference, seed)
-                line.update(_with_ends(name, ratio))
+        references = {"over_int8": int8, "over_global": ("global", *row[1:5])}
+        for name, key in references.items():
+            if key in errors:
+                line.update(over(name, errors[row[:5]], errors[key], seed))
     sizes = study_rows.sizes(model, [row.plan for row in rows])
     return pd.DataFrame(lines).join(sizes).reindex(columns=COLUMNS)
 

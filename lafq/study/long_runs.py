@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
+from functools import cached_property
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,7 +24,6 @@ from typing import Any
 import pandas as pd
 import torch
 from dask.system import CPU_COUNT
-from torch import nn
 
 from lafq import allocate
 from lafq.fisher.sensitivity import CHANNELS, Sensitivity
@@ -61,7 +61,7 @@ from lafq.study.workspace import (
     save_arrays,
     save_table,
 )
-from lafq.tensors import load_tensors, save_tensors
+from lafq.tensors import atomic_write
 
 SEEDS = (0, 1, 2, 3, 4)
 IMAGES, DESCRIBED, SHOWN = 1000, 200, 16
@@ -70,13 +70,7 @@ ALLOCATED, RULE_BITS = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
 CODED_FILES, AT_SIZE, FILES_BELOW = (2.0, 2.5), (2.5, 3.0, 4.0, 6.0), 9
 RULES = ("global", "group", "ratio", "magnitude", "random")
 SHIPPED_MIB, OTHER_NOISE = 13.0, 1
-# Rule and rounding.
-FRESH = (
-    ("allocate", "feedback"),
-    ("allocate", "tuned"),
-    *((rule, "feedback") for rule in ("global", "group", "ratio")),
-)
-# A row of 1,000 images takes minutes: of these no other budgets.
+# A row of 1,000 images takes minutes: of these (rule, rounding) no other budgets.
 SELECTED = {
     ("uniform", "feedback"): (),
     ("allocate", "nearest"): (4.0,),
@@ -87,20 +81,71 @@ AT_32_BITS = BASELINE._replace(setting="32.000", bits=32.0)
 Tables = dict[str, pd.DataFrame]
 
 
+class Experiment:
+    """What the steps of a profile share: parameters, model, sensitivity, how images are drawn."""
+
+    def __init__(self, profile: str) -> None:
+        self.p = profile_parameters(profile)
+        self.seed, self.samples = self.p["SEED"], self.p["TRUE_FISHER_SAMPLES"]
+        self.work = Workspace.of(self.p)
+        self.model = load_model(self.work, self.p["WIDTH"])
+
+    @cached_property
+    def known(self) -> Sensitivity:
+        """The sensitivity that the plans of 06_budget are made from."""
+        return measured_sensitivity(self.model, self.samples, self.seed)
+
+    def kept_sensitivity(self, seed: int) -> Sensitivity:
+        """Sensitivity at the poster's size: fewer channels a pass, and kept in build/<profile>, so
+        that an interrupted run goes on from there.
+        """
+        weights = weights_sha256(self.model)[:12]
+        path = self.work.build / f"sensitivity_{weights}_{self.samples}_{seed}.pt"
+        if not path.is_file():
+            known = measured_sensitivity(self.model, self.samples, seed, CHANNELS)
+            with atomic_write(path) as temporary:
+                torch.save((known.fisher, known.curvature), temporary)
+        return Sensitivity(*torch.load(path))
+
+    def sampling(self, images: int, seed: int | None = None) -> Sampling:
+        """So many images in the profile's steps and batches, from its noise or that of a seed."""
+        seed = self.seed if seed is None else seed
+        return Sampling(images, self.p["SAMPLING_STEPS"], seed, self.p["SAMPLING_BATCH"])
+
+    def rounded_alike(self, bits: list[float], rules: tuple[str, ...]) -> list[Row]:
+        """The allocator's rows and the rules', all with error feedback."""
+        rows = allocated_at_bits(self.model, self.known, bits, ("mixed",), variants=())
+        rows += rules_at_bits(self.model, self.known, bits, self.seed, rules)
+        return [row for row in rows if row.rounding == "feedback"]
+
+    def with_claims(self, name: str, rows: list[Row], sampling: Sampling) -> Tables:
+        """The table of rows `name`, and the claims about its rules."""
+        table, images = evaluate_large(self.work, self.model, rows, sampling)
+        ruled = table[table["rule"].isin(RULES)]
+        of_rules = pd.DataFrame(claims.rule_image_claims(ruled, images, sampling.seed))
+        return {f"{name}_claims": of_rules, name: table}
+
+    def at_budgets(self, name: str, rows: list[Row], images: int) -> Tables:
+        """The table of rows `name` by their budget, after the unquantized model."""
+        table, _ = evaluate(self.work, self.model, [AT_32_BITS, *rows], self.sampling(images))
+        return {name: by_budget(table).drop(columns="sample")}
+
+
 def noise_floor(profile: str) -> Tables:
     """What FID and KID show of real and of generated digits at every number of images."""
-    return {"noise_floor": published_images.noise_floor(profile_parameters(profile))}
+    run = Experiment(profile)
+    generated = ImageStore(run.work).draw(run.model, run.sampling(run.p["CHECK_IMAGES"])).images
+    inception = run.p["INCEPTION_REFERENCE"] > 0
+    return {"noise_floor": published_images.noise_floor(generated, run.seed, inception)}
 
 
 def many_images(profile: str, images: int = IMAGES) -> Tables:
-    """The rows that C3 and C4 speak of with ten times the images, on disjoint blocks too, and these
-    claims at that N.
-    """
-    p, work, model = _opened(profile)
-    rows = claimed_rows(model, load_fisher(work, p["WIDTH"]), p["THRESHOLDS"])
-    sampling = Sampling(images, p["SAMPLING_STEPS"], p["SEED"])
-    table, samples = evaluate_large(work, model, rows, sampling)
-    of_images = claims.claims_on_images(table, samples, p["SEED"])
+    """The rows of C3 and C4 with ten times the images, on disjoint blocks too, and these claims."""
+    run = Experiment(profile)
+    fisher = load_fisher(run.work, run.p["WIDTH"])
+    rows = claimed_rows(run.model, fisher, run.p["THRESHOLDS"])
+    table, samples = evaluate_large(run.work, run.model, rows, run.sampling(images))
+    of_images = claims.claims_on_images(table, samples, run.seed)
     return {"evidence_rows_claims": pd.DataFrame(of_images), "evidence_rows": table}
 
 
@@ -109,11 +154,8 @@ def training_runs(profile: str, seeds: tuple[int, ...] = SEEDS) -> Tables:
     with one_process_per_core() as pool:
         by_seed = list(pool.map(training_run, repeat(profile_parameters(profile)), seeds))
     table, of_runs = (pd.concat(parts, ignore_index=True) for parts in zip(*by_seed, strict=True))
-    return {
-        "evidence_runs_claims": of_runs,
-        "evidence_runs_over": claims.over_runs(of_runs),
-        "evidence_runs": table,
-    }
+    over = claims.over_runs(of_runs)
+    return {"evidence_runs_claims": of_runs, "evidence_runs_over": over, "evidence_runs": table}
 
 
 def one_process_per_core() -> Executor:
@@ -121,227 +163,131 @@ def one_process_per_core() -> Executor:
     return ProcessPoolExecutor(CPU_COUNT, mp_context=get_context("spawn"))
 
 
-def training_run(parameters: dict[str, Any], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One run: its rows as `evaluate.evaluate` gives them, and its claims; both with columns seed
-    and steps in front.
-    """
-    p, work = parameters, Workspace.open(parameters["PROFILE"], 1, parameters["DEVICE"])
+def training_run(p: dict[str, Any], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows and claims of one run, columns seed and steps (of training) in front."""
+    work = Workspace.open(p["PROFILE"], 1, p["DEVICE"])
     model, digits = trained(work, p, seed), mnist(train=True)[0]
-    fisher = fisher_by_timestep(
-        model,
-        list(quantizable(model)),
-        digits,
-        samples=p["FISHER_SAMPLES"],
-        bins=p["TIMESTEP_BINS"],
-        seed=seed,
-    )
+    draws = {"samples": p["FISHER_SAMPLES"], "bins": p["TIMESTEP_BINS"], "seed": seed}
+    fisher = fisher_by_timestep(model, list(quantizable(model)), digits, **draws)
     rows = claimed_rows(model, fisher.by_weight, p["THRESHOLDS"])
     table, images = evaluate(work, model, rows, Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed))
     weights = fisher.timesteps.drop_duplicates("parameter").set_index("parameter")["weights"]
-    of_run = pd.DataFrame(
-        [
-            *claims.fisher_claims(fisher.blocks, weights, "empirical, noised digits", seed),
-            *claims.claims_on_images(table, images, seed),
-        ]
-    )
+    of_fisher = claims.fisher_claims(fisher.blocks, weights, "empirical, noised digits", seed)
+    of_run = pd.DataFrame([*of_fisher, *claims.claims_on_images(table, images, seed)])
     run = {"seed": seed, "steps": p["TRAINING"]["steps"]}
-    first, second = (
-        t.assign(**run)[[*run, *(c for c in t if c not in run)]] for t in (table, of_run)
-    )
-    return first, second
+    tables = (t.assign(**run) for t in (table, of_run))
+    return tuple(t[[*run, *t.columns.drop(list(run))]] for t in tables)
 
 
 def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
     """The model of a seed: the shipped one for the profile's seed; else trained, on from its
     checkpoint where there is one.
     """
+    width, settings = parameters["WIDTH"], {**parameters["TRAINING"], "seed": seed}
     if seed == parameters["SEED"]:
-        return load_model(work, parameters["WIDTH"])
+        return load_model(work, width)
     torch.manual_seed(int(torch.randint(2**62, (), generator=generator(seed))))
-    settings = {**parameters["TRAINING"], "seed": seed}
-    model = UNet(parameters["WIDTH"], settings.pop("dropout")).to(
-        work.device, memory_format=torch.channels_last
-    )
+    model = UNet(width, settings.pop("dropout"))
+    model = model.to(work.device, memory_format=torch.channels_last)
     checkpoint = work.build / f"replicate_{seed}.pt"
     weights, _ = training.fit(model, mnist(train=True)[0], checkpoint, **settings)
-    result = UNet(parameters["WIDTH"])
+    result = UNet(width)
     result.load_state_dict(weights)
     return result.eval().to(work.device, memory_format=torch.channels_last)
 
 
 def budgets(profile: str, images: int = IMAGES) -> Tables:
-    """FID of rows of 06_budget: the unquantized model, uniform formats, the allocator ("mixed";
-    tuned too), threshold rules.
-    """
-    p, work, model = _opened(profile)
-    known = measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
-    allocated = allocated_at_bits(model, known, ALLOCATED, granularities=("mixed",))
-    rules = rules_at_bits(model, known, RULE_BITS, p["SEED"], RULES)
-    rows = [AT_32_BITS, *uniform_at_bits(model, known), *allocated]
-    rows += [*tuned_rows(allocated, **p["TUNED"]), *rules]
+    """FID of rows of 06_budget: uniform formats, the allocator (tuned too), threshold rules."""
+    run = Experiment(profile)
+    rows = allocated_at_bits(run.model, run.known, ALLOCATED, granularities=("mixed",))
+    rows += tuned_rows(rows, **run.p["TUNED"])
+    rows += rules_at_bits(run.model, run.known, RULE_BITS, run.seed, RULES)
+    rows = [*uniform_at_bits(run.model, run.known), *rows]
     rows = [row for row in rows if row.bits in SELECTED.get((row.rule, row.rounding), (row.bits,))]
-    table, _ = evaluate(work, model, rows, Sampling(images, p["SAMPLING_STEPS"], p["SEED"]))
-    return {"evidence_budget": by_budget(table).drop(columns="sample")}
+    return run.at_budgets("evidence_budget", rows, images)
 
 
 def fresh_noise(profile: str, images: int = IMAGES) -> Tables:
-    """Rows of 06_budget at 4 bits per weight, the allocator and the rules rounded alike, from noise
-    never used before.
-    """
-    p, work, model = _opened(profile)
-    bits, seed = [claims.RATE], p["SEED"] + damage.FRESH_SEED
-    known = measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
-    allocated = allocated_at_bits(model, known, bits, ("mixed",), variants=())
-    rows = [*allocated, *tuned_rows(allocated, bits, p["TUNED"]["steps"])]
-    rows += rules_at_bits(model, known, bits, p["SEED"])
-    sampling = Sampling(images, p["SAMPLING_STEPS"], seed)
-    table, samples = evaluate_large(work, model, _rounded_alike(rows), sampling)
-    ruled = table[table["rule"].isin(RULES)]
-    of_rules = claims.rule_image_claims(ruled, samples, seed)
-    return {"evidence_fresh_claims": pd.DataFrame(of_rules), "evidence_fresh": table}
+    """The allocator and the rules rounded alike at 4 bits per weight, from noise never used."""
+    run, bits = Experiment(profile), [claims.RATE]
+    rows = run.rounded_alike(bits, ("global", "group", "ratio"))
+    rows[1:1] = tuned_rows(rows, bits, run.p["TUNED"]["steps"])
+    sampling = run.sampling(images, run.seed + damage.FRESH_SEED)
+    return run.with_claims("evidence_fresh", rows, sampling)
 
 
 def coded_files(profile: str, images: int = IMAGES) -> Tables:
     """FID of entropy-coded files of 06_budget, from the noise of the other rows."""
-    p, work, model = _opened(profile)
-    known = measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
-    rows = [AT_32_BITS, *coded_at_bits(model, known, CODED_FILES)]
-    table, _ = evaluate(work, model, rows, Sampling(images, p["SAMPLING_STEPS"], p["SEED"]))
-    return {"evidence_coded": by_budget(table).drop(columns="sample")}
+    run = Experiment(profile)
+    rows = coded_at_bits(run.model, run.known, CODED_FILES)
+    return run.at_budgets("evidence_coded", rows, images)
 
 
 def at_int4_bytes(profile: str, images: int = IMAGES) -> Tables:
-    """Uniform INT8 and INT4, and at the bytes of INT4 the allocator and two rules, rounded alike;
-    the noise of the other tables.
-    """
-    p, work, model = _opened(profile)
-    seed, samples = p["SEED"], p["TRUE_FISHER_SAMPLES"]
-    known = measured_sensitivity(model, samples, seed)
-    uniform = uniform_rows(model, ("int8", "int4"))
-    bits = [bits_of(model, uniform[-1].plan)]
-    rows = allocated_at_bits(model, known, bits, ("mixed",), variants=())
-    rows += rules_at_bits(model, known, bits, seed, ("global", "ratio"))
-    rows = [row._replace(made=made(samples, seed)) for row in _rounded_alike(rows)]
-    sampling = Sampling(images, p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
-    table, generated = evaluate_large(work, model, [*uniform, *rows], sampling)
-    ruled = table[table["rule"].isin(RULES)]
-    of_rules = claims.rule_image_claims(ruled, generated, seed)
-    return {"evidence_int4_claims": pd.DataFrame(of_rules), "evidence_int4": table}
+    """Uniform INT8 and INT4; at INT4's bytes the allocator and two rules, rounded alike."""
+    run = Experiment(profile)
+    uniform, how = uniform_rows(run.model, ("int8", "int4")), made(run.samples, run.seed)
+    rows = run.rounded_alike([bits_of(run.model, uniform[-1].plan)], ("global", "ratio"))
+    rows = [*uniform, *(row._replace(made=how) for row in rows)]
+    return run.with_claims("evidence_int4", rows, run.sampling(images))
 
 
 def damages(profile: str) -> Tables:
-    """06_budget at the poster's size without images: bytes in memory and in a file, and damage on
-    digits never used before.
-    """
-    p, work, model = _opened(profile)
-    seed, samples = p["SEED"], p["TRUE_FISHER_SAMPLES"]
-    known, other = (kept_sensitivity(work, model, samples, s) for s in (seed, seed + 1))
+    """06_budget without images: bytes in memory and in a file, damage on digits never used."""
+    run = Experiment(profile)
+    model, seed = run.model, run.seed
+    known, other = run.kept_sensitivity(seed), run.kept_sensitivity(seed + 1)
     allocated = allocated_at_bits(model, known, AT_SIZE, ("mixed",), variants=())
     rows = [*uniform_at_bits(model, known), *allocated, *coded_at_bits(model, known, CODED_FILES)]
-    rules = rules_at_bits(model, known, [claims.RATE], seed)
-    table = damage.measure_damage(model, rows + rules, other, seed, p["DAMAGE_DIGITS"], fresh=True)
     files = damage.coded_files(model, [row for row in rows if row.bits < FILES_BELOW], seed)
+    rows += rules_at_bits(model, known, [claims.RATE], seed)
+    table = damage.measure_damage(model, rows, other, seed, run.p["DAMAGE_DIGITS"], fresh=True)
     return {"evidence_damages": table.merge(files, how="left")}
-
-
-def kept_sensitivity(work: Workspace, model: nn.Module, samples: int, seed: int) -> Sensitivity:
-    """`measured_sensitivity`, kept in build/<profile>, so that an interrupted run goes on from
-    there.
-    """
-    path = work.build / f"sensitivity_{seed}.safetensors"
-    origin = {"weights": weights_sha256(model), "samples": samples}
-    if not path.is_file():
-        measured = measured_sensitivity(model, samples, seed, CHANNELS)
-        parts = {"fisher/": measured.fisher, "curvature/": measured.curvature}
-        tensors = {f"{part}{n}": t for part, by_name in parts.items() for n, t in by_name.items()}
-        save_tensors(path, tensors, **origin)
-    tensors, _ = load_tensors(path, "make evidence", **origin)
-    return Sensitivity(
-        *(
-            {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
-            for part in ("fisher/", "curvature/")
-        )
-    )
 
 
 def described(profile: str, images: int = DESCRIBED) -> Tables:
     """What the images are like of rows that FID and damage order differently: uniform INT3 to INT6,
     and two rules at 6 bits.
     """
-    p, work, model = _opened(profile)
-    sampling = Sampling(images, p["SAMPLING_STEPS"], p["SEED"])
-    known = measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
-    plans = {
-        f"uniform {row.format.upper()}": row.plan
-        for row in uniform_rows(model, ("int3", "int4", "int6"))
-    }
-    plans |= {
-        f"{row.rule}, {row.bits:g} bits per weight": row.plan
-        for row in rules_at_bits(model, known, [6.0], p["SEED"], ("global", "magnitude"))
-        if row.rounding == "nearest"
-    }
-    store = ImageStore(work)
-    sets = {"FP32": store.draw(model, sampling).images}
+    run = Experiment(profile)
+    uniform = uniform_rows(run.model, ("int3", "int4", "int6"))
+    plans = {f"uniform {row.format.upper()}": row.plan for row in uniform}
+    for row in rules_at_bits(run.model, run.known, [6.0], run.seed, ("global", "magnitude")):
+        if row.rounding == "nearest":
+            plans[f"{row.rule}, {row.bits:g} bits per weight"] = row.plan
+    store, sampling = ImageStore(run.work), run.sampling(images)
+    sets = {"FP32": store.draw(run.model, sampling).images}
     for name, plan in plans.items():
-        small = dequantize_(quantize(model, plan))
+        small = dequantize_(quantize(run.model, plan))
         sets[name] = store.draw(small, sampling, name).images
     sets[published_images.REAL_DIGITS] = mnist(train=False)[0][HELD_OUT][:images]
     shown = {name: x[:SHOWN, 0].numpy() for name, x in sets.items()}
-    save_arrays(work.results / "evidence_images.npz", shown)
+    save_arrays(run.work.results / "evidence_images.npz", shown)
     return {"evidence_images": published_images.image_statistics(sets, mnist_extractor())}
 
 
-def ship(
-    work: Workspace,
-    model: nn.Module,
-    known: Sensitivity,
-    file_mib: float,
-    origin: dict[str, Any],
-    sampling: Sampling,
-    inception_reference: int = 0,
-) -> pd.DataFrame:
-    """Write results/<profile>/packed.safetensors, at most `file_mib` MiB, and measure what that
-    costs.
-
-    origin: what the recipe of its images says besides the size (`rows.made`). Returns the rows of
-    `evaluate.evaluate`, of the FP32 weights and of the packed ones, with `damage`, the mean squared
-    change of the model's output on held-out digits, and its 95 % interval. Raises ValueError, as
-    `allocate`, for a file below the smallest possible size.
-    """
-    plan = allocate(model, known, file_mib=file_mib)
-    small = quantize(model, plan)
-    save_quantized(work.results / PACKED, small, model, compress=True)
-    rows = [
-        BASELINE._replace(inception=True),
-        Row(
-            "allocate",
-            f"{file_mib:g} MiB",
-            "coded",
-            "channel",
-            "feedback",
-            plan,
-            inception=True,
-            made=origin,
-        ),
-    ]
-    table, _ = evaluate(work, model, rows, sampling, inception_reference)
-    seed = sampling.seed + OTHER_NOISE
-    outputs = training.held_out_outputs(model, seed)
-    rises = [
-        damage.output_mse(*damage.output_errors(m, outputs, seed), seed)
-        for m in (model, dequantize_(small))
-    ]
-    return table.join(pd.DataFrame(rises)[["damage", "damage_low", "damage_high"]])
-
-
 def packed(profile: str) -> Tables:
-    """The weights of a profile in a file small enough to be committed, beside the FP32 weights."""
-    p, work, model = _opened(profile)
-    samples, seed = p["TRUE_FISHER_SAMPLES"], p["SEED"]
-    known = measured_sensitivity(model, samples, seed, CHANNELS)
-    sampling = Sampling(p["IMAGES"], p["SAMPLING_STEPS"], seed, p["SAMPLING_BATCH"])
-    origin, reference = made(samples, seed), p["INCEPTION_REFERENCE"]
-    return {"packed": ship(work, model, known, SHIPPED_MIB, origin, sampling, reference)}
+    """Write the weights in a file small enough to be committed (results/<profile>/
+    packed.safetensors), and measure what that costs.
+
+    The rows of `evaluate.evaluate`, of the FP32 weights and of the packed ones, with `damage`, the
+    mean squared change of the model's output on held-out digits, and its 95 % interval.
+    """
+    run = Experiment(profile)
+    plan = allocate(run.model, run.kept_sensitivity(run.seed), file_mib=SHIPPED_MIB)
+    small = quantize(run.model, plan)
+    save_quantized(run.work.results / PACKED, small, run.model, compress=True)
+    key = "allocate", f"{SHIPPED_MIB:g} MiB", "coded", "channel", "feedback"
+    rows = [BASELINE, Row(*key, plan, made=made(run.samples, run.seed))]
+    rows = [row._replace(inception=True) for row in rows]
+    sampling, reference = run.sampling(run.p["IMAGES"]), run.p["INCEPTION_REFERENCE"]
+    table, _ = evaluate(run.work, run.model, rows, sampling, reference)
+    seed = run.seed + OTHER_NOISE
+    outputs = training.held_out_outputs(run.model, seed)
+    models = run.model, dequantize_(small)
+    errors = [damage.output_errors(model, outputs, seed) for model in models]
+    rises = pd.DataFrame([damage.output_mse(*of_model, seed) for of_model in errors])
+    return {"packed": table.join(rises.drop(columns="delta_loss"))}
 
 
 STEPS: dict[str, Callable[[str], Tables]] = {
@@ -361,9 +307,7 @@ AT_POSTERS_SIZE = ("evidence_int4", "evidence_damages", "packed")
 
 
 def make_missing(profile: str, only: str = "", anew: bool = False) -> None:
-    """Make the tables of the steps whose table is missing; the step's own table is written last:
-    where it is, its others are.
-    """
+    """Make the steps whose table is missing; it is written last: where it is, its others are."""
     work = Workspace(profile)
     for name, make in STEPS.items():
         if only not in ("", name) or (profile == "paper") != (name in AT_POSTERS_SIZE):
@@ -377,9 +321,7 @@ def make_missing(profile: str, only: str = "", anew: bool = False) -> None:
 
 
 def main() -> int:
-    """`make evidence`; errors are one sentence and exit status 1, with the steps made before left
-    as they were.
-    """
+    """`make evidence`; errors are one sentence and exit status 1, with earlier steps kept."""
     parser = argparse.ArgumentParser(prog="lafq.study.long_runs")
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--anew", action="store_true", help="make every step again")
@@ -400,16 +342,6 @@ def main() -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _opened(profile: str) -> tuple[dict[str, Any], Workspace, UNet]:
-    p = profile_parameters(profile)
-    work = Workspace.of(p)
-    return p, work, load_model(work, p["WIDTH"])
-
-
-def _rounded_alike(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if (row.rule, row.rounding) in FRESH]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Symposium 2024, and the README of the authors' repository. The paper's "MB" are 
 
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 BASELINE_MIB = 134.20
@@ -17,9 +18,7 @@ TRAINING = {"steps": 14062, "peak": 2e-5, "dropout": 0.1, "ema_decay": 0.9999}
 
 
 class Published(NamedTuple):
-    """One published row; None where the source gives no value. fid is of `images` images; mem_mib
-    in MiB.
-    """
+    """One published row, of so many images; None where the source gives no value."""
 
     method: str
     threshold: str
@@ -33,9 +32,8 @@ class Published(NamedTuple):
 POSTER = (
     Published("baseline", "none", 59.3030, 1.7225, 134.20),
     Published("global", "one tau", 59.7148, 2.0846, 71.48),
-    Published(
-        "group", "three taus", 57.8034, 1.7356, None
-    ),  # the poster's memory is cut off after "134."
+    # The poster's memory of the next row is cut off after "134."
+    Published("group", "three taus", 57.8034, 1.7356, None),
     Published("mean_std", "mean -+ k*std", 55.5387, None, 81.56),
     Published("ratio", "0.30", 59.9, None, None, source="poster's plot"),
     Published("ratio", "0.32", 61.3, None, None, source="poster's plot"),
@@ -53,46 +51,25 @@ README = (
     Published("ratio", "0.25", 22.42, None, 102.26, 5000, "README"),
     Published("mean_std", "mean and std", 23.16, None, 81.57, 5000, "README"),
 )
-# The share of the baseline's bytes our row of each method is chosen to come nearest to.
-TARGET_SHARE = {
-    "global": 71.48 / BASELINE_MIB,
-    "group": 67.9 / BASELINE_MIB,  # the README's: the poster's is cut off
-    "mean_std": 81.56 / BASELINE_MIB,
-}
 # The groups that share a threshold under the rule "group".
 GROUPS = {
     "Layer1-2": ("Layer1", "Layer2"),
     "Layer3-5": ("Layer3", "Layer4", "Layer5"),
     "Layer6": ("Layer6",),
 }
+
+
+def _with_ends(names: list[str]) -> list[str]:
+    return [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+
+
+_METRICS = [f"{m}_{of}" for of in ("inception", "mnist") for m in ("fid", "is", "kid")]
 COLUMNS = [
-    *(
-        "profile",
-        *("rule", "setting", "format", "granularity", "rounding"),
-        "fid_paper",
-        "is_paper",
-        "mem_paper_mib",
-        "mem_share_paper",
-        "mem_mib",
-        "mem_share",
-        "n_images",
-        "steps",
-        "same_machine",
-    ),
-    *(
-        f"{name}{end}"
-        for metric in (
-            "fid_inception",
-            "is_inception",
-            "kid_inception",
-            "fid_mnist",
-            "is_mnist",
-            "kid_mnist",
-        )
-        for name in (metric, f"delta_{metric}")
-        for end in ("", "_low", "_high")
-    ),
-    *("rmse", "psnr", "class_changed", "delta_loss", "delta_loss_low", "delta_loss_high"),
+    *("profile", "rule", "setting", "format", "granularity", "rounding"),
+    *("fid_paper", "is_paper", "mem_paper_mib", "mem_share_paper", "mem_mib", "mem_share"),
+    *("n_images", "steps", "same_machine"),
+    *_with_ends([name for metric in _METRICS for name in (metric, f"delta_{metric}")]),
+    *("rmse", "psnr", "class_changed", *_with_ends(["delta_loss"])),
 ]
 
 
@@ -106,38 +83,44 @@ def group_of(name: str) -> str:
     raise ValueError(f"unknown layer {layer!r}: the groups cover {known}")
 
 
-def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
-    """Our rows (columns of `evaluate.evaluate`) beside the poster's: matched by method, and by
-    ratio where it has one.
-
-    FID and IS are the poster's (100 images); memory falls back on the README's where the poster has
-    none.
+def published(rule: str, setting: str = "") -> tuple[float | None, float | None, float | None]:
+    """The poster's FID and inception score of a row, and its MiB (the README's where the poster has
+    none). setting: the ratio of a row of that rule.
     """
-    ours = table.assign(profile=profile)
-    published = [_published(row.rule, row.setting, row.format) for row in ours.itertuples()]
-    ours["fid_paper"] = [p.fid if p else None for p, _ in published]
-    ours["is_paper"] = [p.inception_score if p else None for p, _ in published]
-    ours["mem_paper_mib"] = [m for _, m in published]
-    ours[["fid_paper", "is_paper", "mem_paper_mib"]] = ours[
-        ["fid_paper", "is_paper", "mem_paper_mib"]
-    ].astype(float)
-    ours["mem_share_paper"] = ours["mem_paper_mib"] / BASELINE_MIB
-    return ours.reindex(columns=COLUMNS)  # tables of earlier versions have fewer
-
-
-def _published(method: str, threshold: str, low: str) -> tuple[Published | None, float | None]:
-    if (method, low) == ("uniform", "int8"):  # the uniform row that was published is FP16
-        return None, None
     poster, readme = (
-        next(
-            (
-                p
-                for p in rows
-                if p.method == method and (method != "ratio" or p.threshold == threshold)
-            ),
-            None,
-        )
+        [row for row in rows if row.method == rule and setting in (row.threshold, "")]
         for rows in (POSTER, README)
     )
-    memory = next((p.mem_mib for p in (poster, readme) if p and p.mem_mib), None)
-    return poster, memory
+    memory = (row.mem_mib for row in (*poster, *readme) if row.mem_mib)
+    fid, score = (poster[0].fid, poster[0].inception_score) if poster else (None, None)
+    return fid, score, next(memory, None)
+
+
+# The share of the baseline's bytes our row of each rule is chosen to come nearest to.
+TARGET_SHARE = {rule: published(rule)[2] / BASELINE_MIB for rule in ("global", "group", "mean_std")}
+
+
+def new_noise(scores: pd.DataFrame, images: int = 100) -> float:
+    """Standard deviation of the difference between two draws' Inception FID, from blocks of so many
+    of the authors' published FP32 images. scores: results/published/scores.csv.
+    """
+    unquantized = (scores["features"] == "Inception") & (scores["set"] == "FP32")
+    return 2**0.5 * scores[unquantized & (scores["n"] == images)]["fid_sd"].item()
+
+
+def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
+    """Our rows (columns of `evaluate.evaluate`) beside the published values: by rule, and by ratio.
+
+    FID and IS are the poster's (100 images).
+    """
+    values = [
+        # The uniform row that was published is FP16.
+        (None,) * 3
+        if (row.rule, row.format) == ("uniform", "int8")
+        else published(row.rule, row.setting if row.rule == "ratio" else "")
+        for row in table.itertuples()
+    ]
+    ours = table.assign(profile=profile)
+    ours[["fid_paper", "is_paper", "mem_paper_mib"]] = np.array(values, dtype=float)
+    ours["mem_share_paper"] = ours["mem_paper_mib"] / BASELINE_MIB
+    return ours.reindex(columns=COLUMNS)  # tables of earlier versions have fewer

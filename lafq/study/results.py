@@ -12,7 +12,7 @@ from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import KEY, Row
 from lafq.study.workspace import Workspace, load_optional, load_table, save_table
 
-RULES = ("baseline", "uniform", *poster.TARGET_SHARE, "ratio")
+COMPARED_RULES = ("baseline", "uniform", *poster.TARGET_SHARE, "ratio")
 
 
 def save_rows(
@@ -82,7 +82,9 @@ def update_comparison(work: Workspace, rows: pd.DataFrame) -> pd.DataFrame:
     if old is not None:
         # An earlier version may have written other columns, or in another order.
         rows = pd.concat([old[~old["rule"].isin(rows["rule"])], rows])[list(rows.columns)]
-    rows = rows.drop_duplicates(KEY, keep="last").assign(order=lambda t: t["rule"].map(RULES.index))
+    rows = rows.drop_duplicates(KEY, keep="last").assign(
+        order=lambda t: t["rule"].map(COMPARED_RULES.index)
+    )
     rows = rows.sort_values(["order", *KEY[1:]], kind="stable").drop(columns="order")
     save_table(work, "paper_comparison", rows)
     return load_table(work, "paper_comparison")

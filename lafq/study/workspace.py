@@ -209,6 +209,7 @@ def save_figure(
 def _existing(work: Workspace, name: str) -> Path:
     path = work.results / name
     if not path.is_file():
-        remedy = f"`make reproduce PROFILE={work.profile}` makes it"
-        raise FileNotFoundError(f"results/{work.profile}/{name} is missing: {remedy}")
+        published = work.profile == "published"  # the scores of the authors' images
+        verb = "evidence PUBLISHED=path" if published else f"reproduce PROFILE={work.profile}"
+        raise FileNotFoundError(f"results/{work.profile}/{name} is missing: `make {verb}` makes it")
     return path

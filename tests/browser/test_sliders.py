@@ -107,7 +107,7 @@ def test_a_moved_slider_changes_the_picture_and_the_bytes(page, lab):
     page.keyboard.press("ArrowRight")
     playwright.expect(image).not_to_have_attribute("src", source, timeout=MINUTES)
     after = text.inner_text()
-    stored = [float(re.search(r"([\d.]+) MiB stored", said)[1]) for said in (before, after)]
+    stored = [float(re.search(r"MiB stored\s+([\d.]+)", said)[1]) for said in (before, after)]
     assert stored[1] > stored[0]
     assert bytes_of(page, image) != picture
     if folder := os.environ.get("LAFQ_SCREENSHOTS"):

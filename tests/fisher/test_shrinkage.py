@@ -9,7 +9,7 @@ from lafq.fisher.sensitivity import predicted_damage
 from lafq.fisher.shrinkage import Moments
 from lafq.quantization.formats import MIB, unshrunk_scale
 from lafq.quantization.model import dequantize_, nbytes, resident_bytes
-from lafq.quantization.plan import Recipe
+from lafq.quantization.plan import Plan, Recipe
 from lafq.rng import generator
 
 
@@ -26,10 +26,16 @@ def gradients(passes, rows=6, columns=10, seed=0):
 
 
 def moments_of(drawn, largest=30, channels=None):
-    found = Moments(drawn[0], largest, channels)
+    moments = Moments(drawn[0], largest, channels)
     for gradient in drawn:
-        found.add(gradient)
-    return found
+        moments.add(gradient)
+    return moments
+
+
+def error(model, plan, fresh):
+    with torch.no_grad():
+        change = dequantize_(quantize(model, plan))(fresh) - model(fresh)
+    return change.square().flatten(1).sum(1).mean().item() / 2
 
 
 def test_shares_are_those_of_schaefer_and_strimmer():
@@ -122,28 +128,19 @@ def test_blocks_are_those_of_the_whole_curvature(largest, blocks, size):
 def test_a_plan_from_blocks_is_better_than_nearest_codes():
     """Of a convolution with more columns than `largest`; the whole curvature is better still."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
-    ).eval()
-    fresh = torch.randn(64, 1, 8, 8, generator=generator(9))
+    layers = nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
+    model, fresh = nn.Sequential(*layers).eval(), torch.randn(64, 1, 8, 8, generator=generator(9))
     batches = [(torch.randn(4, 1, 8, 8, generator=generator(i)),) for i in range(64)]
     whole, blocks = (estimate_sensitivity(model, batches, largest=n) for n in (8192, 36))
     assert blocks.curvature["2.weight"].shape == (4, 36, 36)
     assert blocks.curvature["0.weight"].shape == (9, 9)
-    plan = dict.fromkeys(whole.fisher, "int4")
-
-    def error(curvature):
-        recipe = Recipe(unshrunk_scale, whole.fisher, curvature)
-        with torch.no_grad():
-            return (
-                (dequantize_(quantize(model, plan, recipe))(fresh) - model(fresh))
-                .square()
-                .mean()
-                .item()
-            )
-
-    assert error(whole.curvature) < error(blocks.curvature) < error(None)
-    mib = nbytes(model, plan) / MIB
+    int4 = dict.fromkeys(whole.fisher, "int4")
+    fed, by_block, nearest = (
+        error(model, Plan(int4, Recipe(unshrunk_scale, whole.fisher, curvature)), fresh)
+        for curvature in (whole.curvature, blocks.curvature, None)
+    )
+    assert fed < by_block < nearest
+    mib = nbytes(model, int4) / MIB
     assert allocate(model, blocks, memory_mib=mib, progress=False).nbytes <= mib * MIB
 
 
@@ -154,24 +151,19 @@ def test_damage_from_other_passes_is_what_is_measured():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 8)).eval()
 
-    def batches(count, seed):
-        return [(torch.randn(1, 24, generator=generator(seed, i)),) for i in range(count)]
+    def known(passes, seed):
+        batches = [torch.randn(1, 24, generator=generator(seed, i)) for i in range(passes)]
+        return estimate_sensitivity(model, batches, seed, shrink=False)
 
-    own = estimate_sensitivity(model, batches(4, 0), 0, shrink=False)
-    small = quantize(
-        model, dict.fromkeys(own.fisher, "int4"), Recipe(unshrunk_scale, own.fisher, own.curvature)
-    )
-    fresh = torch.randn(2000, 24, generator=generator(5))
-    with torch.no_grad():
-        measured = 0.5 * (small(fresh) - model(fresh)).square().sum(1).mean().item()
-    crossed = predicted_damage(
-        model, small, estimate_sensitivity(model, batches(256, 1), 1, shrink=False)
-    )
-    assert crossed == pytest.approx(measured, rel=0.35)
-    assert predicted_damage(model, small, own) < 0.5 * measured
+    few = known(4, 0)
+    plan = Plan(dict.fromkeys(few.fisher, "int4"), few.recipe)
+    small = quantize(model, plan)
+    measured = error(model, plan, torch.randn(2000, 24, generator=generator(5)))
+    assert predicted_damage(model, small, known(256, 1)) == pytest.approx(measured, rel=0.35)
+    assert predicted_damage(model, small, few) < 0.5 * measured
     assert resident_bytes(small) < resident_bytes(model)
     with pytest.raises(ValueError, match="Fisher values"):
-        predicted_damage(model, small, own._replace(fisher={"9.weight": own.fisher["0.weight"]}))
+        predicted_damage(model, small, few._replace(fisher={"9.weight": few.fisher["0.weight"]}))
 
 
 def test_many_passes_are_hardly_shrunk():
@@ -202,14 +194,8 @@ def test_a_channel_without_gradient_keeps_none_when_the_others_are_known_well():
 
 def conv():
     torch.manual_seed(0)
-    net = [
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.SiLU(),
-        nn.Conv2d(16, 16, 3, padding=1),
-        nn.SiLU(),
-        nn.Conv2d(16, 3, 3, padding=1),
-    ]
-    return nn.Sequential(*net), (3, 16, 16)
+    first, second, third = (nn.Conv2d(*pair, 3, padding=1) for pair in ((3, 16), (16, 16), (16, 3)))
+    return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third), (3, 16, 16)
 
 
 def linear():
@@ -242,25 +228,12 @@ def test_few_passes_give_a_plan_no_worse_than_uniform(make, passes):
     model, shape = make()
     fresh = torch.randn(128, *shape, generator=generator(9))
     batches = list(torch.randn(passes, 1, *shape, generator=generator(3)))
-    uniform = dict.fromkeys([n for n, p in model.named_parameters() if p.ndim > 1], "int4")
-
-    def error(plan):
-        with torch.no_grad():
-            return (dequantize_(quantize(model, plan))(fresh) - model(fresh)).square().flatten(
-                1
-            ).sum(1).mean().item() / 2
-
-    plans = [
-        allocate(
-            model,
-            estimate_sensitivity(model, batches, shrink=shrink),
-            memory_mib=nbytes(model, uniform) / MIB,
-            progress=False,
-        )
-        for shrink in (True, False)
-    ]
-    shrunk, plain = map(error, plans)
-    assert shrunk < error(uniform) < plain
+    uniform = {n: "int4" for n, p in model.named_parameters() if p.ndim > 1}
+    mib = nbytes(model, uniform) / MIB
+    known = [estimate_sensitivity(model, batches, shrink=shrink) for shrink in (True, False)]
+    plans = [allocate(model, each, memory_mib=mib, progress=False) for each in known]
+    shrunk, plain = (error(model, plan, fresh) for plan in plans)
+    assert shrunk < error(model, uniform, fresh) < plain
     assert 1 / 3 < shrunk / plans[0].damage < 3 < plain / plans[1].damage
 
 
@@ -289,22 +262,18 @@ def test_draws_tell_more_of_few_batches():
     fewer than one.
     """
     model, shape = conv()
-    true = estimate_sensitivity(model, torch.randn(2000, 1, *shape, generator=generator(5)))
-    error = {}
-    for draws in (1, 4):
-        found = [
-            estimate_sensitivity(
-                model, torch.randn(8, 1, *shape, generator=generator(s)), s, draws=draws
-            )
-            for s in (6, 7, 8)
-        ]
-        for name in true.fisher:
-            error[draws, name] = sum(
-                (f.curvature[name] - true.curvature[name]).square().sum() for f in found
-            )
-    assert all(error[4, n] < 0.8 * error[1, n] for n in true.fisher)
+
+    def known(passes, seed, draws=1):
+        batches = torch.randn(passes, 1, *shape, generator=generator(seed))
+        return estimate_sensitivity(model, batches, seed, draws=draws)
+
+    true = known(2000, 5).curvature
+    one, four = ([known(8, seed, draws).curvature for seed in (6, 7, 8)] for draws in (1, 4))
+    for name, h in true.items():
+        distance = [sum((each[name] - h).square().sum() for each in few) for few in (one, four)]
+        assert distance[1] < 0.8 * distance[0]
     with pytest.raises(ValueError, match="draws is 0: a pass needs one draw of noise or more"):
-        estimate_sensitivity(model, torch.randn(1, 1, *shape), draws=0)
+        known(1, 0, draws=0)
 
 
 def test_effective_passes_see_that_few_inputs_make_up_the_trace():

@@ -7,7 +7,6 @@ from lafq.study import claims, poster
 from lafq.study.claims import Judge, holm, verdict
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.diffusion.unet import LAYERS
-from lafq.study.images.evaluate import Scored
 from lafq.study.rows import KEY
 
 WEIGHTS = pd.Series({f"{layer}.{i}": 10 + i for layer in LAYERS for i in range(3)})
@@ -123,11 +122,9 @@ def test_c3_on_images(inside, outside, expected):
 def made_up(values, spread, margin=0.0):
     """A judge whose rows have these FIDs and independent normal draws around them."""
     draws = np.random.default_rng(0).standard_normal((len(values), 1000)) * spread
-    by_sample = {
-        k: Scored({"fid": v}, {"fid": v + torch.from_numpy(d)})
-        for (k, v), d in zip(values.items(), draws, strict=True)
-    }
-    return Judge(by_sample.__getitem__, "fid", "made up", 100, margin)
+    fids = zip(values.items(), draws, strict=True)
+    by_sample = {sample: (v, v + torch.from_numpy(d)) for (sample, v), d in fids}
+    return Judge(by_sample.__getitem__, "made up", 100, margin)
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,15 @@ import pytest
 import torch
 from scipy import stats
 
+from lafq.quantization.checkpoint import load_quantized, save_quantized
+from lafq.quantization.model import dequantize_, nbytes, quantize, weights_sha256
+from lafq.rng import generator
 from lafq.study import claims as study_claims
 from lafq.study import long_runs, poster, workspace
 from lafq.study import rows as study_rows
 from lafq.study.damage import measure_damage, with_fid
 from lafq.study.diffusion import subject
-from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.unet import quantizable
-from lafq.study.fisher_by_timestep import fisher_by_timestep
+from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images import sampling
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors
@@ -64,29 +65,30 @@ def fewer(monkeypatch):
     monkeypatch.setattr(poster, "RATIOS", (0.35, 0.48))
 
 
-@pytest.fixture
-def smoke(sandbox, tiny):
-    save_tensors(SMOKE.results / subject.WEIGHTS, dict(tiny.named_parameters()), width=4)
-    fisher = fisher_by_timestep(
-        tiny, list(quantizable(tiny)), mnist(train=True)[0], samples=20, bins=20, seed=0
-    )
-    subject.save_fisher(SMOKE, fisher.by_weight, 4)
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Weights and Fisher values of the profile, and the images that the steps draw."""
+    torch.manual_seed(0)
+    model, folder = UNet(4).eval(), tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RESULTS", "FIGURES", "BUILD"):
+            patch.setattr(workspace, name, folder / name.lower())
+        save_tensors(SMOKE.results / subject.WEIGHTS, dict(model.named_parameters()), width=4)
+        weights = quantizable(model)
+        values = {n: torch.rand(w.shape, generator=generator(0)) for n, w in weights.items()}
+        subject.save_fisher(SMOKE, values, 4)
+        yield model
 
 
 @pytest.mark.slow
 def test_rows_have_blocks_and_claims(smoke):
-    found = long_runs.many_images("smoke", images=40)
-    rows = found["evidence_rows"]
-    assert rows["rule"].value_counts().to_dict() == {
-        "baseline": 1,
-        "uniform": 1,
-        "group": 1,
-        "ratio": 2,
-    }
+    tables = long_runs.many_images("smoke", images=20)
+    rows = tables["evidence_rows"]
+    assert rows["rule"].tolist() == ["baseline", "uniform", "group", "ratio", "ratio"]
     assert (rows["blocks"] == 10).all()
     assert rows["block_delta_fid_mnist"][0] == 0
     assert (rows["block_fid_mnist_sd"] > rows["block_delta_fid_mnist_sd"]).all()
-    assert found["evidence_rows_claims"]["claim"].tolist() == ["C3", "C4 images"]
+    assert tables["evidence_rows_claims"]["claim"].tolist() == ["C3", "C4 images"]
 
 
 @pytest.fixture
@@ -104,18 +106,16 @@ def test_runs_have_processes_of_their_own():
 @pytest.mark.slow
 def test_training_runs_differ_and_are_not_done_twice(sandbox, monkeypatch, threads_restored):
     parameters = profile_parameters("smoke")
-    parameters["TRAINING"] |= {"steps": 6, "decay": 2}
+    parameters["TRAINING"] |= {"steps": 3, "decay": 2}
     monkeypatch.setattr(long_runs, "profile_parameters", lambda profile: parameters)
     monkeypatch.setattr(long_runs, "one_process_per_core", lambda: ThreadPoolExecutor(1))
     once = long_runs.training_runs("smoke", seeds=(1, 2))
     assert torch.get_num_threads() == 1
-    rows = once["evidence_runs"]
+    rows, of_runs = once["evidence_runs"], once["evidence_runs_claims"]
+    assert [rows.columns[:2].tolist(), of_runs.columns[:2].tolist()] == [["seed", "steps"]] * 2
     assert rows.groupby("seed").size().to_dict() == {1: 5, 2: 5}
     assert not set(rows[rows["seed"] == 1]["sample"]) & set(rows[rows["seed"] == 2]["sample"])
-    assert (
-        once["evidence_runs_claims"]["claim"].tolist()
-        == ["C1", "C2", "C2 share", "C3", "C4 images"] * 2
-    )
+    assert of_runs["claim"].tolist() == ["C1", "C2", "C2 share", "C3", "C4 images"] * 2
     assert len(once["evidence_runs_over"]) == 5
     monkeypatch.setattr(sampling, "sample", None)
     again = long_runs.training_runs("smoke", seeds=(1, 2))
@@ -123,70 +123,57 @@ def test_training_runs_differ_and_are_not_done_twice(sandbox, monkeypatch, threa
         pd.testing.assert_frame_equal(again[name], table)
 
 
+def evidence(*arguments):
+    """`make evidence` on the profile smoke, or the one that is named last."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["evidence", "--profile", "smoke", *arguments])
+        return long_runs.main()
+
+
 def test_steps_that_are_there_are_left_alone(sandbox, monkeypatch, capsys):
-    made = []
-
-    def step(name):
-        return lambda profile: (
-            made.append(name)
-            or {name: pd.DataFrame({"x": [1]}), f"{name}_more": pd.DataFrame({"x": [2]})}
-        )
-
-    monkeypatch.setattr(long_runs, "STEPS", {name: step(name) for name in ("first", "second")})
+    tables = {"second": pd.DataFrame({"x": [1]}), "second_more": pd.DataFrame({"x": [2]})}
+    monkeypatch.setattr(long_runs, "STEPS", {"first": None, "second": lambda profile: tables})
     workspace.save_table(SMOKE, "first", pd.DataFrame({"x": [0]}))
-    monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke"])
-    assert long_runs.main() == 0
-    assert made == ["second"]
+    assert evidence() == 0
     assert "first: there already" in capsys.readouterr().out
     assert workspace.load_table(SMOKE, "second_more")["x"].tolist() == [2]
 
 
-def test_missing_fisher_information_is_one_sentence(sandbox, monkeypatch, capsys, tiny):
+def test_missing_fisher_information_is_one_sentence(sandbox, capsys, tiny):
     save_tensors(SMOKE.results / subject.WEIGHTS, dict(tiny.named_parameters()), width=4)
-    monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke", "--only", "evidence_rows"])
-    assert long_runs.main() == 1
-    said = capsys.readouterr().err.strip()
-    assert "fisher.safetensors" in said
-    assert "02_fisher with COMPUTE=True" in said
-    assert len(said.splitlines()) == 1
+    assert evidence("--only", "evidence_rows") == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "fisher.safetensors" in line and "02_fisher with COMPUTE=True" in line
 
 
 @pytest.mark.slow
-def test_budget_rows_join_those_of_06(smoke, tiny, monkeypatch):
+def test_budget_rows_join_those_of_06(smoke, monkeypatch):
     monkeypatch.setattr(long_runs, "ALLOCATED", (3.5, 4.0))
     monkeypatch.setattr(long_runs, "RULE_BITS", (4.0,))
-    found = long_runs.budgets("smoke", images=20)["evidence_budget"]
-    assert found["rule"].tolist()[0] == "baseline"
-    assert set(zip(found["rule"], found["rounding"], strict=True)) == {
+    table = long_runs.budgets("smoke", images=10)["evidence_budget"]
+    assert table["rule"].tolist()[0] == "baseline"
+    assert set(zip(table["rule"], table["rounding"], strict=True)) == {
         *(("baseline", "none"), ("uniform", "nearest"), ("allocate_all", "feedback")),
         *(("allocate", rounding) for rounding in ("feedback", "tuned", "nearest")),
         *((rule, "nearest") for rule in long_runs.RULES),
     }
-    known = study_rows.measured_sensitivity(tiny, 20, seed=0)
-    allocated = study_rows.allocated_at_bits(
-        tiny, known, list(long_runs.ALLOCATED), granularities=("mixed",)
-    )
-    rows = [
-        *study_rows.uniform_at_bits(tiny, known),
-        *allocated,
-        *study_rows.tuned_rows(allocated, [4.0], 2),
-    ]
-    table = with_fid(measure_damage(tiny, rows, known, seed=0, digits=10), found)
-    joined = table[table["n_images"] == 20]
-    assert len(joined) == (~found["rule"].isin(["baseline", *long_runs.RULES])).sum()
+    known = study_rows.measured_sensitivity(smoke, 2, seed=0)
+    rows = [r for r in study_rows.uniform_at_bits(smoke, known) if r.rounding == "nearest"]
+    joined = with_fid(measure_damage(smoke, rows, known, seed=0, digits=10), table)
+    assert joined["n_images"].tolist() == [10] * len(rows)
     assert joined["fid_mnist_delta"].notna().all()
 
 
 @pytest.mark.slow
-def test_fresh_rows_and_their_claims(smoke, tiny):
-    found = long_runs.fresh_noise("smoke", images=20)
-    assert found["evidence_fresh"][["rule", "rounding"]].to_numpy().tolist() == [
+def test_fresh_rows_and_their_claims(smoke):
+    tables = long_runs.fresh_noise("smoke", images=20)
+    assert tables["evidence_fresh"][["rule", "rounding"]].to_numpy().tolist() == [
         ["baseline", "none"],
         *(["allocate", rounding] for rounding in ("feedback", "tuned")),
         *([rule, "feedback"] for rule in ("global", "group", "ratio")),
     ]
-    assert (found["evidence_fresh"]["n_images"] == 20).all()
-    fields = found["evidence_fresh_claims"][["claim", "rule", "budget_bits", "n_images"]]
+    assert (tables["evidence_fresh"]["n_images"] == 20).all()
+    fields = tables["evidence_fresh_claims"][["claim", "rule", "budget_bits", "n_images"]]
     assert fields.to_numpy().tolist() == [
         ["rules images", rule, 4.0, 20] for rule in ("ratio", "group")
     ]
@@ -194,14 +181,13 @@ def test_fresh_rows_and_their_claims(smoke, tiny):
 
 @pytest.mark.slow
 def test_rows_at_the_bytes_of_int4_and_their_claim(smoke):
-    found = long_runs.at_int4_bytes("smoke", images=20)
-    table = found["evidence_int4"].set_index("rule")
-    assert table.index.tolist() == [
-        *("baseline", "uniform", "uniform", "allocate", "global", "ratio")
-    ]
+    tables = long_runs.at_int4_bytes("smoke", images=20)
+    table = tables["evidence_int4"].set_index("rule")
+    rules = ["baseline", "uniform", "uniform", "allocate", "global", "ratio"]
+    assert table.index.tolist() == rules
     int4 = table[table["format"] == "int4"]["mem_mib"].item()
     assert (table[table["granularity"].isin(["mixed", "weight"])]["mem_mib"] <= int4 + 1e-6).all()
-    [claim] = found["evidence_int4_claims"].itertuples()
+    [claim] = tables["evidence_int4_claims"].itertuples()
     assert (claim.rule, claim.budget_bits) == ("ratio", float(table.loc["ratio", "setting"]))
 
 
@@ -210,45 +196,68 @@ def test_damages_go_on_from_the_sensitivity_that_was_kept(smoke, monkeypatch):
     monkeypatch.setattr(long_runs, "AT_SIZE", (4.0,))
     monkeypatch.setattr(long_runs, "CODED_FILES", (3.0,))
     table = long_runs.damages("smoke")["evidence_damages"]
-    assert set(table["rule"]) == {"uniform", "allocate", *study_rows.RULES_AT_BITS}
+    chosen = table["rule"].isin(["uniform", "allocate"])
+    assert set(table[~chosen]["rule"]) == set(study_rows.RULES_AT_BITS)
     assert set(table[table["rule"] == "allocate"]["format"]) == {"any", "coded"}
     assert (table["damage_low"] <= table["damage"]).all()
-    with_files = table["rule"].isin(["uniform", "allocate"]) & (
-        table["budget_bits"] < long_runs.FILES_BELOW
-    )
-    assert table.loc[with_files, "file_mib"].notna().all()
-    assert table.loc[table["rule"].isin(study_rows.RULES_AT_BITS), "file_mib"].isna().all()
+    with_file = chosen & (table["budget_bits"] < long_runs.FILES_BELOW)
+    assert (table["file_mib"].notna() == with_file).all()
     monkeypatch.setattr(long_runs, "measured_sensitivity", None)
-    pd.testing.assert_frame_equal(
-        long_runs.damages("smoke")["evidence_damages"],
-        table,
+    kept, weights = (
+        long_runs.Experiment("smoke").kept_sensitivity(1),
+        dict(smoke.named_parameters()),
     )
+    assert {n: f.shape for n, f in kept.fisher.items()} == {
+        n: weights[n].shape for n in kept.fisher
+    }
+    assert set(quantizable(smoke)) < set(kept.fisher)
+    assert set(kept.curvature) == set(kept.fisher)
 
 
-def test_two_steps_are_made_at_the_posters_size(sandbox, monkeypatch):
+@pytest.mark.slow
+def test_the_packed_file_is_the_row_that_was_measured(smoke, monkeypatch):
+    parameters = profile_parameters("smoke") | {"KEEP": True, "IMAGES": 20, "SAMPLING_BATCH": 10}
+    monkeypatch.setattr(long_runs, "profile_parameters", lambda profile: parameters)
+    path = SMOKE.results / subject.PACKED
+    monkeypatch.setattr(long_runs, "SHIPPED_MIB", 0.01)
+    with pytest.raises(ValueError, match="the smallest"):
+        long_runs.packed("smoke")
+    assert not path.exists()
+    monkeypatch.setattr(long_runs, "SHIPPED_MIB", 0.3 * nbytes(smoke, {}) / 2**20)
+    table = long_runs.packed("smoke")["packed"]
+    assert path.stat().st_size <= 0.3 * nbytes(smoke, {})
+    assert table["damage"].tolist()[0] == 0 < table["damage"].iloc[1]
+    small = dequantize_(load_quantized(path, UNet(4)))
+    samples = SMOKE.results / "samples"
+    [first, _] = sorted(samples.glob(f"{table['sample'].iloc[1]}_*.npz"))
+    images, record = sampling.read(first)
+    how = study_rows.made(parameters["TRUE_FISHER_SAMPLES"], 0)
+    assert how.items() <= record["recipe"].items()
+    assert record["drawn_from"] == weights_sha256(small)
+    steps = parameters["SAMPLING_STEPS"]
+    assert (images == sampling.sample(small, 10, steps, 0, batch_size=10).numpy()).all()
+
+
+def test_packed_weights_never_stand_in_for_the_trained_ones(sandbox, tiny):
+    save_quantized(SMOKE.results / subject.PACKED, quantize(tiny, {}), tiny)
+    with pytest.raises(FileNotFoundError, match=r"ema.safetensors is missing: run 01_train with"):
+        subject.load_model(SMOKE, 4)
+
+
+def test_only_some_steps_are_made_at_the_posters_size(sandbox, monkeypatch):
     made = []
-    names = ("noise_floor", "evidence_int4", "evidence_damages", "evidence_rows")
-    monkeypatch.setattr(
-        long_runs,
-        "STEPS",
-        {name: lambda profile, name=name: made.append((profile, name)) or {} for name in names},
-    )
-    for profile in ("smoke", "paper"):
-        monkeypatch.setattr("sys.argv", ["evidence", "--profile", profile])
-        assert long_runs.main() == 0
-    assert made == [
-        ("smoke", "noise_floor"),
-        ("smoke", "evidence_rows"),
-        ("paper", "evidence_int4"),
-        ("paper", "evidence_damages"),
-    ]
+    steps = {name: lambda profile, name=name: made.append(name) or {} for name in long_runs.STEPS}
+    monkeypatch.setattr(long_runs, "STEPS", steps)
+    assert evidence("--profile", "paper") == 0
+    assert set(made) == set(long_runs.AT_POSTERS_SIZE)
+    made.clear()
+    assert evidence() == 0
+    assert set(made) == set(long_runs.STEPS) - set(long_runs.AT_POSTERS_SIZE)
 
 
 def test_without_the_published_images_one_line_says_so(sandbox, monkeypatch, capsys):
     monkeypatch.setattr(long_runs, "STEPS", {})
-    monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke"])
-    assert long_runs.main() == 0
+    assert evidence() == 0
     assert "PUBLISHED=path scores them" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["evidence", "--profile", "smoke", "--published", "nowhere"])
-    assert long_runs.main() == 1
+    assert evidence("--published", "nowhere") == 1
     assert "nowhere is not there" in capsys.readouterr().err

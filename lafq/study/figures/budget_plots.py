@@ -11,14 +11,10 @@ from matplotlib.ticker import LogLocator
 
 from lafq.study.figures import text
 from lafq.study.figures.fisher_plots import short_name
-from lafq.study.figures.plots import COLOURS, LINES, bars
+from lafq.study.figures.plots import COLOURS, DIFFERENCE, LINES, bars, labelled
 
 SIZES = {"mem_mib": "MiB in memory", "file_mib": "MiB of the file"}
-METRICS = {
-    "damage": "damage (mean squared change of the output)",
-    "fid_mnist_delta": "FID difference from FP32 (positive: worse)",
-}
-SPOKEN = {
+GRANULARITIES = {
     "tensor": "one format per tensor",
     "channel": "one format per channel",
     "mixed": "per channel, single FP16 or FP32 weights",
@@ -30,22 +26,19 @@ TUNED = ("allocate", "mixed", "tuned")
 BY_DAMAGE = (UNIFORM, *((rule, "weight", "feedback") for rule in ("global", "ratio")), ALLOCATOR)
 BY_FID = (UNIFORM, ALLOCATOR, TUNED)
 VARIANTS = (
-    ("uniform", "tensor", "feedback"),
-    ("allocate", "mixed", "nearest"),
-    ("allocate", "tensor", "feedback"),
-    ALLOCATOR,
-    TUNED,
+    *(("uniform", "tensor", "feedback"), ("allocate", "mixed", "nearest")),
+    *(("allocate", "tensor", "feedback"), ALLOCATOR, TUNED),
 )
 
 
 def chosen(table: pd.DataFrame, kinds: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
     """The rows of these kinds, each a rule, a granularity and a rounding."""
-    return table[[key in kinds for key in table[KIND].itertuples(index=False, name=None)]]
+    return table[pd.MultiIndex.from_frame(table[KIND]).isin(kinds)]
 
 
 def over_size(ax: Axes, table: pd.DataFrame, metric: str, size: str = "mem_mib") -> None:
-    """A number of every row with its 95 % interval over MiB, stored or of the file, one line per
-    rule, granularity and rounding. Rows without the number are left out.
+    """A number (damage or fid_mnist_delta) of every row that has it over MiB, stored or of the
+    file, one line per rule, granularity and rounding.
 
     Hollow: rounded to the nearest code; a star: tuned.
     """
@@ -53,28 +46,29 @@ def over_size(ax: Axes, table: pd.DataFrame, metric: str, size: str = "mem_mib")
     several = rows.groupby("rule")["granularity"].nunique() > 1
     for _, line in rows.groupby([rows["format"] == "coded", *KIND], sort=False):
         line, row = line.sort_values(size), line.iloc[0]
-        coded, colour = row["format"] == "coded", COLOURS[row["rule"]]
-        style = {"marker": "D" if coded else MARKERS[row["rounding"]], "color": colour}
-        style |= {"mfc": "white" if row["rounding"] == "nearest" else colour, "ms": 5}
-        style |= {"ls": "-" if coded else LINES[row["granularity"]], "capsize": 2}
+        coded, colour, rounding = row["format"] == "coded", COLOURS[row["rule"]], row["rounding"]
         name = text.name(row)
         if several[row["rule"]] and not coded:
-            name += f", {SPOKEN[row['granularity']]}"
-        style |= {"ms": 10 if row["rounding"] == "tuned" else 5, "lw": 1.2, "elinewidth": 0.8}
-        ax.errorbar(line[size], line[metric], bars(line, metric), **style, label=name)
-    ax.set(xlabel=SIZES[size], ylabel=METRICS[metric], xscale="log")
-    ax.set_title("Damage by size" if metric == "damage" else "FID difference by size")
+            name += f", {GRANULARITIES[row['granularity']]}"
+        style = {"marker": "D" if coded else MARKERS[rounding], "color": colour, "label": name}
+        style |= {"mfc": "white" if rounding == "nearest" else colour, "capsize": 2, "lw": 1.2}
+        style |= {"ls": "-" if coded else LINES[row["granularity"]], "elinewidth": 0.8}
+        style["ms"] = 10 if rounding == "tuned" else 5
+        ax.errorbar(line[size], line[metric], bars(line, metric), **style)
+    ax.set_xscale("log")
     if metric == "damage":
         ax.set_yscale("log")
+        y = "damage (mean squared change of the output)"
+        labelled(ax, "Damage by size", SIZES[size], y)
     else:
         ax.axhline(0, color="black", ls="--", lw=1)
         ax.set_yscale("symlog", linthresh=1)
         ax.set_ylim(-10, 2000)
         ax.yaxis.set_major_formatter("{x:,.0f}")
+        labelled(ax, "FID difference by size", SIZES[size], f"{DIFFERENCE} (positive: worse)")
     ax.xaxis.set_major_formatter("{x:.2g}")
     ax.xaxis.set_minor_formatter("{x:.2g}")
     ax.tick_params(axis="x", which="both", labelsize=8)
-    ax.legend(fontsize=9)
 
 
 def ring(ax: Axes, rows: pd.DataFrame, metric: str, size: str, label: str) -> None:
@@ -85,17 +79,18 @@ def ring(ax: Axes, rows: pd.DataFrame, metric: str, size: str, label: str) -> No
 
 
 def rules(ax: Axes, table: pd.DataFrame, wide: pd.DataFrame | None) -> None:
-    """Damage of every threshold rule over that of the global one, with its interval: one row per
-    rule, one marker per budget; error feedback.
+    """Damage of every threshold rule, with error feedback, over that of the global one: one row per
+    rule, one marker per budget.
 
-    table: `budget.measure_candidates`; wide: the same at the poster's size, at one budget.
+    table: `damage.measure_damage`; wide: the same at the poster's size, at one budget.
     """
-    drawn = {f"{bits:g}": rows for bits, rows in _over_global(table).groupby("budget_bits")}
+    table = _over_global(table)
+    names = table["rule"].unique().tolist()
+    drawn = {f"{bits:g}": rows for bits, rows in table.groupby("budget_bits")}
     colours = [*sns.color_palette("viridis", len(drawn)), "0.4"]
     if wide is not None:
         budgets = _over_global(wide).groupby("budget_bits")
         drawn |= {f"{bits:g}, width 64": rows for bits, rows in budgets}
-    names = _over_global(table)["rule"].unique().tolist()
     for i, ((label, rows), marker) in enumerate(zip(drawn.items(), "osv^D", strict=False)):
         at = [names.index(rule) + 0.13 * (i - (len(drawn) - 1) / 2) for rule in rows["rule"]]
         style = {"fmt": marker, "color": colours[i], "ms": 5, "capsize": 2, "label": label}
@@ -110,18 +105,15 @@ def rules(ax: Axes, table: pd.DataFrame, wide: pd.DataFrame | None) -> None:
 
 
 def _over_global(table: pd.DataFrame) -> pd.DataFrame:
-    known = table["over_global"].notna() & (table["rule"] != "global")
-    return table[known & (table["rounding"] == "feedback")]
+    return table.query("over_global.notna() and rule != 'global' and rounding == 'feedback'")
 
 
 def bits_map(axes: Sequence[Axes], report: pd.DataFrame) -> None:
     """Above, the mean Fisher value of every weight tensor; below, the bits per weight it got at
-    each budget.
-
-    report: columns parameter, fisher, bits_per_weight, budget_bits.
+    each budget. report: `damage.bits_by_tensor`.
     """
     names = report["parameter"].unique().tolist()
-    fisher = report.drop_duplicates("parameter").set_index("parameter").loc[names, "fisher"]
+    fisher = report.drop_duplicates("parameter")["fisher"]
     axes[0].bar(np.arange(len(names)) + 0.5, fisher, color="0.4")
     axes[0].set(yscale="log", ylabel="mean F (Fisher)", xlim=(0, len(names)), xticks=[])
     axes[0].set_title("Fisher value and allocated bits of every weight tensor")

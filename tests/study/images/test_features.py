@@ -79,6 +79,7 @@ def test_classifier_of_another_sha256(tmp_path):
 
 @pytest.mark.parametrize("reference_images", [0, 5])
 def test_no_inception_is_said_in_one_line(monkeypatch, capsys, reference_images):
+    monkeypatch.delenv("LAFQ_INCEPTION", raising=False)
     monkeypatch.setattr(features, "PACKAGE", "no_such_package")
     assert features.inception_extractor(reference_images) is None
     [line] = capsys.readouterr().out.splitlines()
@@ -91,15 +92,35 @@ def test_a_package_of_another_content_is_refused(tmp_path):
         inception.package_inception(tmp_path)
 
 
-def test_the_packages_network_becomes_torch_fidelitys(images):
+@pytest.fixture
+def whole():
+    """torch-fidelity's own network, with random weights."""
     torch.save({}, nothing := io.BytesIO())
-    with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
-        nothing.seek(0)
-        whole = FeatureExtractorInceptionV3(
-            "inception", ["2048"], feature_extractor_weights_path=nothing
-        ).eval()
-    blocks, script = [m for m in whole.modules() if isinstance(m, BasicConv2d)], {}
+    nothing.seek(0)
     torch.manual_seed(0)
+    outputs = ["2048", "logits_unbiased"]
+    with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
+        network = FeatureExtractorInceptionV3(
+            "inception", outputs, feature_extractor_weights_path=nothing
+        )
+    return network.eval()
+
+
+def test_named_weights_with_the_last_layer_give_logits_too(tmp_path, monkeypatch, images, whole):
+    path = tmp_path / "weights.pth"
+    monkeypatch.setenv("LAFQ_INCEPTION", str(path))
+    with pytest.raises(ValueError, match=r"cannot be read .*FileNotFoundError"):
+        features.inception_extractor(5)
+    torch.save(whole.state_dict(), path)
+    extractor = features.inception_extractor(2)
+    # Normalization is folded into the convolutions: the same network up to the last digits.
+    x = extractor.prepare(images[:2])
+    for ours, theirs in zip(extractor.network(x), whole(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_packages_network_becomes_torch_fidelitys(images, whole):
+    blocks, script = [m for m in whole.modules() if isinstance(m, BasicConv2d)], {}
     for i, block in enumerate(blocks):
         for part in (block.bn.bias, block.bn.running_mean, block.bn.running_var):
             part.add_(torch.rand_like(part) * 0.1)
@@ -117,7 +138,8 @@ def test_the_packages_network_becomes_torch_fidelitys(images):
 @pytest.mark.skipif(
     importlib.util.find_spec(features.PACKAGE) is None, reason="no Inception weights here"
 )
-def test_inception_tells_digits_from_noise(sandbox, images):
+def test_inception_tells_digits_from_noise(sandbox, monkeypatch, images):
+    monkeypatch.delenv("LAFQ_INCEPTION", raising=False)
     extractor, g = features.inception_extractor(1), torch.Generator().manual_seed(0)
     noise = torch.randint(256, (8, 1, 32, 32), dtype=torch.uint8, generator=g)
     sets = (images[HELD_OUT][:8], images[HELD_OUT][8:16], noise)
