@@ -75,9 +75,7 @@ def test_a_plan_carries_its_rounding(network, sensitivity):
 
 def test_a_plan_of_another_model_is_refused(network, sensitivity):
     plan = allocate(network, sensitivity, memory_mib=0.004, progress=False)
-    with pytest.raises(
-        ValueError, match="made for other weights than this model's: allocate a plan for this model"
-    ):
+    with pytest.raises(ValueError, match="made for other weights: allocate a plan"):
         quantize(small_network(1), plan)
 
 

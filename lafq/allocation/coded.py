@@ -28,7 +28,7 @@ from lafq.quantization.channels import WeightSpec
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.checks import check_estimates, check_plan, check_values
 from lafq.quantization.entropy_coding import compress_parts
-from lafq.quantization.formats import FORMATS, FP16_MAX, MIB, absmax_scale
+from lafq.quantization.formats import FORMATS, FP16_MAX, MIB
 from lafq.quantization.model import with_quantized
 from lafq.quantization.plan import Allocation
 from lafq.quantization.quantized_weight import QuantizedWeight
@@ -90,8 +90,8 @@ def _steps(rows: Rows, log_step: float) -> Tensor:
     """FP16 steps (R,): never so fine that codes exceed INT16's, nor coarser than what rounds every
     weight to 0.
     """
-    pivots = 1.0 if rows.factor is None else rows.factor.pivots.mean().item()
-    matters = (rows.fisher.mean(1).double() * pivots).clamp_min(1e-300)
+    pivots = [torch.ones(1)] if rows.factors is None else [h.pivots for h in rows.factors]
+    matters = (rows.fisher.mean(1).double() * torch.cat(pivots).mean().item()).clamp_min(1e-300)
     largest = rows.values.abs().amax(1).double()
     steps = (2.0**log_step * matters.rsqrt()).clamp(largest / FINEST, 3 * largest)
     return torch.where(largest > 0, steps, 1).clamp(2**-24, FP16_MAX).half()
@@ -157,18 +157,18 @@ def _trial(model: nn.Module, tensors: dict[str, Rows], path: Path, log_step: flo
         formats = tuple(next(f.name for f in INTEGERS if code <= f.qmax) for code in codes)
         entry, weight = WeightSpec(formats, steps=steps), rows.view.back(values)
         entries[name], damages[name] = entry, of_rows.sum().item()
-        stored[name] = QuantizedWeight.of(weight, entry, rows.view, absmax_scale, None)
+        stored[name] = QuantizedWeight.of(weight, entry, rows.view)
     save_quantized(path, with_quantized(model, stored), model, compress=True)
     return _Trial(log_step, stored, entries, damages, path.stat().st_size)
 
 
 def _rounded(rows: Rows, steps: Tensor) -> tuple[Tensor, Tensor]:
     """The weights (R, C) as rounded with these steps (R,), and the damage of each row (R,)."""
-    if rows.factor is None:
+    if rows.factors is None:
         values = (rows.values / steps[:, None]).round_().mul_(steps[:, None])
         return values, damage(values - rows.values, rows.fisher)
     qmax = torch.full_like(steps, INTEGERS[-1].qmax)
-    values, quadratic = rounded(rows.values, steps, qmax, rows.factor)
+    values, quadratic = rounded(rows.values, steps[:, None], qmax, rows.factors)
     return values, rows.damage(quadratic)
 
 

@@ -25,7 +25,6 @@ from lafq.quantization.channels import (
     ChannelView,
     WeightSpec,
     counted_bytes,
-    scales_per_channel,
     weight_spec,
 )
 from lafq.quantization.checks import channel_view
@@ -34,8 +33,7 @@ from lafq.quantization.formats import (
     FP16_MAX,
     Format,
     fake_quantize,
-    grouped_scale,
-    spread_scale,
+    scales_by_group,
     unshrunk_scale,
 )
 from lafq.quantization.model import nbytes, weights_sha256
@@ -56,7 +54,7 @@ class StorageOption(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A weight tensor and its Fisher values as rows (R, C), and its curvature with that's factor
+    """A weight tensor and its Fisher values as rows (R, C), and its curvature with its factors
     (None where there is none).
     """
 
@@ -64,7 +62,7 @@ class Rows(NamedTuple):
     fisher: Tensor
     view: ChannelView
     curvature: Tensor | None
-    factor: Factor | None
+    factors: list[Factor] | None
 
     @classmethod
     def of(cls, model: nn.Module, name: str, sensitivity: Sensitivity) -> "Rows":
@@ -199,8 +197,8 @@ def _option(rows: Rows, formats: list[Format], group: int, kept: Tensor) -> _Opt
     values, fisher, view, curvature, _ = rows
     rest, weight = values.masked_fill(kept, 0), fisher.masked_fill(kept, 0)
     fed = [f for f in formats if f.is_integer and curvature is not None]
-    scales = [grouped_scale(unshrunk_scale, rest, f.qmax, weight, group) for f in fed]
-    damages = _feedback_damages(rows, fed, scales, group, kept) if fed else {}
+    scales = [scales_by_group(unshrunk_scale, rest, f.qmax, weight, group) for f in fed]
+    damages = _feedback_damages(rows, fed, scales, kept) if fed else {}
     for f in formats:
         if f not in fed:
             stored = fake_quantize(rest, f, unshrunk_scale, weight, group)
@@ -209,13 +207,13 @@ def _option(rows: Rows, formats: list[Format], group: int, kept: Tensor) -> _Opt
             if curvature is not None:
                 damages[f] = rows.damage(_independent(change, curvature))
     length = view.size[1]
-    scale_bits = 16 * scales_per_channel(length, group)
+    scale_bits = 16 * (length // (group or length))
     bits = torch.tensor([f.bits * length + scale_bits * f.is_integer for f in formats]).double()
     return _Option(rows, formats, group, kept, torch.stack([damages[f] for f in formats], 1), bits)
 
 
 def _feedback_damages(
-    rows: Rows, formats: list[Format], scales: list[Tensor], group: int, kept: Tensor
+    rows: Rows, formats: list[Format], scales: list[Tensor], kept: Tensor
 ) -> dict[Format, Tensor]:
     """The damage (R,) of integers that are rounded with error feedback.
 
@@ -223,10 +221,8 @@ def _feedback_damages(
     """
     count, many = len(formats), len(rows.values)
     qmax = torch.tensor([f.qmax for f in formats]).repeat_interleave(many)
-    steps = torch.cat([spread_scale(scale, many, group) for scale in scales])
-    kept = kept.repeat(count, 1)
-    free = kept if kept.any() else None
-    after, quadratic = rounded(rows.values.repeat(count, 1), steps, qmax, rows.factor, free)
+    values, kept = rows.values.repeat(count, 1), kept.repeat(count, 1)
+    after, quadratic = rounded(values, torch.cat(scales), qmax, rows.factors, kept)
     quadratic += _independent(torch.where(kept, _fp16(after) - after, 0), rows.curvature)
     return dict(zip(formats, map(rows.damage, quadratic.split(many)), strict=True))
 

@@ -1,6 +1,4 @@
-"""A packed model as a file, and back: safetensors that say what they are, and are checked in full
-when read.
-"""
+"""A packed model as a file, and back: safetensors that are checked in full when read."""
 
 from pathlib import Path
 from typing import Any
@@ -36,31 +34,20 @@ def save_quantized(
     source's sha256, and a checksum of the whole file. Raises ValueError for a state that is no
     tensor, and for a name that would be taken for a part of a planned parameter.
     """
-    packed, plan, chains, tensors = unwrapped(packed), {}, {}, {}
-    for name, module in packed.named_modules():
-        if isinstance(module, QuantizedWeight):
-            chain = name.removesuffix(".0")
-            owner, _, parameter = chain.rpartition("parametrizations.")
-            planned = chains[chain] = owner + parameter
-            parts, plan[planned] = dict(module.named_buffers()), module.describe()
-            if compress and (counts := module.code_counts()):
-                parts, coded = compress_parts(parts, counts)
-                plan[planned] |= {"coded": coded} if coded else {}
-            tensors |= {f"{planned}/{part}": tensor for part, tensor in parts.items()}
-    for name, tensor in packed.state_dict().items():
+    packed, tensors, plan, places = unwrapped(packed), {}, {}, ()
+    for place, weight in packed.named_modules():
+        if isinstance(weight, QuantizedWeight):
+            owner, _, parameter = place.removesuffix(".0").rpartition("parametrizations.")
+            name, places = owner + parameter, (*places, place.removesuffix("0"))
+            parts, plan[name] = _stored(weight, compress)
+            tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
+    rest = {n: t for n, t in packed.state_dict().items() if not n.startswith(places)}
+    for name, tensor in rest.items():
         if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{name} is no tensor, and a file of tensors cannot hold it: leave it out of the "
-                f"model's state_dict"
-            )
-        if name.rpartition(".")[0] in chains or name.rpartition(".0.")[0] in chains:
-            continue
+            raise ValueError(f"{name} is no tensor: leave it out of the model's state_dict")
         if planned := [p for p in plan if name.startswith(f"{p}/")]:
-            raise ValueError(
-                f"{name} has the name of a part of {planned[0]}: rename it, or leave {planned[0]} "
-                f"out of the plan"
-            )
-        tensors[name] = tensor
+            raise ValueError(f"{name} is named like a part of {planned[0]}: rename it")
+    tensors |= rest
     about = {"format_version": FORMAT_VERSION, "source": weights_sha256(source), "plan": plan}
     if shared := tied(tensors):
         about["tied"] = shared
@@ -79,11 +66,9 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
     path, model = Path(path), unwrapped(model)
     tensors, about = load_tensors(path, "`save_quantized`", sealed=True)
     _check_origin(path, about, source)
-    packed = {
-        name: _unpacked(path, name, words, _pop_parts(tensors, name))
-        for name, words in about["plan"].items()
-    }
-    tensors |= {name: tensors[first] for name, first in about.get("tied", {}).items()}
+    packed = {name: _restored(path, name, about["plan"][name], tensors) for name in about["plan"]}
+    tied_to = about.get("tied", {})
+    tensors |= {name: tensors[first] for name, first in tied_to.items()}
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
     shapes |= {n: p.view.shape for n, p in packed.items()}
     expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
@@ -95,41 +80,41 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
         )
     loaded = with_quantized(model, packed)
     loaded.load_state_dict(tensors, strict=False, assign=True)
-    for name, first in about.get("tied", {}).items():
+    for name, first in tied_to.items():
         (owner, _, attribute), (other, _, its) = name.rpartition("."), first.rpartition(".")
         setattr(loaded.get_submodule(owner), attribute, getattr(loaded.get_submodule(other), its))
     if lost := [n for n, b in loaded.named_buffers() if b.is_meta]:
-        raise ValueError(
-            f"{lost[0]} is a non-persistent buffer, which no file holds: build the model on the "
-            f"CPU, not on meta"
-        )
+        raise ValueError(f"no file holds {lost[0]}, a non-persistent buffer: build it on the CPU")
     return loaded
 
 
 def _check_origin(path: Path, about: dict[str, Any], source: str | None) -> None:
-    if (version := about.get("format_version", 0)) > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version}, this lafq reads up to {FORMAT_VERSION}: update "
-            f"lafq"
-        )
+    version = about.get("format_version", 0)
     if not version:
         raise ValueError(f"{path} is no packed model: give a file that `save_quantized` wrote")
+    if version > FORMAT_VERSION:
+        known = f"this lafq reads up to {FORMAT_VERSION}"
+        raise ValueError(f"{path} has format version {version}, {known}: update lafq")
     if source not in (None, about["source"]):
-        raise ValueError(
-            f"{path} was made of weights {about['source'][:12]}, not of {source[:12]}: pack these "
-            f"and save again"
-        )
+        made_of = f"weights {about['source'][:12]}, not of {source[:12]}"
+        raise ValueError(f"{path} was made of {made_of}: pack these and save again")
 
 
-def _pop_parts(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Take the stored parts of a planned parameter out of a file's tensors."""
-    start = f"{name}/"
-    return {n.removeprefix(start): tensors.pop(n) for n in list(tensors) if n.startswith(start)}
+def _stored(weight: QuantizedWeight, compress: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a file holds of a quantized weight: its parts, and its entry of the plan in words."""
+    parts, words = dict(weight.named_buffers()), weight.describe()
+    if compress and (counts := weight.code_counts()):
+        parts, coded = compress_parts(parts, counts)
+        words |= {"coded": coded} if coded else {}
+    return parts, words
 
 
-def _unpacked(
-    path: Path, name: str, words: dict[str, Any], parts: dict[str, Tensor]
+def _restored(
+    path: Path, name: str, words: dict[str, Any], tensors: dict[str, Tensor]
 ) -> QuantizedWeight:
+    """What `_stored` was given, its parts taken out of a file's tensors."""
+    places = [n for n in tensors if n.startswith(f"{name}/")]
+    parts = {n.removeprefix(f"{name}/"): tensors.pop(n) for n in places}
     coded = words.pop("coded", None)
     try:
         parts = parts if coded is None else expand_parts(parts, coded)

@@ -1,5 +1,5 @@
-"""Whether plans, Fisher values and curvatures fit a model; how its parameters fall into output
-channels.
+"""Whether plans, Fisher values and curvatures fit a model: each function says ValueError, in one
+sentence, where they do not.
 """
 
 from collections.abc import Iterable
@@ -7,38 +7,52 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lafq.quantization.channels import ChannelView, weight_spec
-from lafq.quantization.formats import FP16_MAX, least_absmax
+from lafq.quantization.channels import ChannelView, WeightSpec, weight_spec
+from lafq.quantization.formats import FP16_MAX, get_format
 from lafq.quantization.plan import Entries
 
 
 def check_plan(model: nn.Module, plan: Entries) -> None:
-    """Raise ValueError, in one sentence, for a plan that does not fit the model."""
+    """Every planned parameter exists, can be quantized, and fits its entry."""
     parameters = check_names(model, plan, "the plan names")
     for name, entry in plan.items():
         p = parameters[name]
+        leave_out = f"leave {name} out of the plan"
         if shared := [n for n, q in parameters.items() if q is p and n != name]:
-            raise ValueError(f"{name} is shared with {shared[0]}: leave it out of the plan")
+            raise ValueError(f"{name} is shared with {shared[0]}: {leave_out}")
         if p.dtype != torch.float32:
-            raise ValueError(
-                f"{name} is {p.dtype}: plans start from FP32 weights, call model.float() first"
-            )
+            raise ValueError(f"{name} is {p.dtype}: plans want FP32, call model.float() first")
         if not p.numel():
-            raise ValueError(
-                f"{name} is empty, of shape {tuple(p.shape)}: leave it out of the plan"
-            )
+            raise ValueError(f"{name} is empty, of shape {tuple(p.shape)}: {leave_out}")
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.RNNBase):
-            raise ValueError(
-                f"{name} is of a recurrent layer, which keeps FP32 copies of its weights: leave it "
-                f"out of the plan"
-            )
-        channel_view(model, name).check(name, entry)
+            raise ValueError(f"{name} is of a recurrent layer, which keeps copies: {leave_out}")
+        _check_entry(name, entry, channel_view(model, name))
+
+
+def _check_entry(name: str, entry: str | WeightSpec, view: ChannelView) -> None:
+    if not isinstance(entry, str | WeightSpec):
+        raise ValueError(f"{name} is planned as {entry!r}: give a format's name or a WeightSpec")
+    format, mask, keep_format, steps, group = spec = weight_spec(entry)
+    channels, length = view.size
+    if group and (steps is not None or group < 1 or length % group):
+        raise ValueError(f"{name}: a group of {group} must divide {length}, and go without steps")
+    given = torch.ones(channels).half() if steps is None else steps
+    if given.shape != (channels,) or given.dtype != torch.float16 or not (given > 0).all():
+        raise ValueError(f"the steps of {name} must be {channels} FP16 numbers above 0")
+    if isinstance(format, tuple) and len(format) != channels:
+        raise ValueError(f"{name} has {len(format)} formats: give one for each of {channels} rows")
+    if steps is None and get_format("int16") in spec.formats:
+        raise ValueError(f"{name} is planned as int16: give WeightSpec's `steps`, or take fp16")
+    if len(view.shape) < 2 and any(f.is_integer for f in spec.formats):
+        raise ValueError(f"{name} is a vector, integers need two dimensions: take fp16 or fp32")
+    if get_format(keep_format).is_integer:
+        raise ValueError(f"{name} cannot keep weights in {keep_format}: choose fp32 or fp16")
+    if mask is not None and (mask.shape != view.shape or mask.dtype != torch.bool):
+        raise ValueError(f"the mask of {name} must be boolean, of its shape {view.shape}")
 
 
 def check_values(model: nn.Module, plan: Entries) -> None:
-    """Raise ValueError, in one sentence, for weights that are not finite, or planned ones that are
-    too large or small for FP16.
-    """
+    """All weights are finite, and the planned ones neither too large nor too small for FP16."""
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             raise ValueError(f"{name} holds NaN or infinite weights: it cannot be quantized")
@@ -47,61 +61,48 @@ def check_values(model: nn.Module, plan: Entries) -> None:
         largest, spec = p.abs().max().item(), weight_spec(plan[name])
         # Steps that are given are stored as they are.
         scaled = [f for f in spec.formats if spec.steps is None or not f.is_integer]
-        if 0 < largest < max(map(least_absmax, scaled), default=0.0):
+        least = max((f.least_absmax for f in scaled), default=0.0)
+        if 0 < largest < least or largest > FP16_MAX:
             raise ValueError(
-                f"{name} holds weights of {largest:.1g} at most, too small for FP16 numbers and "
-                f"scales: leave it out of the plan"
-            )
-        if largest > FP16_MAX:
-            raise ValueError(
-                f"{name} holds weights beyond +-{FP16_MAX:.0f}, FP16's range: leave it out of the "
-                f"plan"
+                f"{name} holds weights up to {largest:.5g}, and FP16 numbers and scales are good "
+                f"from {least:.1g} to {FP16_MAX:.0f}: leave it out of the plan"
             )
 
 
 def check_names(model: nn.Module, named: Iterable[str], what: str) -> dict[str, nn.Parameter]:
-    """The parameters by name; ValueError for a name that is none of theirs."""
+    """The parameters by name; all those named are among them."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if unknown := [name for name in named if name not in parameters]:
-        raise ValueError(
-            f"{what} {unknown[0]!r}, which the model lacks: see model.named_parameters()"
-        )
+        lacking = f"{unknown[0]!r}, which the model lacks"
+        raise ValueError(f"{what} {lacking}: see model.named_parameters()")
     return parameters
 
 
 def check_estimates(
     model: nn.Module, fisher: dict[str, Tensor], curvature: dict[str, Tensor]
 ) -> dict[str, nn.Parameter]:
-    """The parameters by name; ValueError, in one sentence, for Fisher values of another shape than
-    their weight's, below 0, infinite or NaN, and for a curvature that does not fit its parameter's
-    columns or is not finite.
-    """
+    """The parameters by name; Fisher values and curvatures are finite and of their shapes."""
     parameters = check_names(model, fisher, "the Fisher values name")
     for name, values in fisher.items():
         shape = parameters[name].shape
         if values.shape != shape or not ((values >= 0) & torch.isfinite(values)).all():
-            raise ValueError(
-                f"the Fisher values of {name} must be finite, of its shape {tuple(shape)} and none "
-                "below 0 or NaN"
-            )
+            wanted = f"finite, of its shape {tuple(shape)} and none below 0 or NaN"
+            raise ValueError(f"the Fisher values of {name} must be {wanted}")
     check_names(model, curvature, "the curvature names")
     for name, values in curvature.items():
         columns = channel_view(model, name).size[1]
         size = values.shape[-1] if values.ndim == 3 and values.shape[-1] else columns
         fits = values.shape[-2:] == (size, size) and values.shape[:-2].numel() * size == columns
         if not fits or not torch.isfinite(values).all():
-            raise ValueError(
-                f"the curvature of {name} must be finite and of shape {(columns, columns)} or in "
-                f"blocks of these columns, it has {tuple(values.shape)}"
-            )
+            wanted = f"finite and of shape {(columns, columns)} or in blocks of these columns"
+            raise ValueError(f"the curvature of {name} must be {wanted}")
     return parameters
 
 
 def channel_view(model: nn.Module, name: str) -> ChannelView:
     """How a parameter falls into output channels."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) and name.endswith("weight")
-    return ChannelView(
-        tuple(module.get_parameter(name.rpartition(".")[2]).shape),
-        module.groups if transposed else 0,
-    )
+    owner, _, parameter = name.rpartition(".")
+    module = model.get_submodule(owner)
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) and parameter == "weight"
+    shape = tuple(module.get_parameter(parameter).shape)
+    return ChannelView(shape, module.groups if transposed else 0)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lafq.quantization.formats import FORMATS, Format, pack_bits, unpack_bits
+from lafq.quantization.formats import Format, get_format, pack_bits, unpack_bits
 
 STREAM = "coded"
 # Every code is a literal to the coder: no bits of its place or of the code before, since neither
@@ -32,10 +32,10 @@ def compress_parts(
     counts: how many codes each integer format holds. Where coding saves nothing the parts stay, and
     there is nothing to know.
     """
-    formats = _narrowest_first(counts)
-    codes = b"".join(_to_bytes(parts[f.name], f, counts[f.name]) for f in formats)
+    folded = [_folded(parts[f.name], f, counts[f.name]) for f in _narrowest_first(counts)]
+    codes = torch.cat(folded).cpu().numpy().tobytes()
     stream = lzma.compress(codes, format=lzma.FORMAT_RAW, filters=FILTERS)
-    if len(stream) >= sum(parts[f.name].nbytes for f in formats):
+    if len(stream) >= sum(parts[name].nbytes for name in counts):
         return parts, {}
     kept = {name: tensor for name, tensor in parts.items() if name not in counts}
     coded = torch.frombuffer(bytearray(stream), dtype=torch.uint8)
@@ -46,45 +46,36 @@ def expand_parts(parts: dict[str, Tensor], known: dict[str, Any]) -> dict[str, T
     """What `compress_parts` was given; ValueError for a stream that does not decode to the codes it
     was made of.
     """
-    counts = known["counts"]
+    expanded, counts = dict(parts), known["counts"]
+    formats = _narrowest_first(counts)
+    sizes = [counts[f.name] * _bytes_per_code(f) for f in formats]
     try:
-        codes = lzma.decompress(
-            parts[STREAM].numpy().tobytes(), format=lzma.FORMAT_RAW, filters=FILTERS
-        )
+        stream = expanded.pop(STREAM).numpy().tobytes()
+        codes = lzma.decompress(stream, format=lzma.FORMAT_RAW, filters=FILTERS)
     except (KeyError, lzma.LZMAError) as error:
         raise ValueError(f"a coded stream is damaged ({error})") from None
-    if (
-        len(codes) != sum(counts[f.name] * _bytes_per_code(f) for f in _narrowest_first(counts))
-        or zlib.crc32(codes) != known["crc32"]
-    ):
+    if len(codes) != sum(sizes) or zlib.crc32(codes) != known["crc32"]:
         raise ValueError("a coded stream is damaged (its codes have another checksum)")
-    expanded, start = {name: tensor for name, tensor in parts.items() if name != STREAM}, 0
-    for f in _narrowest_first(counts):
-        stop = start + counts[f.name] * _bytes_per_code(f)
-        expanded[f.name] = _to_packed(codes[start:stop], f)
-        start = stop
-    return expanded
+    folded = torch.frombuffer(bytearray(codes), dtype=torch.uint8).split(sizes)
+    return expanded | {f.name: _packed(c, f) for f, c in zip(formats, folded, strict=True)}
 
 
-def _narrowest_first(counts: dict[str, int]) -> list[Format]:
-    return sorted((FORMATS[name] for name in counts), key=lambda f: (f.bits, f.qmax))
+def _narrowest_first(names: dict[str, int]) -> list[Format]:
+    return sorted(map(get_format, names), key=lambda f: (f.bits, f.qmax))
 
 
 def _bytes_per_code(f: Format) -> int:
     return 2 if f.bits == 16 else 1
 
 
-def _to_bytes(packed: Tensor, f: Format, count: int) -> bytes:
+def _folded(packed: Tensor, f: Format, count: int) -> Tensor:
     code = unpack_bits(packed, f.bits, count).int() - int(f.qmax)
     folded = torch.where(code < 0, -2 * code - 1, 2 * code)
-    planes = (folded & 255, folded >> 8) if f.bits == 16 else (folded,)
-    return torch.cat(planes).to(torch.uint8).cpu().numpy().tobytes()
+    return torch.cat([folded >> 8 * i & 255 for i in range(_bytes_per_code(f))]).to(torch.uint8)
 
 
-def _to_packed(codes: bytes, f: Format) -> Tensor:
-    folded = torch.frombuffer(bytearray(codes), dtype=torch.uint8).int()
-    if f.bits == 16:
-        low, high = folded.chunk(2)
-        folded = low + (high << 8)
+def _packed(folded: Tensor, f: Format) -> Tensor:
+    planes = folded.int().chunk(_bytes_per_code(f))
+    folded = sum(plane << 8 * i for i, plane in enumerate(planes))
     code = torch.where(folded % 2 == 1, -(folded + 1) // 2, folded // 2) + int(f.qmax)
     return pack_bits(code if f.bits == 16 else code.to(torch.uint8), f.bits)

@@ -1,24 +1,26 @@
 """Number formats: what a weight can be stored as, how a scale is chosen, and how codes become
 bytes.
 
-Integers are symmetric. Each output channel has a scale s, stored in FP16. The weight w is stored as
-the code q = round(w / s), limited to -qmax..qmax, and read back as s * q. There are three rules for
-s: `absmax_scale` takes the smallest s that clips nothing, `weighted_mse_scale` the one of least
-(Fisher-weighted) squared error, `unshrunk_scale` removes the shrinkage of the latter.
+Integers are symmetric. The weight w is stored as the code q = round(w / s), limited to -qmax..qmax,
+and read back as s * q; the scale s, an FP16 number, is that of its output channel or of a group of
+consecutive weights of it. There are three rules for s: `absmax_scale` takes the smallest s that
+clips nothing, `weighted_mse_scale` the one of least (Fisher-weighted) squared error,
+`unshrunk_scale` removes the shrinkage of the latter.
 
 Symmetric codes leave one of four 2-bit codes unused. The format "midrise2" uses all: codes -1.5,
 -0.5, 0.5, 1.5 (a mid-rise quantizer, which has no level at 0; Gersho and Gray 1992, section 5.4).
-It has four levels, so its qmax is 1.5.
 
-Weights come as rows, (output channels, weights per channel).
+Weights come as rows, (output channels R, weights per channel C).
 """
 
 import math
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Format(NamedTuple):
@@ -40,8 +42,18 @@ class Format(NamedTuple):
 
     @property
     def qmax(self) -> float:
-        """The largest code of an integer; a half-integer where there is no code 0."""
-        return (self.levels - 1) / 2
+        """The largest code of an integer, a half-integer where there is no code 0; else 0."""
+        return max(self.levels - 1, 0) / 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the numbers of FP32 and FP16 are stored."""
+        return torch.float16 if self.bits == 16 else torch.float32
+
+    @property
+    def least_absmax(self) -> float:
+        """Smallest max |w| of a tensor: below it, FP16 numbers or scales err by 3 % and more."""
+        return 0.0 if self.bits == 32 else max(1, self.qmax) * 2**-20
 
 
 FORMATS = {
@@ -60,7 +72,6 @@ FORMATS = {
         Format("midrise2", 2, code=10, levels=4),
     )
 }
-BY_CODE = {f.code: f for f in FORMATS.values()}
 # What the tables of the study choose from, and `allocate`; the others serve files of free steps.
 STUDY_FORMATS = ("fp32", "fp16", "int8", "int6", "int4", "int3", "int2")
 DEFAULT_FORMATS = (*STUDY_FORMATS, "midrise2")
@@ -80,13 +91,6 @@ def get_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def least_absmax(f: Format) -> float:
-    """Smallest max |w| that a tensor may have to be stored in a format: below it, FP16 numbers or
-    scales err by 3 % and more.
-    """
-    return 0.0 if f.bits == 32 else (max(1, f.qmax) if f.is_integer else 1) * 2**-20
-
-
 def nearest_code(values: Tensor, qmax: float) -> Tensor:
     """The code nearest to each value in units of the scale, in place; limited to -qmax..qmax."""
     half = qmax % 1
@@ -94,9 +98,7 @@ def nearest_code(values: Tensor, qmax: float) -> Tensor:
 
 
 def absmax_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> Tensor:
-    """FP16 scales (R,) that give the largest absolute weight of each row the largest code; 1 for a
-    row of zeros.
-    """
+    """FP16 scales (R,) that give the largest |w| of each row the largest code; 1 for zeros."""
     return _usable(rows.abs().amax(1) / qmax, qmax)
 
 
@@ -125,52 +127,42 @@ def unshrunk_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> T
     the Fisher information tells.
     """
     scales = weighted_mse_scale(rows, qmax, fisher)[:, None].float()
-    weight = 1 if fisher is None else torch.where(fisher.sum(1, keepdim=True) > 0, fisher, 1)
-    weight = weight * rows
-    square = (weight * rows).sum(1, keepdim=True)
+    weighted = rows if fisher is None else _counted(fisher) * rows
+    square = (weighted * rows).sum(1, keepdim=True)
     for _ in range(2):
-        along = nearest_code(rows / scales, qmax).mul_(weight).sum(1, keepdim=True)
+        along = nearest_code(rows / scales, qmax).mul_(weighted).sum(1, keepdim=True)
         scales = torch.where(along > 0, square / along, scales)
     return _usable(scales[:, 0], qmax)
 
 
-def grouped_scale(
-    rule: ScaleRule, rows: Tensor, qmax: float, fisher: Tensor | None, group: int
+def scales_by_group(
+    rule: ScaleRule, rows: Tensor, qmax: float, fisher: Tensor | None = None, group: int = 0
 ) -> Tensor:
-    """FP16 scales of a rule, one per row (R,), or one per group of so many consecutive weights, (R
-    * C / group,).
-    """
-    if group:
-        fisher = None if fisher is None else fisher.reshape(-1, group)
-        rows = rows.reshape(-1, group)
-    return rule(rows, qmax, fisher)
+    """FP16 scales (R, n), one for each `group` of consecutive weights of a row; 0: for all C."""
+    parts = rows.reshape(-1, group or rows.shape[1])
+    fisher = None if fisher is None else fisher.reshape(parts.shape)
+    return rule(parts, qmax, fisher).view(len(rows), -1)
 
 
-def spread_scale(scales: Tensor, channels: int, group: int) -> Tensor:
-    """Scales in FP32 as rounding takes them: one per row (R,), or of groups, one per weight
-    (R, C).
-    """
-    scales = scales.float()
-    return scales.view(channels, -1).repeat_interleave(group, 1) if group else scales
+def _in_steps(rows: Tensor, scales: Tensor) -> Tensor:
+    """The rows (R, C) in units of their scales (R, n), (R, n, C / n)."""
+    return rows.reshape(*scales.shape, -1) / scales[..., None].float()
 
 
-def encode(values: Tensor, scale: Tensor, qmax: float) -> Tensor:
-    """Codes nearest to values / scale, plus qmax (0 is -qmax): uint8 or, beyond 255, int32."""
-    dtype = torch.uint8 if qmax < 128 else torch.int32
-    return nearest_code(values / scale, qmax).add_(qmax).to(dtype)
+def encode(rows: Tensor, scales: Tensor, qmax: float) -> Tensor:
+    """Codes (R, C) of the rows, plus qmax (0 is -qmax): uint8 or, beyond 255, int32."""
+    codes = nearest_code(_in_steps(rows, scales), qmax).add_(qmax)
+    return codes.to(torch.uint8 if qmax < 128 else torch.int32).view_as(rows)
 
 
 def fake_quantize(
-    rows: Tensor, f: Format, scale: ScaleRule, fisher: Tensor | None = None, group: int = 0
+    rows: Tensor, f: Format, rule: ScaleRule, fisher: Tensor | None = None, group: int = 0
 ) -> Tensor:
-    """The rows (R, C) as they are read after being stored in a format: what rounding leaves of
-    them.
-    """
+    """The rows (R, C) as they are read after being stored in a format."""
     if not f.is_integer:
-        return rows.half().float() if f.bits == 16 else rows
-    scales = spread_scale(grouped_scale(scale, rows, f.qmax, fisher, group), len(rows), group)
-    scales = scales if group else scales[:, None]
-    return nearest_code(rows / scales, f.qmax).mul_(scales)
+        return rows.to(f.dtype).float()
+    scales = scales_by_group(rule, rows, f.qmax, fisher, group)
+    return nearest_code(_in_steps(rows, scales), f.qmax).mul_(scales[..., None]).view_as(rows)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -182,16 +174,12 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """
     if bits == 16:
         return (codes - 2**15).to(torch.int16).view(torch.uint8)
-    planes, shift = [], 0
+    planes = []
     for width in _planes(bits):
-        plane = (codes >> shift) & (2**width - 1)
-        per_byte = 8 // width
-        plane = torch.cat((plane, plane.new_zeros(-len(plane) % per_byte))).view(per_byte, -1)
-        packed = plane[0].clone()
-        for i in range(1, per_byte):
-            packed |= plane[i] << (i * width)
-        planes.append(packed)
-        shift += width
+        plane = pad(codes & (2**width - 1), (0, -len(codes) % (8 // width)))
+        places = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
+        planes.append((plane.view(len(places), -1) << places[:, None]).sum(0, dtype=torch.uint8))
+        codes = codes >> width
     return torch.cat(planes)
 
 
@@ -199,29 +187,23 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """The `count` codes (count,) that `pack_bits` packed, uint8 or, of 16 bits, int32."""
     if bits == 16:
         return packed.view(torch.int16)[:count].int() + 2**15
-    codes, start, shift = None, 0, 0
+    planes, shift = [], 0
     for width in _planes(bits):
-        per_byte = 8 // width
-        part = packed[start : start + -(-count // per_byte)]
-        pieces = [(part >> (i * width)) & (2**width - 1) for i in range(per_byte)]
-        plane = torch.cat(pieces)[:count] if width < 8 else part
-        codes = plane if codes is None else codes | (plane << shift)
-        start, shift = start + len(part), shift + width
-    return codes
-
-
-def packed_bytes(format: Format, count: int) -> int:
-    """Bytes of `count` weights in a format, without scales."""
-    return bit_bytes(format.bits, count) if format.is_integer else count * format.bits // 8
+        plane, packed = packed.tensor_split([bit_bytes(width, count)])
+        places = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+        plane = (plane >> places[:, None]) & (2**width - 1)
+        planes.append(plane.flatten()[:count] << shift)
+        shift += width
+    return reduce(torch.bitwise_or, planes)
 
 
 def bit_bytes(bits: int, count: int) -> int:
-    """Bytes of `count` codes of so many bits, as `pack_bits` packs them."""
+    """Bytes of `count` numbers of so many bits."""
     return sum(-(-count * width // 8) for width in _planes(bits))
 
 
 def _planes(bits: int) -> list[int]:
-    return [width for width in (16, 8, 4, 2, 1) if bits & width]
+    return [width for width in (32, 16, 8, 4, 2, 1) if bits & width]
 
 
 def _usable(scale: Tensor, qmax: float) -> Tensor:
@@ -230,15 +212,19 @@ def _usable(scale: Tensor, qmax: float) -> Tensor:
     return torch.where(scale > 0, scale, 2**-24 if qmax % 1 else 1).clamp(2**-24, FP16_MAX).half()
 
 
+def _counted(fisher: Tensor) -> Tensor:
+    """What the weights of a row count: alike where all their Fisher values are 0."""
+    return torch.where(fisher.sum(1, keepdim=True) > 0, fisher, 1)
+
+
 def _least_squares(rows: Tensor, qmax: float, fisher: Tensor) -> Tensor:
-    weight = torch.where(fisher.sum(1, keepdim=True) > 0, fisher, 1)
+    weight = _counted(fisher)
     weighted = weight * rows
     start = rows.abs().amax(1, keepdim=True) / qmax
-    start = torch.where(start > 0, start, 1)
-    best, gain = start, torch.full_like(start, -math.inf)
-
-    def improve(scale: Tensor) -> None:
-        nonlocal best, gain
+    best = start = torch.where(start > 0, start, 1)
+    gain = torch.full_like(start, -math.inf)
+    for i, share in enumerate((*COARSE, *FINE)):
+        scale = (start if i < len(COARSE) else best) * share
         codes = nearest_code(rows / scale, qmax)
         cross = (weighted * codes).sum(1, keepdim=True)
         square = codes.square_().mul_(weight).sum(1, keepdim=True)
@@ -246,9 +232,4 @@ def _least_squares(rows: Tensor, qmax: float, fisher: Tensor) -> Tensor:
         better = gained > gain
         best = torch.where(better, torch.where(square > 0, cross / square, scale), best)
         gain = torch.where(better, gained, gain)
-
-    for share in COARSE:
-        improve(start * share)
-    for step in FINE:
-        improve(best * step)
     return _usable(best[:, 0], qmax)

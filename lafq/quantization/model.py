@@ -1,10 +1,10 @@
-"""A precision plan becomes a model of that size: a packed copy, its bytes, and its file.
+"""A plan becomes a model of that size.
 
 A plan names the parameters to be stored in less than FP32: `{name: format}`, or `{name:
-WeightSpec(...)}` where output channels differ or single weights are kept. Parameters outside the
-plan stay as they are, bit for bit.
+WeightSpec(...)}` where output channels differ or single weights are kept. The others stay as they
+are, bit for bit.
 
-`quantize` copies any module; the planned weights then exist in stored form only, and are unpacked
+In the copy that `quantize` makes the planned weights exist in stored form only, and are unpacked
 for each use, a layer at a time (a torch parametrization: whatever reads `layer.weight` gets the
 FP32 weight). `dequantize` and `dequantize_` trade that memory for speed.
 """
@@ -21,21 +21,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lafq.networks import unwrapped
-from lafq.quantization.channels import in_fp32, stored_bytes
-from lafq.quantization.checks import (
-    channel_view,
-    check_estimates,
-    check_plan,
-    check_values,
-)
-from lafq.quantization.formats import MIB
+from lafq.quantization.channels import stored_bytes, weight_spec
+from lafq.quantization.checks import channel_view, check_estimates, check_plan, check_values
+from lafq.quantization.formats import MIB, get_format
 from lafq.quantization.plan import PLAIN, Entries, Recipe
 from lafq.quantization.quantized_weight import QuantizedWeight
 
 
 def nbytes(model: nn.Module, plan: Entries) -> int:
-    """Bytes to store for the model under the plan: all parameters and persistent buffers, scales
-    and masks. Raises ValueError as `check_plan`.
+    """Bytes of the model under the plan: parameters, persistent buffers, scales and masks. Raises
+    ValueError for a plan that does not fit the model.
     """
     model = unwrapped(model)
     check_plan(model, plan)
@@ -53,45 +48,36 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
         recipe: how to round; None: as the plan says (`Plan.recipe`), or to the nearest code with
             `formats.absmax_scale`.
 
-    Raises ValueError as `check_plan`; for a plan that was made for other weights; for Fisher values
-    of another shape or below 0, a curvature of another shape, and weights that are NaN, infinite,
-    or too large or too small for FP16.
+    Raises ValueError for a plan, Fisher values or a curvature that do not fit the model, a plan
+    made for other weights, and weights that are NaN, infinite, or too large or small for FP16.
 
     >>> from torch import nn
     >>> layer = nn.Linear(4, 2)
     >>> small = quantize(layer, {"weight": "int8"})
-    >>> resident_bytes(layer), resident_bytes(small)
-    (40, 20)
+    >>> resident_bytes(layer), resident_bytes(small), resident_bytes(dequantize(small))
+    (40, 20, 40)
     """
     model = unwrapped(model)
     check_plan(model, plan)
     check_values(model, plan)
     if getattr(plan, "source", "") not in ("", weights_sha256(model)):
-        raise ValueError(
-            "the plan was made for other weights than this model's: allocate a plan for this model"
-        )
-    scale, fisher, curvature = recipe or getattr(plan, "recipe", PLAIN)
+        raise ValueError("the plan was made for other weights: allocate a plan for this model")
+    rule, fisher, curvature = recipe or getattr(plan, "recipe", PLAIN)
     fisher, curvature = fisher or {}, curvature or {}
     check_estimates(model, fisher, curvature)
-    packed = {
-        n: QuantizedWeight.of(
-            p.detach(), plan[n], channel_view(model, n), scale, fisher.get(n), curvature.get(n)
-        )
-        for n, p in model.named_parameters()
-        if n in plan
-    }
+    packed = {}
+    for n, p in model.named_parameters():
+        if n in plan:
+            view, given = channel_view(model, n), (fisher.get(n), curvature.get(n))
+            packed[n] = QuantizedWeight.of(p.detach(), plan[n], view, rule, *given)
     _warn_of_copies(model, packed)
     return with_quantized(model, packed)
 
 
 def _warn_of_copies(model: nn.Module, names: Iterable[str]) -> None:
-    """Name the buffers that hold the values of one of the named weights, as converters from other
-    frameworks leave them.
-    """
-    planned, copies = [p for p in map(model.get_parameter, names) if p.ndim > 1], {}
-    for name, b in model.named_buffers():
-        if any(b.shape == p.shape and torch.equal(b, p) for p in planned):
-            copies[name] = b
+    """Name the buffers that repeat one of these weights, as converters of other frameworks do."""
+    planned = [p for p in map(model.get_parameter, names) if p.ndim > 1]
+    copies = {n: b for n, b in model.named_buffers() if any(torch.equal(b, p) for p in planned)}
     if copies:
         warnings.warn(
             f"{len(copies)} buffers repeat quantized weights and stay in FP32 ({next(iter(copies))}"
@@ -101,14 +87,7 @@ def _warn_of_copies(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def dequantize(packed: nn.Module) -> nn.Module:
-    """An ordinary model with the weights of a quantized copy, unpacked to FP32; the copy stays.
-
-    >>> from torch import nn
-    >>> layer = nn.Linear(4, 2)
-    >>> fast = dequantize(quantize(layer, {"weight": "fp16"}))
-    >>> (fast.weight - layer.weight).abs().max() < 1e-3
-    tensor(True)
-    """
+    """An ordinary model with the weights of a quantized copy, unpacked to FP32; the copy stays."""
     return dequantize_(copy.deepcopy(unwrapped(packed)))
 
 
@@ -127,15 +106,11 @@ def dequantize_(packed: nn.Module) -> nn.Module:
 
 
 def _refuse_save_pretrained(*_: Any, **__: Any) -> None:
-    raise ValueError(
-        "save_pretrained would lose the quantized weights: write the model with lafq.save_quantized"
-    )
+    raise ValueError("save_pretrained loses quantized weights: write with lafq.save_quantized")
 
 
 def _give_own_class(module: nn.Module) -> None:
-    """A deepcopy shares the class that a parametrization made, and removing the parametrization
-    changes that class.
-    """
+    # A deepcopy shares the class that a parametrization made, and removing that changes the class.
     shared = type(module)
     content = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
     module.__class__ = type(shared.__name__, shared.__bases__, content)
@@ -147,7 +122,7 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Hexadecimal sha256 of a model's parameters and persistent buffers (names and values)."""
+    """Hexadecimal sha256 of a model's parameters and persistent buffers, names and values."""
     content = hashlib.sha256()
     for name, tensor in sorted(_tensors(model).items()):
         content.update(f"{name} {tuple(tensor.shape)} ".encode())
@@ -169,12 +144,11 @@ def tied(tensors: dict[str, Tensor]) -> dict[str, str]:
 def _nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, those that share their memory once."""
     named = {str(i): t for i, t in enumerate(tensors)}
-    shared = tied(named)
-    return sum(t.nbytes for i, t in named.items() if i not in shared)
+    return sum(t.nbytes for t in named.values()) - sum(named[i].nbytes for i in tied(named))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers; extra state that is no tensor has no bytes here."""
+    """Parameters and persistent buffers, without extra state that is no tensor."""
     return {n: t for n, t in unwrapped(model).state_dict().items() if isinstance(t, Tensor)}
 
 
@@ -187,24 +161,25 @@ def bits_per_weight(model: nn.Module, plan: Entries, names: Iterable[str]) -> fl
 
 def kept_weights(model: nn.Module, plan: Entries, name: str) -> int:
     """How many weights of a parameter the plan leaves in FP32."""
-    return in_fp32(channel_view(model, name), plan.get(name, "fp32"))
+    view, spec = channel_view(model, name), weight_spec(plan.get(name, "fp32"))
+    by_channel = spec.codes(view.size[0]) == get_format("fp32").code
+    in_fp32 = by_channel[:, None].repeat(1, view.size[1])
+    if spec.keep_mask is not None:
+        in_fp32[view.of(spec.keep_mask).cpu()] = spec.keep_format == "fp32"
+    return int(in_fp32.sum())
 
 
 def with_quantized(model: nn.Module, packed: dict[str, QuantizedWeight]) -> nn.Module:
     """A copy of the model in which the named parameters are computed from their packed form."""
-    parameters, stand_ins = dict(model.named_parameters()), {}
-    # The copy takes an empty stand-in for each planned weight, so that the FP32 weights are never
-    # copied.
+    stand_ins = {}  # empty ones, so that the FP32 weights are never copied
     for name, p in packed.items():
-        empty = torch.empty(0, device=next(p.buffers()).device)
-        stand_ins[id(parameters[name])] = nn.Parameter(empty, parameters[name].requires_grad)
+        empty, weight = torch.empty(0, device=next(p.buffers()).device), model.get_parameter(name)
+        stand_ins[id(weight)] = nn.Parameter(empty, weight.requires_grad)
     try:
         result = copy.deepcopy(model, stand_ins).eval()
     except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"the model cannot be copied ({error}): remove pruning, the old weight_norm or a kept "
-            f"activation from it first"
-        ) from error
+        advice = "remove pruning, the old weight_norm or a kept activation from it first"
+        raise ValueError(f"the model cannot be copied ({error}): {advice}") from error
     if packed and hasattr(result, "save_pretrained"):
         result.save_pretrained = _refuse_save_pretrained
     for name, p in packed.items():

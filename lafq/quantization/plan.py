@@ -1,6 +1,4 @@
-"""A quantization plan: the format of every planned parameter, and how the weights are rounded into
-it.
-"""
+"""A quantization plan: the format of every planned parameter, and how weights are rounded."""
 
 import hashlib
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,11 +33,9 @@ PLAIN = Recipe()
 
 
 class Plan(Entries):
-    """A dictionary {parameter: format or WeightSpec} that knows its rounding recipe and the weights
-    that it was made for.
+    """A dictionary {parameter: format or WeightSpec} with its rounding recipe.
 
-    source: sha256 of these weights (`model.weights_sha256`), or "" for a plan that fits any weights
-    of these names and shapes.
+    source: sha256 of the weights that it was made for (`model.weights_sha256`), or "" for any.
     """
 
     def __init__(
@@ -63,10 +59,10 @@ class Plan(Entries):
 
 
 class Allocation(Plan):
-    """A plan within a budget, with what is known of it.
+    """A plan within a budget.
 
-    nbytes: of the whole model under the plan. damage: the predicted rise of half the squared error,
-    summed over the output; too low where plan and rounding fit the noise of few draws
+    nbytes: of the whole model under the plan. damage: predicted, half the squared error summed over
+    the output; too low where plan and rounding fit the noise of few draws
     (`sensitivity.predicted_damage` predicts from others). file_bytes: of the entropy-coded file,
     where the plan was made for one; else 0. report: one row per parameter, columns parameter,
     weights, bits_per_weight, formats, kept (single weights in FP16), damage.
@@ -80,12 +76,10 @@ class Allocation(Plan):
 
 
 def make_plan(keep_mask: dict[str, Tensor], format: str, keep_format: str = "fp32") -> Plan:
-    """Plan to store in `keep_format` the weights where the mask is True, and the others in
-    `format`.
+    """Plan to store the weights where the mask is True in `keep_format`, the others in `format`.
 
     keep_mask: by parameter name a boolean tensor, 0-dim for the whole tensor, (output channels,)
-    for channels, or of the weight's shape. A tensor kept whole in FP32 is left out of the plan; one
-    quantized whole needs no mask.
+    for channels, or of the weight's shape. A tensor kept whole in FP32 is left out of the plan.
     """
     get_format(format), get_format(keep_format)
     plan = Plan()

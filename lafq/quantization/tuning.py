@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from lafq.networks import arguments_of, checked_output, evaluating, unwrapped
 from lafq.quantization.formats import FP16_MAX
+from lafq.quantization.model import dequantize
 
 PEAK = 3e-4
 WARMUP = 0.1  # share of the steps
 BATCH = 32
 
+Batches = Iterable[tuple[Tensor, ...] | Tensor]
 
-def tune(
-    model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ...] | Tensor], steps: int
-) -> nn.Module:
+
+def tune(model: nn.Module, packed: nn.Module, batches: Batches, steps: int) -> nn.Module:
     """Fit, in place, the biases and norms of a quantized copy of `model`; returns it. The quantized
     weights stay as they are.
 
@@ -35,31 +36,26 @@ def tune(
     batches than steps, nothing to fit, and a batch whose outputs are not finite; the copy is then
     as it was.
     """
-    model, whole = unwrapped(model), packed
-    packed = unwrapped(packed)
-    if steps < 1 or not _tunable(model, packed):
+    model, places = unwrapped(model), _places(unwrapped(model), unwrapped(packed))
+    if steps < 1 or not places:
         raise ValueError("tuning needs one step at least, and a model that has biases or norms")
     with evaluating(model, gradients=True):
-        fitted = _fit(model, packed, batches, steps)
+        small = deepcopy(model).requires_grad_(False)
+        small.load_state_dict(dequantize(packed).state_dict())
+        vectors = {name: small.get_parameter(name).requires_grad_(True) for name in places}
+        _fit(model, small, list(vectors.values()), batches, steps)
     with torch.no_grad():
-        for name, value in fitted.items():
-            place = _place(packed, name)
-            limited = value.clamp(-FP16_MAX, FP16_MAX) if place.dtype == torch.float16 else value
-            place.copy_(limited.view_as(place))
-    return whole
+        for name, place in places.items():
+            limit = FP16_MAX if place.dtype == torch.float16 else torch.inf
+            place.copy_(vectors[name].clamp(-limit, limit).view_as(place))
+    return packed
 
 
 def _fit(
-    model: nn.Module, packed: nn.Module, batches: Iterable[tuple[Tensor, ...] | Tensor], steps: int
-) -> dict[str, Tensor]:
-    """The fitted vectors, by name."""
-    small = deepcopy(model).requires_grad_(False)
-    with torch.no_grad():
-        for name, p in small.named_parameters():
-            p.copy_(_stored(packed, name))
-    free = {name: p.requires_grad_(True) for name, p in _tunable(small, packed).items()}
-    optimizer = torch.optim.Adam(free.values(), lr=PEAK)
-    device, done, warm = next(model.parameters()).device, 0, max(1, round(WARMUP * steps))
+    model: nn.Module, small: nn.Module, vectors: list[Tensor], batches: Batches, steps: int
+) -> None:
+    optimizer, done = torch.optim.Adam(vectors, lr=PEAK), 0
+    device, warm = next(model.parameters()).device, max(1, round(WARMUP * steps))
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warm, (steps - i) / steps)
     )
@@ -76,30 +72,18 @@ def _fit(
         rate.step()
         done += 1
     if done < steps:
-        raise ValueError(
-            f"{steps} steps of tuning need as many batches, and there were {done}: give more "
-            f"batches or fewer steps"
-        )
-    return {name: value.detach() for name, value in free.items()}
+        raise ValueError(f"{steps} steps of tuning need as many batches, and there were {done}")
 
 
-def _tunable(model: nn.Module, packed: nn.Module) -> dict[str, nn.Parameter]:
-    vectors = {name: p for name, p in model.named_parameters() if p.ndim < 2}
-    return {name: p for name, p in vectors.items() if _place(packed, name) is not None}
-
-
-def _stored(packed: nn.Module, name: str) -> Tensor:
-    owner, _, vector = name.rpartition(".")
-    return getattr(packed.get_submodule(owner), vector)
-
-
-def _place(packed: nn.Module, name: str) -> Tensor | None:
-    """Where a quantized copy has a vector: its parameter, or its one stored part; None where it is
-    stored in several.
-    """
-    owner, _, vector = name.rpartition(".")
-    module = packed.get_submodule(owner)
-    if vector not in getattr(module, "parametrizations", {}):
-        return getattr(module, vector)
-    parts = list(module.parametrizations[vector][0].buffers())
-    return parts[0] if len(parts) == 1 else None
+def _places(model: nn.Module, packed: nn.Module) -> dict[str, Tensor]:
+    """Where a quantized copy has each vector: its parameter, or its one stored part."""
+    places = {}
+    for name in (n for n, p in model.named_parameters() if p.ndim < 2):
+        owner, _, vector = name.rpartition(".")
+        module = packed.get_submodule(owner)
+        parts = [getattr(module, vector)]
+        if vector in getattr(module, "parametrizations", {}):
+            parts = list(module.parametrizations[vector][0].buffers())
+        if len(parts) == 1:
+            places[name] = parts[0]
+    return places

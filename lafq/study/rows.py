@@ -20,9 +20,9 @@ from lafq.allocation.coded import allocate_coded
 from lafq.allocation.frontiers import ALLOCATED
 from lafq.allocation.rules import RULES, Scores, by_granularity, keep_above, threshold_grid
 from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
-from lafq.quantization.channels import ChannelView, channels_by_format, counted_bytes
+from lafq.quantization.channels import ChannelView, counted_bytes
 from lafq.quantization.checks import channel_view
-from lafq.quantization.formats import MIB, STUDY_FORMATS
+from lafq.quantization.formats import MIB, STUDY_FORMATS, get_format
 from lafq.quantization.model import bits_per_weight, kept_weights, nbytes, quantize
 from lafq.quantization.plan import Entries, Plan, make_plan
 from lafq.quantization.tuning import BATCH, tune
@@ -208,7 +208,7 @@ def _bytes(view: ChannelView, format: str, kept: int) -> int:
     # In one format the bytes depend on the sum alone: all kept weights are put in channel 0.
     by_channel = torch.zeros(view.size[0], dtype=torch.int64)
     by_channel[0] = kept
-    return counted_bytes(view, channels_by_format(format, len(by_channel)), by_channel)
+    return counted_bytes(view, {get_format(format): torch.arange(len(by_channel))}, by_channel)
 
 
 def size_table(

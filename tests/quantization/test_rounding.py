@@ -12,10 +12,10 @@ from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import absmax_scale
 from lafq.quantization.model import dequantize_, nbytes, quantize, resident_bytes
 from lafq.quantization.plan import Recipe
-from lafq.quantization.rounding import damage, factor, round_with_error_feedback, rounded
+from lafq.quantization.rounding import damage, factor, rounded
 from lafq.rng import generator
 from lafq.study.diffusion.ddpm import noised_batches
-from lafq.study.diffusion.unet import quantizable
+from lafq.study.diffusion.unet import UNet, quantizable
 
 
 def matrix(size, rank, seed=0):
@@ -23,55 +23,41 @@ def matrix(size, rank, seed=0):
     return factor @ factor.T / rank
 
 
+def in_blocks():
+    return torch.stack([matrix(4, 24, seed) for seed in range(3)])
+
+
 def problem(rows=5, columns=12, rank=24):
     values = torch.randn(rows, columns, generator=generator(1), dtype=torch.float64)
-    return (
-        values,
-        values.abs().amax(1) / 3,
-        torch.full((rows,), 3.0, dtype=torch.float64),
-        matrix(columns, rank),
-    )
+    qmax = torch.full((rows,), 3.0, dtype=torch.float64)
+    return values, values.abs().amax(1) / 3, qmax, matrix(columns, rank)
+
+
+def feedback(values, scales, qmax, factors, kept=None):
+    scales = scales if scales.ndim > 1 else scales[:, None]
+    return rounded(values, scales, qmax, factors, kept)[0]
 
 
 def nearest_code(values, scales, qmax):
     return (values / scales[:, None]).round().clamp(-qmax[:, None], qmax[:, None]) * scales[:, None]
 
 
-def test_weights_lie_on_the_grid_of_their_row():
-    values, scales, qmax, curvature = problem()
-    codes = round_with_error_feedback(values, scales, qmax, factor(curvature)) / scales[:, None]
-    assert torch.allclose(codes, codes.round(), atol=1e-9)
-    assert codes.abs().max() <= 3 + 1e-9
+@pytest.mark.parametrize("levels", [[3.0] * 5, [1.5, 3, 1.5, 3, 1.5]], ids=["whole", "halves"])
+def test_weights_lie_on_the_grid_of_their_row(levels):
+    values, scales, _, curvature = problem()
+    qmax = torch.tensor(levels, dtype=torch.float64)
+    codes = feedback(values, scales, qmax, factor(curvature)) / scales[:, None]
+    assert torch.allclose(codes - qmax[:, None], (codes - qmax[:, None]).round(), atol=1e-9)
+    assert (codes.abs() <= qmax[:, None] + 1e-9).all()
 
 
-def test_codes_without_a_zero_are_halves():
-    values, scales, qmax, curvature = problem()
-    qmax = torch.tensor([1.5, 3, 1.5, 3, 1.5], dtype=torch.float64)
-    codes = round_with_error_feedback(values, scales, qmax, factor(curvature)) / scales[:, None]
-    assert torch.allclose(
-        (codes[::2].abs() - 0.5) % 1, torch.zeros(3, 12, dtype=torch.float64), atol=1e-9
-    )
-    assert codes[::2].abs().max() <= 1.5 + 1e-9
-    assert torch.allclose(codes[1::2], codes[1::2].round(), atol=1e-9)
-
-
-def test_uncorrelated_weights_go_to_their_nearest_code():
+@pytest.mark.parametrize(
+    "diagonal", [torch.rand(12, generator=generator(2)) + 0.1, torch.zeros(12)]
+)
+def test_uncorrelated_weights_go_to_their_nearest_code(diagonal):
     values, scales, qmax, _ = problem()
-    diagonal = torch.diag(torch.rand(12, generator=generator(2), dtype=torch.float64) + 0.1)
-    assert torch.equal(
-        round_with_error_feedback(values, scales, qmax, factor(diagonal)),
-        nearest_code(values, scales, qmax),
-    )
-
-
-def test_no_curvature_at_all_is_nearest_rounding():
-    values, scales, qmax, _ = problem()
-    assert torch.equal(
-        round_with_error_feedback(
-            values, scales, qmax, factor(torch.zeros(12, 12, dtype=torch.float64))
-        ),
-        nearest_code(values, scales, qmax),
-    )
+    found = feedback(values, scales, qmax, factor(torch.diag(diagonal.double())))
+    assert torch.equal(found, nearest_code(values, scales, qmax))
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
@@ -80,16 +66,12 @@ def test_weights_of_a_row_may_have_several_scales(blocks):
     one scale.
     """
     values, scales, qmax, curvature = problem()
-    known = factor(
-        curvature if blocks == 1 else torch.stack([matrix(4, 24, seed) for seed in range(blocks)])
-    )
-    many = (
-        scales[:, None] * torch.tensor([1.0, 1.0, 0.5, 2.0], dtype=torch.float64)
-    ).repeat_interleave(3, 1)
-    codes = round_with_error_feedback(values, many, qmax, known) / many
+    known = factor(curvature if blocks == 1 else in_blocks())
+    many = scales[:, None] * torch.tensor([1.0, 1.0, 0.5, 2.0], dtype=torch.float64)
+    codes = feedback(values, many, qmax, known) / many.repeat_interleave(3, 1)
     assert torch.allclose(codes, codes.round(), atol=1e-9) and codes.abs().max() <= 3 + 1e-9
-    same = round_with_error_feedback(values, scales[:, None].expand_as(values), qmax, known)
-    assert torch.equal(same, round_with_error_feedback(values, scales, qmax, known))
+    same = feedback(values, scales[:, None].expand_as(many), qmax, known)
+    assert torch.equal(same, feedback(values, scales, qmax, known))
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
@@ -98,12 +80,10 @@ def test_damage_comes_with_the_rounding(blocks):
     all.
     """
     values, scales, qmax, curvature = problem(columns=12, rank=24)
-    curvature = (
-        curvature if blocks == 1 else torch.stack([matrix(4, 24, seed) for seed in range(blocks)])
-    )
+    curvature = curvature if blocks == 1 else in_blocks()
     qmax[1] = 0
     kept = torch.rand(values.shape, generator=generator(4)) < 0.2
-    rows, quadratic = rounded(values, scales, qmax, factor(curvature), kept)
+    rows, quadratic = rounded(values, scales[:, None], qmax, factor(curvature), kept)
     expected = damage(rows - values, torch.full_like(values, 2.0), curvature)
     assert expected[1] == 0 and expected[0] > 0
     assert torch.allclose(quadratic, expected, rtol=1e-9, atol=1e-12)
@@ -117,12 +97,8 @@ def test_first_error_is_made_good_as_well_as_it_can_be():
     k = curvature.diagonal().argmax().item()
     kept = torch.ones(1, 12, dtype=torch.bool)
     kept[0, k] = False
-    change = (
-        round_with_error_feedback(
-            values, torch.ones(1).double(), torch.full((1,), 3.0).double(), factor(curvature), kept
-        )
-        - values
-    )[0]
+    one = torch.ones(1).double()
+    change = (feedback(values, one, 3 * one, factor(curvature), kept) - values)[0]
     damped = curvature + 0.01 * curvature.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     others = [i for i in range(12) if i != k]
     best = torch.linalg.solve(damped[others][:, others], -damped[others, k] * change[k])
@@ -135,9 +111,9 @@ def test_blocks_stand_for_a_block_diagonal_curvature():
     values, scales, qmax, curvature = problem(columns=12)
     blocks = torch.stack([curvature[:4, :4], curvature[4:8, 4:8], curvature[8:, 8:]])
     kept = torch.rand(values.shape, generator=generator(3)) < 0.2
-    found = round_with_error_feedback(values, scales, qmax, factor(blocks), kept)
+    found = feedback(values, scales, qmax, factor(blocks), kept)
     alone = [
-        round_with_error_feedback(values[:, i : i + 4], scales, qmax, factor(h), kept[:, i : i + 4])
+        feedback(values[:, i : i + 4], scales, qmax, factor(h), kept[:, i : i + 4])
         for i, h in zip((0, 4, 8), blocks, strict=True)
     ]
     assert torch.equal(found, torch.cat(alone, 1))
@@ -150,7 +126,7 @@ def test_blocks_stand_for_a_block_diagonal_curvature():
 def test_correlated_weights_are_rounded_with_less_damage_than_nearest(rank, share):
     values, scales, qmax, curvature = problem(rows=40, rank=rank)
     rounded = (
-        round_with_error_feedback(values, scales, qmax, factor(curvature)),
+        feedback(values, scales, qmax, factor(curvature)),
         nearest_code(values, scales, qmax),
     )
     ours, theirs = (damage(q - values, torch.ones_like(values), curvature).sum() for q in rounded)
@@ -162,7 +138,7 @@ def test_rows_without_levels_and_kept_weights_are_left_unrounded():
     qmax[1] = 0
     kept = torch.zeros(5, 12, dtype=torch.bool)
     kept[0, 3] = True
-    found = round_with_error_feedback(values, scales, qmax, factor(curvature), kept)
+    found = feedback(values, scales, qmax, factor(curvature), kept)
     assert torch.equal(found[1], values[1])
     codes = found[0] / scales[0]
     off = (codes - codes.round()).abs() > 1e-6
@@ -171,17 +147,9 @@ def test_rows_without_levels_and_kept_weights_are_left_unrounded():
 
 def test_rows_do_not_see_each_other():
     values, scales, qmax, curvature = problem()
-    alone = torch.cat(
-        [
-            round_with_error_feedback(
-                values[i : i + 1], scales[i : i + 1], qmax[i : i + 1], factor(curvature)
-            )
-            for i in range(5)
-        ]
-    )
-    assert torch.allclose(
-        round_with_error_feedback(values, scales, qmax, factor(curvature)), alone, atol=1e-12
-    )
+    known, each = factor(curvature), [slice(i, i + 1) for i in range(5)]
+    alone = torch.cat([feedback(values[i], scales[i], qmax[i], known) for i in each])
+    assert torch.allclose(feedback(values, scales, qmax, known), alone, atol=1e-12)
 
 
 def test_damage_of_a_diagonal_curvature_is_that_of_the_fisher_values():
@@ -199,9 +167,7 @@ def test_curvature_of_a_kronecker_product_is_its_factor():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 5, bias=False)).double()
     inputs = torch.randn(8, 4, dtype=torch.float64) @ torch.randn(4, 4, dtype=torch.float64)
-    expected = inputs.T @ inputs / 8
-    expected = expected / expected.diagonal().mean()
-    batches = [(x[None],) for x in inputs] * 500
+    batches = [(x[None],) for x in inputs] * 4
     found = estimate_sensitivity(network, batches, 0, ["0.weight"], shrink=False).curvature
     direction = inputs / inputs.norm(dim=1, keepdim=True)  # every pass counts alike
     expected = direction.T @ direction
@@ -242,15 +208,16 @@ def test_predicted_damage_is_the_rise_of_a_linear_networks_error():
     assert found.sum().item() == pytest.approx(exact, rel=1e-9)
 
 
-@pytest.fixture
-def trained_like(tiny, digits):
-    names = list(quantizable(tiny))
-    found = estimate_sensitivity(tiny, noised_batches(digits, 128, 0), 0, names)
-    return tiny, (found.fisher, found.curvature)
+@pytest.fixture(scope="module")
+def trained_like(digits):
+    torch.manual_seed(0)
+    model = UNet(4).eval()
+    found = estimate_sensitivity(model, noised_batches(digits, 128, 0), 0, list(quantizable(model)))
+    return model, found.fisher, found.curvature
 
 
 def test_pack_with_feedback_takes_the_same_bytes_and_less_damage(trained_like, digits):
-    model, (fisher, curvature) = trained_like
+    model, fisher, curvature = trained_like
     plan = dict.fromkeys(fisher, "int3")
     near, fed = (quantize(model, plan, Recipe(absmax_scale, fisher, h)) for h in (None, curvature))
     assert resident_bytes(fed) == resident_bytes(near) == nbytes(model, plan)
@@ -264,14 +231,11 @@ def test_pack_with_feedback_takes_the_same_bytes_and_less_damage(trained_like, d
 @pytest.mark.parametrize("granularity", solver.ALLOCATED)
 def test_allocation_predicts_what_pack_stores(trained_like, granularity):
     """The damage in the report is that of the weights as they are read back."""
-    model, (fisher, curvature) = trained_like
-    budget = 0.3 * nbytes(model, {}) / 2**20
-    found = solver.allocate(
-        model,
-        Sensitivity(fisher, curvature),
-        memory_mib=budget,
-        granularity=granularity,
-        progress=False,
+    model, fisher, curvature = trained_like
+    options = {"memory_mib": 0.3 * nbytes(model, {}) / 2**20, "granularity": granularity}
+    found, plain = (
+        solver.allocate(model, Sensitivity(fisher, h), progress=False, **options)
+        for h in (curvature, {})
     )
     stored = quantizable(dequantize_(quantize(model, found)))
     total = 0.0
@@ -279,9 +243,6 @@ def test_allocation_predicts_what_pack_stores(trained_like, granularity):
         rows = channel_view(model, n)
         total += damage(rows.of(stored[n] - w), rows.of(fisher[n]), curvature[n]).sum().item()
     assert found.damage == pytest.approx(total, rel=0.02)
-    plain = solver.allocate(
-        model, Sensitivity(fisher, {}), memory_mib=budget, granularity=granularity, progress=False
-    )
     assert found.damage < plain.damage
 
 
@@ -291,8 +252,7 @@ def test_allocation_predicts_what_pack_stores(trained_like, granularity):
 def test_curvature_that_does_not_fit_is_one_sentence(tiny, bad):
     name = "Layer1.block1.conv1.weight"
     with pytest.raises(
-        ValueError,
-        match=r"the curvature of Layer1.block1.conv1.weight must be finite and of shape \(36, 36\)",
+        ValueError, match=rf"curvature of {name} must be finite and of shape \(36, 36"
     ):
         quantize(tiny, {name: "int4"}, Recipe(curvature={name: bad}))
 
@@ -319,12 +279,8 @@ def test_kept_fp16_weights_that_take_up_errors_stay_finite():
     exceed FP16's range.
     """
     layer = nn.Linear(3, 1, bias=False)
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[65500.0, 30000, 14000]]))
-    keep = torch.tensor([[True, False, False]])
+    layer.weight.data = torch.tensor([[65500.0, 30000, 14000]])
+    plan = {"weight": WeightSpec("int2", torch.tensor([[True, False, False]]), "fp16")}
     curvature = torch.full((3, 3), 0.5) + torch.diag(torch.tensor([0.4, 0.5, 0.5]))
-    recipe = Recipe(absmax_scale, None, {"weight": curvature})
-    stored = dequantize_(
-        quantize(layer, {"weight": WeightSpec("int2", keep, "fp16")}, recipe)
-    ).weight
+    stored = dequantize_(quantize(layer, plan, Recipe(curvature={"weight": curvature}))).weight
     assert stored.tolist() == [[65504.0, 30000.0, 0.0]]

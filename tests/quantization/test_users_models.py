@@ -303,7 +303,7 @@ def test_weights_too_small_for_fp16_are_named(low, size):
     layer = nn.Linear(8, 8)
     with torch.no_grad():
         layer.weight.mul_(size / layer.weight.abs().max())
-    with pytest.raises(ValueError, match=r"weight holds weights of .* at most, too small"):
+    with pytest.raises(ValueError, match=r"weight holds weights up to .*, and FP16 numbers"):
         quantize(layer, {"weight": low})
     with torch.no_grad():
         layer.weight.mul_(100)
@@ -337,7 +337,7 @@ def test_save_pretrained_of_a_quantized_copy_is_refused():
             return folder
 
     small = quantize(Pretrained(4, 4), {"weight": "int8"})
-    with pytest.raises(ValueError, match=r"write the model with lafq\.save_quantized"):
+    with pytest.raises(ValueError, match="save_pretrained loses quantized weights"):
         small.save_pretrained("x")
     assert dequantize_(small).save_pretrained("x") == "x"
 
@@ -415,10 +415,7 @@ def test_a_buffer_that_no_file_holds_is_named(tmp_path):
     assert load_quantized(path, build()).table.sum() == 4
     with torch.device("meta"):
         skeleton = build()
-    with pytest.raises(
-        ValueError,
-        match="table is a non-persistent buffer, which no file holds: build the model on the CPU",
-    ):
+    with pytest.raises(ValueError, match="no file holds table, a non-persistent buffer"):
         load_quantized(path, skeleton)
 
 
@@ -444,12 +441,6 @@ def test_a_buffer_that_no_file_holds_is_named(tmp_path):
 def test_a_recipe_that_does_not_fit_is_refused(recipe, message):
     with pytest.raises(ValueError, match=message):
         quantize(nn.Linear(4, 4), {"weight": "int4"}, Recipe(**recipe))
-
-
-@pytest.mark.parametrize("entry", ["int9", 8, None, ("int8", 3)], ids=str)
-def test_an_entry_that_is_no_format_is_refused(entry):
-    with pytest.raises(ValueError, match="format"):
-        quantize(nn.Linear(4, 2), {"weight": entry})
 
 
 @pytest.mark.parametrize(
