@@ -31,6 +31,7 @@ from lafq.study import workspace
 from lafq.study.diffusion.ddpm import unit_interval
 from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.diffusion.subject import SHAPE, mnist
+from lafq.study.images import metrics
 from lafq.study.images.metrics import Reference
 from lafq.tensors import atomic_write, load_tensors, save_tensors, sha256
 
@@ -87,6 +88,17 @@ class FeatureExtractor:
         tensors, _ = load_tensors(path, "the notebook")
         return Features(tensors["features"], tensors.get("logits"))
 
+    def scores(self, seen: Features) -> dict[str, float]:
+        """The metrics of what this extractor sees of images: columns fid_, is_, kid_<name>."""
+        values = metrics.scores(*seen, self.reference)
+        return {f"{metric}_{self.name}": value for metric, value in values.items()}
+
+    def score_draws(self, seen: Features, seed: int) -> dict[str, Tensor]:
+        """Their bootstrap draws, on the same resamples for an equal number of images and seed."""
+        indices = metrics.resamples(len(seen.features), seed)
+        draws = metrics.score_draws(*seen, self.reference, indices)
+        return {f"{metric}_{self.name}": values for metric, values in draws.items()}
+
     @torch.inference_mode()
     def _compute(self, images: Tensor) -> Features:
         batches = tqdm(images.split(self.batch), f"{self.name} features", unit="batch", leave=False)
@@ -121,6 +133,12 @@ def inception_extractor(reference_images: int) -> FeatureExtractor | None:
         return None
     # A batch of 50 took a third longer on two cores.
     return FeatureExtractor("inception", network, _in_colours, 16, reference_images, kept=True)
+
+
+def extractors_of(inception_reference: int) -> list[FeatureExtractor]:
+    """The classifier's features, and Inception's where there are any."""
+    inception = inception_extractor(inception_reference)
+    return [mnist_extractor(), *([inception] if inception else [])]
 
 
 def _in_colours(images: Tensor) -> Tensor:

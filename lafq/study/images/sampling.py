@@ -14,7 +14,7 @@ import hashlib
 import json
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +60,10 @@ class Sampled(NamedTuple):
 
 def row_key(recipe: Recipe, sampling: Sampling) -> str:
     """The key of a row whose images are kept: of the sha256 of recipe, steps, seed and batch."""
-    words = json.dumps({"recipe": recipe, **sampling.record}, sort_keys=True)
+    return _key(json.dumps({"recipe": recipe, **sampling.record}, sort_keys=True))
+
+
+def _key(words: str) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
@@ -116,9 +119,14 @@ class RowFiles(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageStore:
-    """The images of a profile: drawn where they are not kept yet, found by the key of their row."""
+    """The images of a profile: drawn where they are not kept yet, found by the key of their row.
+
+    recipes: those seen so far, by the sha256 of the weights that they make; a later row of the very
+    same weights has an earlier one's images.
+    """
 
     work: Workspace
+    recipes: dict[str, Recipe] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -129,11 +137,11 @@ class ImageStore:
         """Where the images of a model are, or shall be."""
         weights = weights_sha256(model)
         if recipe is not None:
+            recipe = self.recipes.setdefault(weights, recipe)
             folder, key = self.folder, row_key(recipe, sampling)
         else:
             folder = self.work.build / "samples" / f"batch-{sampling.batch}"
-            words = f"{weights} {(sampling.images, sampling.steps, sampling.seed)}"
-            key = hashlib.sha256(words.encode()).hexdigest()[:16]
+            key = _key(f"{weights} {(sampling.images, sampling.steps, sampling.seed)}")
         paths = {b: folder / f"{key}_{b.start:05d}-{b.stop - 1:05d}.npz" for b in sampling.batches}
         return RowFiles(key, paths, {"recipe": recipe, **sampling.record}, weights)
 
