@@ -45,8 +45,8 @@ def measure(
     for extractor, of_images in zip(extractors, seen, strict=True):
         scores |= extractor.scores(of_images)
         draws |= extractor.score_draws(of_images, seed)
-    digits, losses = seen[0].logits.argmax(1), held_out_losses(model, seed)
-    return Measured(images, digits, scores, draws, losses)
+    losses = held_out_losses(model, seed)
+    return Measured(images, seen[0].logits.argmax(1), scores, draws, losses)
 
 
 def compare(row: Measured, baseline: Measured, seed: int) -> dict[str, float]:
@@ -136,12 +136,10 @@ def quality(work: Workspace, model: nn.Module, sampling: Sampling, block: int) -
     """
     [words], extractor = recipes(work, model, [BASELINE]), mnist_extractor()
     images, lines = ImageStore(work).draw(model, sampling, "FP32 baseline", words).images, []
-    every = range(len(images))
-    starts = every[: len(every) - block + 1 : block]
-    for part in (every, *(every[start : start + block] for start in starts)):
-        line = {"images": f"{part.start}-{part.stop - 1}", "n_images": len(part)}
-        seen = extractor.features(images[part.start : part.stop])
-        lines.append(line | extractor.scores(seen))
+    every = torch.arange(len(images))
+    for part in (every, *_blocks(every, block)):
+        line = {"images": f"{part[0]}-{part[-1]}", "n_images": len(part)}
+        lines.append(line | extractor.scores(extractor.features(images[part])))
     return pd.DataFrame(lines)
 
 
@@ -175,5 +173,9 @@ def block_statistics(images: dict[str, np.ndarray], baseline: str) -> pd.DataFra
 
 
 def _block_fids(features: Tensor, size: int) -> pd.Series:
-    parts = [part for part in features.split(size) if len(part) == size]
-    return pd.Series([metrics.fid(part, mnist_extractor().reference) for part in parts])
+    reference = mnist_extractor().reference
+    return pd.Series([metrics.fid(block, reference) for block in _blocks(features, size)])
+
+
+def _blocks(of_images: Tensor, size: int) -> list[Tensor]:
+    return [block for block in of_images.split(size) if len(block) == size]

@@ -1,13 +1,11 @@
-"""Generated images: drawn once, and kept in files of one batch each with a record of where they
-come from.
+"""Generated images, drawn once and kept: <key>_<first image>-<last image>.npz has those of a batch
+and a record of where they come from. Keys must not change: images take hours.
 
 A profile that keeps its images (KEEP) has them in results/<profile>/samples, found by their
 *recipe* (`rows.recipe`), which says in words how the weights were made: Fisher values computed on
 another machine differ in their last bits and flip some masks, and the recipe finds the images all
 the same. Any other profile has its images in build/<profile>/samples, found by the weights they
 were drawn from, and beside its tables, in one npz for each.
-
-A file is named <key>_<first image>-<last image>.npz. Keys must not change: images take hours.
 """
 
 import hashlib
@@ -41,8 +39,8 @@ class Sampling(NamedTuple):
     @property
     def batches(self) -> list[range]:
         """The images of every batch."""
-        starts = range(0, self.images, self.batch)
-        return [range(start, min(start + self.batch, self.images)) for start in starts]
+        every = range(self.images)
+        return [every[start : start + self.batch] for start in every[:: self.batch]]
 
     @property
     def record(self) -> dict[str, int]:
@@ -59,7 +57,7 @@ class Sampled(NamedTuple):
 
 
 def row_key(recipe: Recipe, sampling: Sampling) -> str:
-    """The key of a row whose images are kept: of the sha256 of recipe, steps, seed and batch."""
+    """The key of a row whose images are kept."""
     return _key(json.dumps({"recipe": recipe, **sampling.record}, sort_keys=True))
 
 
@@ -80,8 +78,8 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 class RowFiles(NamedTuple):
-    """A row's key, the file of each batch of its images, and what the records in the files say: how
-    the images were drawn, and the sha256 of the weights.
+    """A row's key, the file of each batch, and what their records say: how the images were drawn,
+    and the sha256 of the weights.
     """
 
     key: str
@@ -96,9 +94,9 @@ class RowFiles(NamedTuple):
 
     def keep(self, batch: range, images: np.ndarray, machine: str) -> None:
         """Write the images of a batch, uint8 (B, 1, 32, 32)."""
-        record = {**self.about, "drawn_from": self.weights, "machine": machine}
-        record["sha256"] = hashlib.sha256(images.tobytes()).hexdigest()
-        words = json.dumps(record, sort_keys=True)
+        sha256 = hashlib.sha256(images.tobytes()).hexdigest()
+        made = {"drawn_from": self.weights, "machine": machine, "sha256": sha256}
+        words = json.dumps(self.about | made, sort_keys=True)
         save_arrays(self.paths[batch], {"images": images, "record": np.array(words)})
 
     def read(self, batch: range) -> tuple[np.ndarray, str]:
@@ -110,10 +108,8 @@ class RowFiles(NamedTuple):
         if len(images) != len(batch) or any(record[n] != v for n, v in self.about.items()):
             raise ValueError(f"{path} holds the images of another row: {REMEDY}")
         if record["drawn_from"] != self.weights and record["machine"] == kind_of_machine():
-            raise ValueError(
-                f"{path} was drawn on this kind of machine from other weights than its recipe "
-                f"gives now, so a setting or the code behind it has changed: {REMEDY}"
-            )
+            other = "was drawn on this kind of machine from other weights than its recipe gives now"
+            raise ValueError(f"{path} {other}: {REMEDY}")
         return images, record["machine"]
 
 
@@ -155,13 +151,11 @@ class ImageStore:
         """The images of `ddpm.sample`, drawn or read batch by batch; errors as `RowFiles.read`."""
         if sampling.images < 1:
             raise ValueError(f"{sampling.images} images asked for: at least one is needed")
-        files, (_, *how), parts = self.files(model, sampling, recipe), sampling, []
-        for batch, path in files.paths.items():
-            if not path.is_file():
-                drawn = sample(model, len(batch), *how, label, first=batch.start)
-                files.keep(batch, drawn.numpy(), kind_of_machine())
-            parts.append(files.read(batch))
-        images, machines = zip(*parts, strict=True)
+        files, (_, *how) = self.files(model, sampling, recipe), sampling
+        for batch in files.missing:
+            drawn = sample(model, len(batch), *how, label, first=batch.start)
+            files.keep(batch, drawn.numpy(), kind_of_machine())
+        images, machines = zip(*map(files.read, files.paths), strict=True)
         return Sampled(files.key, torch.from_numpy(np.concatenate(images)), frozenset(machines))
 
     def images(self, key: str, count: int) -> np.ndarray:
@@ -175,8 +169,7 @@ class ImageStore:
             parts.append(read(files[there])[0][:, 0])
             there += len(parts[-1])
         if there < count:
-            raise FileNotFoundError(
-                f"{count} images of row {key} are needed, {self.folder} has {there}: "
-                f"`make reproduce PROFILE={self.work.profile}` draws the others"
-            )
+            remedy = f"`make reproduce PROFILE={self.work.profile}` draws the others"
+            lack = f"{count} images of row {key} are needed, {self.folder} has {there}"
+            raise FileNotFoundError(f"{lack}: {remedy}")
         return np.concatenate(parts)[:count]
