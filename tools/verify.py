@@ -157,6 +157,8 @@ def checks(work: Workspace, weights: Path | None) -> Iterator[Check]:
             off = np.abs(images.astype(int) - store.images(row["sample"], IMAGES)).mean()
             line = f"{IMAGES} images drawn again, {off:.3g} of 255 grey levels per pixel"
             yield bool(off <= GREY_LEVELS), f"{name}: {line} (at most {GREY_LEVELS:g})"
+        if not (work.results / subject.PACKED).is_file():
+            yield None, f"packed weights: {folder}/{subject.PACKED} is missing"
         if not weights:
             yield None, "rows drawn from the FP32 weights: give them with WEIGHTS=path"
         yield None, f"Inception scores, intervals, Fisher information: {again} computes them"

@@ -61,7 +61,7 @@ from lafq.study.workspace import (
     save_arrays,
     save_table,
 )
-from lafq.tensors import atomic_write
+from lafq.tensors import load_tensors, save_tensors
 
 SEEDS = (0, 1, 2, 3, 4)
 IMAGES, DESCRIBED, SHOWN = 1000, 200, 16
@@ -100,12 +100,15 @@ class Experiment:
         that an interrupted run goes on from there.
         """
         weights = weights_sha256(self.model)[:12]
-        path = self.work.build / f"sensitivity_{weights}_{self.samples}_{seed}.pt"
-        if not path.is_file():
+        paths = [
+            self.work.build / f"{part}_{weights}_{self.samples}_{seed}.safetensors"
+            for part in ("fisher", "curvature")
+        ]
+        if not all(path.is_file() for path in paths):
             known = measured_sensitivity(self.model, self.samples, seed, CHANNELS)
-            with atomic_write(path) as temporary:
-                torch.save((known.fisher, known.curvature), temporary)
-        return Sensitivity(*torch.load(path))
+            for path, tensors in zip(paths, known, strict=False):
+                save_tensors(path, tensors)
+        return Sensitivity(*(load_tensors(path, "make evidence")[0] for path in paths))
 
     def sampling(self, images: int, seed: int | None = None) -> Sampling:
         """So many images in the profile's steps and batches, from its noise or that of a seed."""
@@ -189,7 +192,7 @@ def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
     torch.manual_seed(int(torch.randint(2**62, (), generator=generator(seed))))
     model = UNet(width, settings.pop("dropout"))
     model = model.to(work.device, memory_format=torch.channels_last)
-    checkpoint = work.build / f"replicate_{seed}.pt"
+    checkpoint = work.build / f"replicate_{seed}.safetensors"
     weights, _ = training.fit(model, mnist(train=True)[0], checkpoint, **settings)
     result = UNet(width)
     result.load_state_dict(weights)

@@ -47,10 +47,12 @@ def test_rank_correlation_and_kept_weights(values):
         "cubed": {n: f**3 for n, f in values.items()},
         "opposite": {n: -f for n, f in values.items()},
         "unrelated": {n: torch.rand(f.shape, generator=g) for n, f in values.items()},
+        "in another order": {n: values[n] for n in reversed(values)},
         "equal": {n: torch.ones(f.shape) for n, f in values.items()},
     }
     table = released_code.rank_table({released_code.OURS: values} | others).set_index("choice")
     assert table.loc["cubed"].tolist() == pytest.approx([1] * 6)
+    assert table.loc["in another order"].tolist() == pytest.approx([1] * 6)
     assert table.loc["opposite"].tolist() == pytest.approx([-1] * 6)
     assert table.loc["equal"].isna().all()
     common = [released_code.kept_in_common(values, v, 0.35) for v in others.values()]

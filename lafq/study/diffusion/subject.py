@@ -17,7 +17,7 @@ from lafq.tensors import atomic_write, load_tensors, read_metadata, save_tensors
 
 __all__ = ["LAYERS", "SHAPE", "TIMESTEPS", "UNet", "layer_of", "mnist", "quantizable"]
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.safetensors"
 WEIGHTS = "ema.safetensors"
 PACKED = "packed.safetensors"
 FISHER = "fisher.safetensors"

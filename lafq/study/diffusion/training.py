@@ -4,7 +4,6 @@ checkpoints.
 Source: Ho et al. 2020, algorithm 1; the paper's own settings are in notebooks/profiles/paper.yaml.
 """
 
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from lafq.study.diffusion.ddpm import add_noise, unit_interval
 from lafq.study.diffusion.mnist import HELD_OUT
 from lafq.study.diffusion.subject import CHECKPOINT, SHAPE, TIMESTEPS, WEIGHTS, UNet, mnist
 from lafq.study.workspace import Workspace
-from lafq.tensors import atomic_write, save_tensors
+from lafq.tensors import atomic_write, load_tensors, save_tensors
 
 LOSS_DIGITS = 200
 WINDOW = 50  # steps whose mean loss is a row of training.csv
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 def train(
@@ -122,40 +122,56 @@ def fit(
     if compile:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
     losses: list[float] = []
     if checkpoint.is_file():
-        state = _read(checkpoint, steps, settings["decay"], record)
-        losses = state["losses"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        state = _checked(checkpoint, steps, settings["decay"], record)
+        losses = state["loss"].tolist()
+        _restore(state, model, ema, optimizer)
     remaining = range(len(losses), steps)
     bar = tqdm(initial=len(losses), total=steps, desc="training", unit="step", leave=False)
     for step, loss in training_steps(model, ema, optimizer, images, remaining, **settings):
         losses.append(loss)
         bar.update()
         if (step + 1) % every == 0 or step + 1 == steps:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            with atomic_write(checkpoint) as temporary:
-                torch.save({**state, "losses": losses, "steps": steps, "record": record}, temporary)
+            save_tensors(checkpoint, _state(model, ema, optimizer, losses), steps=steps, **record)
             bar.set_postfix(loss=sum(losses[-every:]) / len(losses[-every:]))
     bar.close()
     return {n: p.detach() for n, p in ema.module.named_parameters()}, losses
 
 
-def _read(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -> dict[str, Any]:
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        made, done, planned = state["record"], len(state["losses"]), state["steps"]
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{checkpoint} is damaged ({error}): delete it to train anew") from None
-    other = [name for name, value in record.items() if made.get(name) != value]
-    wrong = [f"{name}={made.get(name)}, not {record[name]}" for name in other]
+def _checked(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -> dict[str, Tensor]:
+    tensors, metadata = load_tensors(checkpoint, "01_train", **record)
+    done, planned = len(tensors["loss"]), metadata["steps"]
     if steps != planned and done > min(steps, planned) - decay:
-        wrong.append(f"{planned} steps in view: the learning rate of {steps} has begun to fall")
-    if wrong:
-        raise ValueError(f"{checkpoint} was made with {wrong[0]}; delete it to train anew")
+        raise ValueError(
+            f"{checkpoint} was made with {planned} steps in view: the learning rate of {steps} has "
+            f"begun to fall; delete it to train anew"
+        )
+    return tensors
+
+
+def _state(
+    model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW, losses: list[float]
+) -> dict[str, Tensor]:
+    state = {"loss": torch.tensor(losses, dtype=torch.float64)}
+    for (name, p), q in zip(model.named_parameters(), ema.module.parameters(), strict=True):
+        state |= {f"model/{name}": p.detach(), f"ema/{name}": q.detach()}
+        state |= {f"{key}/{name}": optimizer.state[p][key] for key in MOMENTS}
     return state
+
+
+@torch.no_grad()
+def _restore(
+    state: dict[str, Tensor], model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW
+) -> None:
+    done = torch.tensor(float(len(state["loss"])))
+    ema.n_averaged.fill_(int(done))
+    for (name, p), q in zip(model.named_parameters(), ema.module.parameters(), strict=True):
+        p.copy_(state[f"model/{name}"])
+        q.copy_(state[f"ema/{name}"])
+        # The fused kernel walks memory, so the moments need the strides of the parameter.
+        moments = {key: torch.empty_like(p).copy_(state[f"{key}/{name}"]) for key in MOMENTS}
+        optimizer.state[p] = {"step": done.to(p.device, copy=True), **moments}
 
 
 @torch.inference_mode()

@@ -191,6 +191,7 @@ def draw(figure: Figure, subject: Subject, outcome: Outcome) -> None:
     style = {"cellLoc": "center", "loc": "center", "edges": "open"}
     cells = ax.table(numbers.to_numpy(), colLabels=numbers.columns, **style)
     cells.auto_set_font_size(False)
+    cells.set_fontsize(9)
     axes, table = above.subplots(2, 1, sharex=True), outcome.by_tensor
     colours = dict(zip(table["layer"].unique(), sns.color_palette(), strict=False))
     for ax, values in zip(axes, (100 * table["kept_share"], table["bits_per_weight"]), strict=True):

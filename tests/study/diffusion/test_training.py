@@ -50,7 +50,7 @@ def test_a_damaged_checkpoint_and_one_of_another_width(tmp_path, digits):
         run(tmp_path / "a", digits, steps=2, width=6)
     content = (tmp_path / "a").read_bytes()
     (tmp_path / "a").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"is damaged .*: delete it to train anew"):
+    with pytest.raises(ValueError, match="is damaged"):
         run(tmp_path / "a", digits, steps=2)
 
 
