@@ -37,7 +37,7 @@ from lafq.study.images.evaluate import evaluate, evaluate_large
 from lafq.study.images.features import mnist_extractor
 from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import BASELINE, Row
-from lafq.study.workspace import Workspace, load_optional, profile_parameters
+from lafq.study.workspace import Workspace, compute_on, load_optional, profile_parameters
 from lafq.tensors import load_tensors, save_tensors
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -135,7 +135,7 @@ def one_process_per_core() -> Executor:
 
 def training_run(p: dict[str, Any], seed: int) -> tuple[pd.DataFrame, ...]:
     """Rows and claims of one run, from Fisher information, thresholds and images of its own."""
-    work = Workspace.open(p["PROFILE"], 1, p["DEVICE"])
+    work = Workspace(p["PROFILE"], compute_on(1, p["DEVICE"]))
     model, digits = trained(work, p, seed), mnist(train=True)[0]
     draws = {"samples": p["FISHER_SAMPLES"], "bins": p["TIMESTEP_BINS"], "seed": seed}
     fisher = fisher_by_timestep(model, list(quantizable(model)), digits, **draws)

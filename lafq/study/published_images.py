@@ -22,6 +22,7 @@ from lafq.study.images import metrics
 from lafq.study.images.features import (
     FeatureExtractor,
     Features,
+    extractors_of,
     inception_extractor,
     mnist_extractor,
 )
@@ -78,10 +79,7 @@ def block_scores(
     order, rows = torch.randperm(len(seen.features), generator=generator(seed)), []
     for n in sizes:
         blocks = order[: len(order) // n * n].view(-1, n)[:most]
-        draws = {"fid": metrics.fid_draws(seen.features, reference, blocks)}
-        draws["kid"] = metrics.kid_draws(seen.features, reference, blocks)
-        if seen.logits is not None:
-            draws["is"] = metrics.inception_score_draws(seen.logits, blocks)
+        draws = metrics.score_draws(*seen, reference, blocks)
         row = {"n": n, "blocks": len(blocks)}
         for name, values in draws.items():
             row |= {name: values.mean().item(), f"{name}_sd": pd.Series(values.numpy()).std()}
@@ -187,12 +185,10 @@ def noise_floor(generated: Tensor, seed: int, inception: bool) -> pd.DataFrame:
     features.
     """
     sets = {"real": mnist(train=False)[0][HELD_OUT], "generated": generated}
-    extractors = {"MNIST": mnist_extractor()}
-    if extractor := inception_extractor(FLOOR_REFERENCE if inception else 0):
-        extractors["Inception"] = extractor
+    extractors = extractors_of(FLOOR_REFERENCE if inception else 0)
     tables = {
         (name, images): floor(extractor.features(x).features, extractor.reference, seed)
-        for name, extractor in extractors.items()
+        for name, extractor in zip(("MNIST", "Inception"), extractors, strict=False)
         for images, x in sets.items()
     }
     return _joined(tables, "features", "images")
