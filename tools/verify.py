@@ -27,7 +27,6 @@ from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
 from lafq.study.images import sampling
-from lafq.study.images.evaluate import metric_values
 from lafq.study.images.features import mnist_extractor
 from lafq.study.images.sampling import ImageStore
 from lafq.study.rows import uniform_rows
@@ -112,7 +111,7 @@ def check_tables(work: Workspace) -> Iterator[Check]:
     @cache
     def scores(sample: str, count: int) -> dict[str, float]:
         images = torch.from_numpy(ImageStore(work).images(sample, count))[:, None]
-        return metric_values(extractor.features(images), extractor)
+        return extractor.scores(extractor.features(images))
 
     for path in sorted(work.results.glob("*.csv")):
         table = workspace.load_table(work, path.stem)

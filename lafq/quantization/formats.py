@@ -190,9 +190,10 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     planes, shift = [], 0
     for width in _planes(bits):
         plane, packed = packed.tensor_split([bit_bytes(width, count)])
-        places = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-        plane = (plane >> places[:, None]) & (2**width - 1)
-        planes.append(plane.flatten()[:count] << shift)
+        if width < 8:
+            places = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+            plane = ((plane >> places[:, None]) & (2**width - 1)).flatten()[:count]
+        planes.append(plane << shift if shift else plane)
         shift += width
     return reduce(torch.bitwise_or, planes)
 

@@ -64,12 +64,9 @@ class QuantizedWeight(nn.Module):
         device, spec, values = weight.device, weight_spec(entry), view.of(weight)
         codes = spec.codes(view.size[0]).to(device)
         by_format = channels_by_format(codes)
-        mask = torch.zeros_like(values, dtype=torch.bool)
-        if spec.keep_mask is not None:
-            mask = view.of(spec.keep_mask.to(device))
-        if fisher is not None:
-            fisher = view.of(fisher.to(device)).masked_fill(mask, 0)
-        scales, qmax = _scales(values.masked_fill(mask, 0), by_format, rule, fisher, spec)
+        mask = None if spec.keep_mask is None else view.of(spec.keep_mask.to(device))
+        fisher = None if fisher is None else _without(view.of(fisher.to(device)), mask)
+        scales, qmax = _scales(_without(values, mask), by_format, rule, fisher, spec)
         if curvature is not None and qmax.any():
             values, _ = rounded(values, scales, qmax, factor(curvature.to(device)), mask)
         parts = _parts(values, scales, by_format, mask, get_format(spec.keep_format))
@@ -159,29 +156,40 @@ def _scales(
 
 
 def _parts(
-    values: Tensor, scales: Tensor, by_format: ByFormat, mask: Tensor, keep_format: Format
+    values: Tensor, scales: Tensor, by_format: ByFormat, mask: Tensor | None, keep_format: Format
 ) -> dict[str, Tensor]:
     """The stored tensors but `formats`."""
-    parts, in_row, kept = {}, mask.sum(1), values[mask]
-    encoding, _ = mask_encoding(by_format, in_row, values.shape[1])
-    if encoding:
-        # Kept weights take up errors of others, and may then exceed FP16's range.
-        limit = torch.finfo(keep_format.dtype).max
-        parts["kept"] = kept.clamp(-limit, limit).to(keep_format.dtype)
-    if encoding == "mask":
-        parts["mask"] = pack_bits(mask.flatten().to(torch.uint8), 1)
-    if encoding == "columns":
-        columns = mask.nonzero()[:, 1].to(index_dtype(values.shape[1]))
-        parts |= {"counts": in_row.int(), "columns": columns}
-    values = values.masked_fill(mask, 0)
+    parts = {} if mask is None else _kept_parts(values, by_format, mask, keep_format)
+    values = _without(values, mask)
     for f, rows in by_format.items():
-        stored = values[rows]
+        stored = values if len(by_format) == 1 else values[rows]
         if f.is_integer:
             parts[f"{f.name}_scale"] = scales[rows].flatten()
             stored = encode(stored, scales[rows], f.qmax)
-        stored = stored[~mask[rows]] if encoding == "mask" else stored.flatten()
-        parts[f.name] = pack_bits(stored, f.bits) if f.is_integer else stored.to(f.dtype)
+        stored = stored[~mask[rows]] if "mask" in parts else stored.flatten()
+        parts[f.name] = pack_bits(stored, f.bits) if f.is_integer else stored.to(f.dtype, copy=True)
     return parts
+
+
+def _kept_parts(
+    values: Tensor, by_format: ByFormat, mask: Tensor, keep_format: Format
+) -> dict[str, Tensor]:
+    """The values of the kept weights, and what tells which they are; none where none is kept."""
+    in_row, length = mask.sum(1), values.shape[1]
+    encoding, _ = mask_encoding(by_format, in_row, length)
+    if not encoding:
+        return {}
+    # Kept weights take up errors of others, and may then exceed FP16's range.
+    limit = torch.finfo(keep_format.dtype).max
+    parts = {"kept": values[mask].clamp(-limit, limit).to(keep_format.dtype)}
+    if encoding == "mask":
+        return parts | {"mask": pack_bits(mask.flatten().to(torch.uint8), 1)}
+    return parts | {"counts": in_row.int(), "columns": mask.nonzero()[:, 1].to(index_dtype(length))}
+
+
+def _without(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The values with 0 in the place of kept weights."""
+    return values if mask is None else values.masked_fill(mask, 0)
 
 
 def _decode(parts: dict[str, Tensor], f: Format, size: torch.Size, free: Tensor | None) -> Tensor:

@@ -56,6 +56,7 @@ from lafq.study.rows import (
 )
 from lafq.study.workspace import (
     Workspace,
+    compute_on,
     load_optional,
     profile_parameters,
     save_arrays,
@@ -168,7 +169,7 @@ def one_process_per_core() -> Executor:
 
 def training_run(p: dict[str, Any], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows and claims of one run, columns seed and steps (of training) in front."""
-    work = Workspace.open(p["PROFILE"], 1, p["DEVICE"])
+    work = Workspace(p["PROFILE"], compute_on(1, p["DEVICE"]))
     model, digits = trained(work, p, seed), mnist(train=True)[0]
     draws = {"samples": p["FISHER_SAMPLES"], "bins": p["TIMESTEP_BINS"], "seed": seed}
     fisher = fisher_by_timestep(model, list(quantizable(model)), digits, **draws)

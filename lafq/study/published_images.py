@@ -92,12 +92,7 @@ def block_scores(
     order, rows = torch.randperm(len(features), generator=generator(seed)), []
     for n in sizes:
         blocks = order[: len(order) // n * n].view(-1, n)[:most]
-        draws = {
-            "fid": metrics.fid_draws(features, reference, blocks),
-            "kid": metrics.kid_draws(features, reference, blocks),
-        }
-        if logits is not None:
-            draws["is"] = metrics.inception_score_draws(logits, blocks)
+        draws = metrics.score_draws(features, logits, reference, blocks)
         row = {"n": n, "blocks": len(blocks)}
         for name, values in draws.items():
             row |= {name: values.mean().item(), f"{name}_sd": pd.Series(values.numpy()).std()}

@@ -36,14 +36,9 @@ def test_codes_come_back_from_dense_bytes(bits, count):
 
 
 def test_layout_of_the_bytes():
-    assert pack_bits(torch.tensor([1, 2, 3, 4], dtype=torch.uint8), 4).tolist() == [
-        1 | 3 << 4,
-        2 | 4 << 4,
-    ]
-    assert pack_bits(torch.tensor([5, 6], dtype=torch.uint8), 3).tolist() == [
-        1 | 2 << 2,
-        1 << 0 | 1 << 1,
-    ]
+    four, three = (torch.tensor(c, dtype=torch.uint8) for c in ([1, 2, 3, 4], [5, 6]))
+    assert pack_bits(four, 4).tolist() == [1 | 3 << 4, 2 | 4 << 4]
+    assert pack_bits(three, 3).tolist() == [1 | 2 << 2, 1 << 0 | 1 << 1]
 
 
 def test_levels():
@@ -74,16 +69,12 @@ def test_least_squares_is_near_the_best_of_a_fine_search(f):
     g = torch.Generator().manual_seed(1)
     rows = torch.randn(6, 300, generator=g)
     importance = torch.rand(6, 300, generator=g) ** 8
-    for weight in (None, importance):
-        found = error(
-            rows, weighted_mse_scale(rows, f.qmax, weight), f.qmax, 1 if weight is None else weight
-        )
-        at_absmax = error(rows, absmax_scale(rows, f.qmax), f.qmax, 1 if weight is None else weight)
+    for fisher in (None, importance):
+        weight, largest = 1 if fisher is None else fisher, rows.abs().amax(1) / f.qmax
+        found = error(rows, weighted_mse_scale(rows, f.qmax, fisher), f.qmax, weight)
+        at_absmax = error(rows, absmax_scale(rows, f.qmax), f.qmax, weight)
         shares = torch.linspace(0.05, 1.1, 1000)
-        every = [
-            error(rows, rows.abs().amax(1) / f.qmax * s, f.qmax, 1 if weight is None else weight)
-            for s in shares
-        ]
+        every = [error(rows, largest * share, f.qmax, weight) for share in shares]
         best = torch.stack(every).amin(0)
         assert (found <= at_absmax * 1.001).all()
         assert found.sum() <= best.sum() * 1.15

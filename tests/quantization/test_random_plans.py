@@ -20,12 +20,7 @@ sizes = st.integers(1, 5)
 
 @st.composite
 def layers(draw):
-    a, b, groups, kernel = (
-        draw(sizes),
-        draw(sizes),
-        draw(st.integers(1, 2)),
-        draw(st.integers(1, 3)),
-    )
+    a, b, groups, kernel = draw(st.tuples(sizes, sizes, st.integers(1, 2), st.integers(1, 3)))
     kind = draw(st.sampled_from(["linear", "conv", "transposed", "conv1d"]))
     bias = draw(st.booleans())
     if kind == "linear":
@@ -42,9 +37,8 @@ def entries(draw, shape, channels, length):
         [f for f in FORMATS if f != "int16"] if len(shape) > 1 else ["fp16", "fp32"]
     )
     format = draw(st.one_of(formats, st.tuples(*[formats] * channels)))
-    group = draw(
-        st.sampled_from([0, *(size for size in range(1, length + 1) if length % size == 0)])
-    )
+    divisors = [size for size in range(1, length + 1) if length % size == 0]
+    group = draw(st.sampled_from([0, *divisors]))
     if draw(st.booleans()):
         return format if isinstance(format, str) and not group else WeightSpec(format, group=group)
     g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
@@ -84,11 +78,7 @@ def test_bytes_reloading_and_errors_of_any_plan(found):
         view, entry = channel_view(model, name), plan[name]
         spec = entry if isinstance(entry, WeightSpec) else WeightSpec(entry)
         rows, off = view.of(before.detach()), view.of((after - before).detach()).abs()
-        kept = (
-            torch.zeros_like(rows, dtype=torch.bool)
-            if spec.keep_mask is None
-            else view.of(spec.keep_mask)
-        )
+        kept = view.of(torch.zeros(before.shape) > 0 if spec.keep_mask is None else spec.keep_mask)
         formats = (spec.format,) * view.size[0] if isinstance(spec.format, str) else spec.format
         for r, format in enumerate(map(get_format, formats)):
             rest = rows[r].masked_fill(kept[r], 0)

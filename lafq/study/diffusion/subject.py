@@ -31,19 +31,16 @@ def check_weights(
     Raises FileNotFoundError when there are none, ValueError when they are damaged or were trained
     with other settings than the profile's.
     """
-    path, remedy = path or work.results / WEIGHTS, "WEIGHTS=path, or train them anew with TRAIN=1"
+    path = path or work.results / WEIGHTS
+    remedy = "give a file that has them with WEIGHTS=path, or train them anew with TRAIN=1"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"the trained weights {path} are missing: give a file that has them with {remedy}"
-        )
+        raise FileNotFoundError(f"the trained weights {path} are missing: {remedy}")
     metadata = read_metadata(path)
     for name, value in {"width": width, "seed": seed, **training}.items():
         # Weights made before a setting was there do not name it.
-        if metadata.get(name, value) != value:
-            raise ValueError(
-                f"{path} was trained with {name}={metadata[name]}, profile {work.profile} has "
-                f"{value}: give the weights of this profile with {remedy}"
-            )
+        if (theirs := metadata.get(name, value)) != value:
+            differs = f"{name}={theirs}, profile {work.profile} has {value}"
+            raise ValueError(f"{path} was trained with {differs}: {remedy}")
 
 
 def take_weights(

@@ -90,6 +90,25 @@ def inception_score(logits: Tensor) -> float:
     return _fidelity("isc").isc_features_to_metric(logits, splits=1)["inception_score_mean"]
 
 
+def scores(features: Tensor, logits: Tensor | None, reference: Reference) -> dict[str, float]:
+    """`fid`, `is` (where there are logits) and `kid` of what a network sees of images."""
+    values = {"fid": fid(features, reference)}
+    if logits is not None:
+        values["is"] = inception_score(logits)
+    return values | {"kid": kid(features, reference)}
+
+
+def score_draws(
+    features: Tensor, logits: Tensor | None, reference: Reference, indices: Tensor
+) -> dict[str, Tensor]:
+    """The same metrics, for each row of indices: (count,)."""
+    draws = {
+        "fid": fid_draws(features, reference, indices),
+        "kid": kid_draws(features, reference, indices),
+    }
+    return draws if logits is None else draws | {"is": inception_score_draws(logits, indices)}
+
+
 def resamples(images: int, seed: int, count: int = RESAMPLES) -> Tensor:
     """Indices (count, images) drawn with replacement from 0..images - 1."""
     return torch.randint(images, (count, images), generator=generator(seed, images))
@@ -103,6 +122,12 @@ def interval(value: float, draws: Tensor) -> tuple[float, float]:
     low, high = torch.nanquantile(draws, tails).tolist()
     centre = draws.nanmean().item()
     return value - (high - centre), value - (low - centre)
+
+
+def with_interval(name: str, value: float, draws: Tensor) -> dict[str, float]:
+    """A value and its interval as the columns name, name_low and name_high."""
+    low, high = interval(value, draws)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def fid_draws(features: Tensor, reference: Reference, indices: Tensor) -> Tensor:
