@@ -1,9 +1,8 @@
 """Experiments that take hours: `make evidence` runs them step by step, and the notebooks load their
 tables.
 
-Steps whose tables are there already are left alone (`--anew` makes them again); within a step,
-images that were sampled and training that was done before an interruption are kept in
-build/<profile>.
+Steps whose tables are there already are left alone (`--anew` makes them again). An interrupted step
+goes on from the images and the training that build/<profile> keeps.
 """
 
 import argparse
@@ -16,7 +15,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from dask.system import CPU_COUNT
@@ -52,7 +50,7 @@ SELECTED = {(rule, "feedback"): () for rule in ("uniform", *RULES)}
 SELECTED |= {("allocate", "nearest"): (4.0,), ("allocate_all", "feedback"): (3.5,)}
 AT_32_BITS = BASELINE._replace(setting="32.000", bits=32.0)
 Tables = dict[str, pd.DataFrame]
-Claims = Callable[[pd.DataFrame, dict[str, np.ndarray], int], list[claims.Claim]]
+Claims = Callable[..., list[claims.Claim]]
 
 
 class Experiment:
@@ -234,9 +232,7 @@ def described(run: Experiment, images: int = DESCRIBED) -> Tables:
 
 
 def packed(run: Experiment) -> Tables:
-    """Write the weights in a file small enough to be committed, packed.safetensors, and measure
-    what that costs: FP32's row and the packed weights', with the damage on held-out digits.
-    """
+    """Write packed.safetensors, small enough to be committed, and measure what that costs."""
     model, seed = run.model, run.seed + OTHER_NOISE
     plan = allocate(model, run.kept_sensitivity(run.seed), file_mib=SHIPPED_MIB)
     small = quantize(model, plan)
@@ -288,8 +284,7 @@ def main() -> int:
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--anew", action="store_true", help="make every step again")
     parser.add_argument("--only", default="", choices=["", "published", *STEPS])
-    help = "the authors' published images: a clone of their repository, or an npz file"
-    parser.add_argument("--published", type=Path, help=help)
+    parser.add_argument("--published", type=Path, help="the authors' images: clone or npz file")
     args = parser.parse_args()
     try:
         if args.published:

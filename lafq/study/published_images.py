@@ -19,13 +19,7 @@ from lafq.rng import generator
 from lafq.study.claims import holm
 from lafq.study.diffusion.mnist import HELD_OUT, mnist, unpadded
 from lafq.study.images import metrics
-from lafq.study.images.features import (
-    FeatureExtractor,
-    Features,
-    extractors_of,
-    inception_extractor,
-    mnist_extractor,
-)
+from lafq.study.images.features import FeatureExtractor, Features, extractors_of
 from lafq.study.images.metrics import Reference
 from lafq.study.workspace import Workspace, save_table
 
@@ -73,9 +67,7 @@ def _pictures(folder: Path) -> np.ndarray:
 def block_scores(
     seen: Features, reference: Reference, seed: int, sizes: list[int], most: int | None = None
 ) -> pd.DataFrame:
-    """FID, KID and (where there are logits) IS: mean and standard deviation over (at most so many)
-    disjoint blocks of N. Columns n, blocks, fid, fid_sd, kid, kid_sd, is, is_sd.
-    """
+    """Mean and standard deviation of each metric over (at most so many) disjoint blocks of N."""
     order, rows = torch.randperm(len(seen.features), generator=generator(seed)), []
     for n in sizes:
         blocks = order[: len(order) // n * n].view(-1, n)[:most]
@@ -89,9 +81,7 @@ def block_scores(
 
 def compared(sets: dict[str, tuple[Tensor, Tensor]], seed: int) -> pd.DataFrame:
     """Every set against the unquantized one, and as a control two halves of that against each
-    other; columns: results/README.md. sets: features (N, d) and predicted digits (N,) by name.
-
-    FID is between up to 2,500 images of the set and the second half of the unquantized one.
+    other (columns: results/README.md). sets: features (N, d) and predicted digits (N,) by name.
     """
     unquantized = sets[UNQUANTIZED]
     order = torch.randperm(len(unquantized[0]), generator=generator(seed))
@@ -138,12 +128,12 @@ def mmd_test(x: Tensor, y: Tensor, seed: int, permutations: int = 1999) -> tuple
 
 def measure(path: Path, seed: int) -> None:
     """Read the published images and write results/published/compared.csv and scores.csv."""
-    images, extractor = read(path), mnist_extractor()
+    images, (extractor, *others) = read(path), extractors_of(REAL.stop - REAL.start)
     seen = {name: extractor.features(x) for name, x in images.items()}
     sets = {name: (features, logits.argmax(1)) for name, (features, logits) in seen.items()}
     save_table(PUBLISHED, "compared", compared(sets, seed))
     scored = {("MNIST", name): (of_set, extractor.reference) for name, of_set in seen.items()}
-    if inception := inception_extractor(REAL.stop - REAL.start):
+    for inception in others:
         real = mnist(train=True)[0][REAL]
         references = {"Inception": real, UNPADDED: unpadded(real)}
         references = {k: Reference(inception.features(x).features) for k, x in references.items()}
@@ -164,9 +154,7 @@ def _joined(tables: dict[tuple[str, str], pd.DataFrame], *names: str) -> pd.Data
 
 
 def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
-    """FID and KID of disjoint blocks of N of the features (M, d): columns metric, n, mean, sd,
-    blocks; FID at n = inf is extrapolated from the means at N >= 200 (`metrics.fid_at_infinity`).
-    """
+    """FID and KID of disjoint blocks of N of features (M, d); at n = inf the extrapolated FID."""
     sizes = [n for n in FLOOR_SIZES if n <= len(features)]
     wide = block_scores(Features(features, None), reference, seed, sizes, FLOOR_BLOCKS)
     fid, kid = (
@@ -181,9 +169,7 @@ def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
 
 
 def noise_floor(generated: Tensor, seed: int, inception: bool) -> pd.DataFrame:
-    """`floor` of held-out digits and of the FP32 model's images, on MNIST and, if asked, Inception
-    features.
-    """
+    """`floor` of held-out digits and of the FP32 model's images, by feature extractor."""
     sets = {"real": mnist(train=False)[0][HELD_OUT], "generated": generated}
     extractors = extractors_of(FLOOR_REFERENCE if inception else 0)
     tables = {
@@ -195,12 +181,7 @@ def noise_floor(generated: Tensor, seed: int, inception: bool) -> pd.DataFrame:
 
 
 def image_statistics(images: dict[str, Tensor], extractor: FeatureExtractor) -> pd.DataFrame:
-    """FID and its two terms (Heusel et al. 2017, equation 6), ink and digits of sets of images,
-    uint8 (N, 1, 32, 32), the unquantized model's among them; columns: results/README.md.
-
-    mean_term: squared distance of the mean features from the reference's. background: of the outer
-    frame of 2 pixels, black in real digits.
-    """
+    """FID with its two terms (Heusel et al. 2017, equation 6), ink and digits of sets of images."""
     frame = torch.ones(32, 32, dtype=torch.bool)
     frame[FRAME:-FRAME, FRAME:-FRAME] = False
     mean = torch.as_tensor(extractor.reference.statistics["mu"])

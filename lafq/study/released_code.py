@@ -23,7 +23,7 @@ from lafq.study.images.features import FeatureExtractor, inception_extractor, mn
 from lafq.study.images.metrics import Reference
 from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.poster import GROUPS
-from lafq.study.rows import KEY, keep_ratio, ratio_rows, uniform_rows
+from lafq.study.rows import KEY, keep_ratio, ratio_rows
 from lafq.study.workspace import Workspace
 
 OURS = "this project"
@@ -163,7 +163,7 @@ def measure_protocol(
 ) -> pd.DataFrame:
     """`protocol_choices` of uniform INT8 on MNIST and Inception features, the latter with R6."""
     store, seed = ImageStore(work), sampling.seed
-    int8 = dequantize_(quantize(model, uniform_rows(model, ("int8",))[0].plan))
+    int8 = dequantize_(quantize(model, dict.fromkeys(quantizable(model), "int8")))
     draws = (model, sampling), (int8, sampling), (int8, sampling._replace(seed=seed + 1))
     drawn = [store.draw(*draw).images for draw in draws]
     tables = {"MNIST": protocol_choices(mnist_extractor(), *drawn, seed)}
@@ -186,9 +186,8 @@ def protocol_choices(
     """One row per choice: a FID, or difference of FIDs, as here and as in the released code; what
     it changes, with 95 % interval.
 
-    unquantized, quantized: images from the same noise; other_noise: of the quantized model from
-    another seed's, without pairs to resample, so without an interval. sizes: for R6, references of
-    the same few digits, as they are here and as 28x28.
+    unquantized, quantized: images from the same noise; other_noise: of the quantized model, from
+    another seed's. sizes: for R6, references of the same few digits, as here and as 28x28.
     """
     count = len(unquantized)
     # The images as they are come first, then their resamples.
@@ -204,13 +203,12 @@ def protocol_choices(
         both = tuple(fid(unquantized, reference) for reference in sizes)
         choices[f"FID, real digits 28x28 (R6; {len(sizes[0].features)} of them)"] = both
     choices[f"{name} (R1: images from the EMA weights)"] = rise, torch.zeros_like(rise)
-    unpaired = rise[:1], fid(other_noise)[:1] - here[:1]
-    choices[f"{name}, other noise in each row (R7)"] = unpaired
+    other = fid(other_noise) - here
+    other[1:] = torch.nan  # without pairs there is nothing to resample
+    choices[f"{name}, other noise in each row (R7)"] = rise, other
     rows = []
     for choice, (ours, released) in choices.items():
-        change, ends = released - ours, (np.nan, np.nan)
-        if len(change) > 1:
-            ends = metrics.interval(change[0].item(), change[1:])
-        rows.append((choice, ours[0].item(), released[0].item(), change[0].item(), *ends))
-    columns = ["choice", "here", "released", "change", "change_low", "change_high"]
-    return pd.DataFrame(rows, columns=columns)
+        change = released - ours
+        row = {"choice": choice, "here": ours[0].item(), "released": released[0].item()}
+        rows.append(row | metrics.with_interval("change", change[0].item(), change[1:]))
+    return pd.DataFrame(rows)

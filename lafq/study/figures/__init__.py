@@ -1,4 +1,1 @@
-"""What a reader sees: tables, figures and the explorer.
-
-It may import all of lafq.
-"""
+"""What a reader sees: tables, figures and the explorer."""

@@ -69,8 +69,7 @@ def over_size(ax: Axes, table: pd.DataFrame, metric: str, size: str = "mem_mib")
 
 def ring(ax: Axes, rows: pd.DataFrame, metric: str, size: str, label: str) -> None:
     """Rings around the points of some rows."""
-    style = {"ms": 13, "mfc": "none", "mec": "black", "ls": "", "label": label}
-    ax.plot(rows[size], rows[metric], "o", **style)
+    ax.plot(rows[size], rows[metric], "o", ms=13, mfc="none", mec="black", label=label)
     ax.legend(fontsize=9)
 
 

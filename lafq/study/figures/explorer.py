@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from ipywidgets import HTML, Dropdown, FloatSlider, HBox, Image, Layout, VBox
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, cat, nn
 
@@ -49,9 +48,8 @@ class Setting(NamedTuple):
     """What the sliders say.
 
     amount: the share of the weights, channels or tensors that is kept in FP32 (of "ratio": of each
-    layer's); of the allocator the size, as a share of FP32's bytes. granularity: "tensor",
-    "channel" or "weight" (of the allocator: channels, and single weights in FP16). format: of what
-    is not kept; the allocator chooses its formats itself.
+    layer's); of the allocator the size, as a share of FP32's bytes. At granularity "weight" the
+    allocator takes channels, and single weights in FP16; it chooses the formats itself.
     """
 
     rule: str = "ratio"
@@ -61,9 +59,7 @@ class Setting(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a setting leads to; numbers: one row, COLUMNS; digits: uint8 (N, 32, 32), from the same
-    noise as the FP32 model's.
-    """
+    """What a setting leads to; numbers: one row, COLUMNS; digits: uint8, from FP32's noise."""
 
     setting: Setting
     plan: Entries
@@ -74,9 +70,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Subject:
-    """A model that is explored; plans and rounding are made from `calibration`, damage is predicted
-    from `validation`, of other digits.
-    """
+    """A model that is explored: plans are made from `calibration`, damage from `validation`."""
 
     work: Workspace
     model: nn.Module
@@ -168,17 +162,7 @@ def draw(figure: Figure, subject: Subject, outcome: Outcome) -> None:
     cells = ax.table(numbers.to_numpy(), colLabels=numbers.columns, **style)
     cells.auto_set_font_size(False)
     cells.set_fontsize(9)
-    kept, bits = middle.subplots(2, 1, sharex=True)
-    _bars(kept, bits, outcome.by_tensor)
-    before, after = subject.digits, outcome.digits
-    off = plots.brighter(abs(after - before.astype(int)), AMPLIFIED)
-    titles = ("FP32 model", "Quantized, from the same noise", f"Difference, x {AMPLIFIED}")
-    for ax, images, title in zip(below.subplots(1, 3), (before, after, off), titles, strict=True):
-        plots.digits(ax, images, len(images) // (2 - len(images) % 2), title)
-    below.supxlabel(f"{len(before)} digits, {subject.sampling.steps} sampling steps", fontsize=9)
-
-
-def _bars(kept: Axes, bits: Axes, table: pd.DataFrame) -> None:
+    (kept, bits), table = middle.subplots(2, 1, sharex=True), outcome.by_tensor
     colours = dict(zip(table["layer"].unique(), sns.color_palette(), strict=False))
     for ax, values in ((kept, 100 * table["kept_share"]), (bits, table["bits_per_weight"])):
         ax.bar(table.index, values, color=table["layer"].map(colours))
@@ -190,6 +174,12 @@ def _bars(kept: Axes, bits: Axes, table: pd.DataFrame) -> None:
         kept.text(rows.index.to_numpy().mean(), 104, layer, ha="center")
     short = [short_name(name).split(".", 1)[1] for name in table["parameter"]]
     bits.set_xticks(table.index, short, rotation=60, ha="right", fontsize=8)
+    before, after = subject.digits, outcome.digits
+    off = plots.brighter(abs(after - before.astype(int)), AMPLIFIED)
+    titles = ("FP32 model", "Quantized, from the same noise", f"Difference, x {AMPLIFIED}")
+    for ax, images, title in zip(below.subplots(1, 3), (before, after, off), titles, strict=True):
+        plots.digits(ax, images, len(images) // (2 - len(images) % 2), title)
+    below.supxlabel(f"{len(before)} digits, {subject.sampling.steps} sampling steps", fontsize=9)
 
 
 def png(subject: Subject, outcome: Outcome) -> bytes:

@@ -1,7 +1,4 @@
-"""Figures. Every function draws the rows it is given on axes it is given.
-
-A rule has one colour throughout (COLOURS); viridis stands for a timestep or a budget.
-"""
+"""Figures of rows on given axes; a rule has one colour, viridis stands for timesteps or budgets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +20,6 @@ SWEPT = {"ms": 5, "lw": 1.2, "capsize": 3, "color": COLOURS["ratio"]}
 LINES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
 MARKERS = {"fp16": "o", "int8": "s"}
 FEATURES = {"fid_inception": "Inception", "fid_mnist": "MNIST"}
-AMPLIFIED = 64  # differences of images are drawn this many times as bright
 BRIGHTENED = 8  # so that a grey background is seen
 SHOWN = 7  # images of a row
 RATIO = "ratio r (share of a layer kept in FP32)"
@@ -32,6 +28,7 @@ WORSE = f"{DIFFERENCE} (positive: worse)"
 PAIRED = "bars: 95 % intervals of the difference, paired bootstrap over the images"
 OVER_DIGITS = "bars: 95 % intervals, bootstrap over the digits"
 SPREAD = "bars: one standard deviation over the blocks"
+Panels = Sequence[Axes]
 Images, Rows = dict[str, np.ndarray], list[np.ndarray]  # uint8 (N, 32, 32), by name or row by row
 
 
@@ -94,7 +91,7 @@ def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     labelled(ax, "FID difference by stored size", "stored MiB", y)
 
 
-def noise_floor(axes: Sequence[Axes], table: pd.DataFrame) -> None:
+def noise_floor(axes: Panels, table: pd.DataFrame) -> None:
     """FID of blocks of N images, mean +- standard deviation, one panel per feature extractor."""
     named = {"real": ("real digits", "0.5"), "generated": ("FP32 model's images", "black")}
     fid = table[table["metric"] == "fid"]
@@ -194,16 +191,14 @@ def claim_by_run(ax: Axes, claims: pd.DataFrame, over: pd.DataFrame) -> None:
     labelled(ax, "C3 by training run", "", y)
 
 
-def sets_of_digits(axes: Sequence[Axes], table: pd.DataFrame, images: Images) -> None:
+def sets_of_digits(axes: Panels, table: pd.DataFrame, images: Images) -> None:
     """The first images of every set of `image_statistics`, and the same ones brighter."""
     names = [f"{row.images}\nFID {row.fid_mnist:.0f}" for row in table.itertuples()]
     shown = [images[name][: len(images[name]) // 2] for name in table["images"]]
     _beside(axes, names, shown, shown, BRIGHTENED, "the same images")
 
 
-def paired_digits(
-    axes: Sequence[Axes], table: pd.DataFrame, samples: Images, amplified: int = AMPLIFIED
-) -> None:
+def paired_digits(axes: Panels, table: pd.DataFrame, samples: Images, amplified: int = 64) -> None:
     """The first images of every row of a table, and their differences from the first row's."""
     names = [f"{_spoken(row)}\n{row.mem_mib:.2f} MiB" for row in table.itertuples()]
     shown = [samples[key][:SHOWN] for key in table["sample"]]
@@ -211,9 +206,7 @@ def paired_digits(
     _beside(axes, names, shown, off, amplified, "difference from FP32's")
 
 
-def _beside(
-    axes: Sequence[Axes], names: list[str], left: Rows, right: Rows, times: int, what: str
-) -> None:
+def _beside(axes: Panels, names: list[str], left: Rows, right: Rows, times: int, what: str) -> None:
     for ax, name, images, others in zip(axes, names, left, right, strict=True):
         digits(ax, np.concatenate([images, brighter(others, times)]), 2 * len(images))
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)

@@ -77,9 +77,7 @@ def write(value: Any, spec: Spec = "") -> str:
 
 
 def interval(row: Any, name: str, spec: Spec = "+.2f") -> str:
-    """ "value [low, high]" of a row (a Series, a mapping, or of itertuples), as much as it has; the
-    ends stand in `<name>_low` and `<name>_high`, or in `low` and `high`.
-    """
+    """ "value [low, high]" of a row, its ends in `<name>_low`, `<name>_high` or `low`, `high`."""
     if isinstance(row, tuple):
         row = row._asdict()
     ends = (f"{name}_low", f"{name}_high") if f"{name}_low" in row else ("low", "high")
