@@ -132,7 +132,7 @@ def models(
         rows = workspace.load_table(work, "packed").query("rule == 'allocate'")
         yield "packed weights", dequantize_(load_quantized(path, UNet(p["WIDTH"]))), rows
     if weights:
-        subject.take_weights(work, weights, p["WIDTH"], p["SEED"], p["TRAINING"])
+        subject.take_weights(work, p, weights)
         model = subject.load_model(work, p["WIDTH"])
         yield "FP32", model, workspace.load_table(work, "01_baseline")
         table = workspace.load_table(work, "03_global").query("rule == 'uniform'")
