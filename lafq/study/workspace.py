@@ -198,9 +198,7 @@ def save_figure(
     for suffix, metadata in kinds.items():
         path = work.figures / f"{name}.{suffix}"
         with matplotlib.rc_context({"svg.hashsalt": name}), atomic_write(path) as temporary:
-            figure.savefig(
-                temporary, format=suffix, metadata=metadata, dpi=150, bbox_inches="tight"
-            )
+            figure.savefig(temporary, format=suffix, metadata=metadata, **how)
 
 
 def _existing(work: Workspace, name: str) -> Path:
