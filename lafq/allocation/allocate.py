@@ -19,14 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lafq.allocation.coded import allocate_coded
-from lafq.allocation.frontiers import (
-    ALLOCATED,
-    Rows,
-    StorageOption,
-    frontier,
-    planned,
-    undominated,
-)
+from lafq.allocation.frontiers import ALLOCATED, Rows, StorageOption, frontier, planned, undominated
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.networks import unwrapped
 from lafq.quantization.checks import check_estimates, check_plan
@@ -115,7 +108,7 @@ def frontiers_of(
         )
     check_plan(model, dict.fromkeys(fisher, "fp16"))
     check_estimates(model, fisher, sensitivity.curvature)
-    names = tqdm(fisher, "damage by format", leave=False, unit="tensor") if progress else fisher
+    names = tqdm(fisher, "damage by format", leave=False, unit="tensor", disable=not progress)
     rows = ((name, Rows.of(model, name, sensitivity)) for name in names)
     return {name: frontier(tensor, granularity, known, groups) for name, tensor in rows}
 

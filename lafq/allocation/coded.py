@@ -25,9 +25,8 @@ from lafq.allocation.frontiers import Rows, StorageOption, planned
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.networks import unwrapped
 from lafq.quantization.channels import WeightSpec
-from lafq.quantization.checkpoint import save_quantized
+from lafq.quantization.checkpoint import file_parts, save_quantized
 from lafq.quantization.checks import check_estimates, check_plan, check_values
-from lafq.quantization.entropy_coding import compress_parts
 from lafq.quantization.formats import FORMATS, FP16_MAX, MIB
 from lafq.quantization.model import with_quantized
 from lafq.quantization.plan import Allocation
@@ -42,14 +41,13 @@ INTEGERS = sorted((f for f in FORMATS.values() if f.levels % 2), key=lambda f: f
 
 
 class _Trial(NamedTuple):
-    """What a number gives, its base-2 logarithm first: by name the stored weights, their entries
+    """What a number gives, its base-2 logarithm first: by name the stored weights, and their entry
     and predicted damage; the file's bytes.
     """
 
     log_step: float
     stored: dict[str, QuantizedWeight]
-    entries: dict[str, WeightSpec]
-    damages: dict[str, float]
+    choices: dict[str, tuple[WeightSpec, float]]
     file_bytes: int
 
 
@@ -75,14 +73,14 @@ def allocate_coded(
     check_values(model, dict.fromkeys(names, "int8"))
     tensors = {name: Rows.of(model, name, sensitivity) for name in names}
     budget = file_mib * MIB + 0.5  # half a byte: MiB are not exact
-    turns = tqdm(range(FILES), "steps", leave=False, unit="file") if progress else range(FILES)
+    turns = tqdm(range(FILES), "steps", leave=False, unit="file", disable=not progress)
     with TemporaryDirectory() as folder:
         trial = partial(_trial, model, tensors, Path(folder) / "tried.safetensors")
         best = _search(trial, _first_guess(tensors, budget), budget, turns)
-    choices = {
-        name: StorageOption(_bytes_in_file(stored), best.damages[name], best.entries[name])
-        for name, stored in best.stored.items()
-    }
+    choices = {}
+    for name, (entry, harm) in best.choices.items():
+        parts, _ = file_parts(best.stored[name], compress=True)
+        choices[name] = StorageOption(sum(part.nbytes for part in parts.values()), harm, entry)
     return planned(model, choices, sensitivity.recipe, best.file_bytes)
 
 
@@ -149,17 +147,17 @@ def _search(
 
 def _trial(model: nn.Module, tensors: dict[str, Rows], path: Path, log_step: float) -> _Trial:
     """Round every tensor with the steps of this number and write the file."""
-    stored, entries, damages = {}, {}, {}
+    stored, choices = {}, {}
     for name, rows in tensors.items():
         steps = _steps(rows, log_step)
-        values, of_rows = _rounded(rows, steps.float())
+        values, by_row = _rounded(rows, steps.float())
         codes = (values / steps.float()[:, None]).round_().abs().amax(1).tolist()
         formats = tuple(next(f.name for f in INTEGERS if code <= f.qmax) for code in codes)
-        entry, weight = WeightSpec(formats, steps=steps), rows.view.back(values)
-        entries[name], damages[name] = entry, of_rows.sum().item()
-        stored[name] = QuantizedWeight.of(weight, entry, rows.view)
+        entry = WeightSpec(formats, steps=steps)
+        choices[name] = entry, by_row.sum().item()
+        stored[name] = QuantizedWeight.of(rows.view.back(values), entry, rows.view)
     save_quantized(path, with_quantized(model, stored), model, compress=True)
-    return _Trial(log_step, stored, entries, damages, path.stat().st_size)
+    return _Trial(log_step, stored, choices, path.stat().st_size)
 
 
 def _rounded(rows: Rows, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,8 +168,3 @@ def _rounded(rows: Rows, steps: Tensor) -> tuple[Tensor, Tensor]:
     qmax = torch.full_like(steps, INTEGERS[-1].qmax)
     values, quadratic = rounded(rows.values, steps[:, None], qmax, rows.factors)
     return values, rows.damage(quadratic)
-
-
-def _bytes_in_file(stored: QuantizedWeight) -> int:
-    parts, _ = compress_parts(dict(stored.named_buffers()), stored.code_counts())
-    return sum(tensor.nbytes for tensor in parts.values())

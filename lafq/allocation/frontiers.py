@@ -21,12 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lafq.fisher.sensitivity import Sensitivity
-from lafq.quantization.channels import (
-    ChannelView,
-    WeightSpec,
-    counted_bytes,
-    weight_spec,
-)
+from lafq.quantization.channels import ChannelView, WeightSpec, counted_bytes, weight_spec
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import (
     FORMATS,

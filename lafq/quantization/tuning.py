@@ -59,18 +59,17 @@ def _fit(
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warm, (steps - i) / steps)
     )
-    for batch in islice(batches, steps):
+    for done, batch in enumerate(islice(batches, steps), 1):
         arguments = arguments_of(batch, device)
         with torch.no_grad():
             expected = checked_output(model(*arguments), len(arguments[0]))
         optimizer.zero_grad()
         loss = (small(*arguments) - expected).square().mean()
         if not torch.isfinite(loss):
-            raise ValueError(f"batch {done} gives outputs that are not finite: leave it out")
+            raise ValueError(f"batch {done - 1} gives outputs that are not finite: leave it out")
         loss.backward()
         optimizer.step()
         rate.step()
-        done += 1
     if done < steps:
         raise ValueError(f"{steps} steps of tuning need as many batches, and there were {done}")
 
