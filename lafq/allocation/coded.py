@@ -41,9 +41,7 @@ INTEGERS = sorted((f for f in FORMATS.values() if f.levels % 2), key=lambda f: f
 
 
 class _Trial(NamedTuple):
-    """What a number gives, its base-2 logarithm first: by name the stored weights, and their entry
-    and predicted damage; the file's bytes.
-    """
+    """What the number 2**log_step gives; choices: by name the entry and its predicted damage."""
 
     log_step: float
     stored: dict[str, QuantizedWeight]
@@ -85,9 +83,7 @@ def allocate_coded(
 
 
 def _steps(rows: Rows, log_step: float) -> Tensor:
-    """FP16 steps (R,): never so fine that codes exceed INT16's, nor coarser than what rounds every
-    weight to 0.
-    """
+    """FP16 steps (R,), within what INT16 can hold and what rounds every weight to 0."""
     pivots = [torch.ones(1)] if rows.factors is None else [h.pivots for h in rows.factors]
     matters = (rows.fisher.mean(1).double() * torch.cat(pivots).mean().item()).clamp_min(1e-300)
     largest = rows.values.abs().amax(1).double()
@@ -96,9 +92,7 @@ def _steps(rows: Rows, log_step: float) -> Tensor:
 
 
 def _first_guess(tensors: dict[str, Rows], budget: float) -> float:
-    """The number at which Gaussian weights would take the budget: log2(1 + 2 pi e (deviation /
-    step)^2) / 2 bits each.
-    """
+    """Where Gaussian weights, log2(1 + 2 pi e (deviation / step)^2) / 2 bits each, fill it."""
     low, high = -60.0, 60.0
     deviations = {n: rows.values.double().square().mean(1).sqrt() for n, rows in tensors.items()}
     for _ in range(40):
@@ -114,9 +108,7 @@ def _first_guess(tensors: dict[str, Rows], budget: float) -> float:
 def _search(
     trial: Callable[[float], _Trial], log_step: float, budget: float, turns: Iterable[int]
 ) -> _Trial:
-    """The finest steps tried whose file fits in the budget, by secants between a file too large and
-    one that fits; ValueError where none does.
-    """
+    """The finest steps tried whose file fits in the budget; ValueError where none does."""
     fits, too_large, stride = None, None, 0.5
     for turn in turns:
         tried = trial(log_step)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lafq.networks import arguments_of, checked_output, evaluating, unwrapped
-from lafq.quantization.formats import FP16_MAX
 from lafq.quantization.model import dequantize
 
 PEAK = 3e-4
@@ -46,7 +45,7 @@ def tune(model: nn.Module, packed: nn.Module, batches: Batches, steps: int) -> n
         _fit(model, small, list(vectors.values()), batches, steps)
     with torch.no_grad():
         for name, place in places.items():
-            limit = FP16_MAX if place.dtype == torch.float16 else torch.inf
+            limit = torch.finfo(place.dtype).max
             place.copy_(vectors[name].clamp(-limit, limit).view_as(place))
     return packed
 
