@@ -79,7 +79,7 @@ def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict
     for name, value in p.items():
         fits(name, value, every[name])
     if overrides.get("COMPUTE") and not p["TRAIN"]:
-        subject.check_weights(Workspace(profile), p["WIDTH"], p["SEED"], p["TRAINING"])
+        subject.check_weights(Workspace(profile), p)
     if p["SCHEDULER"]:
         cluster.connect(p["SCHEDULER"]).close()
     return p
@@ -152,9 +152,8 @@ def run(arguments: argparse.Namespace) -> None:
     asked["profile"] = profile = asked["profile"] or "mini"
     asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
     if arguments.weights:
-        p = profile_parameters(profile)
-        trained = (p["WIDTH"], p["SEED"], p["TRAINING"])
-        subject.take_weights(Workspace(profile), arguments.weights, *trained)
+        trained = profile_parameters(profile)
+        subject.take_weights(Workspace(profile), trained, arguments.weights)
     selected = notebooks(asked["only"], profile)
     parameters = check(profile, asked["overrides"], selected)
     write_text(last, json.dumps(asked))

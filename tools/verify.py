@@ -126,7 +126,7 @@ def models(
         row = workspace.load_table(work, "packed").query("rule == 'allocate'").iloc[0]
         yield "packed weights", dequantize_(load_quantized(path, UNet(p["WIDTH"]))), row
     if weights:
-        subject.take_weights(work, weights, p["WIDTH"], p["SEED"], p["TRAINING"])
+        subject.take_weights(work, p, weights)
         model = subject.load_model(work, p["WIDTH"])
         yield "FP32", model, workspace.load_table(work, "01_baseline").iloc[0]
         table = workspace.load_table(work, "03_global").query("rule == 'uniform'")

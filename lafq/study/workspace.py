@@ -35,7 +35,7 @@ MODELS = {"smoke": "profile smoke", "mini": "width 16", "paper": "width 64"}
 
 
 def profile_parameters(profile: str) -> dict[str, Any]:
-    """The parameters of a profile; ValueError, naming the known ones, for an unknown profile."""
+    """The parameters of a profile; ValueError for an unknown one."""
     known = {path.stem: path for path in sorted(PROFILES.glob("*.yaml"))}
     if profile not in known:
         raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")

@@ -128,15 +128,14 @@ def fit(
     for name, tensor in kept.items():
         state[name].copy_(tensor)
     remaining = range(len(losses), steps)
-    bar = tqdm(initial=len(losses), total=steps, desc="training", unit="step", leave=False)
-    for step, loss in training_steps(model, ema, optimizer, images, remaining, **settings):
+    run = training_steps(model, ema, optimizer, images, remaining, **settings)
+    bar = tqdm(run, "training", steps, leave=False, unit="step", initial=len(losses))
+    for step, loss in bar:
         losses.append(loss)
-        bar.update()
         if (step + 1) % every == 0 or step + 1 == steps:
-            loss_so_far = torch.tensor(losses, dtype=torch.float64)
-            save_tensors(checkpoint, state | {"loss": loss_so_far}, steps=steps, **record)
+            state["loss"] = torch.tensor(losses, dtype=torch.float64)
+            save_tensors(checkpoint, state, steps=steps, **record)
             bar.set_postfix(loss=sum(losses[-every:]) / len(losses[-every:]))
-    bar.close()
     return {n: p.detach() for n, p in ema.module.named_parameters()}, losses
 
 

@@ -205,16 +205,12 @@ def main(seed: int = 0, threads: int = 2) -> None:
     save_tensors(path, model.state_dict(), seed=seed)
     digits, labels = mnist(train=False)
     logits = FeatureExtractor("mnist", model, unit_interval, 1000).features(digits).logits
-    record = {
-        "test_accuracy": round((logits.argmax(1) == labels).float().mean().item(), 4),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "sha256": sha256(path),
-        "seed": seed,
-        "threads": threads,
-    }
+    accuracy = round((logits.argmax(1) == labels).float().mean().item(), 4)
+    record = {"test_accuracy": accuracy, "parameters": sum(p.numel() for p in model.parameters())}
+    record |= {"sha256": sha256(path), "seed": seed, "threads": threads}
     with atomic_write(FOLDER / "classifier.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{path}: test accuracy {record['test_accuracy']:.2%}")
+    print(f"{path}: test accuracy {accuracy:.2%}")
 
 
 if __name__ == "__main__":
