@@ -58,18 +58,15 @@ evidence: $(READY)  ## experiments that take hours: noise floor, 1,000 images pe
 
 benchmark: $(READY)  ## what quantized models cost to run, groups of weights, Fisher beside BackPACK, notebooks in 2 GiB, damage by passes (about 50 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
-	@$(BIN)/python benchmarks/running.py
-	@$(BIN)/python benchmarks/groups.py
-	@$(BIN)/python benchmarks/fisher.py
-	@$(BIN)/python benchmarks/binder.py
-	@$(BIN)/python benchmarks/passes.py
-	@$(BIN)/python benchmarks/peak_memory.py
+	@set -e; for table in running fisher allocation binder peak_memory; do $(BIN)/python benchmarks/cost.py $$table; done
+	@set -e; for table in groups passes; do $(BIN)/python benchmarks/damage_by.py $$table; done
 
 peers: $(READY)  ## the allocator beside five other libraries at equal bytes (installs each beside .venv; about an hour)
 	@$(BIN)/python benchmarks/peers.py
 
 growth: $(READY)  ## time and memory of every step by the size of the model, and of a cheaper curvature (about half an hour; Linux)
-	@$(BIN)/python benchmarks/growth.py
+	@$(BIN)/python benchmarks/cost.py growth
+	@$(BIN)/python benchmarks/damage_by.py blocks
 
 terrain: $(READY)  ## lafq on a public diffusion model of others: results/terrain (installs it beside .venv; about half an hour)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/terrain-packages -r requirements-terrain.txt

@@ -1,13 +1,13 @@
 """Quantize the diffusion model with one other library, as its documentation shows; `peers.py` runs
-this beside that library.
+python benchmarks/peer.py LIBRARY WIDTH BITS SAMPLES FILE beside that library.
 
-python benchmarks/peer.py LIBRARY WIDTH BITS SAMPLES FILE writes a safetensors file. For each weight
-tensor that the library quantized it has the values that the library computes with, and what must be
-stored for them. All see the same noised digits.
+The safetensors file has, for each weight tensor that the library quantized, the values that it
+computes with, and what must be stored for them. All see the same noised digits.
 """
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.mnist import mnist
 from lafq.study.diffusion.subject import load_model
-from lafq.study.diffusion.unet import UNet
 from lafq.study.workspace import Workspace, compute_on
 from lafq.tensors import save_tensors
 
@@ -30,9 +29,7 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 class Stored(NamedTuple):
-    """A weight tensor as a library computes with it, and what that takes: bits per code, scales,
-    zero points.
-    """
+    """A weight tensor as a library computes with it, and what must be stored of it."""
 
     values: Tensor
     bits: float
@@ -52,34 +49,31 @@ def quanto(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
 
     library.quantize(model, weights=getattr(library, f"qint{bits}"))
     library.freeze(model)
-    weights, none = {n: m.weight for n, m in layers(model).items()}, torch.empty(0)
+    none = torch.empty(0)
     return {
         n: Stored(w.dequantize(), bits, w._scale.numel(), getattr(w, "_shift", none).numel())
-        for n, w in weights.items()
-        if isinstance(w, library.QTensor)
+        for n, m in layers(model).items()
+        if isinstance(w := m.weight, library.QTensor)
     }
 
 
 def torchao(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
-    """torchao's IntxWeightOnly in groups of GROUP weights, or of all input channels where these are
-    fewer.
-    """
+    """torchao's IntxWeightOnly in groups of GROUP weights, or all inputs where fewer."""
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerAxis, PerGroup
     from torchao.quantization.quantize_.workflows import IntxUnpackedToInt8Tensor
 
-    kind, layered = getattr(torch, f"int{bits}"), layers(model).items()
-    kinds = (PerGroup(GROUP), PerAxis(0))
-    groups, channels = (IntxWeightOnlyConfig(kind, granularity=g) for g in kinds)
-    inputs = {n: m.weight.shape[1] for n, m in layered if isinstance(m, nn.Linear | nn.Conv2d)}
+    config = partial(IntxWeightOnlyConfig, getattr(torch, f"int{bits}"))
+    groups, channels = config(granularity=PerGroup(GROUP)), config(granularity=PerAxis(0))
+    known = ((n, m) for n, m in layers(model).items() if isinstance(m, nn.Linear | nn.Conv2d))
+    inputs = {name: layer.weight.shape[1] for name, layer in known}
     quantize_(model, groups, lambda _, name: inputs.get(f"{name}.weight", 1) % GROUP == 0)
     # It fails for a single input channel.
     quantize_(model, channels, lambda _, name: 1 < inputs.get(f"{name}.weight", 1) < GROUP)
-    weights = {n: m.weight for n, m in layers(model).items()}
     return {
         n: Stored(w.dequantize(), bits, w.scale.numel(), int(w.zero_point.count_nonzero()))
-        for n, w in weights.items()
-        if isinstance(w, IntxUnpackedToInt8Tensor)
+        for n, m in layers(model).items()
+        if isinstance(w := m.weight, IntxUnpackedToInt8Tensor)
     }
 
 
@@ -92,12 +86,9 @@ def brevitas(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]
 
     settings = {"weight_quant": Int8WeightPerChannelFloatMSE, "weight_bit_width": bits}
     settings["return_quant_tensor"] = False
-    kinds = {
-        nn.Conv2d: (qnn.QuantConv2d, settings),
-        nn.ConvTranspose2d: (qnn.QuantConvTranspose2d, settings),
-        nn.Linear: (qnn.QuantLinear, settings),
-    }
-    model = layerwise_quantize(model, kinds)
+    kinds = ("Conv2d", "ConvTranspose2d", "Linear")
+    replaced = {getattr(nn, kind): (getattr(qnn, f"Quant{kind}"), settings) for kind in kinds}
+    model = layerwise_quantize(model, replaced)
     with torch.no_grad():
         model(*batches[0])  # sets the scales
     with torch.no_grad(), gptq_mode(model, use_quant_activations=False) as gptq:
@@ -110,9 +101,7 @@ def brevitas(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]
 
 
 def modelopt(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
-    """nvidia-modelopt's auto_quantize: a format per layer, of 2, 3, 4, 6, 8 bits or none, for so
-    many effective bits.
-    """
+    """nvidia-modelopt's auto_quantize: a format per layer, or none, for so many effective bits."""
     import modelopt.torch.quantization as mtq
 
     def format(b: int) -> dict:
@@ -134,11 +123,10 @@ def modelopt(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]
         num_calib_steps=len(batches),
         num_score_steps=len(batches),
     )
-    quantized = {n: (m, getattr(m, "weight_quantizer", None)) for n, m in layers(model).items()}
     return {
         n: Stored(q(m.weight), q.num_bits, q.amax.numel())
-        for n, (m, q) in quantized.items()
-        if q is not None and q.is_enabled
+        for n, m in layers(model).items()
+        if (q := getattr(m, "weight_quantizer", None)) is not None and q.is_enabled
     }
 
 
@@ -154,13 +142,10 @@ def aimet(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
         rounded = Adaround.apply_adaround(model, first, settings, folder, "rounded", **bitwidth)
         simulated = QuantizationSimModel(rounded, first, **bitwidth)
         simulated.set_and_freeze_param_encodings(str(Path(folder) / "rounded.encodings"))
-    quantized = {
-        n: (m, getattr(m, "param_quantizers", {})) for n, m in layers(simulated.model).items()
-    }
     return {
-        n: Stored(q["weight"](m.weight), bits, q["weight"].get_scale().numel())
-        for n, (m, q) in quantized.items()
-        if q and q.get("weight") is not None
+        n: Stored(q(m.weight), bits, q.get_scale().numel())
+        for n, m in layers(simulated.model).items()
+        if (q := dict(getattr(m, "param_quantizers", {})).get("weight")) is not None
     }
 
 
@@ -178,7 +163,7 @@ def main() -> int:
     library, width, bits, samples, path = sys.argv[1], *map(int, sys.argv[2:5]), Path(sys.argv[5])
     compute_on(2, "cpu")
     torch.manual_seed(SEED)
-    model: UNet = load_model(Workspace(PROFILES[width]), width)
+    model = load_model(Workspace(PROFILES[width]), width)
     shapes = {n: p.shape for n, p in model.named_parameters()}
     batches = list(noised_batches(mnist(train=True)[0], samples, SEED))
     try:
@@ -186,9 +171,9 @@ def main() -> int:
     except Exception as error:  # whatever a library raises is what the table says of it
         print(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", file=sys.stderr)
         return 1
-    quantized = {n: s for n, s in quantized.items() if s.values.shape == shapes.get(n)}
-    tensors = {n: s.values.detach().float().contiguous().clone() for n, s in quantized.items()}
-    stored = {n: [s.bits, s.scales, s.zero_points] for n, s in quantized.items()}
+    kept = {n: s for n, s in quantized.items() if s.values.shape == shapes.get(n)}
+    tensors = {n: s.values.detach().float().contiguous().clone() for n, s in kept.items()}
+    stored = {n: [s.bits, s.scales, s.zero_points] for n, s in kept.items()}
     save_tensors(path, tensors, library=library, version=version(library), stored=stored)
     return 0
 

@@ -4,34 +4,21 @@ results/benchmarks/peers.csv and a figure.
 Each library quantizes the diffusion model beside packages of its own (`peer.py`), and its weights
 are judged here: damage on held-out digits and noise that no plan has seen. The allocator then gets
 exactly the library's bytes, once for all weights and once for the weights that the library
-quantized. All libraries and the sensitivity see the same noised training digits.
-
-Rows that are there already are left alone; delete the table to make them again.
+quantized. Rows that are there already are left alone.
 """
 
 import hashlib
 import os
 import subprocess
 import sys
-from functools import partial
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from peer import LIBRARIES
-from shared import (
-    DIGITS,
-    PROFILES,
-    SAMPLES,
-    SEED,
-    WORK,
-    Subject,
-    Table,
-    figure,
-    in_a_process,
-    over,
-    run,
-)
+from shared import DIGITS, PROFILES, SAMPLES, SEED, WORK, Subject, Table, figure, in_a_process, run
 from torch import Tensor, nn
 
 from lafq.allocation import allocate as solver
@@ -39,7 +26,7 @@ from lafq.quantization.formats import MIB, bit_bytes
 from lafq.quantization.model import dequantize_, nbytes, quantize
 from lafq.quantization.plan import Plan
 from lafq.study import workspace
-from lafq.study.damage import FRESH_SEED
+from lafq.study.damage import FRESH_SEED, over
 from lafq.study.diffusion.subject import load_model
 from lafq.study.workspace import Workspace
 from lafq.tensors import load_tensors
@@ -68,11 +55,9 @@ def installed(library: str) -> Path:
 
 
 def stored_bytes(model: nn.Module, stored: dict[str, tuple[float, int, int]]) -> int:
-    """Bytes that must be stored: codes, scales and zero points of the quantized weights, all else
-    in FP32.
+    """Bytes that must be stored, what is not quantized in FP32.
 
-    stored: by parameter name the bits per code and the numbers of scales and of zero points, which
-    take as many bits as a code.
+    stored: by parameter name the bits per code (or zero point), the scales and the zero points.
     """
     total = nbytes(model, {})
     for name, (bits, scales, zero_points) in stored.items():
@@ -83,9 +68,7 @@ def stored_bytes(model: nn.Module, stored: dict[str, tuple[float, int, int]]) ->
 
 
 def quantized_by(library: str, width: int, bits: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights that a library quantized, and what it says of them; RuntimeError with its own
-    message where it fails.
-    """
+    """The weights that a library quantized, and what it says of them; or its error."""
     path = WORK.build / "peers" / f"{library}-{width}-{bits}.safetensors"
     if not path.is_file():
         search = os.pathsep.join((str(installed(library)), os.environ.get("PYTHONPATH", "")))
@@ -95,23 +78,21 @@ def quantized_by(library: str, width: int, bits: int) -> tuple[dict[str, Tensor]
 
 
 class Judge(Subject):
-    """The diffusion model of one width: the allocator at any bytes, and the damage of quantized
-    weights.
-    """
+    """The diffusion model of one width, and its sensitivity."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, DIGITS[width], SEED + FRESH_SEED)
         known = self.sensitivity(SAMPLES[width])
         self.fronts, self.recipe = solver.frontiers_of(self.model, known), known.recipe
 
-    def uniform(self, bits: int) -> dict[str, Any]:
-        """lafq without the allocator: all weights in one format, rounded to the nearest code."""
-        plan = Plan(dict.fromkeys(self.fronts, f"int{bits}"))
-        whole = dequantize_(quantize(self.model, plan))
-        return self._row("", nbytes(self.model, plan), whole, set(plan))
-
     def of(self, library: str, bits: int) -> dict[str, Any]:
-        """A library's row; its error where it fails."""
+        """A library's row; its error where it fails. OURS: lafq without the allocator, rounded to
+        the nearest code.
+        """
+        if library == OURS:
+            plan = Plan(dict.fromkeys(self.fronts, f"int{bits}"))
+            whole = dequantize_(quantize(self.model, plan))
+            return self._row("", nbytes(self.model, plan), whole, set(plan))
         try:
             weights, about = quantized_by(library, self.width, bits)
         except RuntimeError as error:
@@ -133,7 +114,7 @@ class Judge(Subject):
             plan = solver.solve_budget(self.model, fronts, size / MIB, self.recipe)
             ours = self.planned(plan)
             row[f"damage_{name}"] = ours.mean().item()
-            row |= over(f"over_{name}", ours, theirs)
+            row |= over(f"over_{name}", ours, theirs, SEED)
         return row
 
 
@@ -144,8 +125,8 @@ def draw(table: pd.DataFrame) -> None:
     for ax, (width, part) in zip(axes[0], rows.groupby("width"), strict=True):
         for i, (library, marker) in enumerate(zip((OURS, *LIBRARIES), "sv^XP*", strict=True)):
             line = part[part["library"] == library]
-            style = {"ms": 5, "lw": 1, "label": library if len(line) else None}
-            ax.plot("mem_mib", "damage", f"C{i}{marker}:", data=line, **style)
+            label = library if len(line) else None
+            ax.plot("mem_mib", "damage", f"C{i}{marker}:", data=line, ms=5, lw=1, label=label)
         style = {"ms": 4, "lw": 1.2, "color": "black", "label": "lafq, allocator"}
         ax.plot("mem_mib", "damage_all", "D-", data=part, **style)
         ax.set(xscale="log", yscale="log", xlabel="stored MiB", title=f"width {width}")
@@ -161,16 +142,14 @@ def draw(table: pd.DataFrame) -> None:
 
 def main() -> None:
     """Make the rows that are missing and the figure."""
-    table = Table("peers", ("width", "library", "bits"))
-    for width in PROFILES:
-        libraries = {name: FEWER.get((name, width), BITS) for name in (OURS, *LIBRARIES)}
-        wanted = [(name, bits) for name, every in libraries.items() for bits in every]
-        if all((width, *row) in table for row in wanted):
-            continue
-        judge = Judge(width)
-        for name, bits in wanted:
-            make = partial(judge.uniform, bits) if name == OURS else partial(judge.of, name, bits)
-            table.add((width, name, bits), make)
+    table, judge = Table("peers", ("width", "library", "bits")), cache(Judge)
+
+    def row(width: int, library: str, bits: int) -> dict[str, Any]:
+        return judge(width).of(library, bits)
+
+    for width, library in product(PROFILES, (OURS, *LIBRARIES)):
+        for bits in FEWER.get((library, width), BITS):
+            table.add((key := (width, library, bits)), row, *key)
     draw(table.frame)
 
 

@@ -1,5 +1,5 @@
 """What the benchmarks share: tables that are continued, the diffusion model and the damage of its
-quantized copies, processes of their own, time and memory.
+quantized copies, processes of their own, time.
 """
 
 import json
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -51,10 +50,10 @@ class Table:
     def __contains__(self, key: tuple) -> bool:
         return any(tuple(row[name] for name in self.key) == key for row in self.rows)
 
-    def add(self, key: tuple, make: Callable[[], dict[str, Any]]) -> None:
+    def add(self, key: tuple, make: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         """Make, keep and print the row of this key, unless it is there."""
         if key not in self:
-            self.rows.append(dict(zip(self.key, key, strict=True)) | make())
+            self.rows.append(dict(zip(self.key, key, strict=True)) | make(*arguments))
             save_table(self.work, self.name, self.frame)
             print(*(f"{name} {value}" for name, value in self.rows[-1].items()), sep=", ")
 
@@ -62,6 +61,14 @@ class Table:
     def frame(self) -> pd.DataFrame:
         """The table as it is now."""
         return pd.DataFrame(self.rows)
+
+
+def write(rows: Callable[[], Iterable[dict]]) -> None:
+    """Write and print a table that is made anew, named for the function that makes its rows."""
+    name = rows.__name__
+    table = pd.DataFrame(tqdm(rows(), name))
+    save_table(WORK, name, table)
+    print(table.to_string(index=False), f"written: results/benchmarks/{name}.csv", sep="\n")
 
 
 class Subject:
@@ -74,10 +81,10 @@ class Subject:
         self.model = load_model(Workspace(PROFILES[width]), width)
         self.outputs = training.held_out_outputs(self.model, seed, digits, first)
 
-    def sensitivity(self, samples: int, seed: int = SEED, **sizes: int) -> Sensitivity:
+    def sensitivity(self, samples: int, seed: int = SEED, **how: Any) -> Sensitivity:
         """From so many noised training digits."""
         batches = noised_batches(mnist(train=True)[0], samples, seed)
-        return estimate_sensitivity(self.model, batches, seed, **sizes)
+        return estimate_sensitivity(self.model, batches, seed, **how)
 
     def errors(self, whole: nn.Module) -> Tensor:
         """The damage of a copy that computes in FP32, by digit."""
@@ -88,30 +95,16 @@ class Subject:
         return self.errors(dequantize_(quantize(self.model, plan, *recipe)))
 
 
-def over(name: str, errors: Tensor, reference: Tensor, seed: int = SEED) -> dict[str, float]:
-    """The mean error over that of a reference, paired over the digits, with its interval: the
-    columns name, name_low and name_high.
-    """
-    return damage.over(name, errors, reference, seed)
-
-
-def write(name: str, rows: Iterable[dict]) -> None:
-    """Write and print a table that is made anew."""
-    table = pd.DataFrame(tqdm(rows, name))
-    save_table(WORK, name, table)
-    print(table.to_string(index=False), f"written: results/benchmarks/{name}.csv", sep="\n")
-
-
 def figure(rows: int, columns: int, **how: Any) -> tuple[Figure, Any]:
     """A figure in the notebooks' style and its axes."""
     workspace.set_style()
     return plt.subplots(rows, columns, **how)
 
 
-def seconds(function: Callable, *arguments: Any) -> float:
+def seconds(function: Callable, *arguments: Any, **options: Any) -> float:
     """Wall time of one call."""
     start = time.perf_counter()
-    function(*arguments)
+    function(*arguments, **options)
     return time.perf_counter() - start
 
 
@@ -125,29 +118,22 @@ def in_a_process(*asked: Any, environment: dict[str, str] | None = None, **how: 
     """What a Python process with these arguments prints last, JSON; RuntimeError with its last line
     where it fails.
     """
-    command, environment = [sys.executable, *map(str, asked)], os.environ | (environment or {})
+    command = [sys.executable, *map(str, asked)]
+    environment = os.environ | {"TQDM_DISABLE": "1"} | (environment or {})
     done = subprocess.run(command, env=environment, capture_output=True, text=True, **how)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
     return json.loads((done.stdout.splitlines() or ["null"])[-1])
 
 
-def memory(field: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM the most since `forget_peak` (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
-
-
-def forget_peak() -> None:
-    """Let VmHWM start anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def run(main: Callable[[], None]) -> int:
-    """A script's main function on two threads; errors are one sentence and exit status 1."""
+def run(main: Callable, *arguments: str) -> int:
+    """A script's function on two threads, what it returns printed as JSON; errors are one sentence
+    and exit status 1.
+    """
     try:
         compute_on(2, "cpu")
-        main()
+        if (result := main(*arguments)) is not None:
+            print(json.dumps(result))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1

@@ -1,15 +1,20 @@
-"""lafq on a diffusion model that others have trained: `make terrain` writes results/terrain and
-figures/terrain.
+"""lafq on a public diffusion model of others: `make terrain` writes results/terrain and
+figures/terrain. Rows that are there already are left alone.
+
+The model comes with the package adaptive-terrain-diffusion (MIT): a consistency U-Net in ONNX with
+10.4 million parameters. From noise of standard deviation 80 and a difficulty in [0, 1] it makes a
+height map of 128 x 128 in one step. onnx2pytorch turns it into a torch module.
 
 Decibels: variance of the FP32 model's output over the mean squared error, on maps from noise that
-no plan has seen. Rows that are there already are left alone; delete results/terrain to make them
-again.
+no plan has seen.
 """
 
+import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,82 +22,165 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from by_layer import by_layer, layer_inputs, quanto, stored_bytes, torchao
+from scipy.ndimage import uniform_filter
+from scipy.stats import wasserstein_distance
 from shared import Table, figure, run
-from terrain_model import (
-    CHUNK,
-    JUDGED,
-    MAPS_PER_PASS,
-    OTHER,
-    PASSES,
-    SIZE,
-    WORK,
-    character,
-    decibels,
-    distances,
-    estimated,
-    heights,
-    load,
-    maps,
-    outputs,
-    sensitivity,
-)
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from lafq import allocate, quantize, save_quantized
+from lafq import allocate, estimate_sensitivity, quantize, save_quantized
 from lafq.allocation import allocate as solver
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize_, nbytes, resident_bytes
 from lafq.quantization.plan import Plan
+from lafq.rng import generator
 from lafq.study import workspace
+from lafq.study.workspace import Workspace
 from lafq.tensors import load_tensors, save_tensors
 
+WORK = Workspace("terrain")
+MAPS = WORK.build / "maps.safetensors"
+WEIGHTS = "weights/terrain_consistency_unet_difficulty100.onnx"
+SIZE, SIGMA = 128, 80.0
+PASSES, MAPS_PER_PASS = 32, 2
+FRESH, CHUNK = 64, 4
+# Seeds of the noise: plans are made from, judged on, and what other noise does.
+KNOWN, JUDGED, OTHER = 0, 1, 2
+HEIGHT, ASINH = 22.16864013671875, 0.1  # metres; the package's map from the output to heights
 SHOWN = 3
 UNIFORM = ("int4", "int3", "int2", "int8", "int6")
 FEWER = (1, 2, 4, 8, 16, PASSES)
 SENSITIVE = 10  # weight tensors that the row "INT4, sensitive tensors FP16" keeps
 TENTH = 0.1
 CODED, KEEPING = "entropy-coded", "INT4, sensitive tensors FP16"
-PEERS = {"optimum-quanto": (quanto, ("qint8", "qint4", "qint2")), "torchao": (torchao, (8, 4))}
+SMALLER = f"{TENTH:.0%} of FP32"
+THEIRS = [("optimum-quanto", kind) for kind in ("qint8", "qint4", "qint2")]
+THEIRS += [("torchao", bits) for bits in ("8", "4")]
 FP32 = ("fp32", "none")
 DRAWN = {
     "FP32": FP32,
     "uniform INT4": ("uniform", "int4"),
     "allocator, INT4's bytes": ("allocator", "bytes of uniform int4"),
-    "allocator, smaller": ("allocator", f"{TENTH:.0%} of FP32"),
+    "allocator, smaller": ("allocator", SMALLER),
 }
+
+
+def load() -> nn.Module:
+    """The model in torch, without the buffers in which the converter repeats every weight; checked
+    against ONNX Runtime.
+    """
+    import onnx
+    import onnxruntime
+    from onnx2pytorch import ConvertModel
+
+    path = str(files("terrain_diffusion") / WEIGHTS)
+    model = ConvertModel(onnx.load(path)).eval()
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    for name, buffer in list(model.named_buffers()):
+        if any(buffer.shape == w.shape and torch.equal(buffer, w) for w in weights):
+            delattr(model, name)
+    x = maps(OTHER, CHUNK)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    named = dict(zip(("noisy", "sigma", "difficulty"), (part.numpy() for part in x), strict=True))
+    with torch.inference_mode():
+        off = (model(*x) - torch.from_numpy(session.run(["denoised"], named)[0])).abs().max().item()
+    print(f"the model in torch differs from ONNX Runtime's by at most {off:.1g}")
+    if off > 1e-4:
+        raise RuntimeError("that is too much: use the versions in requirements-terrain.txt")
+    return model
+
+
+def maps(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The model's arguments for so many maps, as the package's generator gives them: noise, sigma,
+    difficulty.
+    """
+    g = generator(seed)
+    noise = SIGMA * torch.randn(count, 1, SIZE, SIZE, generator=g)
+    return noise, torch.full((count,), SIGMA), torch.randint(100, (count,), generator=g) / 99
+
+
+def batches(seed: int, count: int, size: int) -> list[tuple[Tensor, ...]]:
+    """`maps` in batches."""
+    return list(zip(*(part.split(size) for part in maps(seed, count)), strict=True))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, seed: int) -> Tensor:
+    """What the model makes of FRESH maps, (FRESH, 1, 128, 128)."""
+    return torch.cat([model(*x) for x in tqdm(batches(seed, FRESH, CHUNK), leave=False)])
+
+
+def estimated(model: nn.Module, passes: int) -> Sensitivity:
+    """Of all weights, from the first of PASSES passes of MAPS_PER_PASS maps."""
+    known = batches(KNOWN, PASSES * MAPS_PER_PASS, MAPS_PER_PASS)[:passes]
+    return estimate_sensitivity(model, tqdm(known, desc="sensitivity", leave=False), KNOWN)
+
+
+def sensitivity(model: nn.Module) -> Sensitivity:
+    """`estimated` from all passes, kept in build/terrain."""
+    paths = [WORK.build / f"{part}.safetensors" for part in ("fisher", "curvature")]
+    if not all(path.is_file() for path in paths):
+        for path, tensors in zip(paths, estimated(model, PASSES), strict=False):
+            save_tensors(path, tensors, passes=PASSES)
+    return Sensitivity(*(load_tensors(p, "make terrain", passes=PASSES)[0] for p in paths))
+
+
+def heights(output: Tensor) -> np.ndarray:
+    """Metres, (N, 128, 128), as the package computes them."""
+    unit = ((output[:, 0].double() + 1) / 2).clamp(0, 1).numpy()
+    return ASINH * np.sinh(unit * np.arcsinh(HEIGHT / ASINH))
+
+
+def character(output: Tensor) -> dict[str, np.ndarray]:
+    """What a user of terrain looks at: slopes, roughness (height over the mean of 5 x 5 cells), and
+    the power spectrum in dB.
+    """
+    z = heights(output)
+    slope = np.hypot(*np.gradient(z, axis=(1, 2)))
+    rough = np.abs(z - uniform_filter(z, (0, 5, 5)))
+    power = np.abs(np.fft.fft2(z - z.mean((1, 2), keepdims=True))) ** 2
+    frequency = np.hypot(*np.meshgrid(*[np.fft.fftfreq(SIZE) * SIZE] * 2)).round().astype(int)
+    rings = [power[:, frequency == k].mean() for k in range(1, SIZE // 2)]
+    return {"slope": slope.ravel(), "roughness": rough.ravel(), "spectrum": 10 * np.log10(rings)}
+
+
+def distances(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, float]:
+    """Wasserstein distances of slopes and roughness (metres), root mean square difference of the
+    spectra (dB).
+    """
+    of = {n: wasserstein_distance(a[n][::7], b[n][::7]) for n in ("slope", "roughness")}
+    return of | {"spectrum": float(np.sqrt(np.mean((a["spectrum"] - b["spectrum"]) ** 2)))}
+
+
+def decibels(expected: Tensor, output: Tensor) -> float:
+    """Variance of the expected output over the mean squared error."""
+    return 10 * torch.log10(expected.var() / (output - expected).square().mean()).item()
 
 
 def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Callable[[], Plan]]]:
     """Method and format of every row of ours, and what makes its plan; allocations are named for
     the row whose bytes they have.
     """
-    frontiers = {}
+    frontiers = cache(partial(solver.frontiers_of, model, known))
     alike = {low: Plan(dict.fromkeys(known.fisher, low)) for low in UNIFORM}
-    tenth, smaller = TENTH * resident_bytes(model) / MIB, f"{TENTH:.0%} of FP32"
+    kept = Plan(alike["int4"] | dict.fromkeys(sensitive(model, known, alike["int4"]), "fp16"))
+    sizes = {f"bytes of uniform {low}": nbytes(model, plan) / MIB for low, plan in alike.items()}
+    coded = (SMALLER, *list(sizes)[:3])
+    sizes[SMALLER] = TENTH * resident_bytes(model) / MIB
+    sizes[f"bytes of {KEEPING}"] = nbytes(model, kept) / MIB
+    # Their own rows come first, so their bytes are known.
+    for library, setting in THEIRS:
+        sizes[f"bytes of {library} {setting}"] = known_mib(library, setting)
 
     def allocated(mib: float) -> Plan:
-        if not frontiers:
-            frontiers.update(solver.frontiers_of(model, known))
-        return solver.solve_budget(model, frontiers, mib, known.recipe)
+        return solver.solve_budget(model, frontiers(), mib, known.recipe)
 
-    yield "allocator", smaller, partial(allocated, tenth)
-    for low, plan in alike.items():
-        yield "uniform", low, partial(Plan, plan)
-        yield "allocator", f"bytes of uniform {low}", partial(allocated, nbytes(model, plan) / MIB)
-    for low in ("int4", "int3", "int2"):
-        mib = nbytes(model, alike[low]) / MIB
-        yield CODED, f"bytes of uniform {low}", partial(allocate, model, known, file_mib=mib)
-    yield CODED, smaller, partial(allocate, model, known, file_mib=tenth)
-    for library, (_, settings) in PEERS.items():
-        for setting in settings:
-            # Their own rows come first, so their bytes are known.
-            mib = known_mib(library, str(setting))
-            yield "allocator", f"bytes of {library} {setting}", partial(allocated, mib)
-    kept = Plan(alike["int4"] | dict.fromkeys(sensitive(model, known, alike["int4"]), "fp16"))
+    yield from (("uniform", low, partial(Plan, plan)) for low, plan in alike.items())
     yield KEEPING, "int4", partial(Plan, kept)
-    yield "allocator", f"bytes of {KEEPING}", partial(allocated, nbytes(model, kept) / MIB)
+    yield from (("allocator", name, partial(allocated, mib)) for name, mib in sizes.items())
+    for name in coded:
+        yield CODED, name, partial(allocate, model, known, file_mib=sizes[name])
 
 
 def sensitive(model: nn.Module, known: Sensitivity, plan: Plan) -> list[str]:
@@ -109,38 +197,102 @@ def known_mib(method: str, format: str) -> float:
     return table[(table["method"] == method) & (table["format"] == format)]["mem_mib"].item()
 
 
+def quantize_by(library: str, setting: str, layer: nn.Sequential) -> None:
+    """Quantize the one layer that is in there, with the defaults of a library."""
+    if library == "optimum-quanto":
+        from optimum import quanto
+
+        quanto.quantize(layer, weights=getattr(quanto, setting))
+        quanto.freeze(layer)
+    else:
+        from torchao.quantization import IntxWeightOnlyConfig, quantize_
+
+        # Not Int8WeightOnlyConfig: that runs no convolution. On a CPU a code keeps a byte.
+        config = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{setting}"))
+        quantize_(layer, config, lambda m, _: not isinstance(m, nn.Sequential))
+
+
+def quantize_layers(
+    model: nn.Module, inputs: dict[str, Tensor], apply: Callable[[nn.Sequential], None]
+) -> tuple[nn.Module, int]:
+    """A copy whose layers a library has quantized one by one, as it may not be able to as a whole;
+    and the number of layers left in FP32.
+    """
+    result, left = copy.deepcopy(model), 0
+    for name, x in inputs.items():
+        layer = nn.Sequential(copy.deepcopy(model.get_submodule(name)))
+        try:
+            apply(layer)
+            layer(x)
+            if stored_bytes(layer) >= resident_bytes(model.get_submodule(name)):
+                raise ValueError("it is no smaller")
+            result.set_submodule(name, layer[0])
+        except Exception as error:  # whatever a library does with a layer that it cannot handle
+            left += 1
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            tqdm.write(f"  {name} stays FP32: {reason}")
+    return result.eval(), left
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and persistent buffers, looking into tensor subclasses."""
+    return sum(parts(t) for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor))
+
+
+def parts(tensor: Tensor) -> int:
+    """Bytes of a tensor, or of the tensors that a subclass is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(parts(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+
+@torch.no_grad()
+def layer_inputs(model: nn.Module, names: Iterable[str], *x: Tensor) -> dict[str, Tensor]:
+    """What each layer that has one of these weights is given in a forward pass."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        seen[name] = arguments[0]
+
+    layers = [name.removesuffix(".weight") for name in names]
+    hooks = [model.get_submodule(n).register_forward_pre_hook(partial(keep, n)) for n in layers]
+    model(*x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 class Judge:
     """Makes the rows of results/terrain/terrain.csv: bytes, decibels and distances of a model."""
 
     def __init__(self, model: nn.Module, known: Sensitivity, expected: Tensor) -> None:
         self.model, self.expected, self.look = model, expected, character(expected)
         self.full = resident_bytes(model)
-        with torch.no_grad():
-            self.inputs = layer_inputs(model, known.fisher, *maps(OTHER, MAPS_PER_PASS))
-        self.maps_at = WORK.build / "maps.safetensors"
+        self.inputs = layer_inputs(model, known.fisher, *maps(OTHER, MAPS_PER_PASS))
         self.drawn = {" ".join(FP32): expected[:CHUNK]}  # the first maps by row
-        if self.maps_at.is_file():
-            self.drawn, _ = load_tensors(self.maps_at, "make terrain")
+        if MAPS.is_file():
+            self.drawn, _ = load_tensors(MAPS, "make terrain")
 
     def _row(self, name: str, whole: nn.Module, size: int, **sizes: float) -> dict[str, Any]:
-        found = outputs(whole, JUDGED)
-        self.drawn[name] = found[:CHUNK]
+        output = outputs(whole, JUDGED)
+        self.drawn[name] = output[:CHUNK]
         sizes = {"mem_mib": size / MIB, "mem_share": size / self.full, **sizes}
-        look = distances(self.look, character(found))
-        return {**sizes, "decibels": decibels(self.expected, found), **look}
+        look = distances(self.look, character(output))
+        return {**sizes, "decibels": decibels(self.expected, output), **look}
 
     def other_noise(self) -> dict[str, Any]:
         """How far maps of the same model from other noise are: what a distance is held against."""
         sizes = {"mem_mib": self.full / MIB, "mem_share": 1.0, "decibels": float("nan")}
         return sizes | distances(self.look, character(outputs(self.model, OTHER)))
 
-    def peer(self, quantizer: Callable, setting: str | int, name: str) -> dict[str, Any]:
+    @torch.no_grad()
+    def theirs(self, library: str, setting: str) -> dict[str, Any]:
         """Another library with one of its settings."""
-        with torch.no_grad():
-            small, left = by_layer(quantizer(setting))(self.model, self.inputs)
-        return self._row(name, small, stored_bytes(small), layers_left_fp32=left)
+        apply = partial(quantize_by, library, setting)
+        small, left = quantize_layers(self.model, self.inputs, apply)
+        return self._row(f"{library} {setting}", small, stored_bytes(small), layers_left_fp32=left)
 
-    def ours(self, plan_of: Callable[[], Plan], name: str) -> dict[str, Any]:
+    def ours(self, name: str, plan_of: Callable[[], Plan]) -> dict[str, Any]:
         """lafq with a plan."""
         small = quantize(self.model, plan_of())
         with TemporaryDirectory() as folder:
@@ -157,21 +309,15 @@ def make_rows(model: nn.Module, known: Sensitivity, expected: Tensor) -> None:
     A row that is there is made again only where the figure needs its maps, kept in build/.
     """
     table, judge = Table("terrain", ("method", "format"), WORK), Judge(model, known, expected)
-
-    def add(method: str, format: str, make: Callable[..., dict], *arguments: Any) -> None:
-        make = partial(make, *arguments)
-        if (key := (method, format)) not in table:
-            table.add(key, make)
-        elif key in DRAWN.values() and " ".join(key) not in judge.drawn:
-            make()
-        save_tensors(judge.maps_at, judge.drawn)
-
-    add("fp32", "other noise", judge.other_noise)
-    for library, (quantizer, settings) in PEERS.items():
-        for setting in settings:
-            add(library, str(setting), judge.peer, quantizer, setting, f"{library} {setting}")
+    table.add(("fp32", "other noise"), judge.other_noise)
+    for key in THEIRS:
+        table.add(key, judge.theirs, *key)
     for method, format, plan_of in plans(model, known):
-        add(method, format, judge.ours, plan_of, f"{method} {format}")
+        key, name = (method, format), f"{method} {format}"
+        if key in table and key in DRAWN.values() and name not in judge.drawn:
+            judge.ours(name, plan_of)
+        table.add(key, judge.ours, name, plan_of)
+        save_tensors(MAPS, judge.drawn)
     draw(table.frame, judge.drawn)
 
 
@@ -185,12 +331,12 @@ def by_passes(model: nn.Module, expected: Tensor) -> None:
         mib = nbytes(model, dict.fromkeys(known.fisher, "int4")) / MIB
         plan = allocate(model, known, memory_mib=mib)
         mse = 2 * plan.damage / SIZE**2
-        found = decibels(expected, outputs(dequantize_(quantize(model, plan)), JUDGED))
-        return {"decibels": found, "predicted": 10 * np.log10(expected.var().item() / mse)}
+        measured = decibels(expected, outputs(dequantize_(quantize(model, plan)), JUDGED))
+        return {"decibels": measured, "predicted": 10 * np.log10(expected.var().item() / mse)}
 
     table = Table("passes", ("passes",), WORK)
     for passes in FEWER:
-        table.add((passes,), partial(row, passes))
+        table.add((passes,), row, passes)
 
 
 def draw(table: pd.DataFrame, drawn: dict[str, Tensor]) -> None:

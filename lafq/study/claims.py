@@ -23,7 +23,6 @@ from lafq.rng import generator
 from lafq.study import poster
 from lafq.study.diffusion.unet import layer_of
 from lafq.study.images import metrics
-from lafq.study.images.evaluate import score
 from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
 from lafq.study.results import load_rows
 from lafq.study.workspace import Workspace, load_optional, load_table
@@ -118,8 +117,10 @@ def judge(images: dict[str, np.ndarray], seed: int, inception: FeatureExtractor 
 
     @cache
     def fid(sample: str) -> tuple[float, Tensor]:
-        values, draws = score(torch.from_numpy(images[sample])[:, None], [extractor], seed)
-        return values[f"fid_{extractor.name}"], draws[f"fid_{extractor.name}"]
+        features = extractor.features(torch.from_numpy(images[sample])[:, None]).features
+        indices = metrics.resamples(len(features), seed)
+        draws = metrics.fid_draws(features, extractor.reference, indices)
+        return metrics.fid(features, extractor.reference), draws
 
     margin = FID_MARGIN if inception and count == MARGIN_IMAGES else 0.0
     return Judge(fid, "Inception" if inception else "MNIST", count, margin)

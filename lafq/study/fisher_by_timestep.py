@@ -1,8 +1,6 @@
 """The Fisher information of the diffusion model by weight tensor, timestep and block of samples
-(02_fisher).
-
-Empirical, on noised digits; and Monte Carlo, on noised digits and on the states that the model's
-own reverse process visits.
+(02_fisher): empirical, on noised digits; and Monte Carlo, on noised digits and on the states that
+the model's own reverse process visits.
 """
 
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from lafq.study.diffusion import ddpm
 from lafq.study.diffusion.unet import TIMESTEPS, layer_of
 
 BLOCKS = 10  # of the samples of every bin
+COLUMNS = ["parameter", "layer", "weights", "t_low", "t_high", "fisher"]
 BLOCK_COLUMNS = ["parameter", "t_low", "block", "samples", "fisher"]
 
 
@@ -65,8 +64,7 @@ def fisher_by_timestep(
         for block, part in enumerate(values.tensor_split(BLOCKS))
         if len(part)
     ]
-    columns = ["parameter", "layer", "weights", "t_low", "t_high", "fisher"]
-    tables = pd.DataFrame(timesteps, columns=columns), pd.DataFrame(blocks, columns=BLOCK_COLUMNS)
+    tables = pd.DataFrame(timesteps, columns=COLUMNS), pd.DataFrame(blocks, columns=BLOCK_COLUMNS)
     return Fisher(fisher.by_weight, *tables)
 
 
@@ -87,13 +85,11 @@ def fisher_kinds(
     `steps` sampling steps, as many images at one timestep of each bin that it visits.
     """
     batches = ddpm.stratified_batches(images, samples, bins, seed, next(model.parameters()))
+    states, rows = _reverse_states(model, max(1, samples // bins), bins, seed, steps), []
     sources = {
         "Monte Carlo, noised digits": (x_and_t for x_and_t, _ in batches),
-        "Monte Carlo, states of the reverse process": _reverse_states(
-            model, max(1, samples // bins), bins, seed, steps
-        ),
+        "Monte Carlo, states of the reverse process": states,
     }
-    rows = []
     for kind, source in sources.items():
         for x, t in source:
             t_low = _bin_of(t.min().item(), bins)

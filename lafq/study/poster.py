@@ -4,6 +4,7 @@ Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information
 Symposium 2024, and the README of the authors' repository. The paper's "MB" are MiB (2**20 bytes).
 """
 
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -59,41 +60,32 @@ GROUPS = {
 }
 
 
-def _with_ends(names: list[str]) -> list[str]:
-    return [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
-
-
-_METRICS = [f"{m}_{of}" for of in ("inception", "mnist") for m in ("fid", "is", "kid")]
+ENDS = ("", "_low", "_high")
+_SCORES = product(("inception", "mnist"), ("fid", "is", "kid"), ("", "delta_"), ENDS)
 COLUMNS = [
     *("profile", "rule", "setting", "format", "granularity", "rounding"),
     *("fid_paper", "is_paper", "mem_paper_mib", "mem_share_paper", "mem_mib", "mem_share"),
     *("n_images", "steps", "same_machine"),
-    *_with_ends([name for metric in _METRICS for name in (metric, f"delta_{metric}")]),
-    *("rmse", "psnr", "class_changed", *_with_ends(["delta_loss"])),
+    *(f"{delta}{metric}_{features}{end}" for features, metric, delta, end in _SCORES),
+    *("rmse", "psnr", "class_changed", *(f"delta_loss{end}" for end in ENDS)),
 ]
 
 
 def group_of(name: str) -> str:
     """The group of a parameter's layer; ValueError for a layer of no group."""
     layer = name.split(".", 1)[0]
-    for group, layers in GROUPS.items():
-        if layer in layers:
-            return group
-    known = ", ".join(layer for layers in GROUPS.values() for layer in layers)
-    raise ValueError(f"unknown layer {layer!r}: the groups cover {known}")
+    groups = {layer: group for group, layers in GROUPS.items() for layer in layers}
+    if layer not in groups:
+        raise ValueError(f"unknown layer {layer!r}: the groups cover {', '.join(groups)}")
+    return groups[layer]
 
 
 def published(rule: str, setting: str = "") -> tuple[float | None, float | None, float | None]:
-    """The poster's FID and inception score of a row, and its MiB (the README's where the poster has
-    none). setting: the ratio of a row of that rule.
-    """
-    poster, readme = (
-        [row for row in rows if row.method == rule and setting in (row.threshold, "")]
-        for rows in (POSTER, README)
-    )
-    memory = (row.mem_mib for row in (*poster, *readme) if row.mem_mib)
-    fid, score = (poster[0].fid, poster[0].inception_score) if poster else (None, None)
-    return fid, score, next(memory, None)
+    """The poster's FID and IS of a row, and its MiB (the README's where the poster has none)."""
+    rows = [row for row in POSTER + README if row.method == rule and setting in (row.threshold, "")]
+    scores = ((row.fid, row.inception_score) for row in rows if row in POSTER)
+    memory = (row.mem_mib for row in rows if row.mem_mib)
+    return *next(scores, (None, None)), next(memory, None)
 
 
 # The share of the baseline's bytes our row of each rule is chosen to come nearest to.
@@ -101,26 +93,17 @@ TARGET_SHARE = {rule: published(rule)[2] / BASELINE_MIB for rule in ("global", "
 
 
 def new_noise(scores: pd.DataFrame, images: int = 100) -> float:
-    """Standard deviation of the difference between two draws' Inception FID, from blocks of so many
-    of the authors' published FP32 images. scores: results/published/scores.csv.
-    """
-    unquantized = (scores["features"] == "Inception") & (scores["set"] == "FP32")
-    return 2**0.5 * scores[unquantized & (scores["n"] == images)]["fid_sd"].item()
+    """Standard deviation of the FID difference of two draws of so many of the authors' images."""
+    unquantized = scores.query("features == 'Inception' and set == 'FP32' and n == @images")
+    return 2**0.5 * unquantized["fid_sd"].item()
 
 
 def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
-    """Our rows (columns of `evaluate.evaluate`) beside the published values: by rule, and by ratio.
-
-    FID and IS are the poster's (100 images).
-    """
-    values = [
-        # The uniform row that was published is FP16.
-        (None,) * 3
-        if (row.rule, row.format) == ("uniform", "int8")
-        else published(row.rule, row.setting if row.rule == "ratio" else "")
-        for row in table.itertuples()
-    ]
-    ours = table.assign(profile=profile)
-    ours[["fid_paper", "is_paper", "mem_paper_mib"]] = np.array(values, dtype=float)
+    """Our rows (columns of `evaluate.evaluate`) beside the published values, by rule and ratio."""
+    values = [published(r.rule, r.setting if r.rule == "ratio" else "") for r in table.itertuples()]
+    ours, columns = table.assign(profile=profile), ["fid_paper", "is_paper", "mem_paper_mib"]
+    ours[columns] = np.array(values, dtype=float)
+    # The uniform row that was published is FP16.
+    ours.loc[(ours["rule"] == "uniform") & (ours["format"] == "int8"), columns] = np.nan
     ours["mem_share_paper"] = ours["mem_paper_mib"] / BASELINE_MIB
     return ours.reindex(columns=COLUMNS)  # tables of earlier versions have fewer

@@ -1,9 +1,9 @@
 """Sets of images scored: those that the authors published, real digits and our own beside them at
 every N (the noise floor), and those of rows that FID and damage order differently.
 
-The published images stand in the authors' repository (github.com/doeunyy/ewha-laqfi, commit
-7e9838e2). They are not copied here: `make evidence PUBLISHED=path` reads a clone of that
-repository, or an npz file with the arrays of SETS, and writes both tables of results/published.
+The published images are not copied here: `make evidence PUBLISHED=path` reads a clone of the
+authors' repository (github.com/doeunyy/ewha-laqfi, commit 7e9838e2), or an npz file with the arrays
+of SETS, and writes both tables of results/published.
 """
 
 from pathlib import Path
@@ -16,13 +16,18 @@ from scipy.stats import chi2_contingency
 from torch import Tensor
 
 from lafq.rng import generator
-from lafq.study import workspace
 from lafq.study.claims import holm
 from lafq.study.diffusion.mnist import HELD_OUT, mnist, unpadded
 from lafq.study.images import metrics
-from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
+from lafq.study.images.features import (
+    FeatureExtractor,
+    Features,
+    extractors_of,
+    inception_extractor,
+    mnist_extractor,
+)
 from lafq.study.images.metrics import Reference
-from lafq.study.workspace import Workspace
+from lafq.study.workspace import Workspace, save_table
 
 PUBLISHED, UNQUANTIZED = Workspace("published"), "FP32"
 # By the name of its array: what a set is, its folder in the authors' repository, and its number of
@@ -40,22 +45,13 @@ README, UNPADDED = (UNQUANTIZED, "ratio 0.25"), "Inception, real digits 28x28"
 REAL = slice(100, 5000)  # training digits, for Inception features
 SIZES, FLOOR_SIZES = (100, 1000), (50, 100, 200, 500, 1000, 2000, 5000)
 FLOOR_BLOCKS, EXTRAPOLATED_FROM, FLOOR_REFERENCE = 20, 200, 2000
-PERMUTATIONS = 1999
 REAL_DIGITS, FRAME = "real digits", 2
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The published images by what they are (SETS), uint8 (N, 1, 32, 32), from a clone of the
-    authors' repository or an npz file.
-
-    Raises FileNotFoundError when there is nothing at `path`, ValueError when a set is missing or
-    has another number of images.
-    """
+    """The published images by what they are (SETS), uint8 (N, 1, 32, 32)."""
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is not there: give a clone of the authors' repository, or an npz file of "
-            f"their images"
-        )
+        raise FileNotFoundError(f"{path} is not there: give a clone of the authors' repository")
     if path.is_file():
         with np.load(path) as file:
             arrays = {name: file[name] for name in SETS if name in file}
@@ -63,10 +59,8 @@ def read(path: Path) -> dict[str, Tensor]:
         arrays = {name: _pictures(path / folder) for name, (_, folder, _) in SETS.items()}
     for name, (_, folder, count) in SETS.items():
         if (there := len(arrays.get(name, ()))) != count:
-            raise ValueError(
-                f"{path} has {there} images of the set {name} ({folder}), not {count}: is it the "
-                f"right commit?"
-            )
+            wrong = f"{path} has {there} images of the set {name} ({folder})"
+            raise ValueError(f"{wrong}, not {count}: is it the right commit?")
     return {SETS[name][0]: torch.from_numpy(array)[:, None] for name, array in arrays.items()}
 
 
@@ -77,27 +71,15 @@ def _pictures(folder: Path) -> np.ndarray:
 
 
 def block_scores(
-    features: Tensor,
-    logits: Tensor | None,
-    reference: Reference,
-    seed: int,
-    sizes: list[int],
-    most: int | None = None,
+    seen: Features, reference: Reference, seed: int, sizes: list[int], most: int | None = None
 ) -> pd.DataFrame:
-    """FID, KID and (from logits) IS of features (M, d): mean and standard deviation over (at most
-    so many) disjoint blocks of N.
-
-    Columns n, blocks, fid, fid_sd, kid, kid_sd, is, is_sd.
+    """FID, KID and (where there are logits) IS: mean and standard deviation over (at most so many)
+    disjoint blocks of N. Columns n, blocks, fid, fid_sd, kid, kid_sd, is, is_sd.
     """
-    order, rows = torch.randperm(len(features), generator=generator(seed)), []
+    order, rows = torch.randperm(len(seen.features), generator=generator(seed)), []
     for n in sizes:
         blocks = order[: len(order) // n * n].view(-1, n)[:most]
-        draws = {
-            "fid": metrics.fid_draws(features, reference, blocks),
-            "kid": metrics.kid_draws(features, reference, blocks),
-        }
-        if logits is not None:
-            draws["is"] = metrics.inception_score_draws(logits, blocks)
+        draws = metrics.score_draws(*seen, reference, blocks)
         row = {"n": n, "blocks": len(blocks)}
         for name, values in draws.items():
             row |= {name: values.mean().item(), f"{name}_sd": pd.Series(values.numpy()).std()}
@@ -105,34 +87,25 @@ def block_scores(
     return pd.DataFrame(rows)
 
 
-def compared(features: dict[str, Tensor], classes: dict[str, Tensor], seed: int) -> pd.DataFrame:
-    """Every set against the unquantized one, and as a control two halves of the unquantized one
-    against each other.
+def compared(sets: dict[str, tuple[Tensor, Tensor]], seed: int) -> pd.DataFrame:
+    """Every set against the unquantized one, and as a control two halves of that against each
+    other; columns: results/README.md. sets: features (N, d) and predicted digits (N,) by name.
 
-    features: (N, d) by set; classes: predicted digits (N,). Columns:
-    fid_to_fp32: FID between up to 2,500 images of the set and the second half of the unquantized
-    one;
-    kid_p: permutation test of the squared MMD that KID estimates (Gretton et al. 2012, "A kernel
-    two-sample test");
-    classes_p: chi-squared test of the predicted digits; *_holm: corrected for the number of sets
-    and both tests;
-    digit, share, share_fp32: the digit whose share differs most.
+    FID is between up to 2,500 images of the set and the second half of the unquantized one.
     """
-    everything = features[UNQUANTIZED], classes[UNQUANTIZED]
-    order = torch.randperm(len(everything[0]), generator=generator(seed))
-    first, second = ([of_all[part] for of_all in everything] for part in order.chunk(2))
+    unquantized = sets[UNQUANTIZED]
+    order = torch.randperm(len(unquantized[0]), generator=generator(seed))
+    first, second = ([values[half] for values in unquantized] for half in order.chunk(2))
     statistics, rows = Reference(second[0]), []
-    for name in features:
-        control = name == UNQUANTIZED
-        one, digits = first if control else (features[name], classes[name])
-        other, other_digits = second if control else everything
+    pairs = {f"{UNQUANTIZED}, one half against the other": (first, second)}
+    pairs |= {name: (sets[name], unquantized) for name in sets if name != UNQUANTIZED}
+    for name, ((features, digits), (other, other_digits)) in pairs.items():
         counts = torch.stack([x.bincount(minlength=10) for x in (digits, other_digits)]).numpy()
         shares = counts / counts.sum(1, keepdims=True)
         most = int(abs(shares[0] - shares[1]).argmax())
-        row = {"set": f"{name}, one half against the other" if control else name}
-        row |= {"images": len(one), "images_fp32": len(other)}
-        row["fid_to_fp32"] = metrics.fid(one[: len(second[0])], statistics)
-        row["kid_to_fp32"], row["kid_p"] = mmd_test(one, other, seed)
+        row = {"set": name, "images": len(features), "images_fp32": len(other)}
+        row["fid_to_fp32"] = metrics.fid(features[: len(second[0])], statistics)
+        row["kid_to_fp32"], row["kid_p"] = mmd_test(features, other, seed)
         row["classes_p"] = chi2_contingency(counts[:, counts.sum(0) > 0]).pvalue
         rows.append(row | {"digit": most, "share": shares[0, most], "share_fp32": shares[1, most]})
     table, ps = pd.DataFrame(rows), ["kid_p", "classes_p"]
@@ -143,11 +116,9 @@ def compared(features: dict[str, Tensor], classes: dict[str, Tensor], seed: int)
     return table
 
 
-def mmd_test(
-    x: Tensor, y: Tensor, seed: int, permutations: int = PERMUTATIONS
-) -> tuple[float, float]:
-    """The unbiased squared MMD of features (n, d) and (m, d) under KID's kernel, and its
-    permutation p value.
+def mmd_test(x: Tensor, y: Tensor, seed: int, permutations: int = 1999) -> tuple[float, float]:
+    """Unbiased squared MMD of features (n, d) and (m, d) under KID's kernel, and its permutation
+    p (Gretton et al. 2012, "A kernel two-sample test").
     """
     pooled = torch.cat([x, y]).double()
     kernel = (pooled @ pooled.T).div_(pooled.shape[1]).add_(1).pow_(3).fill_diagonal_(0)
@@ -169,27 +140,27 @@ def measure(path: Path, seed: int) -> None:
     """Read the published images and write results/published/compared.csv and scores.csv."""
     images, extractor = read(path), mnist_extractor()
     seen = {name: extractor.features(x) for name, x in images.items()}
-    digits = {name: of_set.logits.argmax(1) for name, of_set in seen.items()}
-    table = compared({name: of_set.features for name, of_set in seen.items()}, digits, seed)
-    workspace.save_table(PUBLISHED, "compared", table)
-    scored = [("MNIST", name, *of_set, extractor.reference) for name, of_set in seen.items()]
+    sets = {name: (features, logits.argmax(1)) for name, (features, logits) in seen.items()}
+    save_table(PUBLISHED, "compared", compared(sets, seed))
+    scored = {("MNIST", name): (of_set, extractor.reference) for name, of_set in seen.items()}
     if inception := inception_extractor(REAL.stop - REAL.start):
         real = mnist(train=True)[0][REAL]
-        references = {
-            kind: Reference(inception.features(x).features)
-            for kind, x in (("Inception", real), (UNPADDED, unpadded(real)))
-        }
+        references = {"Inception": real, UNPADDED: unpadded(real)}
+        references = {k: Reference(inception.features(x).features) for k, x in references.items()}
         for name, x in images.items():
             of_set = inception.features(x)
             kinds = references if name in README else ["Inception"]
-            scored += [(kind, name, *of_set, references[kind]) for kind in kinds]
-    tables = [
-        block_scores(*of_set, seed, [*SIZES, len(of_set[0])]).assign(features=kind, set=name)
-        for kind, name, *of_set in scored
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    first = ["features", "set"]
-    workspace.save_table(PUBLISHED, "scores", table[[*first, *table.columns.drop(first)]])
+            scored |= {(kind, name): (of_set, references[kind]) for kind in kinds}
+    tables = {
+        key: block_scores(of_set, reference, seed, [*SIZES, len(of_set.features)])
+        for key, (of_set, reference) in scored.items()
+    }
+    save_table(PUBLISHED, "scores", _joined(tables, "features", "set"))
+
+
+def _joined(tables: dict[tuple[str, str], pd.DataFrame], *names: str) -> pd.DataFrame:
+    """The tables below each other, with their keys as first columns."""
+    return pd.concat(tables, names=names).reset_index(names).reset_index(drop=True)
 
 
 def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
@@ -197,7 +168,7 @@ def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
     blocks; FID at n = inf is extrapolated from the means at N >= 200 (`metrics.fid_at_infinity`).
     """
     sizes = [n for n in FLOOR_SIZES if n <= len(features)]
-    wide = block_scores(features, None, reference, seed, sizes, FLOOR_BLOCKS)
+    wide = block_scores(Features(features, None), reference, seed, sizes, FLOOR_BLOCKS)
     fid, kid = (
         wide.rename(columns={metric: "mean", f"{metric}_sd": "sd"}).assign(metric=metric)
         for metric in ("fid", "kid")
@@ -210,35 +181,25 @@ def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
 
 
 def noise_floor(generated: Tensor, seed: int, inception: bool) -> pd.DataFrame:
-    """`floor` of real held-out digits and of the unquantized model's images, on MNIST and, if asked
-    for, Inception features; the references are 5,000 digits, for Inception 2,000.
+    """`floor` of held-out digits and of the FP32 model's images, on MNIST and, if asked, Inception
+    features.
     """
-    extractors = {"MNIST": mnist_extractor()}
-    extractors["Inception"] = inception_extractor(FLOOR_REFERENCE if inception else 0)
     sets = {"real": mnist(train=False)[0][HELD_OUT], "generated": generated}
-    tables = [
-        floor(extractor.features(x).features, extractor.reference, seed).assign(
-            features=name, images=images
-        )
-        for name, extractor in extractors.items()
-        if extractor
+    extractors = extractors_of(FLOOR_REFERENCE if inception else 0)
+    tables = {
+        (name, images): floor(extractor.features(x).features, extractor.reference, seed)
+        for name, extractor in zip(("MNIST", "Inception"), extractors, strict=False)
         for images, x in sets.items()
-    ]
-    columns = ["features", "images", "metric", "n", "mean", "sd", "blocks"]
-    return pd.concat(tables, ignore_index=True)[columns]
+    }
+    return _joined(tables, "features", "images")
 
 
 def image_statistics(images: dict[str, Tensor], extractor: FeatureExtractor) -> pd.DataFrame:
-    """FID and its two terms, ink and digits of sets of images: one row per set.
+    """FID and its two terms (Heusel et al. 2017, equation 6), ink and digits of sets of images,
+    uint8 (N, 1, 32, 32), the unquantized model's among them; columns: results/README.md.
 
-    images: by name, uint8 (N, 1, 32, 32), with the unquantized model's. Columns:
-    fid_mnist = mean_term + covariance_term: the squared distance of the mean features from the
-    reference's, and the rest (Heusel et al. 2017, equation 6);
-    ink, background: mean grey value (0 to 1) of the image, and of its outer frame of 2 pixels,
-    black in real digits;
-    class_changed: share of images whose predicted digit is not that of the unquantized model's
-    image from the same noise;
-    digit, share: the digit predicted most often, and how often.
+    mean_term: squared distance of the mean features from the reference's. background: of the outer
+    frame of 2 pixels, black in real digits.
     """
     frame = torch.ones(32, 32, dtype=torch.bool)
     frame[FRAME:-FRAME, FRAME:-FRAME] = False
@@ -260,13 +221,10 @@ def image_statistics(images: dict[str, Tensor], extractor: FeatureExtractor) -> 
 
 
 def with_damage(table: pd.DataFrame, budget: pd.DataFrame) -> pd.DataFrame:
-    """A table of `image_statistics` with the damage of each set's model, from rows of
-    `damage.measure_damage`.
-    """
-    damages = {
-        f"{row.rule} INT{row.budget_bits:.0f}"
-        if row.granularity == "tensor"
-        else f"{row.rule}, {row.budget_bits:g} bits per weight": row.damage
-        for row in budget[budget["rounding"] == "nearest"].itertuples()
-    }
-    return table.assign(damage=table["images"].map(damages))
+    """A table of `image_statistics` with the damage of each set's model (rows of 06_budget)."""
+    rows = budget.query("rounding == 'nearest'")
+    bits = rows["budget_bits"]
+    uniform = rows["rule"] + bits.map(" INT{:.0f}".format)
+    ruled = rows["rule"] + bits.map(", {:g} bits per weight".format)
+    names = uniform.where(rows["granularity"] == "tensor", ruled)
+    return table.assign(damage=table["images"].map(dict(zip(names, rows["damage"], strict=True))))

@@ -1,8 +1,5 @@
 """What the released code's choices move (07_audit), each taken alone: in the Fisher values, in the
-weights that they keep, and in the way of scoring images.
-
-This is our own writing of what the authors' public code does; where it leaves something open, the
-docstring says how it is read here.
+weights that they keep, and in the way of scoring images. Our own writing of the authors' code.
 """
 
 import copy
@@ -18,7 +15,7 @@ from lafq.quantization.plan import make_plan
 from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
 from lafq.study.diffusion.mnist import REFERENCE, mnist, unpadded
 from lafq.study.diffusion.training import held_out_losses
-from lafq.study.diffusion.unet import UNet, layer_of, quantizable
+from lafq.study.diffusion.unet import LAYERS, UNet, layer_of, quantizable
 from lafq.study.fisher_by_timestep import fisher_by_timestep
 from lafq.study.images import metrics
 from lafq.study.images.evaluate import evaluate
@@ -41,11 +38,8 @@ def fresh_network(model: UNet, seed: int) -> UNet:
 
 
 def reconstruction_fisher(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Squared gradient of the mean of (model(z, 1) - z)^2 for one image, batch 1 (R3), by parameter
-    name.
-
-    z is the noise-free sqrt(abar_1) * x0 of the uint8 image (1, 32, 32), our reading of "a
-    noise-free trajectory".
+    """Squared gradient of the mean of (model(z, 1) - z)^2 for one image, batch 1 (R3); z is the
+    noise-free sqrt(abar_1) * x0 of the image, our reading of "a noise-free trajectory".
     """
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     z = ALPHA_BAR[1].sqrt().float() * unit_interval(image[None]).to(next(model.parameters()).device)
@@ -57,13 +51,10 @@ def reconstruction_fisher(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 def variants(
     model: UNet, fisher: dict[str, Tensor], images: Tensor, samples: int, seed: int
 ) -> Choices:
-    """Fisher values (on the CPU) under each choice alone, the project's own first; images uint8 (N,
-    1, 32, 32).
-    """
+    """Fisher values (on the CPU) under each choice alone, the project's own first."""
     names, fresh = list(quantizable(model)), fresh_network(model, seed)
-    many, one = {"samples": samples, "bins": 20}, {"samples": 1, "bins": 1}
-    untrained = fisher_by_timestep(fresh, names, images, **many, seed=seed)
-    single = fisher_by_timestep(model, names, images, **one, seed=seed)
+    untrained = fisher_by_timestep(fresh, names, images, samples=samples, bins=20, seed=seed)
+    single = fisher_by_timestep(model, names, images, samples=1, bins=1, seed=seed)
     choices = {
         OURS: fisher,
         "untrained network (R2)": untrained.by_weight,
@@ -80,23 +71,17 @@ def _by_tensor(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rank_table(choices: Choices) -> pd.DataFrame:
-    """Spearman's rank correlation of every choice's values with ours, over all weights of each
-    layer (NaN where a layer's are all equal): columns choice and the layers.
-    """
-    layers: dict[str, list[str]] = {}
-    for name in choices[OURS]:
-        layers.setdefault(layer_of(name), []).append(name)
+    """Spearman's rank correlation of every choice with ours by layer (NaN: all values equal)."""
     table = {}
-    for layer, names in layers.items():
+    for layer in LAYERS:
+        names = [n for n in choices[OURS] if layer_of(n) == layer]
         flat = {c: torch.cat([v[n].flatten() for n in names]) for c, v in choices.items()}
         table[layer] = pd.DataFrame({c: v.numpy() for c, v in flat.items()}).corr("spearman")[OURS]
     return pd.DataFrame(table).rename_axis("choice").reset_index()
 
 
 def kept_in_common(ours: dict[str, Tensor], other: dict[str, Tensor], ratio: float) -> float:
-    """Of the weights that the ratio rule keeps by the first values, the share that it keeps by the
-    second ones too.
-    """
+    """Of the weights that the ratio rule keeps by our values, the share kept by the others too."""
     first, second = keep_ratio(ours, ratio), keep_ratio(other, ratio)
     both = sum((kept & second[n]).sum().item() for n, kept in first.items())
     return both / sum(kept.sum().item() for kept in first.values())
@@ -104,8 +89,7 @@ def kept_in_common(ours: dict[str, Tensor], other: dict[str, Tensor], ratio: flo
 
 def fisher_choices(model: UNet, choices: Choices, ratio: float, seed: int) -> pd.DataFrame:
     """One row per choice: mean rank correlation with ours over the layers, kept weights in common,
-    and the rise of the held-out denoising loss when the ratio rule on these values sends the other
-    single weights to INT8 and to INT4.
+    and the rise of the held-out denoising loss under the ratio rule in INT8 and INT4.
     """
     ranks = rank_table(choices).set_index("choice")
     table = pd.DataFrame({"rank_correlation": ranks.mean(axis=1)}).reset_index()
@@ -122,9 +106,7 @@ def fisher_choices(model: UNet, choices: Choices, ratio: float, seed: int) -> pd
 def evaluate_choices(
     work: Workspace, model: nn.Module, choices: Choices, ratio: float, sampling: Sampling
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """`evaluate` of the ratio rule in INT8 on the Fisher values of every choice, with a column
-    choice behind the key.
-    """
+    """`evaluate` of the ratio rule in INT8 on every choice, with a column choice after the key."""
     rows = [row for values in choices.values() for row in ratio_rows(values, [], [ratio])]
     table, images = evaluate(work, model, rows, sampling)
     table.insert(len(KEY), "choice", list(choices))
@@ -132,35 +114,25 @@ def evaluate_choices(
 
 
 def released_groups(model: nn.Module, fisher: dict[str, Tensor]) -> pd.DataFrame:
-    """R5: a group's threshold is the mean of its squared weights; a tensor's score its mean Fisher
-    value over the largest one.
-
-    One row per group: the threshold, the lowest and highest score, and how many of its tensors the
-    rule keeps.
-    """
-    means = pd.Series({n: f.mean().item() for n, f in fisher.items()})
-    rows = []
+    """R5: a group's tau is its mean squared weight, a tensor's score mean F over the largest."""
+    means, rows = pd.Series({n: f.mean().item() for n, f in fisher.items()}), []
     for group, layers in GROUPS.items():
         weights = {n: w for n, w in quantizable(model).items() if layer_of(n) in layers}
         tau = torch.cat([w.flatten() for w in weights.values()]).square().mean().item()
         scores = (means / means.max())[list(weights)]
-        row = {"group": group, "tau": tau, "lowest_score": scores.min()}
-        row |= {"highest_score": scores.max(), "tensors_kept": (scores >= tau).sum()}
-        rows.append(row | {"tensors": len(scores)})
-    return pd.DataFrame(rows)
+        rows.append((group, tau, scores.min(), scores.max(), (scores >= tau).sum(), len(scores)))
+    columns = ["group", "tau", "lowest_score", "highest_score", "tensors_kept", "tensors"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 @torch.no_grad()
 def clamped(model: UNet, fisher: dict[str, Tensor], k: float) -> tuple[UNet, pd.DataFrame]:
-    """R5: the mean/std rule limits the weights themselves to mean -+ k * std of their layer's
-    Fisher values.
-
-    Returns a copy so treated, and by layer the limits and the share of its weights that they
-    change.
+    """R5: a copy whose weights are limited to mean -+ k * std of their layer's Fisher values; by
+    layer the limits, and the share of its weights that they change.
     """
     result, rows = copy.deepcopy(model), []
     weights = quantizable(result)
-    for layer in dict.fromkeys(map(layer_of, fisher)):
+    for layer in LAYERS:
         names = [n for n in fisher if layer_of(n) == layer]
         values = torch.cat([fisher[n].flatten() for n in names]).double()
         mean, std = values.mean().item(), values.std().item()
@@ -175,16 +147,12 @@ def clamped(model: UNet, fisher: dict[str, Tensor], k: float) -> tuple[UNet, pd.
 
 def clamped_losses(model: UNet, limited: UNet, seed: int) -> pd.DataFrame:
     """One row: the denoising loss on held-out digits as trained and with limited weights."""
-    models = {"as trained": model, "limited": limited}
-    return pd.DataFrame(
-        [{name: held_out_losses(m, seed).mean().item() for name, m in models.items()}]
-    )
+    losses = [held_out_losses(m, seed).mean().item() for m in (model, limited)]
+    return pd.DataFrame([losses], columns=["as trained", "limited"])
 
 
 def stretched(images: Tensor) -> Tensor:
-    """Every uint8 image (N, 1, 32, 32) stretched on its own to 0..255, as the released code does
-    before FID.
-    """
+    """Every uint8 image (N, 1, 32, 32) on its own to 0..255, as in the released code before FID."""
     values = images.float()
     low, high = values.amin((1, 2, 3), keepdim=True), values.amax((1, 2, 3), keepdim=True)
     return ((values - low) / (high - low).clamp_min(1) * 255).round().to(torch.uint8)
@@ -193,24 +161,18 @@ def stretched(images: Tensor) -> Tensor:
 def measure_protocol(
     work: Workspace, model: nn.Module, sampling: Sampling, inception_reference: int
 ) -> pd.DataFrame:
-    """`protocol_choices` on MNIST and Inception features, the latter with R6, for uniform INT8 of a
-    model, from the noise of the sampling's seed and of the next one.
-    """
+    """`protocol_choices` of uniform INT8 on MNIST and Inception features, the latter with R6."""
+    store, seed = ImageStore(work), sampling.seed
     int8 = dequantize_(quantize(model, uniform_rows(model, ("int8",))[0].plan))
-    other = sampling._replace(seed=sampling.seed + 1)
-    drawn = [
-        ImageStore(work).draw(m, s).images
-        for m, s in ((model, sampling), (int8, sampling), (int8, other))
-    ]
-    tables = [protocol_choices(mnist_extractor(), *drawn, sampling.seed).assign(features="MNIST")]
+    draws = (model, sampling), (int8, sampling), (int8, sampling._replace(seed=seed + 1))
+    drawn = [store.draw(*draw).images for draw in draws]
+    tables = {"MNIST": protocol_choices(mnist_extractor(), *drawn, seed)}
     if inception := inception_extractor(inception_reference):
         few = inception.reference.features[:SMALL_REFERENCE]
         small = unpadded(mnist(train=False)[0][REFERENCE][: len(few)])
         sizes = Reference(few), Reference(inception.features(small).features)
-        table = protocol_choices(inception, *drawn, sampling.seed, sizes)
-        tables.append(table.assign(features="Inception"))
-    table = pd.concat(tables, ignore_index=True)
-    return table[["features", *table.columns.drop("features")]]
+        tables["Inception"] = protocol_choices(inception, *drawn, seed, sizes)
+    return pd.concat(tables, names=["features"]).reset_index("features")
 
 
 def protocol_choices(
@@ -224,9 +186,9 @@ def protocol_choices(
     """One row per choice: a FID, or difference of FIDs, as here and as in the released code; what
     it changes, with 95 % interval.
 
-    unquantized, quantized: images from the same noise; other_noise: images of the quantized model
-    from noise of another seed, which has no pairs to resample: that row stands without an interval.
-    sizes: for R6, references of the same few digits, as they are here and as 28x28.
+    unquantized, quantized: images from the same noise; other_noise: of the quantized model from
+    another seed's, without pairs to resample, so without an interval. sizes: for R6, references of
+    the same few digits, as they are here and as 28x28.
     """
     count = len(unquantized)
     # The images as they are come first, then their resamples.
@@ -235,13 +197,12 @@ def protocol_choices(
     def fid(images: Tensor, reference: Reference = extractor.reference) -> Tensor:
         return metrics.fid_draws(extractor.features(images).features, reference, indices)
 
-    here, int8 = fid(unquantized), fid(quantized)
+    here = fid(unquantized)
+    name, rise = "FID of INT8 minus FP32", fid(quantized) - here
     choices = {"FID, each image stretched to 0..255": (here, fid(stretched(unquantized)))}
     if sizes:
-        few = len(sizes[0].features)
         both = tuple(fid(unquantized, reference) for reference in sizes)
-        choices[f"FID, real digits 28x28 (R6; {few} of them)"] = both
-    name, rise = "FID of INT8 minus FP32", int8 - here
+        choices[f"FID, real digits 28x28 (R6; {len(sizes[0].features)} of them)"] = both
     choices[f"{name} (R1: images from the EMA weights)"] = rise, torch.zeros_like(rise)
     unpaired = rise[:1], fid(other_noise)[:1] - here[:1]
     choices[f"{name}, other noise in each row (R7)"] = unpaired

@@ -35,12 +35,12 @@ MODELS = {"smoke": "profile smoke", "mini": "width 16", "paper": "width 64"}
 
 
 def profile_parameters(profile: str) -> dict[str, Any]:
-    """The parameters of a profile; ValueError, naming the known ones, for an unknown profile."""
+    """The parameters of a profile; ValueError for an unknown one."""
     known = {path.stem: path for path in sorted(PROFILES.glob("*.yaml"))}
     if profile not in known:
         raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
-    content = yaml.safe_load(known[profile].read_text())
-    return {name: value for name, value in content.items() if name.isupper()}
+    content = yaml.safe_load(known[profile].read_text()).items()
+    return {name: value for name, value in content if name.isupper()}
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,6 @@ class Workspace:
     compute: bool = False
     keep: bool = False
     scheduler: str = ""
-
-    @classmethod
-    def open(cls, profile: str, threads: int, device: str = "auto", **settings: bool | str) -> Self:
-        """The workspace of a known profile on `compute_on`; settings: compute, keep, scheduler."""
-        profile_parameters(profile)
-        return cls(profile, compute_on(threads, device), **settings)
 
     @classmethod
     def of(cls, parameters: dict[str, Any]) -> Self:
@@ -88,16 +82,17 @@ class Workspace:
 def open_workspace(
     profile: str, compute: bool, threads: int, device: str, **settings: bool | str
 ) -> Workspace:
-    """`Workspace.open` in the notebooks' style; prints where the notebook's tables come from."""
+    """The workspace of a notebook, whose figures get the style of all; prints where its tables come
+    from. settings: keep, scheduler.
+    """
     set_style()
+    profile_parameters(profile)
     if compute:
         print(f"COMPUTE is true: everything below is computed now and written to results/{profile}")
     else:
-        print(
-            f"COMPUTE is false: tables and images are loaded from results/{profile}, as the last "
-            f"`make reproduce` wrote them"
-        )
-    return Workspace.open(profile, threads, device, compute=compute, **settings)
+        made_by = "as the last `make reproduce` wrote them"
+        print(f"COMPUTE is false: tables and images are loaded from results/{profile}, {made_by}")
+    return Workspace(profile, compute_on(threads, device), compute, **settings)
 
 
 def compute_on(threads: int, device: str = "auto") -> torch.device:
@@ -151,7 +146,7 @@ def load_table(work: Workspace, name: str) -> pd.DataFrame:
 
 
 def load_optional(work: Workspace, name: str) -> pd.DataFrame | None:
-    """Read a table that not every profile has; None where it has not been made."""
+    """`load_table`, or None where there is none."""
     return load_table(work, name) if (work.results / f"{name}.csv").is_file() else None
 
 
@@ -200,10 +195,10 @@ def save_figure(
     figure.text(1, -0.01, below, ha="right", va="top", fontsize=8, color="0.35")
     kinds = {"png": {"Software": None}} | ({} if pixels else {"svg": {"Date": None}})
     how = {"dpi": 150, "bbox_inches": "tight"}
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        for suffix, metadata in kinds.items():
-            with atomic_write(work.figures / f"{name}.{suffix}") as temporary:
-                figure.savefig(temporary, format=suffix, metadata=metadata, **how)
+    for suffix, metadata in kinds.items():
+        path = work.figures / f"{name}.{suffix}"
+        with matplotlib.rc_context({"svg.hashsalt": name}), atomic_write(path) as temporary:
+            figure.savefig(temporary, format=suffix, metadata=metadata, **how)
 
 
 def _existing(work: Workspace, name: str) -> Path:

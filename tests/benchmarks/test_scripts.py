@@ -67,7 +67,7 @@ def test_a_peer_is_judged_at_its_own_bytes(script, tiny, digits, monkeypatch):
     about = {"version": "1", "stored": {n: (4, _channels(tiny, n), 0) for n in names}}
     monkeypatch.setattr(peers, "quantized_by", lambda *_: (weights, about))
     judge = peers.Judge(4)
-    ours, theirs = judge.uniform(4), judge.of("x", 4)
+    ours, theirs = judge.of(peers.OURS, 4), judge.of("x", 4)
     assert theirs["damage"] == pytest.approx(ours["damage"])
     assert theirs["mem_mib"] == ours["mem_mib"]
     assert theirs["tensors_fp32"] == 0
@@ -88,9 +88,9 @@ def _channels(model, name):
 
 @linux
 def test_growth_measures_each_step(script):
-    growth = script("growth")
-    for step in growth.STEPS:
-        found = growth.one_step(step, 4)
+    cost = script("cost")
+    for step in cost.STEPS:
+        found = cost.step(step, "4")
         assert found["seconds"] > 0
         assert found["weights"] == sum(p.numel() for p in UNet(4).parameters())
 
@@ -132,12 +132,12 @@ def test_terrain_decibels_and_character(script):
 
 
 def test_passes_are_measured_over_uniform(script, sandbox):
-    passes = script("passes")
+    damage_by = script("damage_by")
     torch.manual_seed(0)
-    layers = [nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)]
-    subject = passes.small(layers, (16,))._replace(draws=1)
+    subject = damage_by.Small([nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)], (16,))
+    subject.draws = 1
     table = script("shared").Table("x", ("network", "passes", "draw", "estimates"))
-    passes.measured(table, "x", subject, (1, 64))
+    damage_by.by_passes(table, "x", subject, (1, 64))
     table = table.frame
     kinds = ["shrunk", "plain", "shrunk, 4 draws"]
     expected = [[count, kind] for count in (1, 64) for kind in kinds]
@@ -149,13 +149,13 @@ def test_passes_are_measured_over_uniform(script, sandbox):
 @pytest.mark.slow
 @linux
 def test_sampling_from_packed_weights_takes_less_memory(script, tmp_path):
-    peak_memory, model = script("peak_memory"), UNet(32)
+    cost, model = script("cost"), UNet(32)
     sizes, peaks = [], []
     for low in (None, "int8"):
         small = quantize(model, dict.fromkeys(quantizable(model), low) if low else {})
         save_quantized(tmp_path / "model.safetensors", small, model)
         sizes.append(resident_bytes(small) / 2**20)
-        peaks.append(peak_memory.peak_mib(tmp_path / "model.safetensors", 32, steps=2))
+        peaks.append(cost.peak_mib(tmp_path / "model.safetensors", 32, steps=2))
     # What is not saved of the stored bytes: one layer at a time is FP32 while it is used.
     assert peaks[0] - peaks[1] > 0.6 * (sizes[0] - sizes[1])
 
@@ -164,7 +164,7 @@ def test_measuring_the_memory_of_a_file_that_is_none(script, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("no model")
     with pytest.raises(RuntimeError, match=r"model.safetensors is damaged"):
-        script("peak_memory").peak_mib(path, 4)
+        script("cost").peak_mib(path, 4)
 
 
 def test_a_table_is_continued(script, sandbox):
@@ -175,9 +175,9 @@ def test_a_table_is_continued(script, sandbox):
 
 
 def test_a_fisher_estimate_of_every_method_is_near_the_loops(script, monkeypatch):
-    fisher = script("fisher")
-    monkeypatch.setitem(fisher.BATCH, 4, 8)
-    of = fisher.Subject(4)
-    assert fisher.error(of.vmapped(), of.loop()) < 1e-3
-    assert fisher.error(of.random_signs(), of.loop()) < 1
-    assert fisher.error(of.with_curvature(2), of.monte_carlo(8)) < 1
+    cost = script("cost")
+    monkeypatch.setitem(cost.FISHER_BATCH, 4, 8)
+    of = cost.Estimates(4)
+    assert cost.error(of.vmapped(), of.loop()) < 1e-3
+    assert cost.error(of.random_signs(), of.loop()) < 1
+    assert cost.error(of.true(2, curvature=True), of.true(8)) < 1

@@ -17,6 +17,7 @@ from lafq.study.damage import measure_damage, with_fid
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images import sampling
+from lafq.study.long_runs import Experiment
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors
 
@@ -82,7 +83,7 @@ def smoke(tmp_path_factory):
 
 @pytest.mark.slow
 def test_rows_have_blocks_and_claims(smoke):
-    tables = long_runs.many_images("smoke", images=20)
+    tables = long_runs.many_images(Experiment("smoke"), images=20)
     rows = tables["evidence_rows"]
     assert rows["rule"].tolist() == ["baseline", "uniform", "group", "ratio", "ratio"]
     assert (rows["blocks"] == 10).all()
@@ -109,7 +110,7 @@ def test_training_runs_differ_and_are_not_done_twice(sandbox, monkeypatch, threa
     parameters["TRAINING"] |= {"steps": 3, "decay": 2}
     monkeypatch.setattr(long_runs, "profile_parameters", lambda profile: parameters)
     monkeypatch.setattr(long_runs, "one_process_per_core", lambda: ThreadPoolExecutor(1))
-    once = long_runs.training_runs("smoke", seeds=(1, 2))
+    once = long_runs.training_runs(Experiment("smoke"), seeds=(1, 2))
     assert torch.get_num_threads() == 1
     rows, of_runs = once["evidence_runs"], once["evidence_runs_claims"]
     assert [rows.columns[:2].tolist(), of_runs.columns[:2].tolist()] == [["seed", "steps"]] * 2
@@ -118,7 +119,7 @@ def test_training_runs_differ_and_are_not_done_twice(sandbox, monkeypatch, threa
     assert of_runs["claim"].tolist() == ["C1", "C2", "C2 share", "C3", "C4 images"] * 2
     assert len(once["evidence_runs_over"]) == 5
     monkeypatch.setattr(sampling, "sample", None)
-    again = long_runs.training_runs("smoke", seeds=(1, 2))
+    again = long_runs.training_runs(Experiment("smoke"), seeds=(1, 2))
     for name, table in once.items():
         pd.testing.assert_frame_equal(again[name], table)
 
@@ -132,7 +133,7 @@ def evidence(*arguments):
 
 def test_steps_that_are_there_are_left_alone(sandbox, monkeypatch, capsys):
     tables = {"second": pd.DataFrame({"x": [1]}), "second_more": pd.DataFrame({"x": [2]})}
-    monkeypatch.setattr(long_runs, "STEPS", {"first": None, "second": lambda profile: tables})
+    monkeypatch.setattr(long_runs, "STEPS", {"first": None, "second": lambda run: tables})
     workspace.save_table(SMOKE, "first", pd.DataFrame({"x": [0]}))
     assert evidence() == 0
     assert "first: there already" in capsys.readouterr().out
@@ -150,7 +151,7 @@ def test_missing_fisher_information_is_one_sentence(sandbox, capsys, tiny):
 def test_budget_rows_join_those_of_06(smoke, monkeypatch):
     monkeypatch.setattr(long_runs, "ALLOCATED", (3.5, 4.0))
     monkeypatch.setattr(long_runs, "RULE_BITS", (4.0,))
-    table = long_runs.budgets("smoke", images=10)["evidence_budget"]
+    table = long_runs.budgets(Experiment("smoke"), images=10)["evidence_budget"]
     assert table["rule"].tolist()[0] == "baseline"
     assert set(zip(table["rule"], table["rounding"], strict=True)) == {
         *(("baseline", "none"), ("uniform", "nearest"), ("allocate_all", "feedback")),
@@ -166,7 +167,7 @@ def test_budget_rows_join_those_of_06(smoke, monkeypatch):
 
 @pytest.mark.slow
 def test_fresh_rows_and_their_claims(smoke):
-    tables = long_runs.fresh_noise("smoke", images=20)
+    tables = long_runs.fresh_noise(Experiment("smoke"), images=20)
     assert tables["evidence_fresh"][["rule", "rounding"]].to_numpy().tolist() == [
         ["baseline", "none"],
         *(["allocate", rounding] for rounding in ("feedback", "tuned")),
@@ -181,7 +182,7 @@ def test_fresh_rows_and_their_claims(smoke):
 
 @pytest.mark.slow
 def test_rows_at_the_bytes_of_int4_and_their_claim(smoke):
-    tables = long_runs.at_int4_bytes("smoke", images=20)
+    tables = long_runs.at_int4_bytes(Experiment("smoke"), images=20)
     table = tables["evidence_int4"].set_index("rule")
     rules = ["baseline", "uniform", "uniform", "allocate", "global", "ratio"]
     assert table.index.tolist() == rules
@@ -195,18 +196,15 @@ def test_rows_at_the_bytes_of_int4_and_their_claim(smoke):
 def test_damages_go_on_from_the_sensitivity_that_was_kept(smoke, monkeypatch):
     monkeypatch.setattr(long_runs, "AT_SIZE", (4.0,))
     monkeypatch.setattr(long_runs, "CODED_FILES", (3.0,))
-    table = long_runs.damages("smoke")["evidence_damages"]
+    table = long_runs.damages(Experiment("smoke"))["evidence_damages"]
     chosen = table["rule"].isin(["uniform", "allocate"])
     assert set(table[~chosen]["rule"]) == set(study_rows.RULES_AT_BITS)
     assert set(table[table["rule"] == "allocate"]["format"]) == {"any", "coded"}
     assert (table["damage_low"] <= table["damage"]).all()
     with_file = chosen & (table["budget_bits"] < long_runs.FILES_BELOW)
     assert (table["file_mib"].notna() == with_file).all()
-    monkeypatch.setattr(long_runs, "measured_sensitivity", None)
-    kept, weights = (
-        long_runs.Experiment("smoke").kept_sensitivity(1),
-        dict(smoke.named_parameters()),
-    )
+    monkeypatch.setattr(study_rows, "measured_sensitivity", None)
+    kept, weights = Experiment("smoke").kept_sensitivity(1), dict(smoke.named_parameters())
     assert {n: f.shape for n, f in kept.fisher.items()} == {
         n: weights[n].shape for n in kept.fisher
     }
@@ -221,10 +219,10 @@ def test_the_packed_file_is_the_row_that_was_measured(smoke, monkeypatch):
     path = SMOKE.results / subject.PACKED
     monkeypatch.setattr(long_runs, "SHIPPED_MIB", 0.01)
     with pytest.raises(ValueError, match="the smallest"):
-        long_runs.packed("smoke")
+        long_runs.packed(Experiment("smoke"))
     assert not path.exists()
     monkeypatch.setattr(long_runs, "SHIPPED_MIB", 0.3 * nbytes(smoke, {}) / 2**20)
-    table = long_runs.packed("smoke")["packed"]
+    table = long_runs.packed(Experiment("smoke"))["packed"]
     assert path.stat().st_size <= 0.3 * nbytes(smoke, {})
     assert table["damage"].tolist()[0] == 0 < table["damage"].iloc[1]
     small = dequantize_(load_quantized(path, UNet(4)))
@@ -246,7 +244,7 @@ def test_packed_weights_never_stand_in_for_the_trained_ones(sandbox, tiny):
 
 def test_only_some_steps_are_made_at_the_posters_size(sandbox, monkeypatch):
     made = []
-    steps = {name: lambda profile, name=name: made.append(name) or {} for name in long_runs.STEPS}
+    steps = {name: lambda run, name=name: made.append(name) or {} for name in long_runs.STEPS}
     monkeypatch.setattr(long_runs, "STEPS", steps)
     assert evidence("--profile", "paper") == 0
     assert set(made) == set(long_runs.AT_POSTERS_SIZE)
@@ -258,6 +256,6 @@ def test_only_some_steps_are_made_at_the_posters_size(sandbox, monkeypatch):
 def test_without_the_published_images_one_line_says_so(sandbox, monkeypatch, capsys):
     monkeypatch.setattr(long_runs, "STEPS", {})
     assert evidence() == 0
-    assert "PUBLISHED=path scores them" in capsys.readouterr().out
+    assert "PUBLISHED=path" in capsys.readouterr().out
     assert evidence("--published", "nowhere") == 1
     assert "nowhere is not there" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from lafq.study import published_images as published
 from lafq.study import workspace
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.images import metrics
-from lafq.study.images.features import mnist_extractor
+from lafq.study.images.features import Features, mnist_extractor
 from lafq.study.images.metrics import Reference
 
 
@@ -74,17 +74,12 @@ def test_the_statistic_is_kids():
 
 
 def test_sets_are_compared_with_the_unquantized_one():
-    features = {
-        "FP32": normal(200),
-        "same": normal(100, seed=1),
-        "other": normal(100, seed=2, shift=0.7),
+    sets = {
+        "FP32": (normal(200), torch.arange(200) % 10),
+        "same": (normal(100, seed=1), torch.arange(100) % 10),
+        "other": (normal(100, seed=2, shift=0.7), torch.zeros(100, dtype=torch.int64)),
     }
-    classes = {
-        "FP32": torch.arange(200) % 10,
-        "same": torch.arange(100) % 10,
-        "other": torch.zeros(100, dtype=torch.int64),
-    }
-    table = published.compared(features, classes, seed=0)
+    table = published.compared(sets, seed=0)
     assert table["set"].tolist() == ["FP32, one half against the other", "same", "other"]
     assert table["images"].tolist() == [100, 100, 100]
     assert table["kid_p_holm"].isna().tolist() == [True, False, False]
@@ -98,12 +93,12 @@ def test_sets_are_compared_with_the_unquantized_one():
 def test_scores_are_of_disjoint_blocks():
     features, reference = normal(1200), Reference(normal(500, seed=1))
     logits, sizes = torch.randn(1200, 10), [100, 1000, 1200]
-    table = published.block_scores(features, logits, reference, 0, sizes)
+    table = published.block_scores(Features(features, logits), reference, 0, sizes)
     assert table["n"].tolist() == sizes
     assert table["blocks"].tolist() == [12, 1, 1]
     assert table["fid_sd"].notna().tolist() == [True, False, False]
     assert table["fid"].is_monotonic_decreasing
-    without = published.block_scores(features, None, reference, 0, sizes)
+    without = published.block_scores(Features(features, None), reference, 0, sizes)
     pd.testing.assert_frame_equal(table.drop(columns=["is", "is_sd"]), without)
 
 

@@ -60,9 +60,7 @@ def stratified_batches(
     like: a tensor of the device and dtype wanted. Raises ValueError for a bin without a sample.
     """
     if not 1 <= bins <= TIMESTEPS or samples < bins:
-        raise ValueError(
-            f"{samples} samples over {bins} timestep bins: give every bin one at least"
-        )
+        raise ValueError(f"{samples} samples over {bins} bins: give every bin one at least")
     edges = bin_edges(bins)
     for b in tqdm(range(bins), "Fisher", leave=False):
         g, count = generator(seed, b), samples // bins + (b < samples % bins)

@@ -23,34 +23,29 @@ PACKED = "packed.safetensors"
 FISHER = "fisher.safetensors"
 
 
-def check_weights(
-    work: Workspace, width: int, seed: int, training: dict[str, Any], path: Path | None = None
-) -> None:
-    """Check the weights of a profile, or those in the file `path`, without reading their tensors.
+def check_weights(work: Workspace, parameters: dict[str, Any], path: Path | None = None) -> None:
+    """Check the weights of a profile with these parameters, or those in the file `path`, without
+    reading their tensors.
 
     Raises FileNotFoundError when there are none, ValueError when they are damaged or were trained
     with other settings than the profile's.
     """
-    path, remedy = path or work.results / WEIGHTS, "WEIGHTS=path, or train them anew with TRAIN=1"
+    path = path or work.results / WEIGHTS
+    remedy = "give a file that has them with WEIGHTS=path, or train them anew with TRAIN=1"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"the trained weights {path} are missing: give a file that has them with {remedy}"
-        )
+        raise FileNotFoundError(f"the trained weights {path} are missing: {remedy}")
     metadata = read_metadata(path)
-    for name, value in {"width": width, "seed": seed, **training}.items():
+    settings = {"width": parameters["WIDTH"], "seed": parameters["SEED"], **parameters["TRAINING"]}
+    for name, value in settings.items():
         # Weights made before a setting was there do not name it.
-        if metadata.get(name, value) != value:
-            raise ValueError(
-                f"{path} was trained with {name}={metadata[name]}, profile {work.profile} has "
-                f"{value}: give the weights of this profile with {remedy}"
-            )
+        if (theirs := metadata.get(name, value)) != value:
+            differs = f"{name}={theirs}, profile {work.profile} has {value}"
+            raise ValueError(f"{path} was trained with {differs}: {remedy}")
 
 
-def take_weights(
-    work: Workspace, path: Path, width: int, seed: int, training: dict[str, Any]
-) -> None:
+def take_weights(work: Workspace, parameters: dict[str, Any], path: Path) -> None:
     """Copy trained weights into results/<profile>/; errors as `check_weights`."""
-    check_weights(work, width, seed, training, path)
+    check_weights(work, parameters, path)
     with atomic_write(work.results / WEIGHTS) as temporary:
         shutil.copyfile(path, temporary)
 

@@ -24,7 +24,6 @@ from lafq.tensors import atomic_write, load_tensors, save_tensors
 
 LOSS_DIGITS = 200
 WINDOW = 50  # steps whose mean loss is a row of training.csv
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 def train(
@@ -73,7 +72,6 @@ def training_steps(
 ) -> Iterator[tuple[int, float]]:
     """Train on uint8 images (N, *SHAPE), yielding (step, loss) after each step.
 
-    The loss is the mean over batch and pixels of (eps - eps_theta(x_t, t))^2, t uniform in 0..999.
     The draws of a step come from (seed, step), so a run continued from a checkpoint is the run that
     was never interrupted. bf16: bfloat16 autocast of the forward pass alone.
     """
@@ -109,12 +107,12 @@ def fit(
     compile: bool = False,
     **settings: Any,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Train from scratch, or on from `checkpoint` if there is one, and return the EMA weights and
-    every step's loss; settings as `training_steps`.
+    """Train, on from `checkpoint` if there is one, and return the EMA weights and all losses;
+    settings as `training_steps`.
 
-    The checkpoint is rewritten every `every` steps and kept; ValueError when it is damaged or
-    belongs to other settings. A run may be prolonged (other `steps`) as long as its learning rate
-    has not begun to fall. compile: torch.compile is faster and rounds differently.
+    The checkpoint is rewritten every `every` steps; ValueError when it is damaged or belongs to
+    other settings. A run may be prolonged as long as its learning rate has not begun to fall.
+    compile: torch.compile is faster and rounds differently.
     """
     record = {"width": model.width, "dropout": model.dropout, "ema_decay": ema_decay}
     record |= {"compile": compile, **settings}
@@ -122,20 +120,22 @@ def fit(
     if compile:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    losses: list[float] = []
+    kept: dict[str, Tensor] = {"loss": torch.empty(0)}
     if checkpoint.is_file():
-        state = _checked(checkpoint, steps, settings["decay"], record)
-        losses = state["loss"].tolist()
-        _restore(state, model, ema, optimizer)
+        kept = _checked(checkpoint, steps, settings["decay"], record)
+    losses: list[float] = kept.pop("loss").tolist()
+    state = _state(model, ema, optimizer, len(losses))
+    for name, tensor in kept.items():
+        state[name].copy_(tensor)
     remaining = range(len(losses), steps)
-    bar = tqdm(initial=len(losses), total=steps, desc="training", unit="step", leave=False)
-    for step, loss in training_steps(model, ema, optimizer, images, remaining, **settings):
+    run = training_steps(model, ema, optimizer, images, remaining, **settings)
+    bar = tqdm(run, "training", steps, leave=False, unit="step", initial=len(losses))
+    for step, loss in bar:
         losses.append(loss)
-        bar.update()
         if (step + 1) % every == 0 or step + 1 == steps:
-            save_tensors(checkpoint, _state(model, ema, optimizer, losses), steps=steps, **record)
+            state["loss"] = torch.tensor(losses, dtype=torch.float64)
+            save_tensors(checkpoint, state, steps=steps, **record)
             bar.set_postfix(loss=sum(losses[-every:]) / len(losses[-every:]))
-    bar.close()
     return {n: p.detach() for n, p in ema.module.named_parameters()}, losses
 
 
@@ -144,34 +144,25 @@ def _checked(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -
     done, planned = len(tensors["loss"]), metadata["steps"]
     if steps != planned and done > min(steps, planned) - decay:
         raise ValueError(
-            f"{checkpoint} was made with {planned} steps in view: the learning rate of {steps} has "
-            f"begun to fall; delete it to train anew"
+            f"{checkpoint} was made for {planned} steps, not {steps}: delete it to train anew"
         )
     return tensors
 
 
 def _state(
-    model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW, losses: list[float]
+    model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW, done: int
 ) -> dict[str, Tensor]:
-    state = {"loss": torch.tensor(losses, dtype=torch.float64)}
+    """What a checkpoint holds after `done` steps, beside the losses: the run's own tensors, which
+    training changes in place.
+    """
+    state = {}
+    ema.n_averaged.fill_(done)
     for (name, p), q in zip(model.named_parameters(), ema.module.parameters(), strict=True):
+        moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(float(done), device=p.device), **moments}
         state |= {f"model/{name}": p.detach(), f"ema/{name}": q.detach()}
-        state |= {f"{key}/{name}": optimizer.state[p][key] for key in MOMENTS}
+        state |= {f"{key}/{name}": moment for key, moment in moments.items()}
     return state
-
-
-@torch.no_grad()
-def _restore(
-    state: dict[str, Tensor], model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW
-) -> None:
-    done = torch.tensor(float(len(state["loss"])))
-    ema.n_averaged.fill_(int(done))
-    for (name, p), q in zip(model.named_parameters(), ema.module.parameters(), strict=True):
-        p.copy_(state[f"model/{name}"])
-        q.copy_(state[f"ema/{name}"])
-        # The fused kernel walks memory, so the moments need the strides of the parameter.
-        moments = {key: torch.empty_like(p).copy_(state[f"{key}/{name}"]) for key in MOMENTS}
-        optimizer.state[p] = {"step": done.to(p.device, copy=True), **moments}
 
 
 @torch.inference_mode()
@@ -186,10 +177,10 @@ def held_out_outputs(
     x_0 = unit_interval(mnist(train=False)[0][HELD_OUT][first : first + digits])
     t = torch.arange(digits) * TIMESTEPS // digits
     eps = torch.randn(x_0.shape, generator=generator(seed, HELD_OUT.start + first))
-    x_t = add_noise(x_0, t, eps).contiguous(memory_format=torch.channels_last)
-    batches = zip(x_t.split(100), t.split(100), strict=True)
+    x_t = add_noise(x_0, t, eps).contiguous(memory_format=torch.channels_last).to(device)
+    batches = zip(x_t.split(100), t.to(device).split(100), strict=True)
     with evaluating(model):
-        outputs = [model(x.to(device), steps.to(device)).cpu() for x, steps in batches]
+        outputs = [model(*batch).cpu() for batch in batches]
     return torch.cat(outputs), eps
 
 

@@ -1,6 +1,5 @@
-"""The Simple Diffusion Model of the paper: a U-Net of six layers (stages) at any width W.
-
-With W = 64 it has the paper's 35,178,689 parameters (134.20 MiB in FP32).
+"""The Simple Diffusion Model of the paper: a U-Net of six layers (stages) at any width W; with 64
+it has the paper's 35,178,689 parameters (134.20 MiB in FP32).
 
 Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information" (IEIE 2024), model
 section.
@@ -27,8 +26,7 @@ def time_table(channels: int, timesteps: int = TIMESTEPS) -> Tensor:
     It is made on the CPU even under `torch.device("meta")`: no file stores it.
     """
     exponent = torch.arange(0, channels, 2, device="cpu") * (-math.log(10000.0) / channels)
-    frequency = exponent.exp()
-    angle = torch.arange(timesteps, device="cpu")[:, None] * frequency
+    angle = torch.arange(timesteps, device="cpu")[:, None] * exponent.exp()
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
 
@@ -78,9 +76,8 @@ class Stage(nn.Module):
         super().__init__()
         channels, groups = MULTIPLIERS[name] * width, width // 2
         self.block1 = ResidualBlock(channels, groups, dropout)
-        self.attention = nn.Identity()
-        if name in ATTENTION:
-            self.attention = Attention(channels, heads=math.gcd(8, channels))
+        heads = math.gcd(8, channels)
+        self.attention = Attention(channels, heads) if name in ATTENTION else nn.Identity()
         self.block2 = ResidualBlock(channels, groups, dropout)
         if name in DOWN:
             self.resample = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1)
@@ -114,9 +111,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: (B, 1, 32, 32), t: (B,) whole numbers in 0..999 -> predicted noise, as x."""
-        embedding = self.times[t]
-        x = self.inp(x)
-        skips = []
+        x, embedding, skips = self.inp(x), self.times[t], []
         for name in LAYERS:
             x, skip = getattr(self, name)(x, embedding)
             if name in DOWN:
@@ -139,9 +134,9 @@ def quantizable(model: nn.Module) -> dict[str, Tensor]:
 
 def layer_sizes(model: UNet) -> pd.DataFrame:
     """Parameters and MiB (FP32) of the six layers, of what is outside them, and of all."""
-    total = sum(p.numel() for p in model.parameters())
-    counts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in LAYERS}
-    counts |= {"input and output": total - sum(counts.values()), "total": total}
-    table = pd.DataFrame(counts.items(), columns=["layer", "parameters"])
+    sizes = pd.Series({name: p.numel() for name, p in model.named_parameters()})
+    counts = sizes.groupby(lambda name: layer_of(name) or "input and output").sum()
+    counts["total"] = sizes.sum()
+    table = counts.rename_axis("layer").reset_index(name="parameters")
     channels = [str(multiplier * model.width) for multiplier in MULTIPLIERS.values()]
     return table.assign(channels=[*channels, "", ""], mib=table["parameters"] * 4 / 2**20)

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator
 
 from lafq.study.figures import text
 from lafq.study.figures.fisher_plots import short_name
-from lafq.study.figures.plots import COLOURS, DIFFERENCE, LINES, bars, labelled
+from lafq.study.figures.plots import COLOURS, LINES, WORSE, bars, labelled
 
 SIZES = {"mem_mib": "MiB in memory", "file_mib": "MiB of the file"}
 GRANULARITIES = {
@@ -19,7 +19,8 @@ GRANULARITIES = {
     "channel": "one format per channel",
     "mixed": "per channel, single FP16 or FP32 weights",
 }
-MARKERS = {"nearest": "o", "feedback": "s", "tuned": "*"}
+ROUNDED = {"nearest": {"marker": "o", "mfc": "white"}, "feedback": {"marker": "s"}}
+ROUNDED["tuned"] = {"marker": "*", "ms": 10}
 KIND = ["rule", "granularity", "rounding"]
 UNIFORM, ALLOCATOR = ("uniform", "tensor", "nearest"), ("allocate", "mixed", "feedback")
 TUNED = ("allocate", "mixed", "tuned")
@@ -37,35 +38,30 @@ def chosen(table: pd.DataFrame, kinds: Sequence[tuple[str, str, str]]) -> pd.Dat
 
 
 def over_size(ax: Axes, table: pd.DataFrame, metric: str, size: str = "mem_mib") -> None:
-    """A number (damage or fid_mnist_delta) of every row that has it over MiB, stored or of the
-    file, one line per rule, granularity and rounding.
-
-    Hollow: rounded to the nearest code; a star: tuned.
-    """
+    """Damage or fid_mnist_delta over MiB; hollow: rounded to the nearest code; a star: tuned."""
     rows = table[table[metric].notna()]
     several = rows.groupby("rule")["granularity"].nunique() > 1
     for _, line in rows.groupby([rows["format"] == "coded", *KIND], sort=False):
         line, row = line.sort_values(size), line.iloc[0]
-        coded, colour, rounding = row["format"] == "coded", COLOURS[row["rule"]], row["rounding"]
-        name = text.name(row)
-        if several[row["rule"]] and not coded:
-            name += f", {GRANULARITIES[row['granularity']]}"
-        style = {"marker": "D" if coded else MARKERS[rounding], "color": colour, "label": name}
-        style |= {"mfc": "white" if rounding == "nearest" else colour, "capsize": 2, "lw": 1.2}
-        style |= {"ls": "-" if coded else LINES[row["granularity"]], "elinewidth": 0.8}
-        style["ms"] = 10 if rounding == "tuned" else 5
+        style = {"label": text.name(row), "color": COLOURS[row["rule"]], "capsize": 2, "lw": 1.2}
+        style |= {"ms": 5, "elinewidth": 0.8} | ROUNDED[row["rounding"]]
+        if row["format"] == "coded":
+            style |= {"marker": "D", "ls": "-"}
+        else:
+            style["ls"] = LINES[row["granularity"]]
+            if several[row["rule"]]:
+                style["label"] += f", {GRANULARITIES[row['granularity']]}"
         ax.errorbar(line[size], line[metric], bars(line, metric), **style)
     ax.set_xscale("log")
     if metric == "damage":
         ax.set_yscale("log")
-        y = "damage (mean squared change of the output)"
-        labelled(ax, "Damage by size", SIZES[size], y)
+        labelled(ax, "Damage by size", SIZES[size], "damage (mean squared change of the output)")
     else:
         ax.axhline(0, color="black", ls="--", lw=1)
         ax.set_yscale("symlog", linthresh=1)
         ax.set_ylim(-10, 2000)
         ax.yaxis.set_major_formatter("{x:,.0f}")
-        labelled(ax, "FID difference by size", SIZES[size], f"{DIFFERENCE} (positive: worse)")
+        labelled(ax, "FID difference by size", SIZES[size], WORSE)
     ax.xaxis.set_major_formatter("{x:.2g}")
     ax.xaxis.set_minor_formatter("{x:.2g}")
     ax.tick_params(axis="x", which="both", labelsize=8)
@@ -79,11 +75,7 @@ def ring(ax: Axes, rows: pd.DataFrame, metric: str, size: str, label: str) -> No
 
 
 def rules(ax: Axes, table: pd.DataFrame, wide: pd.DataFrame | None) -> None:
-    """Damage of every threshold rule, with error feedback, over that of the global one: one row per
-    rule, one marker per budget.
-
-    table: `damage.measure_damage`; wide: the same at the poster's size, at one budget.
-    """
+    """Damage of every threshold rule over that of the global one; wide: at the poster's size."""
     table = _over_global(table)
     names = table["rule"].unique().tolist()
     drawn = {f"{bits:g}": rows for bits, rows in table.groupby("budget_bits")}
@@ -109,9 +101,7 @@ def _over_global(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def bits_map(axes: Sequence[Axes], report: pd.DataFrame) -> None:
-    """Above, the mean Fisher value of every weight tensor; below, the bits per weight it got at
-    each budget. report: `damage.bits_by_tensor`.
-    """
+    """Mean Fisher value and bits per weight of every weight tensor (`damage.bits_by_tensor`)."""
     names = report["parameter"].unique().tolist()
     fisher = report.drop_duplicates("parameter")["fisher"]
     axes[0].bar(np.arange(len(names)) + 0.5, fisher, color="0.4")

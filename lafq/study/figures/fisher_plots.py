@@ -13,9 +13,7 @@ TIME = "timestep t (0 = clean; lower edge of the bin)"
 
 
 def fisher_by_tensor(axes: Sequence[Axes], timesteps: pd.DataFrame) -> None:
-    """One panel per layer: weight tensors on x, mean Fisher on a log y axis, one line per timestep
-    bin.
-    """
+    """One panel per layer: mean Fisher of its weight tensors, one line per timestep bin."""
     bins = sorted(timesteps["t_low"].unique())
     colours = plt.get_cmap("viridis")(np.linspace(0, 1, len(bins)))
     for ax, (layer, rows) in zip(axes, timesteps.groupby("layer"), strict=True):

@@ -19,15 +19,20 @@ COLOURS = {rule: sns.color_palette("colorblind", 10)[i] for rule, i in _PALETTE.
 COLOURS["allocate_all"] = (0.0, 0.3, 0.22)
 THEIRS = {"color": "0.35", "marker": "D"}
 FP32 = {"color": "black", "ls": "--", "lw": 1, "label": "FP32"}
+SWEPT = {"ms": 5, "lw": 1.2, "capsize": 3, "color": COLOURS["ratio"]}
 LINES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
 MARKERS = {"fp16": "o", "int8": "s"}
 FEATURES = {"fid_inception": "Inception", "fid_mnist": "MNIST"}
 AMPLIFIED = 64  # differences of images are drawn this many times as bright
 BRIGHTENED = 8  # so that a grey background is seen
-DIFFERENCE, RATIO = "FID difference from FP32", "ratio r (share of a layer kept in FP32)"
+SHOWN = 7  # images of a row
+RATIO = "ratio r (share of a layer kept in FP32)"
+DIFFERENCE = "FID difference from FP32"
+WORSE = f"{DIFFERENCE} (positive: worse)"
 PAIRED = "bars: 95 % intervals of the difference, paired bootstrap over the images"
 OVER_DIGITS = "bars: 95 % intervals, bootstrap over the digits"
 SPREAD = "bars: one standard deviation over the blocks"
+Images, Rows = dict[str, np.ndarray], list[np.ndarray]  # uint8 (N, 32, 32), by name or row by row
 
 
 def bars(rows: pd.DataFrame, metric: str) -> np.ndarray:
@@ -76,25 +81,21 @@ def size_curve(ax: Axes, sizes: pd.DataFrame, rule: str, share: float, label: st
 
 
 def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str) -> None:
-    """FID difference from FP32 over stored MiB, one marker per row that has the metric
-    (fid_inception or fid_mnist).
-    """
+    """FID difference from FP32 over stored MiB, one marker per row that has the metric."""
     ax.axhline(0, **FP32)
     rows, delta = table[(table["rule"] != "baseline") & table[metric].notna()], f"delta_{metric}"
     for i, (row, marker) in enumerate(zip(rows.itertuples(), "osD^vP*X", strict=False)):
         # Smaller and smaller, as some rows have equal bytes and equal FID.
         style = {"fmt": marker, "mfc": "none", "ms": 12 - 2 * min(i, 4), "capsize": 3}
-        style["label"] = f"{row.rule}, {row.format.upper()} by {row.granularity}"
-        at, one = [row.mem_mib], rows[i : i + 1]
-        ax.errorbar(at, one[delta], bars(one, delta), color=COLOURS[row.rule], **style)
+        label, one = f"{row.rule}, {row.format.upper()} by {row.granularity}", rows[i : i + 1]
+        style |= {"color": COLOURS[row.rule], "label": label}
+        ax.errorbar(one["mem_mib"], one[delta], bars(one, delta), **style)
     y = f"{DIFFERENCE}\n({_features(rows, metric)})"
     labelled(ax, "FID difference by stored size", "stored MiB", y)
 
 
 def noise_floor(axes: Sequence[Axes], table: pd.DataFrame) -> None:
-    """FID over N, one panel per feature extractor: blocks of real and of generated images, mean +-
-    one standard deviation; dashed: extrapolated to infinite N.
-    """
+    """FID of blocks of N images, mean +- standard deviation, one panel per feature extractor."""
     named = {"real": ("real digits", "0.5"), "generated": ("FP32 model's images", "black")}
     fid = table[table["metric"] == "fid"]
     for ax, (features, panel) in zip(axes, fid.groupby("features", sort=False), strict=True):
@@ -114,9 +115,7 @@ def noise_floor(axes: Sequence[Axes], table: pd.DataFrame) -> None:
 
 
 def poster_and_noise(ax: Axes, noise: float) -> None:
-    """The poster's FID differences from its baseline over the standard deviation of the difference
-    of two draws of one model.
-    """
+    """The poster's FID differences beside the standard deviation of two draws of one model."""
     base, *rows = [row for row in poster.POSTER if row.source == "poster"]
     for width, shade, words in ((2, "0.92", "deviations"), (1, "0.82", "deviation")):
         label = f"±{width} standard {words} of new noise"
@@ -131,9 +130,7 @@ def poster_and_noise(ax: Axes, noise: float) -> None:
 
 
 def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
-    """Difference of each row of `poster.compare` from its baseline: ours with the 95 % interval,
-    the poster's as diamonds.
-    """
+    """FID differences of the rows of `poster.compare`: ours with intervals, the poster's hollow."""
     rows, delta = table[table["rule"] != "baseline"].iloc[::-1], f"delta_{metric}"
     ax.axvline(0, **FP32)
     for i, rule in enumerate(rows["rule"]):
@@ -142,12 +139,11 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
         one = rows[i : i + 1]
         ax.errorbar(one[delta], [i], xerr=bars(one, delta), **style)
     published = rows["fid_paper"] - table[table["rule"] == "baseline"]["fid_paper"].item()
-    style = THEIRS | {"ls": "", "mfc": "none", "label": "poster, other noise in every row"}
-    ax.plot(published, range(len(rows)), **style)
+    hollow = THEIRS | {"ls": "", "mfc": "none", "label": "poster, other noise in every row"}
+    ax.plot(published, range(len(rows)), **hollow)
     names = [f"{_spoken(r)} (ours: {r.mem_share:.0%} of FP32)" for r in rows.itertuples()]
     ax.set_yticks(range(len(rows)), names)
-    at_n = f"{_features(rows, metric)}; ours: {rows['steps'].iloc[0]:,} steps"
-    x = f"{DIFFERENCE} (positive: worse)\n{at_n}"
+    x = f"{WORSE}\n{_features(rows, metric)}; ours: {rows['steps'].iloc[0]:,} steps"
     labelled(ax, "FID differences, ours and the poster's", x, "")
 
 
@@ -155,36 +151,29 @@ def poster_and_ours(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     """FID difference from FP32 over the ratio: the poster's sweep, and ours on single weights."""
     swept = pd.DataFrame([row for row in poster.POSTER if row.method == "ratio"])
     x, y = swept["threshold"].astype(float), swept["fid"] - poster.POSTER[0].fid
+    read, points = swept["source"] != "poster", THEIRS | {"ls": "", "ms": 6}
     _best_ratios(ax)
     ax.plot(x, y, color=THEIRS["color"], lw=1)
-    for source, face, label in (
-        ("poster", THEIRS["color"], "poster, other noise in every row"),
-        ("poster's plot", "white", "read off its plot"),
-    ):
-        at = swept["source"] == source
-        ax.plot(x[at], y[at], ls="", ms=6, mfc=face, label=label, **THEIRS)
-    ours = table[(table["rule"] == "ratio") & (table["granularity"] == "weight")]
+    ax.plot(x[~read], y[~read], label="poster, other noise in every row", **points)
+    ax.plot(x[read], y[read], mfc="white", label="read off its plot", **points)
+    ours, delta = table.query("rule == 'ratio' and granularity == 'weight'"), f"delta_{metric}"
     ours = ours.assign(ratio=ours["setting"].astype(float)).sort_values("ratio")
     ours = ours[ours["ratio"].between(x.min(), x.max())]
     for i, (low, rows) in enumerate(ours.groupby("format")):
-        style = {"marker": MARKERS[low], "ms": 5, "lw": 1.2, "capsize": 3}
-        style |= {"color": COLOURS["ratio"], "ls": "--" if low == "fp16" else "-"}
-        style["label"] = f"ours, {low.upper()}, the same noise"
-        y = rows[f"delta_{metric}"], bars(rows, f"delta_{metric}")
-        ax.errorbar(rows["ratio"] + 0.001 * i, *y, **style)
-    y = f"{DIFFERENCE} (positive: worse)\n{_features(ours, metric)}"
+        style = {"marker": MARKERS[low], "ls": "--" if low == "fp16" else "-"} | SWEPT
+        label = f"ours, {low.upper()}, the same noise"
+        ax.errorbar(rows["ratio"] + 0.001 * i, rows[delta], bars(rows, delta), label=label, **style)
+    y = f"{WORSE}\n{_features(ours, metric)}"
     labelled(ax, "FID difference by ratio, ours and the poster's", RATIO, y)
 
 
 def ratio_with_many_images(ax: Axes, table: pd.DataFrame) -> None:
-    """FID difference from FP32 over the ratio; beside it mean and standard deviation over blocks of
-    images. table: evidence_rows.
-    """
+    """FID difference from FP32 over the ratio (evidence_rows), of all images and of blocks."""
     rows, delta = table[table["rule"] == "ratio"], "delta_fid_mnist"
     ratio = rows["setting"].astype(float)
     _best_ratios(ax)
-    style = {"marker": "s", "ms": 5, "lw": 1.2, "capsize": 2, "color": COLOURS["ratio"]}
-    ax.errorbar(ratio, rows[delta], bars(rows, delta), **style, label="INT8, all images")
+    style = SWEPT | {"marker": "s", "capsize": 2, "label": "INT8, all images"}
+    ax.errorbar(ratio, rows[delta], bars(rows, delta), **style)
     style = {"fmt": "D", "ms": 4, "color": "0.45", "mfc": "white", "capsize": 2}
     blocks = rows[f"block_{delta}"], rows[f"block_{delta}_sd"]
     ax.errorbar(ratio + 0.004, *blocks, **style, label="blocks of the poster's N")
@@ -193,56 +182,42 @@ def ratio_with_many_images(ax: Axes, table: pd.DataFrame) -> None:
 
 
 def claim_by_run(ax: Axes, claims: pd.DataFrame, over: pd.DataFrame) -> None:
-    """C3, mean FID of the ratios in 0.35-0.40 minus that of the others, in every training run
-    (evidence_runs_claims) and over all (evidence_runs_over).
-    """
+    """C3 in every training run (evidence_runs_claims) and over all (evidence_runs_over)."""
     runs, mean = claims[claims["claim"] == "C3"], over[over["claim"] == "C3"]
     ax.axhline(0, color="black", ls="--", lw=1)
-    for x, rows, style in (
-        (range(len(runs)), runs, {"fmt": "s", "color": COLOURS["ratio"], "label": "one run"}),
-        ([len(runs)], mean, {"fmt": "D", "color": "black", "label": "mean of the runs"}),
-    ):
-        ax.errorbar(x, rows["measured"], bars(rows, "measured"), capsize=3, **style)
+    style = {"fmt": "s", "capsize": 3, "color": COLOURS["ratio"], "label": "one run"}
+    ax.errorbar(range(len(runs)), runs["measured"], bars(runs, "measured"), **style)
+    style |= {"fmt": "D", "color": "black", "label": "mean of the runs"}
+    ax.errorbar([len(runs)], mean["measured"], bars(mean, "measured"), **style)
     ax.set_xticks(range(len(runs) + 1), [*(f"seed {seed}" for seed in runs["seed"]), "mean"])
     y = "mean FID, 0.35-0.40 minus others\n(MNIST features, N = 100)"
     labelled(ax, "C3 by training run", "", y)
 
 
-def sets_of_digits(
-    axes: Sequence[Axes], table: pd.DataFrame, images: dict[str, np.ndarray]
-) -> None:
-    """Left the first images of every set of `image_statistics`, with its FID; right the same ones,
-    brighter.
-    """
+def sets_of_digits(axes: Sequence[Axes], table: pd.DataFrame, images: Images) -> None:
+    """The first images of every set of `image_statistics`, and the same ones brighter."""
     names = [f"{row.images}\nFID {row.fid_mnist:.0f}" for row in table.itertuples()]
     shown = [images[name][: len(images[name]) // 2] for name in table["images"]]
-    _beside(axes, names, shown, [brighter(x, BRIGHTENED) for x in shown])
-    axes[0].set_title(f"images   |   the same images, {BRIGHTENED} times as bright")
+    _beside(axes, names, shown, shown, BRIGHTENED, "the same images")
 
 
 def paired_digits(
-    axes: Sequence[Axes],
-    table: pd.DataFrame,
-    samples: dict[str, np.ndarray],
-    count: int = 7,
-    amplified: int = AMPLIFIED,
+    axes: Sequence[Axes], table: pd.DataFrame, samples: Images, amplified: int = AMPLIFIED
 ) -> None:
-    """The first images of every row of a table (left) and, brighter, their differences from the
-    first row's (right). The first row is the unquantized model; a column shares its noise.
-    """
+    """The first images of every row of a table, and their differences from the first row's."""
     names = [f"{_spoken(row)}\n{row.mem_mib:.2f} MiB" for row in table.itertuples()]
-    shown = [samples[key][:count] for key in table["sample"]]
-    off = [brighter(abs(x - shown[0].astype(int)), amplified) for x in shown]
-    _beside(axes, names, shown, off)
-    axes[0].set_title(f"images   |   difference from FP32's, {amplified} times as bright")
+    shown = [samples[key][:SHOWN] for key in table["sample"]]
+    off = [abs(x - shown[0].astype(int)) for x in shown]
+    _beside(axes, names, shown, off, amplified, "difference from FP32's")
 
 
 def _beside(
-    axes: Sequence[Axes], names: list[str], left: list[np.ndarray], right: list[np.ndarray]
+    axes: Sequence[Axes], names: list[str], left: Rows, right: Rows, times: int, what: str
 ) -> None:
-    for ax, name, *sides in zip(axes, names, left, right, strict=True):
-        digits(ax, np.concatenate(sides), 2 * len(sides[0]))
+    for ax, name, images, others in zip(axes, names, left, right, strict=True):
+        digits(ax, np.concatenate([images, brighter(others, times)]), 2 * len(images))
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    axes[0].set_title(f"images   |   {what}, {times} times as bright")
 
 
 def _best_ratios(ax: Axes) -> None:

@@ -1,6 +1,4 @@
-"""Numbers as a reader sees them: a value, a value with its interval, a table, and a guard for
-words that compare.
-"""
+"""Numbers as a reader sees them: values, intervals, tables, and a guard for words that compare."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 Spec = str | Callable[[Any], str]
+# A column, (column, spec), (column, spec, "interval"), or a function of the row.
 Column = str | tuple[str | Spec, ...] | Callable[[pd.Series], str]
 WORDS = {"allocate": "allocator", "allocate_all": "allocator, all weights"}
 ROUNDED = {"nearest": "nearest code", "feedback": "error feedback", "none": ""}
@@ -78,10 +77,8 @@ def write(value: Any, spec: Spec = "") -> str:
 
 
 def interval(row: Any, name: str, spec: Spec = "+.2f") -> str:
-    """ "value [low, high]" of a row (a Series, a mapping, or of itertuples).
-
-    The ends stand in `<name>_low` and `<name>_high`, or in `low` and `high`; without ends, or
-    without a value, that part is left out.
+    """ "value [low, high]" of a row (a Series, a mapping, or of itertuples), as much as it has; the
+    ends stand in `<name>_low` and `<name>_high`, or in `low` and `high`.
     """
     if isinstance(row, tuple):
         row = row._asdict()
@@ -91,10 +88,7 @@ def interval(row: Any, name: str, spec: Spec = "+.2f") -> str:
 
 
 def table(frame: pd.DataFrame, columns: Mapping[str, Column]) -> pd.DataFrame:
-    """A table of strings, one column per header of `columns`.
-
-    A header names a column, (column, spec), (column, spec, "interval"), or a function of the row.
-    """
+    """A table of strings, one column per header of `columns`."""
 
     def cell(row: pd.Series, column: Column) -> str:
         if callable(column):

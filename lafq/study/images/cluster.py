@@ -6,48 +6,34 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from safetensors.torch import load, save
+from tqdm import tqdm
 
-from lafq.quantization.checkpoint import load_quantized, save_quantized
-from lafq.quantization.model import dequantize_
 from lafq.study.diffusion.ddpm import sample
 from lafq.study.diffusion.unet import UNet
+from lafq.study.images.sampling import ImageStore, Recipe, RowFiles, Sampling
 from lafq.study.workspace import compute_on, kind_of_machine
 
 if TYPE_CHECKING:
     # Imported where it is used: it takes half a second, and few runs need it.
-    from distributed import Client
+    from distributed import Client, Future
 
-T = TypeVar("T")
+Made = tuple[UNet, Recipe | None]
 REACH = 10  # seconds
-AHEAD = 4  # tasks per thread of the workers
+AHEAD = 2  # models per thread of the workers
 
 
-def pack(small: nn.Module, model: nn.Module) -> bytes:
-    """What a worker is sent: the file of the quantized copy `small` of a model."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "packed.safetensors"
-        save_quantized(path, small, model)
-        return path.read_bytes()
-
-
-def draw(packed: bytes, how: dict[str, Any]) -> tuple[np.ndarray, str]:
-    """Runs on a worker: uint8 images (N, 1, 32, 32) of a packed model, and the kind of machine."""
+def sample_on_worker(weights: bytes, how: dict[str, Any]) -> tuple[np.ndarray, str]:
+    """uint8 images (N, 1, 32, 32) of a U-Net with these weights, and the kind of machine."""
     if torch.__version__ != how["torch"]:
         raise RuntimeError(f"a worker has torch {torch.__version__}, not {how['torch']}")
-    device = compute_on(how["threads"], how["device"])
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "packed.safetensors"
-        path.write_bytes(packed)
-        model = dequantize_(load_quantized(path, UNet(how["width"]))).to(device)
-    images = sample(model, how["images"], how["steps"], how["seed"], how["batch"])
-    return images.numpy(), kind_of_machine()
+    device, model = compute_on(how["threads"], how["device"]), UNet(how["width"])
+    model.load_state_dict(load(weights))
+    return sample(model.to(device), *how["sampling"]).numpy(), kind_of_machine()
 
 
 async def _workers(address: str) -> int:
@@ -67,24 +53,31 @@ def connect(address: str) -> "Client":
             if not thread.submit(asyncio.run, _workers(address)).result():
                 raise ValueError("it has no workers")
         except (OSError, ValueError, KeyError, TimeoutError) as error:
-            raise ValueError(
-                f"no Dask scheduler with workers answers at {address!r}: start one (`dask "
-                f"scheduler`, `dask worker {address}`) or leave SCHEDULER out"
-            ) from error
+            remedy = f"start one (`dask scheduler`, `dask worker {address}`) or leave SCHEDULER out"
+            none = f"no Dask scheduler with workers answers at {address!r}"
+            raise ValueError(f"{none}: {remedy}") from error
     return Client(address, timeout=REACH, set_as_default=False)
 
 
-def sample_all(
-    address: str, tasks: Iterator[tuple[T, bytes]], **how: Any
-) -> Iterator[tuple[T, np.ndarray, str]]:
-    """`draw` the packed models of the tasks (row, packed); yields (row, images, machine). Tasks are
-    taken a few for each thread of the workers at a time.
+def draw(store: ImageStore, models: Iterator[Made], sampling: Sampling) -> None:
+    """Draw the images that a store lacks of models, those of equal models once; models are taken a
+    few for each thread of the workers.
     """
+    how = {"sampling": tuple(sampling), "device": store.work.device.type}
     how |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    with connect(address) as client:
+    with connect(store.work.scheduler) as client, tqdm(desc="sampled rows", leave=False) as bar:
         room = AHEAD * sum(client.nthreads().values())
-        while taken := list(islice(tasks, room)):
-            rows, packed = zip(*taken, strict=True)
-            drawn = client.map(draw, packed, how=how, pure=False)
-            for row, future in zip(rows, drawn, strict=True):
-                yield row, *future.result()
+        while some := list(islice(models, room)):
+            futures: dict[str, tuple[RowFiles, Future]] = {}
+            for model, recipe in some:
+                files = store.files(model, sampling, recipe)
+                if files.missing and files.key not in futures:
+                    weights = save({n: t.contiguous() for n, t in model.state_dict().items()})
+                    of_model = weights, how | {"width": model.width}
+                    task = client.submit(sample_on_worker, *of_model, pure=False)
+                    futures[files.key] = files, task
+            for files, task in futures.values():
+                images, machine = task.result()
+                for batch in files.missing:
+                    files.keep(batch, images[batch.start : batch.stop], machine)
+                bar.update()

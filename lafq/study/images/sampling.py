@@ -1,20 +1,18 @@
-"""Generated images: drawn once, and kept in files of one batch each with a record of where they
-come from.
+"""Generated images, drawn once and kept: <key>_<first image>-<last image>.npz has those of a batch
+and a record of where they come from. Keys must not change: images take hours.
 
 A profile that keeps its images (KEEP) has them in results/<profile>/samples, found by their
 *recipe* (`rows.recipe`), which says in words how the weights were made: Fisher values computed on
 another machine differ in their last bits and flip some masks, and the recipe finds the images all
 the same. Any other profile has its images in build/<profile>/samples, found by the weights they
 were drawn from, and beside its tables, in one npz for each.
-
-A file is named <key>_<first image>-<last image>.npz. Keys must not change: images take hours.
 """
 
 import hashlib
 import json
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +39,8 @@ class Sampling(NamedTuple):
     @property
     def batches(self) -> list[range]:
         """The images of every batch."""
-        starts = range(0, self.images, self.batch)
-        return [range(start, min(start + self.batch, self.images)) for start in starts]
+        every = range(self.images)
+        return [every[start : start + self.batch] for start in every[:: self.batch]]
 
     @property
     def record(self) -> dict[str, int]:
@@ -59,8 +57,11 @@ class Sampled(NamedTuple):
 
 
 def row_key(recipe: Recipe, sampling: Sampling) -> str:
-    """The key of a row whose images are kept: of the sha256 of recipe, steps, seed and batch."""
-    words = json.dumps({"recipe": recipe, **sampling.record}, sort_keys=True)
+    """The key of a row whose images are kept."""
+    return _key(json.dumps({"recipe": recipe, **sampling.record}, sort_keys=True))
+
+
+def _key(words: str) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
@@ -77,8 +78,8 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 class RowFiles(NamedTuple):
-    """A row's key, the file of each batch of its images, and what the records in the files say: how
-    the images were drawn, and the sha256 of the weights.
+    """A row's key, the file of each batch, and what their records say: how the images were drawn,
+    and the sha256 of the weights.
     """
 
     key: str
@@ -93,9 +94,9 @@ class RowFiles(NamedTuple):
 
     def keep(self, batch: range, images: np.ndarray, machine: str) -> None:
         """Write the images of a batch, uint8 (B, 1, 32, 32)."""
-        record = {**self.about, "drawn_from": self.weights, "machine": machine}
-        record["sha256"] = hashlib.sha256(images.tobytes()).hexdigest()
-        words = json.dumps(record, sort_keys=True)
+        sha256 = hashlib.sha256(images.tobytes()).hexdigest()
+        made = {"drawn_from": self.weights, "machine": machine, "sha256": sha256}
+        words = json.dumps(self.about | made, sort_keys=True)
         save_arrays(self.paths[batch], {"images": images, "record": np.array(words)})
 
     def read(self, batch: range) -> tuple[np.ndarray, str]:
@@ -107,18 +108,21 @@ class RowFiles(NamedTuple):
         if len(images) != len(batch) or any(record[n] != v for n, v in self.about.items()):
             raise ValueError(f"{path} holds the images of another row: {REMEDY}")
         if record["drawn_from"] != self.weights and record["machine"] == kind_of_machine():
-            raise ValueError(
-                f"{path} was drawn on this kind of machine from other weights than its recipe "
-                f"gives now, so a setting or the code behind it has changed: {REMEDY}"
-            )
+            other = "was drawn on this kind of machine from other weights than its recipe gives now"
+            raise ValueError(f"{path} {other}: {REMEDY}")
         return images, record["machine"]
 
 
 @dataclass(frozen=True)
 class ImageStore:
-    """The images of a profile: drawn where they are not kept yet, found by the key of their row."""
+    """The images of a profile: drawn where they are not kept yet, found by the key of their row.
+
+    recipes: those seen so far, by the sha256 of the weights that they make; a later row of the very
+    same weights has an earlier one's images.
+    """
 
     work: Workspace
+    recipes: dict[str, Recipe] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -129,11 +133,11 @@ class ImageStore:
         """Where the images of a model are, or shall be."""
         weights = weights_sha256(model)
         if recipe is not None:
+            recipe = self.recipes.setdefault(weights, recipe)
             folder, key = self.folder, row_key(recipe, sampling)
         else:
             folder = self.work.build / "samples" / f"batch-{sampling.batch}"
-            words = f"{weights} {(sampling.images, sampling.steps, sampling.seed)}"
-            key = hashlib.sha256(words.encode()).hexdigest()[:16]
+            key = _key(f"{weights} {(sampling.images, sampling.steps, sampling.seed)}")
         paths = {b: folder / f"{key}_{b.start:05d}-{b.stop - 1:05d}.npz" for b in sampling.batches}
         return RowFiles(key, paths, {"recipe": recipe, **sampling.record}, weights)
 
@@ -147,13 +151,11 @@ class ImageStore:
         """The images of `ddpm.sample`, drawn or read batch by batch; errors as `RowFiles.read`."""
         if sampling.images < 1:
             raise ValueError(f"{sampling.images} images asked for: at least one is needed")
-        files, (_, *how), parts = self.files(model, sampling, recipe), sampling, []
-        for batch, path in files.paths.items():
-            if not path.is_file():
-                drawn = sample(model, len(batch), *how, label, first=batch.start)
-                files.keep(batch, drawn.numpy(), kind_of_machine())
-            parts.append(files.read(batch))
-        images, machines = zip(*parts, strict=True)
+        files, (_, *how) = self.files(model, sampling, recipe), sampling
+        for batch in files.missing:
+            drawn = sample(model, len(batch), *how, label, first=batch.start)
+            files.keep(batch, drawn.numpy(), kind_of_machine())
+        images, machines = zip(*map(files.read, files.paths), strict=True)
         return Sampled(files.key, torch.from_numpy(np.concatenate(images)), frozenset(machines))
 
     def images(self, key: str, count: int) -> np.ndarray:
@@ -167,8 +169,7 @@ class ImageStore:
             parts.append(read(files[there])[0][:, 0])
             there += len(parts[-1])
         if there < count:
-            raise FileNotFoundError(
-                f"{count} images of row {key} are needed, {self.folder} has {there}: "
-                f"`make reproduce PROFILE={self.work.profile}` draws the others"
-            )
+            remedy = f"`make reproduce PROFILE={self.work.profile}` draws the others"
+            lack = f"{count} images of row {key} are needed, {self.folder} has {there}"
+            raise FileNotFoundError(f"{lack}: {remedy}")
         return np.concatenate(parts)[:count]

@@ -88,11 +88,12 @@ def test_every_row_of_the_budget_has_its_line():
 def test_differences_of_images_are_brighter():
     table, samples = load("06_images"), workspace.load_images(MINI, "06_images")
     axes = plt.subplots(len(table), 1)[1]
-    plots.paired_digits(axes, table, samples, count=3, amplified=8)
+    plots.paired_digits(axes, table, samples, amplified=8)
     first, last = (np.asarray(ax.images[0].get_array()) for ax in (axes[0], axes[-1]))
-    off = last[:, :96].astype(int) - first[:, :96]
-    assert (first[:, 96:] == 0).all()
-    assert (last[:, 96:] == (8 * abs(off)).clip(0, 255)).all()
+    images = 32 * plots.SHOWN
+    off = last[:, :images].astype(int) - first[:, :images]
+    assert (first[:, images:] == 0).all()
+    assert (last[:, images:] == (8 * abs(off)).clip(0, 255)).all()
 
 
 def test_the_tables_of_rows_have_every_column():

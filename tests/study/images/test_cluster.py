@@ -45,7 +45,7 @@ def test_rows_are_the_same_bytes_on_a_cluster(workers, sandbox, tiny, monkeypatc
 
 def test_a_worker_with_another_torch_is_refused(monkeypatch):
     with pytest.raises(RuntimeError, match=r"a worker has torch .*, not 1.0"):
-        cluster.draw(b"", {"torch": "1.0"})
+        cluster.sample_on_worker(b"", {"torch": "1.0"})
 
 
 @pytest.mark.parametrize("address", ["nowhere", "ftp://127.0.0.1:1", "tcp://127.0.0.1:1"])

@@ -3,7 +3,6 @@ import torch
 
 from lafq.study.diffusion.mnist import HELD_OUT, mnist
 from lafq.study.images import metrics
-from lafq.study.images.evaluate import metric_values
 from lafq.study.images.features import mnist_extractor
 from lafq.study.images.metrics import Reference, fid_draws, interval, resamples
 
@@ -72,7 +71,7 @@ def test_real_digits_score_well_and_noise_badly():
     extractor, g = mnist_extractor(), torch.Generator().manual_seed(0)
     noise = torch.randint(256, (200, 1, 32, 32), dtype=torch.uint8, generator=g)
     real, other = (
-        metric_values(extractor.features(images), extractor)
+        extractor.scores(extractor.features(images))
         for images in (mnist(train=False)[0][HELD_OUT][:200], noise)
     )
     assert real["is_mnist"] > 8
