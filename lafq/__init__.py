@@ -21,9 +21,7 @@ __all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when first asked for: `allocate` brings pandas, which
-    nothing else here needs.
-    """
+    """The public names, imported when first asked for: only `allocate` needs pandas."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'lafq' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

@@ -31,9 +31,7 @@ def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`'s or a data-parallel wrapper, whose parameters have the
-    plain names; ValueError for anything that is no module.
-    """
+    """The module inside `torch.compile`'s or a data-parallel wrapper; ValueError for no module."""
     if not isinstance(model, nn.Module):
         kind = f"a {type(model).__name__} stands in the place of the model"
         raise ValueError(f"{kind}: check the order of the arguments")

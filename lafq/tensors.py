@@ -51,9 +51,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of `atomic_write` below a folder whose process no longer runs: a
-    kill leaves them.
-    """
+    """Delete the temporary files of `atomic_write` that killed processes left below a folder."""
     for path in folder.rglob(".*.part"):
         writer = re.search(r"\.(\d+)-\d+\.part$", path.name)
         if writer and not _runs(int(writer[1])):

@@ -26,12 +26,12 @@ def crate() -> Entity:
     about = yaml.safe_load((workspace.ROOT / "CITATION.cff").read_text())
     paper, actions = about["references"][0], []
     files = [_file(workspace.RESULTS / "mini" / WEIGHTS)]
-    for record in sorted(workspace.RESULTS.glob("*/record.json")):
-        profile, ran = record.parent.name, json.loads(record.read_text())["notebooks"]
-        for notebook, parameters in sorted(ran.items() if profile != "smoke" else ()):
+    records = workspace.RESULTS.glob("*/record.json")
+    for record in sorted(path for path in records if path.parent.name != "smoke"):
+        for notebook, parameters in sorted(json.loads(record.read_text())["notebooks"].items()):
             paths = sorted(record.parent.glob(f"{notebook[:2]}_*"))
             made = [_file(path) for path in paths if path.suffix in (".csv", ".npz")]
-            actions.append(_action(profile, notebook, parameters, made))
+            actions.append(_action(record.parent.name, notebook, parameters, made))
             software = actions[-1]["instrument"]
             files += [software | {"name": software["@id"]} | NOTEBOOK, *made]
     files = list({file["@id"]: file for file in files}.values())
@@ -69,9 +69,7 @@ def _file(path: Path) -> Entity:
 
 
 def _action(profile: str, notebook: str, parameters: Entity, made: list[Entity]) -> Entity:
-    settings = (
-        f"{name}={value}" for name, value in sorted(parameters.items()) if name != "PROFILE"
-    )
+    settings = [f"{n}={value}" for n, value in sorted(parameters.items()) if n != "PROFILE"]
     return {
         "@id": f"#{profile}-{notebook}",
         "@type": "CreateAction",

@@ -54,9 +54,7 @@ def _table(path: Path) -> pd.DataFrame:
 
 
 def rows(name: str | list[str], **where: Any) -> pd.DataFrame:
-    """Rows of results/<name>.csv (of several: joined) whose columns have these values, or one of a
-    list of values.
-    """
+    """Rows of results/<name>.csv (or several) whose columns have a value, or one of a list."""
     names = [name] if isinstance(name, str) else name
     table = pd.concat([_table(workspace.RESULTS / f"{n}.csv") for n in names], ignore_index=True)
     for column, value in where.items():
@@ -93,12 +91,8 @@ def exponent(table: pd.DataFrame, column: str, by: str) -> float:
 
 @cache
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(BLOCKS),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    how = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(BLOCKS), **how)
     environment.filters |= {"to": text.write, "percent": "{:.1%}".format}
     helpers = [rows, row, record, file, exponent, bits_of_equal_damage]
     helpers += [profile_parameters, text.interval, text.table, text.markdown, text.holds, text.name]
@@ -119,9 +113,7 @@ def block(name: str, profile: str = "mini") -> str:
 
 
 def filled(page: str, profile: str = "mini") -> str:
-    """A page with every marked block brought up to date; ValueError for a mark that names no block,
-    or is not closed.
-    """
+    """A page with its marked blocks up to date; ValueError for a mark without block or end."""
     page, count = MARKED.subn(lambda m: f"{m[1]}{block(m['name'], profile)}\n{m[3]}", page)
     if 2 * count != (marks := len(MARK.findall(page))):
         raise ValueError(f"{marks} marks make {count} blocks: <!-- name --> needs <!-- /name -->")

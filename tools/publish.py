@@ -44,8 +44,13 @@ def clean(path: Path, notebook: nbformat.NotebookNode | None = None) -> None:
         if cell.cell_type == "code":
             shown = (o for o in cell.outputs if WIDGET not in o.get("data", {}))
             cell.outputs = [o for o in shown if o.get("name") != "stderr"]
-    with atomic_write(path) as temporary, temporary.open("w") as file:
-        nbformat.write(notebook, file)
+    write_text(path, nbformat.writes(notebook) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
 
 
 def publish(only: str = "") -> None:
@@ -56,31 +61,27 @@ def publish(only: str = "") -> None:
     for timing in workspace.BUILD.glob("*/timing.json"):
         asked = {path.stem for path in notebooks(profile=timing.parent.name)} - {EXPLORER}
         if asked <= set(json.loads(timing.read_text())["notebooks"]):
-            with atomic_write(workspace.RESULTS / timing.parent.name / timing.name) as temporary:
-                shutil.copy(timing, temporary)
+            write_text(workspace.RESULTS / timing.parent.name / timing.name, timing.read_text())
     for path in notebooks(only):
         notebook = nbformat.read(path, as_version=4)
         _execute(notebook, path, declared(path)["PROFILE"])
         if (beside := workspace.NOTEBOOKS / PAPER / path.name).is_file():
-            _execute(with_parameters(notebook, profile_parameters(PAPER)), beside, PAPER)
+            adapt(notebook, profile_parameters(PAPER))
+            _execute(notebook, beside, PAPER)
     texts = {path: pages.filled(path.read_text()) for path in pages.PAGES}
     texts[crate.PATH] = json.dumps(crate.crate(), indent=1) + "\n"
     for path, text in texts.items():
-        with atomic_write(path) as temporary:
-            temporary.write_text(text)
+        write_text(path, text)
         print(f"{path.relative_to(workspace.ROOT)}: refreshed from results/")
 
 
-def with_parameters(
-    notebook: nbformat.NotebookNode, parameters: dict[str, Any]
-) -> nbformat.NotebookNode:
-    """The notebook with a profile's values in its parameters cell, its links a folder deeper."""
+def adapt(notebook: nbformat.NotebookNode, parameters: dict[str, Any]) -> None:
+    """Put a profile's values in a notebook's parameters cell, and its links a folder deeper."""
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             cell.source = _with_values(cell.source, parameters)
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\(((?:\.\./)*[\w./]+)\)", r"](../\1)", cell.source)
-    return notebook
 
 
 def _with_values(source: str, parameters: dict[str, Any]) -> str:
@@ -107,8 +108,8 @@ def _execute(notebook: nbformat.NotebookNode, path: Path, profile: str) -> None:
 
 
 def published() -> Path:
-    """The folder whose results/ the committed notebooks and README were published from: the
-    repository, or, where results/ was computed anew since, a copy of what the last commit holds.
+    """The folder whose results/ the committed pages show: the repository, or, where results/ was
+    computed anew since, a copy of the last commit's.
     """
 
     def changed(*names: str) -> bool:

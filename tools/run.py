@@ -1,9 +1,8 @@
 """Run the notebooks: `python -m tools.run VERB`, the verbs of the Makefile.
 
-reproduce computes everything of a profile anew (only Inception's weights and reference features are
-kept), resume goes on with the last run as it was asked for, publish writes notebooks/ and the pages
-from results/. Executed notebooks and timing.json go to build/<profile>/, the parameters and
-versions to results/<profile>/record.json.
+reproduce computes everything of a profile anew (but Inception's weights and reference features),
+resume goes on with the last run as it was asked for, publish writes notebooks/ and the pages from
+results/. Executed notebooks go to build/<profile>/, what they ran with to record.json.
 """
 
 import argparse
@@ -30,10 +29,10 @@ from lafq.study import workspace
 from lafq.study.diffusion import subject
 from lafq.study.images import cluster
 from lafq.study.workspace import Workspace, profile_parameters
-from lafq.tensors import atomic_write, remove_leftovers
+from lafq.tensors import remove_leftovers
 from tools import verify
 from tools.pages import notebooks
-from tools.publish import QUIET_KERNEL, clean, declared, publish, published
+from tools.publish import QUIET_KERNEL, clean, declared, publish, published, write_text
 
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy", "pandas")
 MAY_BE_ZERO = ("SEED", "INCEPTION_REFERENCE", "TRAINING.warmup", "TRAINING.decay")
@@ -66,10 +65,8 @@ def fits(name: str, value: Any, declared: Any) -> None:
 
 
 def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict[str, Any]:
-    """The profile's parameters with the overrides.
-
-    Raises ValueError for a name that no notebook declares and for a value that does not fit its
-    declaration, FileNotFoundError where weights are needed and missing.
+    """The profile's parameters with the overrides; an error for a name that no notebook declares, a
+    value that does not fit its declaration, and missing weights.
     """
     known = {name: value for path in selected for name, value in declared(path).items()}
     every = {name: value for path in notebooks() for name, value in declared(path).items()} | known
@@ -82,17 +79,17 @@ def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict
     for name, value in p.items():
         fits(name, value, every[name])
     if overrides.get("COMPUTE") and not p["TRAIN"]:
-        subject.check_weights(Workspace(profile), p["WIDTH"], p["SEED"], p["TRAINING"])
+        subject.check_weights(Workspace(profile), p)
     if p["SCHEDULER"]:
         cluster.connect(p["SCHEDULER"]).close()
     return p
 
 
 def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew: bool) -> None:
-    """Run the notebooks with papermill into build/<profile>/, writing record.json as each is done.
+    """Run the notebooks into build/<profile>/, writing record.json as each is done.
 
-    anew: drop what an earlier run had sampled into build/ (and, where 01_train shall train, its
-    checkpoint) and time the notebooks. Images in results/<profile>/samples are never dropped.
+    anew: drop the samples (and checkpoint, where 01_train shall train) that an earlier run left in
+    build/, and time the notebooks. results/<profile>/samples is never dropped.
     """
     work = Workspace(profile)
     for folder in (work.results, work.figures, work.build):
@@ -125,13 +122,12 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
 
 
 def _update(path: Path, key: str, value: Any) -> None:
-    record = json.loads(path.read_text()) if path.is_file() else {}
+    record = json.loads(path.read_text()) if path.is_file() else {"notebooks": {}}
     record |= {name: version(name) for name in PACKAGES}
     record |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
     record["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    record.setdefault("notebooks", {})[key] = value
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    record["notebooks"][key] = value
+    write_text(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def _override(item: str) -> tuple[str, Any]:
@@ -156,20 +152,16 @@ def run(arguments: argparse.Namespace) -> None:
     asked["profile"] = profile = asked["profile"] or "mini"
     asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
     if arguments.weights:
-        p = profile_parameters(profile)
-        trained = (p["WIDTH"], p["SEED"], p["TRAINING"])
-        subject.take_weights(Workspace(profile), arguments.weights, *trained)
+        trained = profile_parameters(profile)
+        subject.take_weights(Workspace(profile), trained, arguments.weights)
     selected = notebooks(asked["only"], profile)
     parameters = check(profile, asked["overrides"], selected)
-    with atomic_write(last) as temporary:
-        temporary.write_text(json.dumps(asked))
+    write_text(last, json.dumps(asked))
     execute(profile, parameters, selected, anew=arguments.verb == "reproduce")
 
 
 def main() -> int:
-    """Parse the verb and run it; errors are one sentence and exit status 1, with earlier results
-    left as they were.
-    """
+    """Parse the verb and run it; errors are one sentence and exit status 1."""
     parser = argparse.ArgumentParser(prog="tools.run")
     parser.add_argument("verb", choices=["reproduce", "resume", "publish", "published"])
     parser.add_argument("--profile", default="")

@@ -42,9 +42,9 @@ SCORES, ROUNDED = {"fid_mnist": 0.02, "is_mnist": 0.001, "kid_mnist": 0.02}, 5e-
 # 25; between uniform INT8 and FP32 it is 0.14.
 GREY_LEVELS = 0.02
 TOLERANCES = Path(__file__).with_name("tolerances.yaml")
+SHOWN = 10  # cells that do not hold
 # Words that name the weights, the machine or a rounded number.
 WORDS = ("sample", "reference", "same_machine", "target")
-SHOWN = 10
 
 
 def before(work: Workspace) -> Path:
@@ -70,11 +70,12 @@ def cells(folder: Path, names: list[str]) -> pd.Series:
     return pd.concat({name: table.stack() for name, table in tables.items()})
 
 
-def compared(work: Workspace) -> pd.DataFrame:
-    """The cells of the tables of `before`, as they were and as they are: `holds` where a number is
-    within its tolerance, or a word the same.
+def report(work: Workspace) -> bool:
+    """Compare every cell of the tables of `before`, then and now: print how many rows are within
+    the tolerance, and the first cells that are not; whether all are.
     """
-    names = sorted(path.stem for path in before(work).glob("*.csv"))
+    if not (names := sorted(path.stem for path in before(work).glob("*.csv"))):
+        return True
     both = {"before": cells(before(work), names), "now": cells(work.results, names)}
     table = pd.DataFrame(both).rename_axis(["table", "row", "column"]).reset_index()
     old, new = (pd.to_numeric(table[when], errors="coerce") for when in both)
@@ -83,24 +84,12 @@ def compared(work: Workspace) -> pd.DataFrame:
         rule = next(r for r in rules if fnmatch(name, r["table"]) and fnmatch(column, r["column"]))
         allowed[part] = rule.get("absolute", 0.0) + rule.get("relative", 0.0) * old[part].abs()
     table["holds"] = (table["before"] == table["now"]) | ((new - old).abs() <= allowed)
-    return table
-
-
-def report(work: Workspace) -> bool:
-    """Print how many rows of `compared` hold, and the first cells that do not; returns whether all
-    do. Says nothing where nothing was kept aside.
-    """
-    if not any(before(work).glob("*.csv")):
-        return True
-    table = compared(work)
     rows = table.groupby(["table", "row"])["holds"].all()
     verdicts, off = table[table["column"] == "verdict"]["holds"], table[~table["holds"]]
     print(f"rows within the declared tolerance: {rows.sum():,} of {len(rows):,}")
     print(f"equal verdicts: {verdicts.sum()} of {len(verdicts)}")
     for cell in off[:SHOWN].itertuples():
         print(f"  {cell.table}, row {cell.row}, {cell.column}: {cell.now} (before: {cell.before})")
-    if len(off) > SHOWN:
-        print(f"  and {len(off) - SHOWN} more")
     return off.empty
 
 
@@ -126,19 +115,19 @@ def check_tables(work: Workspace) -> Iterator[Check]:
 
 def models(
     work: Workspace, weights: Path | None, p: dict[str, Any]
-) -> Iterator[tuple[str, nn.Module, pd.DataFrame]]:
-    """What images can be drawn from: a name, the model, and its row (of several: the first)."""
+) -> Iterator[tuple[str, nn.Module, pd.Series]]:
+    """What images can be drawn from: a name, the model, and its row."""
     if (path := work.results / subject.PACKED).is_file():
-        rows = workspace.load_table(work, "packed").query("rule == 'allocate'")
-        yield "packed weights", dequantize_(load_quantized(path, UNet(p["WIDTH"]))), rows
+        row = workspace.load_table(work, "packed").query("rule == 'allocate'").iloc[0]
+        yield "packed weights", dequantize_(load_quantized(path, UNet(p["WIDTH"]))), row
     if weights:
-        subject.take_weights(work, weights, p["WIDTH"], p["SEED"], p["TRAINING"])
+        subject.take_weights(work, p, weights)
         model = subject.load_model(work, p["WIDTH"])
-        yield "FP32", model, workspace.load_table(work, "01_baseline")
+        yield "FP32", model, workspace.load_table(work, "01_baseline").iloc[0]
         table = workspace.load_table(work, "03_global").query("rule == 'uniform'")
         for row in uniform_rows(model):
             small = dequantize_(quantize(model, row.plan))
-            yield f"uniform {row.format}", small, table[table["format"] == row.format]
+            yield f"uniform {row.format}", small, table[table["format"] == row.format].iloc[0]
 
 
 def checks(work: Workspace, weights: Path | None) -> Iterator[Check]:
@@ -150,8 +139,7 @@ def checks(work: Workspace, weights: Path | None) -> Iterator[Check]:
         files = [sampling.read(path)[0] for path in sorted(store.folder.glob("*.npz"))]
         yield bool(files), f"checksums of {len(files)} files, {sum(map(len, files)):,} images"
         yield from check_tables(work)
-        for name, model, rows in models(work, weights, p):
-            row = rows.iloc[0]
+        for name, model, row in models(work, weights, p):
             images = sample(model, IMAGES, row["steps"], p["SEED"], batch_size=IMAGES)[:, 0].numpy()
             off = np.abs(images.astype(int) - store.images(row["sample"], IMAGES)).mean()
             line = f"{IMAGES} images drawn again, {off:.3g} of 255 grey levels per pixel"

@@ -19,14 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lafq.allocation.coded import allocate_coded
-from lafq.allocation.frontiers import (
-    ALLOCATED,
-    Rows,
-    StorageOption,
-    frontier,
-    planned,
-    undominated,
-)
+from lafq.allocation.frontiers import ALLOCATED, Rows, StorageOption, frontier, planned, undominated
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.networks import unwrapped
 from lafq.quantization.checks import check_estimates, check_plan
@@ -99,9 +92,7 @@ def frontiers_of(
     groups: tuple[int, ...] = (),
     progress: bool = True,
 ) -> dict[str, Frontier]:
-    """The frontier of every parameter that has Fisher values: made once, it serves any number of
-    budgets. Arguments and errors are those of `allocate`.
-    """
+    """`allocate`'s frontier of every parameter that has Fisher values, good for any budget."""
     model, fisher = unwrapped(model), sensitivity.fisher
     if granularity not in ALLOCATED:
         choices = ", ".join(ALLOCATED)
@@ -115,7 +106,7 @@ def frontiers_of(
         )
     check_plan(model, dict.fromkeys(fisher, "fp16"))
     check_estimates(model, fisher, sensitivity.curvature)
-    names = tqdm(fisher, "damage by format", leave=False, unit="tensor") if progress else fisher
+    names = tqdm(fisher, "damage by format", leave=False, unit="tensor", disable=not progress)
     rows = ((name, Rows.of(model, name, sensitivity)) for name in names)
     return {name: frontier(tensor, granularity, known, groups) for name, tensor in rows}
 
@@ -123,9 +114,7 @@ def frontiers_of(
 def solve_budget(
     model: nn.Module, frontiers: dict[str, Frontier], memory_mib: float, recipe: Recipe
 ) -> Allocation:
-    """One choice of every frontier, of least total damage within the budget; ValueError for one
-    below the smallest possible. recipe: the rounding that the frontiers were made for.
-    """
+    """`allocate`, from frontiers; recipe: the rounding that they were made for."""
     model, fronts = unwrapped(model), list(frontiers.values())
     rest = nbytes(model, {}) - sum(4 * model.get_parameter(n).numel() for n in frontiers)
     budget = memory_mib * MIB + 0.5 - rest  # half a byte: MiB are not exact
@@ -141,9 +130,7 @@ def solve_budget(
 
 
 def one_price(fronts: list[Frontier], budget: float) -> tuple[list[int], float]:
-    """What each parameter takes at the least price at which the bytes fit, and that price per byte;
-    0 where the largest choices fit.
-    """
+    """What each parameter takes at the least price per byte at which all fit, and that price."""
     steps = []  # along the lower convex hull of each frontier, of which some price takes a corner
     for i, front in enumerate(fronts):
         sizes, damages = np.array([choice[:2] for choice in front]).T
@@ -193,9 +180,7 @@ def filled(fronts: list[Frontier], budget: float, taken: list[int], price: float
 def _near(
     front: Frontier, taken: StorageOption, price: float, lost: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes more than what is taken, excess, and number of the choices of no more excess than is
-    lost.
-    """
+    """Of the choices of no more excess than is lost: bytes more than is taken, excess, number."""
     more = np.array([choice.nbytes - taken.nbytes for choice in front], dtype=float)
     excess = np.array([choice.damage - taken.damage for choice in front]) + price * more
     index = np.flatnonzero(excess <= lost)

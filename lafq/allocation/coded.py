@@ -25,9 +25,8 @@ from lafq.allocation.frontiers import Rows, StorageOption, planned
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.networks import unwrapped
 from lafq.quantization.channels import WeightSpec
-from lafq.quantization.checkpoint import save_quantized
+from lafq.quantization.checkpoint import file_parts, save_quantized
 from lafq.quantization.checks import check_estimates, check_plan, check_values
-from lafq.quantization.entropy_coding import compress_parts
 from lafq.quantization.formats import FORMATS, FP16_MAX, MIB
 from lafq.quantization.model import with_quantized
 from lafq.quantization.plan import Allocation
@@ -42,14 +41,11 @@ INTEGERS = sorted((f for f in FORMATS.values() if f.levels % 2), key=lambda f: f
 
 
 class _Trial(NamedTuple):
-    """What a number gives, its base-2 logarithm first: by name the stored weights, their entries
-    and predicted damage; the file's bytes.
-    """
+    """What the number 2**log_step gives; choices: by name the entry and its predicted damage."""
 
     log_step: float
     stored: dict[str, QuantizedWeight]
-    entries: dict[str, WeightSpec]
-    damages: dict[str, float]
+    choices: dict[str, tuple[WeightSpec, float]]
     file_bytes: int
 
 
@@ -75,21 +71,19 @@ def allocate_coded(
     check_values(model, dict.fromkeys(names, "int8"))
     tensors = {name: Rows.of(model, name, sensitivity) for name in names}
     budget = file_mib * MIB + 0.5  # half a byte: MiB are not exact
-    turns = tqdm(range(FILES), "steps", leave=False, unit="file") if progress else range(FILES)
+    turns = tqdm(range(FILES), "steps", leave=False, unit="file", disable=not progress)
     with TemporaryDirectory() as folder:
         trial = partial(_trial, model, tensors, Path(folder) / "tried.safetensors")
         best = _search(trial, _first_guess(tensors, budget), budget, turns)
-    choices = {
-        name: StorageOption(_bytes_in_file(stored), best.damages[name], best.entries[name])
-        for name, stored in best.stored.items()
-    }
+    choices = {}
+    for name, (entry, harm) in best.choices.items():
+        parts, _ = file_parts(best.stored[name], compress=True)
+        choices[name] = StorageOption(sum(part.nbytes for part in parts.values()), harm, entry)
     return planned(model, choices, sensitivity.recipe, best.file_bytes)
 
 
 def _steps(rows: Rows, log_step: float) -> Tensor:
-    """FP16 steps (R,): never so fine that codes exceed INT16's, nor coarser than what rounds every
-    weight to 0.
-    """
+    """FP16 steps (R,), within what INT16 can hold and what rounds every weight to 0."""
     pivots = [torch.ones(1)] if rows.factors is None else [h.pivots for h in rows.factors]
     matters = (rows.fisher.mean(1).double() * torch.cat(pivots).mean().item()).clamp_min(1e-300)
     largest = rows.values.abs().amax(1).double()
@@ -98,9 +92,7 @@ def _steps(rows: Rows, log_step: float) -> Tensor:
 
 
 def _first_guess(tensors: dict[str, Rows], budget: float) -> float:
-    """The number at which Gaussian weights would take the budget: log2(1 + 2 pi e (deviation /
-    step)^2) / 2 bits each.
-    """
+    """Where Gaussian weights, log2(1 + 2 pi e (deviation / step)^2) / 2 bits each, fill it."""
     low, high = -60.0, 60.0
     deviations = {n: rows.values.double().square().mean(1).sqrt() for n, rows in tensors.items()}
     for _ in range(40):
@@ -116,9 +108,7 @@ def _first_guess(tensors: dict[str, Rows], budget: float) -> float:
 def _search(
     trial: Callable[[float], _Trial], log_step: float, budget: float, turns: Iterable[int]
 ) -> _Trial:
-    """The finest steps tried whose file fits in the budget, by secants between a file too large and
-    one that fits; ValueError where none does.
-    """
+    """The finest steps tried whose file fits in the budget; ValueError where none does."""
     fits, too_large, stride = None, None, 0.5
     for turn in turns:
         tried = trial(log_step)
@@ -149,17 +139,17 @@ def _search(
 
 def _trial(model: nn.Module, tensors: dict[str, Rows], path: Path, log_step: float) -> _Trial:
     """Round every tensor with the steps of this number and write the file."""
-    stored, entries, damages = {}, {}, {}
+    stored, choices = {}, {}
     for name, rows in tensors.items():
         steps = _steps(rows, log_step)
-        values, of_rows = _rounded(rows, steps.float())
+        values, by_row = _rounded(rows, steps.float())
         codes = (values / steps.float()[:, None]).round_().abs().amax(1).tolist()
         formats = tuple(next(f.name for f in INTEGERS if code <= f.qmax) for code in codes)
-        entry, weight = WeightSpec(formats, steps=steps), rows.view.back(values)
-        entries[name], damages[name] = entry, of_rows.sum().item()
-        stored[name] = QuantizedWeight.of(weight, entry, rows.view)
+        entry = WeightSpec(formats, steps=steps)
+        choices[name] = entry, by_row.sum().item()
+        stored[name] = QuantizedWeight.of(rows.view.back(values), entry, rows.view)
     save_quantized(path, with_quantized(model, stored), model, compress=True)
-    return _Trial(log_step, stored, entries, damages, path.stat().st_size)
+    return _Trial(log_step, stored, choices, path.stat().st_size)
 
 
 def _rounded(rows: Rows, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,8 +160,3 @@ def _rounded(rows: Rows, steps: Tensor) -> tuple[Tensor, Tensor]:
     qmax = torch.full_like(steps, INTEGERS[-1].qmax)
     values, quadratic = rounded(rows.values, steps[:, None], qmax, rows.factors)
     return values, rows.damage(quadratic)
-
-
-def _bytes_in_file(stored: QuantizedWeight) -> int:
-    parts, _ = compress_parts(dict(stored.named_buffers()), stored.code_counts())
-    return sum(tensor.nbytes for tensor in parts.values())

@@ -21,12 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lafq.fisher.sensitivity import Sensitivity
-from lafq.quantization.channels import (
-    ChannelView,
-    WeightSpec,
-    counted_bytes,
-    weight_spec,
-)
+from lafq.quantization.channels import ChannelView, WeightSpec, counted_bytes, weight_spec
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import (
     FORMATS,
@@ -54,9 +49,7 @@ class StorageOption(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A weight tensor and its Fisher values as rows (R, C), and its curvature with its factors
-    (None where there is none).
-    """
+    """A weight tensor and its Fisher values as rows (R, C), and its curvature, if it has one."""
 
     values: Tensor
     fisher: Tensor
@@ -80,9 +73,7 @@ class Rows(NamedTuple):
 
 
 class _Option(NamedTuple):
-    """One way to share scales and to keep single weights (R, C): the damage of every row in every
-    format, (R, formats), and the bits of a row, (formats,).
-    """
+    """A way to share scales and keep weights (R, C): damage (R, formats), bits a row (formats,)."""
 
     rows: Rows
     formats: list[Format]
@@ -92,8 +83,8 @@ class _Option(NamedTuple):
     bits: Tensor
 
     def by_price(self) -> Iterable[Tensor]:
-        """For every price of a bit the number of the format of least damage + price * bits, (R,),
-        from where the first row changes its format to where the last does; equal answers once.
+        """The numbers (R,) of the formats of least damage + price * bits, for each price of a bit
+        from where the first row changes its format to where the last does.
         """
         saved = self.damage.amax(1) - self.damage.amin(1)
         saved = saved[saved > 0] / (self.bits.max() - self.bits.min()).clamp_min(1)
@@ -125,11 +116,7 @@ class _Option(NamedTuple):
 def frontier(
     rows: Rows, granularity: str, formats: list[Format], groups: tuple[int, ...] = ()
 ) -> list[StorageOption]:
-    """The undominated choices of one parameter, smallest first.
-
-    groups: so many weights may share a scale, where they divide a channel; groups have no single
-    weights in FP16.
-    """
+    """The undominated choices of one parameter, smallest first; groups keep no single weights."""
     channels, length = rows.view.size
     if vector := len(rows.view.shape) < 2:
         formats = [f for f in formats if not f.is_integer]
@@ -215,10 +202,7 @@ def _option(rows: Rows, formats: list[Format], group: int, kept: Tensor) -> _Opt
 def _feedback_damages(
     rows: Rows, formats: list[Format], scales: list[Tensor], kept: Tensor
 ) -> dict[Format, Tensor]:
-    """The damage (R,) of integers that are rounded with error feedback.
-
-    All formats at once: weights are rounded one after another, and more rows cost little more.
-    """
+    """The damage (R,) of integers rounded with error feedback: all at once, as rows cost little."""
     count, many = len(formats), len(rows.values)
     qmax = torch.tensor([f.qmax for f in formats]).repeat_interleave(many)
     values, kept = rows.values.repeat(count, 1), kept.repeat(count, 1)

@@ -87,9 +87,7 @@ class Moments:
         return shrunk, share.item()
 
     def shrunk_squares(self, squares: Tensor) -> Tensor:
-        """Squared gradients (R, C), summed over the passes: within a channel they shrink towards
-        its mean, channels' means towards the tensor's.
-        """
+        """Sums of squares (R, C), shrunk to the channel's mean, and that to the tensor's."""
         mean = squares.double() / self.passes
         channel = mean.mean(1, keepdim=True)
         tensor = channel.mean()
@@ -102,9 +100,7 @@ class Moments:
         return (level * shape.where(channel > 0, 1) * self.passes).to(squares.dtype)
 
     def _share(self, squares: Tensor, squared_mean: Tensor, distance: Tensor) -> Tensor:
-        """s, from the sum over passes of squares, the squared mean over passes, and the squared
-        distance to the target.
-        """
+        """s, from the sum of squares, the squared mean, and the squared distance to the target."""
         if self.passes < 2:
             return torch.ones_like(distance)
         variance = (squares - self.passes * squared_mean) / (self.passes * (self.passes - 1))

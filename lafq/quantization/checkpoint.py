@@ -39,7 +39,7 @@ def save_quantized(
         if isinstance(weight, QuantizedWeight):
             owner, _, parameter = place.removesuffix(".0").rpartition("parametrizations.")
             name, places = owner + parameter, (*places, place.removesuffix("0"))
-            parts, plan[name] = _stored(weight, compress)
+            parts, plan[name] = file_parts(weight, compress)
             tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
     rest = {n: t for n, t in packed.state_dict().items() if not n.startswith(places)}
     for name, tensor in rest.items():
@@ -100,7 +100,7 @@ def _check_origin(path: Path, about: dict[str, Any], source: str | None) -> None
         raise ValueError(f"{path} was made of {made_of}: pack these and save again")
 
 
-def _stored(weight: QuantizedWeight, compress: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def file_parts(weight: QuantizedWeight, compress: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a file holds of a quantized weight: its parts, and its entry of the plan in words."""
     parts, words = dict(weight.named_buffers()), weight.describe()
     if compress and (counts := weight.code_counts()):
@@ -112,7 +112,7 @@ def _stored(weight: QuantizedWeight, compress: bool) -> tuple[dict[str, Tensor],
 def _restored(
     path: Path, name: str, words: dict[str, Any], tensors: dict[str, Tensor]
 ) -> QuantizedWeight:
-    """What `_stored` was given, its parts taken out of a file's tensors."""
+    """What `file_parts` was given, its parts taken out of a file's tensors."""
     places = [n for n in tensors if n.startswith(f"{name}/")]
     parts = {n.removeprefix(f"{name}/"): tensors.pop(n) for n in places}
     coded = words.pop("coded", None)

@@ -1,6 +1,4 @@
-"""Whether plans, Fisher values and curvatures fit a model: each function says ValueError, in one
-sentence, where they do not.
-"""
+"""Do plans, Fisher values and curvatures fit a model? ValueError, in one sentence, if not."""
 
 from collections.abc import Iterable
 

@@ -43,9 +43,7 @@ def compress_parts(
 
 
 def expand_parts(parts: dict[str, Tensor], known: dict[str, Any]) -> dict[str, Tensor]:
-    """What `compress_parts` was given; ValueError for a stream that does not decode to the codes it
-    was made of.
-    """
+    """What `compress_parts` was given; ValueError for a stream that does not decode to it."""
     expanded, counts = dict(parts), known["counts"]
     formats = _narrowest_first(counts)
     sizes = [counts[f.name] * _bytes_per_code(f) for f in formats]

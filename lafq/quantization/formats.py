@@ -3,9 +3,7 @@ bytes.
 
 Integers are symmetric. The weight w is stored as the code q = round(w / s), limited to -qmax..qmax,
 and read back as s * q; the scale s, an FP16 number, is that of its output channel or of a group of
-consecutive weights of it. There are three rules for s: `absmax_scale` takes the smallest s that
-clips nothing, `weighted_mse_scale` the one of least (Fisher-weighted) squared error,
-`unshrunk_scale` removes the shrinkage of the latter.
+consecutive weights of it. Its rules: `absmax_scale`, `weighted_mse_scale` and `unshrunk_scale`.
 
 Symmetric codes leave one of four 2-bit codes unused. The format "midrise2" uses all: codes -1.5,
 -0.5, 0.5, 1.5 (a mid-rise quantizer, which has no level at 0; Gersho and Gray 1992, section 5.4).

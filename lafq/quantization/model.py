@@ -29,9 +29,7 @@ from lafq.quantization.quantized_weight import QuantizedWeight
 
 
 def nbytes(model: nn.Module, plan: Entries) -> int:
-    """Bytes of the model under the plan: parameters, persistent buffers, scales and masks. Raises
-    ValueError for a plan that does not fit the model.
-    """
+    """Bytes of parameters, persistent buffers, scales and masks; ValueError for a wrong plan."""
     model = unwrapped(model)
     check_plan(model, plan)
     rest = _nbytes(t for n, t in _tensors(model).items() if n not in plan)

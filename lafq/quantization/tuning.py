@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lafq.networks import arguments_of, checked_output, evaluating, unwrapped
-from lafq.quantization.formats import FP16_MAX
 from lafq.quantization.model import dequantize
 
 PEAK = 3e-4
@@ -46,7 +45,7 @@ def tune(model: nn.Module, packed: nn.Module, batches: Batches, steps: int) -> n
         _fit(model, small, list(vectors.values()), batches, steps)
     with torch.no_grad():
         for name, place in places.items():
-            limit = FP16_MAX if place.dtype == torch.float16 else torch.inf
+            limit = torch.finfo(place.dtype).max
             place.copy_(vectors[name].clamp(-limit, limit).view_as(place))
     return packed
 
@@ -59,18 +58,17 @@ def _fit(
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warm, (steps - i) / steps)
     )
-    for batch in islice(batches, steps):
+    for done, batch in enumerate(islice(batches, steps), 1):
         arguments = arguments_of(batch, device)
         with torch.no_grad():
             expected = checked_output(model(*arguments), len(arguments[0]))
         optimizer.zero_grad()
         loss = (small(*arguments) - expected).square().mean()
         if not torch.isfinite(loss):
-            raise ValueError(f"batch {done} gives outputs that are not finite: leave it out")
+            raise ValueError(f"batch {done - 1} gives outputs that are not finite: leave it out")
         loss.backward()
         optimizer.step()
         rate.step()
-        done += 1
     if done < steps:
         raise ValueError(f"{steps} steps of tuning need as many batches, and there were {done}")
 

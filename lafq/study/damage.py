@@ -102,7 +102,7 @@ def measure_damage(
     outputs = held_out_outputs(model, noise, digits, first)
     lines, errors = [], {}
     for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
-        small = dequantize_(quantized(model, row, seed))
+        small = quantized(model, row, seed)
         errors[row[:5]], rise = output_errors(small, outputs, noise, first)
         line = row.budget_key | {"budget_mib": mib_at(model, row.bits)}
         line |= {"bits_per_weight": study_rows.bits_of(model, row.plan)}
@@ -155,7 +155,7 @@ def images_at_bits(
     chosen = [row for b in bits for row in rows if is_allocated(row) and math.isclose(row.bits, b)]
     lines, samples = [], {}
     for row in (BASELINE._replace(bits=32.0), *chosen):
-        name, small = f"{row.bits:g} bits", dequantize_(quantized(model, row, seed))
+        name, small = f"{row.bits:g} bits", quantized(model, row, seed)
         key, generated, _ = ImageStore(work).draw(small, Sampling(IMAGES, steps, seed), name)
         samples[key] = generated[:, 0].numpy()
         size = {"mem_mib": nbytes(model, row.plan) / MIB, "sample": key}

@@ -23,7 +23,7 @@ from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
 from lafq.quantization.channels import ChannelView, counted_bytes
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS, get_format
-from lafq.quantization.model import bits_per_weight, kept_weights, nbytes, quantize
+from lafq.quantization.model import bits_per_weight, dequantize_, kept_weights, nbytes, quantize
 from lafq.quantization.plan import Entries, Plan, make_plan
 from lafq.quantization.tuning import BATCH, tune
 from lafq.rng import generator
@@ -135,13 +135,13 @@ def by_budget(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def quantized(model: nn.Module, row: Row, seed: int) -> nn.Module:
-    """The quantized copy of a model under a row's plan, tuned where the row says so."""
+    """The copy of a model quantized under a row's plan, tuned where the row says so, in FP32."""
     small = quantize(model, row.plan)
     if row.tuned:
         # Plans are made from the digits of `seed` and validated on those of seed + 1.
         digits = noised_batches(mnist(train=True)[0], row.tuned * BATCH, seed + 2, BATCH)
         tune(model, small, digits, row.tuned)
-    return small
+    return dequantize_(small)
 
 
 def sizes(model: nn.Module, plans: list[Entries]) -> pd.DataFrame:

@@ -35,7 +35,7 @@ MODELS = {"smoke": "profile smoke", "mini": "width 16", "paper": "width 64"}
 
 
 def profile_parameters(profile: str) -> dict[str, Any]:
-    """The parameters of a profile; ValueError, naming the known ones, for an unknown profile."""
+    """The parameters of a profile; ValueError for an unknown one."""
     known = {path.stem: path for path in sorted(PROFILES.glob("*.yaml"))}
     if profile not in known:
         raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(known)}")
@@ -82,9 +82,7 @@ class Workspace:
 def open_workspace(
     profile: str, compute: bool, threads: int, device: str, **settings: bool | str
 ) -> Workspace:
-    """The workspace of a notebook, whose figures get the style of all; prints where its tables come
-    from. settings: keep, scheduler.
-    """
+    """The workspace of a notebook; prints where its tables come from. settings: keep, scheduler."""
     set_style()
     profile_parameters(profile)
     if compute:

@@ -47,10 +47,8 @@ def unpadded(images: Tensor) -> Tensor:
 def _read(archive: Path) -> Tensor:
     packed = archive.read_bytes() if archive.is_file() else b""
     if hashlib.md5(packed).hexdigest() != ARCHIVES[archive.name]:
-        raise ValueError(
-            f"the MNIST archive {archive} is missing or damaged: restore it with `git "
-            f"checkout -- data/MNIST/raw`"
-        )
+        remedy = "restore it with `git checkout -- data/MNIST/raw`"
+        raise ValueError(f"the MNIST archive {archive} is missing or damaged: {remedy}")
     content = gzip.decompress(packed)
     # The header has four bytes for the kind, and four for each dimension.
     return torch.frombuffer(bytearray(content[4 + 4 * content[3] :]), dtype=torch.uint8)

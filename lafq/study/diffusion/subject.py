@@ -23,10 +23,8 @@ PACKED = "packed.safetensors"
 FISHER = "fisher.safetensors"
 
 
-def check_weights(
-    work: Workspace, width: int, seed: int, training: dict[str, Any], path: Path | None = None
-) -> None:
-    """Check the weights of a profile, or those in the file `path`, without reading their tensors.
+def check_weights(work: Workspace, parameters: dict[str, Any], path: Path | None = None) -> None:
+    """Check the weights of a profile with these parameters, or those in the file `path`.
 
     Raises FileNotFoundError when there are none, ValueError when they are damaged or were trained
     with other settings than the profile's.
@@ -36,18 +34,17 @@ def check_weights(
     if not path.is_file():
         raise FileNotFoundError(f"the trained weights {path} are missing: {remedy}")
     metadata = read_metadata(path)
-    for name, value in {"width": width, "seed": seed, **training}.items():
+    settings = {"width": parameters["WIDTH"], "seed": parameters["SEED"], **parameters["TRAINING"]}
+    for name, value in settings.items():
         # Weights made before a setting was there do not name it.
         if (theirs := metadata.get(name, value)) != value:
             differs = f"{name}={theirs}, profile {work.profile} has {value}"
             raise ValueError(f"{path} was trained with {differs}: {remedy}")
 
 
-def take_weights(
-    work: Workspace, path: Path, width: int, seed: int, training: dict[str, Any]
-) -> None:
+def take_weights(work: Workspace, parameters: dict[str, Any], path: Path) -> None:
     """Copy trained weights into results/<profile>/; errors as `check_weights`."""
-    check_weights(work, width, seed, training, path)
+    check_weights(work, parameters, path)
     with atomic_write(work.results / WEIGHTS) as temporary:
         shutil.copyfile(path, temporary)
 

@@ -128,15 +128,14 @@ def fit(
     for name, tensor in kept.items():
         state[name].copy_(tensor)
     remaining = range(len(losses), steps)
-    bar = tqdm(initial=len(losses), total=steps, desc="training", unit="step", leave=False)
-    for step, loss in training_steps(model, ema, optimizer, images, remaining, **settings):
+    run = training_steps(model, ema, optimizer, images, remaining, **settings)
+    bar = tqdm(run, "training", steps, leave=False, unit="step", initial=len(losses))
+    for step, loss in bar:
         losses.append(loss)
-        bar.update()
         if (step + 1) % every == 0 or step + 1 == steps:
-            loss_so_far = torch.tensor(losses, dtype=torch.float64)
-            save_tensors(checkpoint, state | {"loss": loss_so_far}, steps=steps, **record)
+            state["loss"] = torch.tensor(losses, dtype=torch.float64)
+            save_tensors(checkpoint, state, steps=steps, **record)
             bar.set_postfix(loss=sum(losses[-every:]) / len(losses[-every:]))
-    bar.close()
     return {n: p.detach() for n, p in ema.module.named_parameters()}, losses
 
 
@@ -144,18 +143,15 @@ def _checked(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -
     tensors, metadata = load_tensors(checkpoint, "01_train", **record)
     done, planned = len(tensors["loss"]), metadata["steps"]
     if steps != planned and done > min(steps, planned) - decay:
-        raise ValueError(
-            f"{checkpoint} was made for {planned} steps, not {steps}: delete it to train anew"
-        )
+        differs = f"was made for {planned} steps, not {steps}"
+        raise ValueError(f"{checkpoint} {differs}: delete it to train anew")
     return tensors
 
 
 def _state(
     model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW, done: int
 ) -> dict[str, Tensor]:
-    """What a checkpoint holds after `done` steps, beside the losses: the run's own tensors, which
-    training changes in place.
-    """
+    """What a checkpoint holds beside the losses: the run's own tensors, changed in place."""
     state = {}
     ema.n_averaged.fill_(done)
     for (name, p), q in zip(model.named_parameters(), ema.module.parameters(), strict=True):

@@ -76,9 +76,8 @@ class Stage(nn.Module):
         super().__init__()
         channels, groups = MULTIPLIERS[name] * width, width // 2
         self.block1 = ResidualBlock(channels, groups, dropout)
-        self.attention = nn.Identity()
-        if name in ATTENTION:
-            self.attention = Attention(channels, heads=math.gcd(8, channels))
+        heads = math.gcd(8, channels)
+        self.attention = Attention(channels, heads) if name in ATTENTION else nn.Identity()
         self.block2 = ResidualBlock(channels, groups, dropout)
         if name in DOWN:
             self.resample = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     # Imported where it is used: it takes half a second, and few runs need it.
     from distributed import Client, Future
 
+Made = tuple[UNet, Recipe | None]
 REACH = 10  # seconds
 AHEAD = 2  # models per thread of the workers
 
@@ -52,18 +53,15 @@ def connect(address: str) -> "Client":
             if not thread.submit(asyncio.run, _workers(address)).result():
                 raise ValueError("it has no workers")
         except (OSError, ValueError, KeyError, TimeoutError) as error:
-            raise ValueError(
-                f"no Dask scheduler with workers answers at {address!r}: start one (`dask "
-                f"scheduler`, `dask worker {address}`) or leave SCHEDULER out"
-            ) from error
+            remedy = f"start one (`dask scheduler`, `dask worker {address}`) or leave SCHEDULER out"
+            none = f"no Dask scheduler with workers answers at {address!r}"
+            raise ValueError(f"{none}: {remedy}") from error
     return Client(address, timeout=REACH, set_as_default=False)
 
 
-def draw(
-    store: ImageStore, models: Iterator[tuple[UNet, Recipe | None]], sampling: Sampling
-) -> None:
-    """Draw the images that a store lacks of models with their recipes, those of equal models once.
-    Models are taken a few for each thread of the workers.
+def draw(store: ImageStore, models: Iterator[Made], sampling: Sampling) -> None:
+    """Draw the images that a store lacks of models, those of equal models once; models are taken a
+    few for each thread of the workers.
     """
     how = {"sampling": tuple(sampling), "device": store.work.device.type}
     how |= {"threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -10,14 +10,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lafq.quantization.model import dequantize_, weights_sha256
+from lafq.quantization.model import weights_sha256
+from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import unit_interval
 from lafq.study.diffusion.training import held_out_losses
 from lafq.study.images import cluster, metrics
 from lafq.study.images.features import NAMES, FeatureExtractor, extractors_of, mnist_extractor
 from lafq.study.images.sampling import ImageStore, Recipe, Sampling
-from lafq.study.rows import BASELINE, Row, quantized, recipe, sizes
+from lafq.study.rows import BASELINE, Row, quantized, sizes
 from lafq.study.workspace import Workspace
 
 METRICS = tuple(f"{metric}_{name}" for name in NAMES for metric in ("fid", "is", "kid"))
@@ -80,7 +81,7 @@ def recipes(work: Workspace, model: nn.Module, rows: Sequence[Row]) -> list[Reci
     for row in rows:
         needs_fisher = row.rule not in ("baseline", "uniform") and not row.made
         fisher = subject.fisher_settings(work) if needs_fisher else {}
-        words.append(recipe(row, weights, fisher, names))
+        words.append(study_rows.recipe(row, weights, fisher, names))
     return words
 
 
@@ -99,35 +100,32 @@ def evaluate(
     not fit the model, and as `ImageStore.draw`. What is kept already is not sampled again.
     """
     stored = sizes(model, [row.plan for row in rows]).to_dict("records")
-    store, (first, *others) = ImageStore(work), recipes(work, model, [BASELINE, *rows])
+    store, (first, *words) = ImageStore(work), recipes(work, model, [BASELINE, *rows])
     extractors, seed = extractors_of(inception_reference), sampling.seed
+    mnist, *inception = (extractor.reference_images for extractor in extractors)
+    reference = f"{mnist} test digits, 32x32" + "".join(f" (Inception: {n})" for n in inception)
     if work.scheduler:
-        copies = (dequantize_(quantized(model, row, seed)) for row in rows)
-        cluster.draw(store, zip(copies, others, strict=True), sampling)
+        copies = (quantized(model, row, seed) for row in rows)
+        cluster.draw(store, zip(copies, words, strict=True), sampling)
     unquantized = store.draw(model, sampling, "FP32 baseline", first)
     baseline = measure(model, unquantized.images, extractors, seed)
     lines, images, scores = [], {}, {}
-    for row, size, words in zip(rows, stored, others, strict=True):
+    for row, size, recipe in zip(rows, stored, words, strict=True):
         # One quantized model is held at a time.
-        small = dequantize_(quantized(model, row, seed))
-        sampled = store.draw(small, sampling, f"row {len(lines) + 1} of {len(rows)}", words)
+        small = quantized(model, row, seed)
+        sampled = store.draw(small, sampling, f"row {len(lines) + 1} of {len(rows)}", recipe)
         key = sampled.key, row.inception
         if key not in scores:  # equal images are scored once
             asked = extractors if row.inception else extractors[:1]
             scores[key] = compare(measure(small, sampled.images, asked, seed), baseline, seed)
-        line = {**row.key, **size, **scores[key]}
-        line |= {"n_images": sampling.images, "steps": sampling.steps}
-        line["same_machine"] = len(sampled.machines | unquantized.machines) == 1
-        lines.append(line | {"reference": _reference(extractors), "sample": sampled.key})
+        drawn = {"n_images": sampling.images, "steps": sampling.steps}
+        drawn["same_machine"] = len(sampled.machines | unquantized.machines) == 1
+        drawn |= {"reference": reference, "sample": sampled.key}
+        lines.append({**row.key, **size, **scores[key], **drawn})
         images[sampled.key] = sampled.images[:, 0].numpy()
         name, mib = " ".join(row.key.values()), size["mem_mib"]
         print(f"{name}: {mib:.2f} MiB, FID (MNIST) {scores[key]['fid_mnist']:.2f}", flush=True)
     return pd.DataFrame(lines), images
-
-
-def _reference(extractors: Sequence[FeatureExtractor]) -> str:
-    mnist, *inception = (extractor.reference_images for extractor in extractors)
-    return f"{mnist} test digits, 32x32" + "".join(f" (Inception: {n})" for n in inception)
 
 
 def quality(work: Workspace, model: nn.Module, sampling: Sampling, block: int) -> pd.DataFrame:

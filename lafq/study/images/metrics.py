@@ -1,11 +1,10 @@
 """FID, KID and IS of features, through torch-fidelity, with error bars: a paired bootstrap over the
 images, with an interval freed of the bootstrap's own bias.
 
-FID and IS of N images depend on N, and a resample, which repeats images, behaves as fewer of them:
-its FID lies far above the value. So the draws are centred: with value v, draws b and their mean m
-the interval is [v - (q97.5 - m), v - (q2.5 - m)] (the basic bootstrap of Davison and Hinkley 1997,
-section 5.2, less the bias m - v). It speaks of the expected value at this N; where N is below the
-number of features it is wider than it need be (a test measures both on Gaussians).
+FID and IS depend on N, and a resample, which repeats images, behaves as fewer of them: its FID lies
+far above the value. So the draws are centred: with value v, draws b and their mean m the interval
+is [v - (q97.5 - m), v - (q2.5 - m)] (the basic bootstrap of Davison and Hinkley 1997, section 5.2,
+less the bias m - v). Where N is below the number of features it is wider than it need be.
 """
 
 from collections.abc import Sequence
@@ -79,9 +78,8 @@ def kid(features: Tensor, reference: Reference) -> float:
     """
     size = min(len(features), len(reference.features), 1000)
     subsets = {"kid_subsets": 100, "kid_subset_size": size, "rng_seed": KID_SEED}
-    metric = _fidelity("kid").kid_features_to_metric(
-        features, reference.features, **subsets, verbose=False
-    )
+    kid_of = _fidelity("kid").kid_features_to_metric
+    metric = kid_of(features, reference.features, **subsets, verbose=False)
     return metric["kernel_inception_distance_mean"]
 
 
@@ -102,10 +100,8 @@ def score_draws(
     features: Tensor, logits: Tensor | None, reference: Reference, indices: Tensor
 ) -> dict[str, Tensor]:
     """The same metrics, for each row of indices: (count,)."""
-    draws = {
-        "fid": fid_draws(features, reference, indices),
-        "kid": kid_draws(features, reference, indices),
-    }
+    draws = {"fid": fid_draws(features, reference, indices)}
+    draws["kid"] = kid_draws(features, reference, indices)
     return draws if logits is None else draws | {"is": inception_score_draws(logits, indices)}
 
 
@@ -116,11 +112,11 @@ def resamples(images: int, seed: int, count: int = RESAMPLES) -> Tensor:
 
 def interval(value: float, draws: Tensor) -> tuple[float, float]:
     """The centred 95 % interval of a value with its bootstrap draws (count,)."""
-    draws, tail = draws.double(), (1 - LEVEL) / 2
+    tail = (1 - LEVEL) / 2
     tails = torch.tensor([tail, 1 - tail], dtype=torch.float64)
     # A resample of one image alone, which a handful of images gives at times, has no KID.
-    low, high = torch.nanquantile(draws, tails).tolist()
-    centre = draws.nanmean().item()
+    low, high = torch.nanquantile(draws.double(), tails).tolist()
+    centre = draws.double().nanmean().item()
     return value - (high - centre), value - (low - centre)
 
 

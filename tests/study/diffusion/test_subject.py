@@ -7,19 +7,19 @@ from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import save_tensors
 
 SMOKE = Workspace("smoke")
-TRAINING = profile_parameters("smoke")["TRAINING"]
+P = profile_parameters("smoke")
 
 
 def weights_file(path, **changes):
-    about = {"width": 4, "seed": 0, **TRAINING, **changes}
+    about = {"width": 4, "seed": 0, **P["TRAINING"], **changes}
     save_tensors(path, dict(UNet(about["width"]).named_parameters()), **about)
     return path
 
 
 def test_weights_are_taken_from_a_path(sandbox):
-    subject.take_weights(SMOKE, weights_file(sandbox / "x.safetensors"), 4, 0, TRAINING)
+    subject.take_weights(SMOKE, P, weights_file(sandbox / "x.safetensors"))
     assert subject.load_model(SMOKE, 4).width == 4
-    subject.check_weights(SMOKE, 4, 0, TRAINING)
+    subject.check_weights(SMOKE, P)
     with pytest.raises(ValueError, match="width=4, not 16"):
         subject.load_model(SMOKE, 16)
 
@@ -29,7 +29,7 @@ def test_weights_of_another_width_or_training_are_refused(sandbox, change):
     path = weights_file(sandbox / "x.safetensors", **change)
     [(name, value)] = change.items()
     with pytest.raises(ValueError, match=rf"{name}={value}, profile smoke has .* WEIGHTS=path"):
-        subject.take_weights(SMOKE, path, 4, 0, TRAINING)
+        subject.take_weights(SMOKE, P, path)
     assert not (SMOKE.results / subject.WEIGHTS).exists()
 
 
