@@ -66,7 +66,8 @@ def publish(only: str = "") -> None:
         notebook = nbformat.read(path, as_version=4)
         _execute(notebook, path, declared(path)["PROFILE"])
         if (beside := workspace.NOTEBOOKS / PAPER / path.name).is_file():
-            _execute(with_parameters(notebook, profile_parameters(PAPER)), beside, PAPER)
+            adapt(notebook, profile_parameters(PAPER))
+            _execute(notebook, beside, PAPER)
     texts = {path: pages.filled(path.read_text()) for path in pages.PAGES}
     texts[crate.PATH] = json.dumps(crate.crate(), indent=1) + "\n"
     for path, text in texts.items():
@@ -74,16 +75,13 @@ def publish(only: str = "") -> None:
         print(f"{path.relative_to(workspace.ROOT)}: refreshed from results/")
 
 
-def with_parameters(
-    notebook: nbformat.NotebookNode, parameters: dict[str, Any]
-) -> nbformat.NotebookNode:
-    """The notebook with a profile's values in its parameters cell, its links a folder deeper."""
+def adapt(notebook: nbformat.NotebookNode, parameters: dict[str, Any]) -> None:
+    """Put a profile's values in a notebook's parameters cell, and its links a folder deeper."""
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             cell.source = _with_values(cell.source, parameters)
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\(((?:\.\./)*[\w./]+)\)", r"](../\1)", cell.source)
-    return notebook
 
 
 def _with_values(source: str, parameters: dict[str, Any]) -> str:

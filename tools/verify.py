@@ -70,9 +70,12 @@ def cells(folder: Path, names: list[str]) -> pd.Series:
     return pd.concat({name: table.stack() for name, table in tables.items()})
 
 
-def compared(work: Workspace) -> pd.DataFrame:
-    """Cells of the tables of `before`, then and now; `holds`: within tolerance, or the same."""
-    names = sorted(path.stem for path in before(work).glob("*.csv"))
+def report(work: Workspace) -> bool:
+    """Compare every cell of the tables of `before`, then and now: print how many rows are within
+    the tolerance, and the first cells that are not; whether all are.
+    """
+    if not (names := sorted(path.stem for path in before(work).glob("*.csv"))):
+        return True
     both = {"before": cells(before(work), names), "now": cells(work.results, names)}
     table = pd.DataFrame(both).rename_axis(["table", "row", "column"]).reset_index()
     old, new = (pd.to_numeric(table[when], errors="coerce") for when in both)
@@ -81,14 +84,6 @@ def compared(work: Workspace) -> pd.DataFrame:
         rule = next(r for r in rules if fnmatch(name, r["table"]) and fnmatch(column, r["column"]))
         allowed[part] = rule.get("absolute", 0.0) + rule.get("relative", 0.0) * old[part].abs()
     table["holds"] = (table["before"] == table["now"]) | ((new - old).abs() <= allowed)
-    return table
-
-
-def report(work: Workspace) -> bool:
-    """Print how many rows of `compared` hold, and the first cells that do not; whether all do."""
-    if not any(before(work).glob("*.csv")):
-        return True
-    table = compared(work)
     rows = table.groupby(["table", "row"])["holds"].all()
     verdicts, off = table[table["column"] == "verdict"]["holds"], table[~table["holds"]]
     print(f"rows within the declared tolerance: {rows.sum():,} of {len(rows):,}")

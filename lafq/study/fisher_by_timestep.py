@@ -46,9 +46,8 @@ def fisher_by_timestep(
     seed: int,
     chunk: int | None = None,
 ) -> Fisher:
-    """`empirical_fisher` of the noise prediction on uint8 images (N, 1, 32, 32), `samples` draws
-    spread evenly over `bins` bins of consecutive timesteps; errors as there and as
-    `ddpm.stratified_batches`.
+    """`empirical_fisher` of the noise prediction on uint8 images (N, 1, 32, 32), drawn as by
+    `ddpm.stratified_batches`; errors as of both.
     """
     batches = ddpm.stratified_batches(images, samples, bins, seed, next(model.parameters()))
     fisher, edges = empirical_fisher(model, names, batches, chunk), ddpm.bin_edges(bins)

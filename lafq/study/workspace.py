@@ -82,9 +82,7 @@ class Workspace:
 def open_workspace(
     profile: str, compute: bool, threads: int, device: str, **settings: bool | str
 ) -> Workspace:
-    """The workspace of a notebook, whose figures get the style of all; prints where its tables come
-    from. settings: keep, scheduler.
-    """
+    """The workspace of a notebook; prints where its tables come from. settings: keep, scheduler."""
     set_style()
     profile_parameters(profile)
     if compute:

@@ -24,8 +24,7 @@ FISHER = "fisher.safetensors"
 
 
 def check_weights(work: Workspace, parameters: dict[str, Any], path: Path | None = None) -> None:
-    """Check the weights of a profile with these parameters, or those in the file `path`, without
-    reading their tensors.
+    """Check the weights of a profile with these parameters, or those in the file `path`.
 
     Raises FileNotFoundError when there are none, ValueError when they are damaged or were trained
     with other settings than the profile's.

@@ -143,18 +143,15 @@ def _checked(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -
     tensors, metadata = load_tensors(checkpoint, "01_train", **record)
     done, planned = len(tensors["loss"]), metadata["steps"]
     if steps != planned and done > min(steps, planned) - decay:
-        raise ValueError(
-            f"{checkpoint} was made for {planned} steps, not {steps}: delete it to train anew"
-        )
+        differs = f"was made for {planned} steps, not {steps}"
+        raise ValueError(f"{checkpoint} {differs}: delete it to train anew")
     return tensors
 
 
 def _state(
     model: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW, done: int
 ) -> dict[str, Tensor]:
-    """What a checkpoint holds after `done` steps, beside the losses: the run's own tensors, which
-    training changes in place.
-    """
+    """What a checkpoint holds beside the losses: the run's own tensors, changed in place."""
     state = {}
     ema.n_averaged.fill_(done)
     for (name, p), q in zip(model.named_parameters(), ema.module.parameters(), strict=True):

@@ -1,7 +1,5 @@
-"""Candidates are quantized, sampled and scored: features, metrics, bootstrap intervals, kept
-images, Dask and peak memory.
-
-It may import `allocation` and what that may, and `diffusion`.
+"""Rows are quantized, sampled and scored: features, metrics with bootstrap intervals, kept images,
+Dask.
 """
 
 import lafq.study.diffusion  # noqa: F401  (makes torchvision importable before a module here asks for it)

@@ -43,7 +43,7 @@ class Features(NamedTuple):
     """Of N images: features (N, d), and logits (N, classes) where the network gives any."""
 
     features: Tensor
-    logits: Tensor | None
+    logits: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -81,10 +81,9 @@ class FeatureExtractor:
         name = f"{pixels}.{weights_sha256(self.network)[:12]}.safetensors"
         path = workspace.BUILD / "features" / name
         if not path.is_file():
-            computed = self._compute(images)._asdict()
-            save_tensors(path, {n: t for n, t in computed.items() if t is not None})
-        tensors, _ = load_tensors(path, "the notebook")
-        return Features(tensors["features"], tensors.get("logits"))
+            computed = self._compute(images)._asdict().items()
+            save_tensors(path, {n: t for n, t in computed if t is not None})
+        return Features(**load_tensors(path, "the notebook")[0])
 
     def scores(self, seen: Features) -> dict[str, float]:
         """The metrics of what this extractor sees of images: columns fid_, is_, kid_<name>."""
@@ -151,8 +150,8 @@ class Classifier(nn.Module):
                 conv = nn.Conv2d(c, channels, 3, padding=1, bias=False)
                 layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
             layers.append(nn.MaxPool2d(2))
-        last = nn.Linear(64 * 16, 128)
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), last, nn.ReLU())
+        layers += [nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, 128), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
         self.head = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,8 +203,8 @@ def main(seed: int = 0, threads: int = 2) -> None:
     model, path = train(seed=seed), FOLDER / "classifier.safetensors"
     save_tensors(path, model.state_dict(), seed=seed)
     digits, labels = mnist(train=False)
-    logits = FeatureExtractor("mnist", model, unit_interval, 1000).features(digits).logits
-    accuracy = round((logits.argmax(1) == labels).float().mean().item(), 4)
+    seen = FeatureExtractor("mnist", model, unit_interval, 1000).features(digits)
+    accuracy = round((seen.logits.argmax(1) == labels).float().mean().item(), 4)
     record = {"test_accuracy": accuracy, "parameters": sum(p.numel() for p in model.parameters())}
     record |= {"sha256": sha256(path), "seed": seed, "threads": threads}
     with atomic_write(FOLDER / "classifier.json") as temporary:

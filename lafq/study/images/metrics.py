@@ -112,11 +112,11 @@ def resamples(images: int, seed: int, count: int = RESAMPLES) -> Tensor:
 
 def interval(value: float, draws: Tensor) -> tuple[float, float]:
     """The centred 95 % interval of a value with its bootstrap draws (count,)."""
-    draws, tail = draws.double(), (1 - LEVEL) / 2
+    tail = (1 - LEVEL) / 2
     tails = torch.tensor([tail, 1 - tail], dtype=torch.float64)
     # A resample of one image alone, which a handful of images gives at times, has no KID.
-    low, high = torch.nanquantile(draws, tails).tolist()
-    centre = draws.nanmean().item()
+    low, high = torch.nanquantile(draws.double(), tails).tolist()
+    centre = draws.double().nanmean().item()
     return value - (high - centre), value - (low - centre)
 
 

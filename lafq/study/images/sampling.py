@@ -100,9 +100,7 @@ class RowFiles(NamedTuple):
         save_arrays(self.paths[batch], {"images": images, "record": np.array(words)})
 
     def read(self, batch: range) -> tuple[np.ndarray, str]:
-        """The images of a batch and the kind of machine that drew them; ValueError for a file of
-        another row, or one drawn on this kind of machine from other weights.
-        """
+        """The images of a batch and the kind of machine that drew them; ValueError for others."""
         path = self.paths[batch]
         images, record = read(path)
         if len(images) != len(batch) or any(record[n] != v for n, v in self.about.items()):
@@ -117,8 +115,7 @@ class RowFiles(NamedTuple):
 class ImageStore:
     """The images of a profile: drawn where they are not kept yet, found by the key of their row.
 
-    recipes: those seen so far, by the sha256 of the weights that they make; a later row of the very
-    same weights has an earlier one's images.
+    recipes: by the sha256 of the weights that they make; equal weights have the first one's images.
     """
 
     work: Workspace
