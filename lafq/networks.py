@@ -58,10 +58,8 @@ def arguments_of(batch: object, device: torch.device) -> list[Any]:
     arguments = (batch,) if isinstance(batch, Tensor) else batch
     listed = isinstance(arguments, tuple | list) and arguments
     if not listed or not isinstance(arguments[0], Tensor) or not arguments[0].ndim:
-        raise ValueError(
-            f"a batch is a {type(batch).__name__}: give one tensor (B, ...), or a tuple of the "
-            "model's arguments that begins with one; wrap a model that takes anything else"
-        )
+        wanted = "one tensor (B, ...), or a tuple that begins with one, or wrap the model"
+        raise ValueError(f"a batch is a {type(batch).__name__}: give {wanted}")
     # A tensor made in inference mode cannot be part of a backward pass.
     return [
         (a.clone() if a.is_inference() else a).to(device) if isinstance(a, Tensor) else a
@@ -72,13 +70,9 @@ def arguments_of(batch: object, device: torch.device) -> list[Any]:
 def checked_output(output: object, samples: int) -> Tensor:
     """The output for so many samples; ValueError unless it is one tensor (samples, ...)."""
     if not isinstance(output, Tensor):
-        raise ValueError(
-            f"the model's output is a {type(output).__name__}: wrap the model in a module whose "
-            f"forward gives one tensor of it"
-        )
+        kind = f"a {type(output).__name__}"
+        raise ValueError(f"the model's output is {kind}: wrap the model so that it is one tensor")
     if output.shape[:1] != (samples,):
-        raise ValueError(
-            f"the model's output has shape {tuple(output.shape)} for {samples} samples: its first "
-            f"axis must be the batch"
-        )
+        wrong = f"output has shape {tuple(output.shape)} for {samples} samples"
+        raise ValueError(f"the model's {wrong}: its first axis must be the batch")
     return output

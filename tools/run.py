@@ -152,8 +152,7 @@ def run(arguments: argparse.Namespace) -> None:
     asked["profile"] = profile = asked["profile"] or "mini"
     asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
     if arguments.weights:
-        trained = profile_parameters(profile)
-        subject.take_weights(Workspace(profile), trained, arguments.weights)
+        subject.take_weights(Workspace(profile), profile_parameters(profile), arguments.weights)
     selected = notebooks(asked["only"], profile)
     parameters = check(profile, asked["overrides"], selected)
     write_text(last, json.dumps(asked))

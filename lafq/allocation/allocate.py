@@ -101,9 +101,8 @@ def frontiers_of(
     if any(group < 1 for group in groups):
         raise ValueError(f"groups are {groups}: give numbers of weights of at least 1, or none")
     if not fisher or not {"fp32", "fp16"} & set(formats):
-        raise ValueError(
-            "give the Fisher values of one parameter at least, and fp32 or fp16 among the formats"
-        )
+        wanted = "the Fisher values of one parameter at least, and fp32 or fp16 among the formats"
+        raise ValueError(f"give {wanted}")
     check_plan(model, dict.fromkeys(fisher, "fp16"))
     check_estimates(model, fisher, sensitivity.curvature)
     names = tqdm(fisher, "damage by format", leave=False, unit="tensor", disable=not progress)
@@ -121,9 +120,8 @@ def solve_budget(
     least = sum(front[0].nbytes for front in fronts)
     if not budget >= least:
         smallest = math.ceil((least + rest) / MIB * 1e4) / 1e4
-        raise ValueError(
-            f"a budget of {memory_mib} MiB cannot be met: the smallest possible is {smallest} MiB"
-        )
+        unmet = f"a budget of {memory_mib} MiB cannot be met"
+        raise ValueError(f"{unmet}: the smallest possible is {smallest} MiB")
     taken = filled(fronts, budget, *one_price(fronts, budget))
     choices = {n: front[i] for (n, front), i in zip(frontiers.items(), taken, strict=True)}
     return planned(model, choices, recipe)

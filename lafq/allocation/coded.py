@@ -112,10 +112,7 @@ def _search(
     fits, too_large, stride = None, None, 0.5
     for turn in turns:
         tried = trial(log_step)
-        if tried.file_bytes > budget:
-            too_large = tried
-        else:
-            fits = tried
+        fits, too_large = (fits, tried) if tried.file_bytes > budget else (tried, too_large)
         if fits is not None and fits.file_bytes >= (1 - CLOSE) * budget:
             break
         if fits is None or too_large is None:
@@ -130,10 +127,8 @@ def _search(
         log_step = too_large.log_step + share * (fits.log_step - too_large.log_step)
     if fits is None:
         smallest = math.ceil(trial(COARSEST).file_bytes / MIB * 1e4) / 1e4
-        raise ValueError(
-            f"a file of {budget / MIB:.4g} MiB cannot be met: the smallest possible is "
-            f"{smallest} MiB"
-        )
+        unmet = f"a file of {budget / MIB:.4g} MiB cannot be met"
+        raise ValueError(f"{unmet}: the smallest possible is {smallest} MiB")
     return fits
 
 

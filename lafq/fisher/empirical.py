@@ -91,9 +91,7 @@ def check_sums(sums: dict[str, Tensor], samples: int) -> None:
     if not samples:
         raise ValueError("no batch was given: Fisher information needs at least one sample")
     if bad := [name for name, f in sums.items() if not torch.isfinite(f).all()]:
-        raise ValueError(
-            f"the Fisher information of {bad[0]} is not finite: the weights are damaged or diverged"
-        )
+        raise ValueError(f"the Fisher information of {bad[0]} is not finite: check the weights")
 
 
 def _loss(
@@ -107,8 +105,6 @@ def _loss(
     one = tuple(a[None] for a in arguments)
     output = checked_output(functional_call(model, chosen | rest, one), 1)[0]
     if output.shape != target.shape:
-        raise ValueError(
-            f"the model's output for one sample has shape {tuple(output.shape)}, the target "
-            f"{tuple(target.shape)}"
-        )
+        shapes = f"{tuple(output.shape)}, the target {tuple(target.shape)}"
+        raise ValueError(f"the model's output for one sample has shape {shapes}")
     return 0.5 * (target - output).square().sum()

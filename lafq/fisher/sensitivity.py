@@ -118,16 +118,11 @@ def estimate_sensitivity(
             sums.add(output, draws, noise)
     check_sums(sums.squares, sums.samples)
     if not any(square.any() for square in sums.squares.values()):
-        raise ValueError(
-            "the Fisher information is zero everywhere: these batches give the output no gradient, "
-            "give others"
-        )
+        advice = "these batches give the output no gradient, give others"
+        raise ValueError(f"the Fisher information is zero everywhere: {advice}")
     if shrink and views and len(sums.traces) == 1:
-        warnings.warn(
-            "one pass says nothing about its noise, so all weights of a tensor count the same: "
-            "give more batches",
-            stacklevel=2,
-        )
+        effect = "all weights of a tensor count the same: give more batches"
+        warnings.warn(f"one pass says nothing about its noise, so {effect}", stacklevel=2)
     return sums.sensitivity(shrink)
 
 

@@ -74,9 +74,9 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
     expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     if shapes != expected:
         name = next(n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n))
+        there, here = (of.get(name, "absent") for of in (shapes, expected))
         raise ValueError(
-            f"{path} is of another model: {name} is {shapes.get(name, 'absent')} there, "
-            f"{expected.get(name, 'absent')} in the model"
+            f"{path} is of another model: {name} is {there} there, {here} in the model"
         )
     loaded = with_quantized(model, packed)
     loaded.load_state_dict(tensors, strict=False, assign=True)

@@ -51,9 +51,8 @@ def factor(curvature: Tensor) -> list[Factor]:
         damped.diagonal().add_(damping)
         root, failed = torch.linalg.cholesky_ex(damped)
         if failed:
-            raise ValueError(
-                "a curvature is not positive semidefinite: give what estimate_sensitivity estimates"
-            )
+            advice = "give what estimate_sensitivity estimates"
+            raise ValueError(f"a curvature is not positive semidefinite: {advice}")
         diagonal = root.diagonal().clone()
         upper = root.div_(diagonal).to(block.dtype).flip(0, 1)
         pivots = diagonal.flip(0).square().to(block.dtype)
