@@ -30,7 +30,7 @@ from lafq.study.diffusion.training import held_out_outputs
 from lafq.study.diffusion.unet import quantizable
 from lafq.study.images.metrics import interval, mean_draws, resamples
 from lafq.study.images.sampling import ImageStore, Sampling
-from lafq.study.rows import BASELINE, BUDGET_KEY, Row, is_allocated, mib_at, quantized
+from lafq.study.rows import BASELINE, BUDGET_KEY, Row, is_allocated, mib_at, packed, quantized
 from lafq.study.workspace import Workspace
 
 HALF_PIXELS = 512
@@ -124,7 +124,7 @@ def coded_files(model: nn.Module, rows: list[Row], seed: int) -> pd.DataFrame:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "row.safetensors"
         for row in tqdm(rows, desc="entropy-coded files", unit="row", leave=False):
-            save_quantized(path, quantized(model, row, seed), model, compress=True)
+            save_quantized(path, packed(model, row, seed), model, compress=True)
             lines.append(row.budget_key | {"file_mib": path.stat().st_size / MIB})
     return pd.DataFrame(lines, columns=[*BUDGET_KEY, "file_mib"])
 

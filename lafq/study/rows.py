@@ -136,12 +136,17 @@ def by_budget(table: pd.DataFrame) -> pd.DataFrame:
 
 def quantized(model: nn.Module, row: Row, seed: int) -> nn.Module:
     """The copy of a model quantized under a row's plan, tuned where the row says so, in FP32."""
+    return dequantize_(packed(model, row, seed))
+
+
+def packed(model: nn.Module, row: Row, seed: int) -> nn.Module:
+    """That copy with its weights in stored form only, as a file has them."""
     small = quantize(model, row.plan)
     if row.tuned:
         # Plans are made from the digits of `seed` and validated on those of seed + 1.
         digits = noised_batches(mnist(train=True)[0], row.tuned * BATCH, seed + 2, BATCH)
         tune(model, small, digits, row.tuned)
-    return dequantize_(small)
+    return small
 
 
 def sizes(model: nn.Module, plans: list[Entries]) -> pd.DataFrame:

@@ -4,6 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
+from lafq.quantization.formats import MIB
+from lafq.quantization.model import nbytes
 from lafq.study import damage
 from lafq.study.claims import damage_claims
 from lafq.study.damage import measure_damage
@@ -85,6 +87,13 @@ def test_tuned_rows_are_the_allocators_with_less_damage(model, known, allocated)
     table = measure_damage(model, [before, *rows], known, seed=0, digits=50)
     assert table["mem_mib"].nunique() == table["predicted"].nunique() == 1
     assert 0 < table["damage"][1] < table["damage"][0]
+
+
+def test_files_hold_the_stored_form_of_every_row(model, known):
+    rows = uniform_at_bits(model, known)[:5]
+    files = damage.coded_files(model, rows, seed=0)["file_mib"]
+    assert (files.diff().dropna() > 0).all()
+    assert files.max() < nbytes(model, {}) / MIB / 2
 
 
 @pytest.mark.slow
