@@ -19,7 +19,7 @@ import yaml
 from lafq.quantization.formats import MIB
 from lafq.study import poster, workspace
 from lafq.study.damage import bits_of_equal_damage
-from lafq.study.diffusion.mnist import REFERENCE
+from lafq.study.diffusion.subject import REFERENCE
 from lafq.study.figures import text
 from lafq.study.workspace import profile_parameters
 from lafq.tensors import sha256

@@ -25,7 +25,7 @@ from lafq.quantization.model import dequantize_, quantize
 from lafq.study import workspace
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
-from lafq.study.diffusion.unet import UNet
+from lafq.study.diffusion.subject import UNet
 from lafq.study.images import sampling
 from lafq.study.images.features import mnist_extractor
 from lafq.study.images.sampling import ImageStore

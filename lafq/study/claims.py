@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lafq.rng import generator
 from lafq.study import poster
-from lafq.study.diffusion.unet import layer_of
+from lafq.study.diffusion.subject import layer_of
 from lafq.study.images import metrics
 from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
 from lafq.study.results import load_rows

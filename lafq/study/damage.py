@@ -26,8 +26,8 @@ from lafq.quantization.plan import Recipe
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
 from lafq.study import rows as study_rows
+from lafq.study.diffusion.subject import quantizable
 from lafq.study.diffusion.training import held_out_outputs
-from lafq.study.diffusion.unet import quantizable
 from lafq.study.images.metrics import interval, mean_draws, resamples
 from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import BASELINE, BUDGET_KEY, Row, is_allocated, mib_at, packed, quantized

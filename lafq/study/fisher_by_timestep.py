@@ -16,7 +16,7 @@ from lafq.fisher.empirical import empirical_fisher
 from lafq.fisher.sensitivity import estimate_sensitivity
 from lafq.rng import generator
 from lafq.study.diffusion import ddpm
-from lafq.study.diffusion.unet import TIMESTEPS, layer_of
+from lafq.study.diffusion.subject import TIMESTEPS, layer_of
 
 BLOCKS = 10  # of the samples of every bin
 COLUMNS = ["parameter", "layer", "weights", "t_low", "t_high", "fisher"]

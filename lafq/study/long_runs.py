@@ -27,9 +27,15 @@ from lafq.rng import generator
 from lafq.study import claims, damage, published_images, workspace
 from lafq.study import rows as study_rows
 from lafq.study.diffusion import training
-from lafq.study.diffusion.mnist import HELD_OUT, mnist
-from lafq.study.diffusion.subject import PACKED, load_fisher, load_model
-from lafq.study.diffusion.unet import UNet, quantizable
+from lafq.study.diffusion.subject import (
+    HELD_OUT,
+    PACKED,
+    UNet,
+    load_fisher,
+    load_model,
+    mnist,
+    quantizable,
+)
 from lafq.study.fisher_by_timestep import fisher_by_timestep
 from lafq.study.images.evaluate import evaluate, evaluate_large
 from lafq.study.images.features import mnist_extractor

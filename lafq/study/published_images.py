@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lafq.rng import generator
 from lafq.study.claims import holm
-from lafq.study.diffusion.mnist import HELD_OUT, mnist, unpadded
+from lafq.study.diffusion.subject import HELD_OUT, mnist, unpadded
 from lafq.study.images import metrics
 from lafq.study.images.features import FeatureExtractor, Features, extractors_of
 from lafq.study.images.metrics import Reference

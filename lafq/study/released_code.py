@@ -13,9 +13,16 @@ from torch.func import functional_call, grad
 from lafq.quantization.model import dequantize_, quantize
 from lafq.quantization.plan import make_plan
 from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
-from lafq.study.diffusion.mnist import REFERENCE, mnist, unpadded
+from lafq.study.diffusion.subject import (
+    LAYERS,
+    REFERENCE,
+    UNet,
+    layer_of,
+    mnist,
+    quantizable,
+    unpadded,
+)
 from lafq.study.diffusion.training import held_out_losses
-from lafq.study.diffusion.unet import LAYERS, UNet, layer_of, quantizable
 from lafq.study.fisher_by_timestep import fisher_by_timestep
 from lafq.study.images import metrics
 from lafq.study.images.evaluate import evaluate

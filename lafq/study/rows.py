@@ -29,8 +29,7 @@ from lafq.quantization.tuning import BATCH, tune
 from lafq.rng import generator
 from lafq.study import poster
 from lafq.study.diffusion.ddpm import noised_batches
-from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.unet import layer_of, quantizable
+from lafq.study.diffusion.subject import layer_of, mnist, quantizable
 
 KEY = ["rule", "setting", "format", "granularity", "rounding"]
 BUDGET_KEY = ["rule", "format", "granularity", "rounding", "budget_bits"]
@@ -247,7 +246,13 @@ def threshold_rows(
     rows = []
     for cut in chosen.itertuples():
         masks = keep_above(rule_scores(rule, fisher, cut.granularity), cut.threshold)
-        key = rule, f"{SYMBOLS[rule]}={cut.threshold:.3g}", cut.format, cut.granularity, "nearest"
+        key = (
+            rule,
+            f"{SYMBOLS.get(rule, rule)}={cut.threshold:.3g}",
+            cut.format,
+            cut.granularity,
+            "nearest",
+        )
         rows.append(Row(*key, make_plan(masks, cut.format), inception, cut.target))
     return rows
 

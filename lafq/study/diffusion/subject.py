@@ -1,6 +1,7 @@
 """The subject of the experiment: the digits' shape, the model with its layers, and its files.
 
-Another data set or another model takes the place of `mnist` and `unet` here.
+The rest of the study imports `mnist` and `unet` from here alone, so another data set or another
+model takes their place here.
 """
 
 import shutil
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lafq.study.diffusion.mnist import SHAPE, mnist
+from lafq.study.diffusion.mnist import HELD_OUT, REFERENCE, SHAPE, mnist, unpadded
 from lafq.study.diffusion.unet import LAYERS, TIMESTEPS, UNet, layer_of, quantizable
 from lafq.study.workspace import Workspace
 from lafq.tensors import atomic_write, load_tensors, read_metadata, save_tensors, sha256
 
-__all__ = ["LAYERS", "SHAPE", "TIMESTEPS", "UNet", "layer_of", "mnist", "quantizable"]
+__all__ = ["HELD_OUT", "LAYERS", "REFERENCE", "SHAPE", "TIMESTEPS", "UNet", "layer_of", "mnist"]
+__all__ += ["quantizable", "unpadded"]
 
 CHECKPOINT = "checkpoint.safetensors"
 WEIGHTS = "ema.safetensors"

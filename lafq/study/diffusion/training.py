@@ -17,8 +17,15 @@ from tqdm import tqdm
 from lafq.networks import evaluating
 from lafq.rng import generator
 from lafq.study.diffusion.ddpm import add_noise, unit_interval
-from lafq.study.diffusion.mnist import HELD_OUT
-from lafq.study.diffusion.subject import CHECKPOINT, SHAPE, TIMESTEPS, WEIGHTS, UNet, mnist
+from lafq.study.diffusion.subject import (
+    CHECKPOINT,
+    HELD_OUT,
+    SHAPE,
+    TIMESTEPS,
+    WEIGHTS,
+    UNet,
+    mnist,
+)
 from lafq.study.workspace import Workspace
 from lafq.tensors import atomic_write, load_tensors, save_tensors
 

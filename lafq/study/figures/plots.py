@@ -45,11 +45,12 @@ def labelled(ax: Axes, title: str, x: str, y: str) -> None:
 
 
 def digits(ax: Axes, images: np.ndarray, columns: int, title: str = "") -> None:
-    """A grid of grey images (N, 32, 32), N rounded down to whole rows of `columns`."""
+    """A grid of grey images (N, H, W), N rounded down to whole rows of `columns`."""
     columns = min(columns, len(images))
     rows = len(images) // columns
-    grid = images[: rows * columns].reshape(rows, columns, 32, 32).transpose(0, 2, 1, 3)
-    ax.imshow(grid.reshape(rows * 32, columns * 32), cmap="gray", vmin=0, vmax=255)
+    high, wide = images.shape[1:]
+    grid = images[: rows * columns].reshape(rows, columns, high, wide).transpose(0, 2, 1, 3)
+    ax.imshow(grid.reshape(rows * high, columns * wide), cmap="gray", vmin=0, vmax=255)
     ax.set(title=title, xticks=[], yticks=[])
     ax.grid(False)
 

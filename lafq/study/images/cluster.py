@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 
 from lafq.study.diffusion.ddpm import sample
-from lafq.study.diffusion.unet import UNet
+from lafq.study.diffusion.subject import UNet
 from lafq.study.images.sampling import ImageStore, Recipe, RowFiles, Sampling
 from lafq.study.workspace import compute_on, kind_of_machine
 

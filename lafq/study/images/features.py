@@ -27,8 +27,7 @@ from lafq.quantization.model import weights_sha256
 from lafq.rng import generator
 from lafq.study import workspace
 from lafq.study.diffusion.ddpm import unit_interval
-from lafq.study.diffusion.mnist import REFERENCE
-from lafq.study.diffusion.subject import SHAPE, mnist
+from lafq.study.diffusion.subject import REFERENCE, SHAPE, mnist
 from lafq.study.images import metrics
 from lafq.study.images.metrics import Reference
 from lafq.tensors import atomic_write, load_tensors, save_tensors, sha256
@@ -150,7 +149,8 @@ class Classifier(nn.Module):
                 conv = nn.Conv2d(c, channels, 3, padding=1, bias=False)
                 layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
             layers.append(nn.MaxPool2d(2))
-        layers += [nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, 128), nn.ReLU()]
+        pooled = 64 * (SHAPE[1] // 8) * (SHAPE[2] // 8)
+        layers += [nn.Flatten(), nn.Dropout(0.3), nn.Linear(pooled, 128), nn.ReLU()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(128, 10)
 
