@@ -17,7 +17,7 @@ SIZES = {"mem_mib": "MiB in memory", "file_mib": "MiB of the file"}
 GRANULARITIES = {
     "tensor": "one format per tensor",
     "channel": "one format per channel",
-    "mixed": "per channel, single FP16 or FP32 weights",
+    "mixed": "per channel, single FP16 weights",
 }
 ROUNDED = {"nearest": {"marker": "o", "mfc": "white"}, "feedback": {"marker": "s"}}
 ROUNDED["tuned"] = {"marker": "*", "ms": 10}

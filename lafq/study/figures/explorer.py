@@ -41,7 +41,7 @@ SIZE = (12.5, 7)  # inches
 COLUMNS = {"rule": text.name, "threshold or size": "setting", "granularity": "granularity"}
 COLUMNS |= {"format": "format", "kept in FP32": ("kept_share", ".1%")}
 COLUMNS |= {"MiB stored": ("mem_mib", ".2f"), "of FP32": ("mem_share", ".1%")}
-COLUMNS |= {"predicted damage": ("damage", ".2g"), "of uniform INT8's": ("over_int8", ",.4g")}
+COLUMNS |= {"predicted damage": ("damage", ".2g"), "times uniform INT8's": ("over_int8", ",.4g")}
 
 
 class Setting(NamedTuple):
