@@ -177,7 +177,7 @@ def test_a_new_threshold_rule_as_contributing_shows_it(tiny):
     scope = {
         **vars(rules),
         "layer_of": layer_of,
-        "group_of": poster.group_of,
+        "group_of": subject.group_of,
         "Row": Row,
         "make_plan": make_plan,
         "fisher": fisher,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lafq.rng import generator
 from lafq.study import poster
-from lafq.study.diffusion.subject import layer_of
+from lafq.study.diffusion.subject import FRONT, layer_of
 from lafq.study.images import metrics
 from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
 from lafq.study.results import load_rows
@@ -36,7 +36,6 @@ FID_MARGIN = 1.0
 MARGIN_IMAGES = 100
 LEVEL = 0.05
 Claim = dict[str, Any]
-FRONT = ("Layer1", "Layer2")
 HALF = 500
 LAYERWISE = ("ratio", "group", "mean_std")
 RATIOS_OF_MEANS = ("C1", "C2")

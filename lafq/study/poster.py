@@ -52,14 +52,6 @@ README = (
     Published("ratio", "0.25", 22.42, None, 102.26, 5000, "README"),
     Published("mean_std", "mean and std", 23.16, None, 81.57, 5000, "README"),
 )
-# The groups that share a threshold under the rule "group".
-GROUPS = {
-    "Layer1-2": ("Layer1", "Layer2"),
-    "Layer3-5": ("Layer3", "Layer4", "Layer5"),
-    "Layer6": ("Layer6",),
-}
-
-
 ENDS = ("", "_low", "_high")
 _SCORES = product(("inception", "mnist"), ("fid", "is", "kid"), ("", "delta_"), ENDS)
 COLUMNS = [
@@ -69,15 +61,6 @@ COLUMNS = [
     *(f"{delta}{metric}_{features}{end}" for features, metric, delta, end in _SCORES),
     *("rmse", "psnr", "class_changed", *(f"delta_loss{end}" for end in ENDS)),
 ]
-
-
-def group_of(name: str) -> str:
-    """The group of a parameter's layer; ValueError for a layer of no group."""
-    layer = name.split(".", 1)[0]
-    groups = {layer: group for group, layers in GROUPS.items() for layer in layers}
-    if layer not in groups:
-        raise ValueError(f"unknown layer {layer!r}: the groups cover {', '.join(groups)}")
-    return groups[layer]
 
 
 def published(rule: str, setting: str = "") -> tuple[float | None, float | None, float | None]:

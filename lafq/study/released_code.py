@@ -14,6 +14,7 @@ from lafq.quantization.model import dequantize_, quantize
 from lafq.quantization.plan import make_plan
 from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
 from lafq.study.diffusion.subject import (
+    GROUPS,
     LAYERS,
     REFERENCE,
     UNet,
@@ -29,7 +30,6 @@ from lafq.study.images.evaluate import evaluate
 from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
 from lafq.study.images.metrics import Reference
 from lafq.study.images.sampling import ImageStore, Sampling
-from lafq.study.poster import GROUPS
 from lafq.study.rows import KEY, keep_ratio, ratio_rows
 from lafq.study.workspace import Workspace
 

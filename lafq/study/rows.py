@@ -29,7 +29,7 @@ from lafq.quantization.tuning import BATCH, tune
 from lafq.rng import generator
 from lafq.study import poster
 from lafq.study.diffusion.ddpm import noised_batches
-from lafq.study.diffusion.subject import layer_of, mnist, quantizable
+from lafq.study.diffusion.subject import GROUPS, group_of, layer_of, mnist, quantizable
 
 KEY = ["rule", "setting", "format", "granularity", "rounding"]
 BUDGET_KEY = ["rule", "format", "granularity", "rounding", "budget_bits"]
@@ -170,14 +170,14 @@ def _weights(model: nn.Module) -> int:
 
 def rule_scores(rule: str, fisher: Scores, granularity: str = "weight") -> Scores:
     """A rule's scores of Fisher values, with the poster's layers and groups."""
-    return RULES[rule](by_granularity(fisher, granularity), layer_of, poster.group_of)
+    return RULES[rule](by_granularity(fisher, granularity), layer_of, group_of)
 
 
 def group_means(fisher: Scores) -> dict[str, float]:
     """Mean Fisher value over the units of each of the poster's groups."""
-    units: dict[str, list[Tensor]] = {group: [] for group in poster.GROUPS}
+    units: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
     for name, values in fisher.items():
-        units[poster.group_of(name)].append(values.reshape(-1))
+        units[group_of(name)].append(values.reshape(-1))
     return {group: torch.cat(values).mean().item() for group, values in units.items()}
 
 

@@ -1,4 +1,4 @@
-"""The subject of the experiment: the digits' shape, the model with its layers, and its files.
+"""The subject of the experiment: the digits, the model with its layers and their groups, its files.
 
 The rest of the study imports `mnist` and `unet` from here alone, so another data set or another
 model takes their place here.
@@ -23,6 +23,22 @@ CHECKPOINT = "checkpoint.safetensors"
 WEIGHTS = "ema.safetensors"
 PACKED = "packed.safetensors"
 FISHER = "fisher.safetensors"
+# The groups that share a threshold under the rule "group".
+GROUPS = {
+    "Layer1-2": ("Layer1", "Layer2"),
+    "Layer3-5": ("Layer3", "Layer4", "Layer5"),
+    "Layer6": ("Layer6",),
+}
+FRONT = GROUPS["Layer1-2"]  # of which C2 speaks
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter's layer; ValueError for a layer of no group."""
+    layer = name.split(".", 1)[0]
+    groups = {layer: group for group, layers in GROUPS.items() for layer in layers}
+    if layer not in groups:
+        raise ValueError(f"unknown layer {layer!r}: the groups cover {', '.join(groups)}")
+    return groups[layer]
 
 
 def check_weights(work: Workspace, parameters: dict[str, Any], path: Path | None = None) -> None:
