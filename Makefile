@@ -30,7 +30,7 @@ reproduce: $(READY)  ## compute every number, table and figure anew (mini: 40 mi
 resume: $(READY)  ## go on with an interrupted `make reproduce`, without repeating a finished configuration
 	@$(RUN) resume $(CHOICE)
 
-test: lint  ## ruff, unit tests, all notebooks with smoke (two of them twice), nbval of the committed ones (about 12 minutes on two cores)
+test: lint  ## ruff, unit tests, all notebooks with smoke (two of them twice), nbval of the committed ones (about 10 minutes on two cores)
 	@LAFQ_OUTPUT="$$($(RUN) published)" TQDM_DISABLE=1 $(MAKE) --no-print-directory -j 2 test-unit test-smoke
 	@echo "all passed: ruff, unit tests, the notebooks with smoke (01 and 04 twice, equal bytes), the committed notebooks"
 	@echo "not run: the sliders of 00_explore in a browser (make test-browser)"
