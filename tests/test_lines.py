@@ -6,7 +6,7 @@ from lafq.study import workspace
 
 # Goals: lafq without the study 2,600, the study 4,400, tools 650, benchmarks 1,500, tests 7,000.
 # Later work may raise the method's by 300 in all (coder 150, command 80, sampler 60).
-ALLOWED = {"lafq": 2739, "lafq/study": 4632, "tools": 713, "benchmarks": 1498, "tests": 6892}
+ALLOWED = {"lafq": 2739, "lafq/study": 4632, "tools": 713, "benchmarks": 1498, "tests": 6899}
 
 
 def lines(folder):

@@ -443,7 +443,7 @@ def at_bytes(model: nn.Module, scores: Scores, low: str, high: str, budget_mib: 
     """The weights of highest score in the format `high`, as many as fit, the others in `low`."""
     values = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True).values
     plan, fits, too_many = make_plan(keep_above(scores, math.inf), low, high), 0, len(values)
-    while too_many - fits > len(values) / 2**16:
+    while too_many - fits > max(1, len(values) / 2**16):
         count = (fits + too_many) // 2
         larger = make_plan(keep_above(scores, values[count].item()), low, high)
         if nbytes(model, larger) <= budget_mib * MIB:

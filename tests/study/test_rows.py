@@ -88,3 +88,10 @@ def test_the_comparison_replaces_only_the_rules_it_is_given(sandbox):
         table = results.update_comparison(Workspace("smoke"), row)
     assert table[["rule", "setting"]].values.tolist() == [["baseline", "none"], ["ratio", "0.40"]]
     assert table["fid"].tolist() == [2, 3]
+
+
+def test_a_budget_of_a_tiny_model_is_filled():
+    model = torch.nn.Linear(8, 8, bias=False)
+    scores = {"weight": torch.arange(64.0).view(8, 8)}
+    plan = rows.at_bytes(model, scores, "int4", "fp16", 90 / MIB)
+    assert 80 < nbytes(model, plan) <= 90
