@@ -9,6 +9,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
+from lafq.study.diffusion.subject import FRONT
+
 TIME = "timestep t (0 = clean; lower edge of the bin)"
 
 
@@ -31,8 +33,7 @@ def fisher_by_tensor(axes: Sequence[Axes], timesteps: pd.DataFrame) -> None:
 
 def fisher_by_group(ax: Axes, timesteps: pd.DataFrame) -> None:
     """Mean Fisher per weight of Layers 1-2 and of Layers 3-6, as C2 compares them, by timestep."""
-    front = timesteps["layer"].isin(["Layer1", "Layer2"])
-    group = np.where(front, "Layers 1-2", "Layers 3-6")
+    group = np.where(timesteps["layer"].isin(FRONT), "Layers 1-2", "Layers 3-6")
     for name, line in _per_weight(timesteps.assign(layer=group)).iterrows():
         ax.plot(line.index, line, label=name)
     ax.set(yscale="log", xlabel=TIME, ylabel="mean Fisher per weight")
@@ -45,8 +46,7 @@ def fisher_map(ax: Axes, timesteps: pd.DataFrame) -> None:
     table = _per_weight(timesteps)
     norm, bar = LogNorm(table.min().min(), table.max().max()), {"label": "mean Fisher per weight"}
     sns.heatmap(table, ax=ax, norm=norm, cmap="viridis", cbar_kws=bar)
-    ax.set(xlabel=TIME, ylabel="")
-    ax.set_title("Fisher information per weight by layer and timestep")
+    ax.set(xlabel=TIME, ylabel="", title="Fisher information per weight by layer and timestep")
     ax.tick_params(axis="y", rotation=0)
 
 
