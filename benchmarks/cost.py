@@ -45,9 +45,15 @@ from lafq.rng import generator
 from lafq.study import results, workspace
 from lafq.study import rows as study_rows
 from lafq.study.diffusion.ddpm import add_noise, sample, unit_interval
-from lafq.study.diffusion.mnist import HELD_OUT, mnist
-from lafq.study.diffusion.subject import load_fisher, load_model
-from lafq.study.diffusion.unet import TIMESTEPS, UNet, quantizable
+from lafq.study.diffusion.subject import (
+    HELD_OUT,
+    TIMESTEPS,
+    UNet,
+    load_fisher,
+    load_model,
+    mnist,
+    quantizable,
+)
 from lafq.study.workspace import Workspace, profile_parameters, save_table
 
 FORMATS = ("fp16", "int8", "int4", "int2")

@@ -42,8 +42,7 @@ from lafq.rng import generator
 from lafq.study import workspace
 from lafq.study.damage import FRESH_SEED, HALF_PIXELS, over
 from lafq.study.diffusion.ddpm import BATCH, noised_batches
-from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.unet import quantizable
+from lafq.study.diffusion.subject import mnist, quantizable
 from lafq.study.rows import mib_at
 
 PASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

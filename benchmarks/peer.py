@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lafq.study.diffusion.ddpm import noised_batches
-from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.subject import load_model
+from lafq.study.diffusion.subject import load_model, mnist
 from lafq.study.workspace import Workspace, compute_on
 from lafq.tensors import save_tensors
 

@@ -25,8 +25,7 @@ from lafq.study import damage, workspace
 from lafq.study.damage import FRESH, FRESH_SEED
 from lafq.study.diffusion import training
 from lafq.study.diffusion.ddpm import noised_batches
-from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.subject import load_model
+from lafq.study.diffusion.subject import load_model, mnist
 from lafq.study.workspace import Workspace, compute_on, load_optional, save_table
 
 WORK = Workspace("benchmarks")

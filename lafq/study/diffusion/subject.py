@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from lafq.study.diffusion.mnist import HELD_OUT, REFERENCE, SHAPE, mnist, unpadded
-from lafq.study.diffusion.unet import LAYERS, TIMESTEPS, UNet, layer_of, quantizable
+from lafq.study.diffusion.unet import (
+    LAYERS,
+    TIMESTEPS,
+    UNet,
+    layer_of,
+    layer_sizes,
+    quantizable,
+)
 from lafq.study.workspace import Workspace
 from lafq.tensors import atomic_write, load_tensors, read_metadata, save_tensors, sha256
 
-__all__ = ["HELD_OUT", "LAYERS", "REFERENCE", "SHAPE", "TIMESTEPS", "UNet", "layer_of", "mnist"]
-__all__ += ["quantizable", "unpadded"]
+__all__ = ["HELD_OUT", "LAYERS", "REFERENCE", "SHAPE", "TIMESTEPS", "UNet", "layer_of"]
+__all__ += ["layer_sizes", "mnist", "quantizable", "unpadded"]
 
 CHECKPOINT = "checkpoint.safetensors"
 WEIGHTS = "ema.safetensors"
