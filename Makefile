@@ -22,9 +22,9 @@ CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOO
 
 help:  ## this list
 	@awk -F ':.*## ' '/^##@/ {print substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  options: PROFILE=smoke|mini|paper  TRAIN=1 (retrain)  NOTEBOOK=03 (only that one)  WEIGHTS=path (trained weights)  SCHEDULER=tcp://host:8786 (sample on a Dask cluster)"
+	@echo "  options: PROFILE=smoke|small|paper  TRAIN=1 (retrain)  NOTEBOOK=03 (only that one)  WEIGHTS=path (trained weights)  SCHEDULER=tcp://host:8786 (sample on a Dask cluster)"
 
-reproduce: $(READY)  ## compute every number, table and figure anew (mini: 40 minutes on two cores with AMX, 80 on slower ones)
+reproduce: $(READY)  ## compute every number, table and figure anew (small: 40 minutes on two cores with AMX, 80 on slower ones)
 	@$(RUN) reproduce $(CHOICE)
 
 resume: $(READY)  ## go on with an interrupted `make reproduce`, without repeating a finished configuration

@@ -13,7 +13,7 @@ binder: committed notebooks under what Binder gives, one core and 2 GiB of data 
 growth: each step of a user's work, on U-Nets of five widths with random weights. peak_mib: above
     the model, its inputs and the libraries (Linux). Rows that are there already are left alone.
 peak_memory: of sampling a digit from a packed model, for the rows of the poster's table and, in
-    results/mini/11_peak_memory.csv, the files of 11_files: above the interpreter with its
+    results/small/11_peak_memory.csv, the files of 11_files: above the interpreter with its
     libraries, on a CPU by the resident set (Linux). It varies by some tenths of a MiB.
 """
 
@@ -121,7 +121,7 @@ class Estimates:
 
     def __init__(self, width: int) -> None:
         torch.manual_seed(0)
-        trained = load_model(Workspace("mini"), width) if width == 16 else UNet(width).eval()
+        trained = load_model(Workspace("small"), width) if width == 16 else UNet(width).eval()
         self.model = trained.to(memory_format=torch.channels_last)
         self.names = list(quantizable(self.model))
         for name, weight in self.model.named_parameters():
@@ -243,7 +243,7 @@ def confine() -> None:
 
 
 def binder() -> Iterator[dict]:
-    """Every committed notebook of profile mini; seconds with its imports."""
+    """Every committed notebook of profile small; seconds with its imports."""
     with TemporaryDirectory() as folder:
         os.symlink(workspace.RESULTS, os.path.join(folder, "results"))
         how = {"environment": {"LAFQ_OUTPUT": folder}, "preexec_fn": confine}
@@ -368,7 +368,7 @@ def peaks_of_profile(profile: str) -> None:
     table = pd.DataFrame([row.key for row in rows], columns=study_rows.KEY)
     table["peak_mib"] = peaks(model, rows, work.device.type, compress=False)
     results.update(work, "peak_memory", table)
-    if profile == "mini":
+    if profile == "small":
         known = study_rows.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
         rows = study_rows.uniform_at_bits(model, known)
         bits = sorted({*p["BUDGET_BITS"], *(row.bits for row in rows)})

@@ -21,7 +21,7 @@ from lafq.study.diffusion.subject import load_model, mnist
 from lafq.study.workspace import Workspace, compute_on
 from lafq.tensors import save_tensors
 
-PROFILES = {16: "mini", 64: "paper"}
+PROFILES = {16: "small", 64: "paper"}
 SEED, GROUP = 0, 32
 ADAROUND_ITERATIONS = 1000  # per layer; AIMET's default of 15,000 would take hours here
 Batches = list[tuple[Tensor, Tensor]]

@@ -29,7 +29,7 @@ from lafq.study.diffusion.subject import load_model, mnist
 from lafq.study.workspace import Workspace, compute_on, load_optional, save_table
 
 WORK = Workspace("benchmarks")
-PROFILES = {16: "mini", 64: "paper"}  # whose weights a width has
+PROFILES = {16: "small", 64: "paper"}  # whose weights a width has
 SEED = 0
 # By width: noised digits behind a sensitivity, and digits that judge a plan made from it.
 SAMPLES, DIGITS = {16: 512, 64: 128}, {16: 500, 64: 100}

@@ -40,17 +40,17 @@ def test_every_parameter_of_a_profile_is_declared_where_it_is_used(profile):
 
 def test_profiles_name_the_same_parameters():
     names = {profile.stem: set(profile_parameters(profile.stem)) for profile in PROFILES}
-    assert names["mini"] == names["paper"] == names["smoke"]
+    assert names["small"] == names["paper"] == names["smoke"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_committed_defaults_are_minis_or_where_mini_does_not_run_it_papers(path):
-    runs = path in pages.notebooks(profile="mini")
-    mini = profile_parameters("mini" if runs else "paper")
+    runs = path in pages.notebooks(profile="small")
+    small = profile_parameters("small" if runs else "paper")
     values = publish.declared(path)
     assert values["COMPUTE"] is False
-    assert {n: v for n, v in values.items() if n in mini} == {
-        n: mini[n] for n in values if n in mini
+    assert {n: v for n, v in values.items() if n in small} == {
+        n: small[n] for n in values if n in small
     }
 
 
@@ -90,7 +90,7 @@ def test_first_cell_links_the_other_notebooks(path):
 
 def test_the_path_pattern_sees_a_path():
     assert MACHINE_PATH.search("in " + "/".join(("", "home", "someone", "lafq")))
-    assert not MACHINE_PATH.search("results/mini/samples/x.csv")
+    assert not MACHINE_PATH.search("results/small/samples/x.csv")
 
 
 def test_paper_stands_beside_mini_with_its_own_values_and_links():

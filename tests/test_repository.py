@@ -22,7 +22,7 @@ from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import load_tensors
 from tools import pages
 
-MINI = Workspace("mini")
+SMALL = Workspace("small")
 
 ROOT = workspace.ROOT
 DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
@@ -92,7 +92,7 @@ def test_files_and_headings_that_a_page_names_are_there(path):
             page, _, heading = link.partition("#")
             assert (path.parent / page).exists(), link
             assert not heading or heading in headings(path.parent / page), link
-    committed = r"`((?:lafq|tests|notebooks|benchmarks|figures/mini|results/mini)/[\w./-]+)`"
+    committed = r"`((?:lafq|tests|notebooks|benchmarks|figures/small|results/small)/[\w./-]+)`"
     for name in re.findall(committed, text):
         assert (ROOT / name).exists(), name
 
@@ -189,14 +189,14 @@ def test_a_new_threshold_rule_as_contributing_shows_it(tiny):
 
 
 def test_shipped_weights_are_those_of_the_profile():
-    _, metadata = load_tensors(workspace.RESULTS / "mini" / subject.WEIGHTS, "01_train")
-    mini = profile_parameters("mini")
-    assert metadata == mini["TRAINING"] | {"width": mini["WIDTH"], "seed": mini["SEED"]}
+    _, metadata = load_tensors(workspace.RESULTS / "small" / subject.WEIGHTS, "01_train")
+    small = profile_parameters("small")
+    assert metadata == small["TRAINING"] | {"width": small["WIDTH"], "seed": small["SEED"]}
 
 
 @pytest.fixture(scope="module")
 def comparison():
-    return workspace.load_table(MINI, "paper_comparison")
+    return workspace.load_table(SMALL, "paper_comparison")
 
 
 def test_comparison_has_its_columns_and_a_row_a_key(comparison):
@@ -218,7 +218,7 @@ def test_comparison_has_its_columns_and_a_row_a_key(comparison):
 
 def test_comparison_agrees_with_the_notebooks_tables(comparison):
     for name in ("01_baseline", "03_global", "04_group", "05_ratio_sweep"):
-        table = workspace.load_table(MINI, name).drop_duplicates(KEY)
+        table = workspace.load_table(SMALL, name).drop_duplicates(KEY)
         both = comparison.merge(table, on=KEY, suffixes=("", "_own"))
         assert len(both)
         for column in ("fid_mnist", "is_mnist", "kid_mnist", "mem_mib", "mem_share"):
@@ -229,7 +229,7 @@ def test_comparison_agrees_with_the_notebooks_tables(comparison):
 
 def test_equal_samples_have_equal_scores():
     rows = pd.concat(
-        [workspace.load_table(MINI, n) for n in ("03_global", "04_group", "05_ratio_sweep")]
+        [workspace.load_table(SMALL, n) for n in ("03_global", "04_group", "05_ratio_sweep")]
     )
     assert (rows.groupby("sample")["fid_mnist"].nunique() == 1).all()
     assert rows.groupby("sample").size().max() > 1

@@ -103,7 +103,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def block(name: str, profile: str = "mini") -> str:
+def block(name: str, profile: str = "small") -> str:
     """The text of one block; ValueError that names it where it is missing or no longer holds."""
     try:
         rendered = _environment().get_template(f"{name}.md.j2").render(profile=profile)
@@ -112,7 +112,7 @@ def block(name: str, profile: str = "mini") -> str:
     return re.sub(r"\n{3,}", "\n\n", rendered.strip())
 
 
-def filled(page: str, profile: str = "mini") -> str:
+def filled(page: str, profile: str = "small") -> str:
     """A page with its marked blocks up to date; ValueError for a mark without block or end."""
     page, count = MARKED.subn(lambda m: f"{m[1]}{block(m['name'], profile)}\n{m[3]}", page)
     if 2 * count != (marks := len(MARK.findall(page))):

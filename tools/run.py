@@ -149,7 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
         except ValueError:
             raise ValueError(f"{last} is damaged: delete it, and name what to run") from None
         print(f"resuming the last run: {asked}")
-    asked["profile"] = profile = asked["profile"] or "mini"
+    asked["profile"] = profile = asked["profile"] or "small"
     asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
     if arguments.weights:
         subject.take_weights(Workspace(profile), profile_parameters(profile), arguments.weights)

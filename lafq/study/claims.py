@@ -28,7 +28,7 @@ from lafq.study.results import load_rows
 from lafq.study.workspace import Workspace, load_optional, load_table
 
 # Inception features at N = 100: a third of the gain that the poster shows for ratio 0.35 over its
-# baseline (59.30 - 56.21 = 3.09). It was set on 2026-11-25, when the results of the mini profile
+# baseline (59.30 - 56.21 = 3.09). It was set on 2026-11-25, when the results of the small profile
 # were known, and of the poster's size the rows of its table at 100 steps; it is no preregistration
 # for those. The rows at 1,000 steps were drawn afterwards. On other features and at other N there
 # is no margin: differences are described.

@@ -287,7 +287,7 @@ def make_missing(profile: str, only: str = "", anew: bool = False) -> None:
 def main() -> int:
     """`make evidence`; errors are one sentence and exit status 1, with earlier steps kept."""
     parser = argparse.ArgumentParser(prog="lafq.study.long_runs")
-    parser.add_argument("--profile", default="mini")
+    parser.add_argument("--profile", default="small")
     parser.add_argument("--anew", action="store_true", help="make every step again")
     parser.add_argument("--only", default="", choices=["", "published", *STEPS])
     parser.add_argument("--published", type=Path, help="the authors' images: clone or npz file")

@@ -31,7 +31,7 @@ FIGURES = OUTPUT / "figures"
 
 DEVICES = ("auto", "cpu", "cuda")
 CPU = torch.device("cpu")
-MODELS = {"smoke": "profile smoke", "mini": "width 16", "paper": "width 64"}
+MODELS = {"smoke": "profile smoke", "small": "width 16", "paper": "width 64"}
 
 
 def profile_parameters(profile: str) -> dict[str, Any]:

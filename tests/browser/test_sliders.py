@@ -55,9 +55,9 @@ def lab(tmp_path):
     """
     (tmp_path / "notebooks").mkdir()
     shutil.copy(workspace.NOTEBOOKS / "00_explore.ipynb", tmp_path / "notebooks")
-    results = tmp_path / "output" / "results" / "mini"
+    results = tmp_path / "output" / "results" / "small"
     results.mkdir(parents=True)
-    shutil.copy(workspace.RESULTS / "mini" / WEIGHTS, results)
+    shutil.copy(workspace.RESULTS / "small" / WEIGHTS, results)
     kinds = ("CONFIG", "DATA", "RUNTIME")
     folders = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower()) for kind in kinds}
     with socket.socket() as free:

@@ -74,7 +74,7 @@ def test_equal_figures_are_equal_bytes(sandbox):
     assert saved() == saved()
 
 
-@pytest.mark.parametrize("profile", ["mini", "paper"])
+@pytest.mark.parametrize("profile", ["small", "paper"])
 def test_figures_name_the_width_of_their_profile(profile):
     assert workspace.MODELS[profile] == f"width {profile_parameters(profile)['WIDTH']}"
 

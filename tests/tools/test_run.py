@@ -49,7 +49,7 @@ def test_a_bad_setting_stops_before_anything_is_touched(setting, message, refuse
 
 @pytest.mark.parametrize("profile", ["huge", "../profiles/smoke"])
 def test_an_unknown_profile(profile, refused):
-    known = "choose one of mini, paper, smoke"
+    known = "choose one of small, paper, smoke"
     refused(f"unknown profile {profile!r}: {known}", "reproduce", "--profile", profile)
 
 
@@ -57,7 +57,7 @@ def test_no_such_notebook(refused):
     refused("no notebook's name begins with '99'", "resume", "--profile", "smoke", "--only", "99")
 
 
-@pytest.mark.parametrize("profile", ["smoke", "mini", "paper"])
+@pytest.mark.parametrize("profile", ["smoke", "small", "paper"])
 def test_profiles_fit_what_the_notebooks_declare(profile):
     parameters = run.check(profile, {"COMPUTE": False}, notebooks())
     assert parameters["PROFILE"] == profile
@@ -91,7 +91,7 @@ def test_without_a_profile_it_is_mini_also_beside_a_gpu(gpu, sandbox, monkeypatc
     asked = {}
     monkeypatch.setattr(run, "execute", lambda profile, *_, **__: asked.update(profile=profile))
     assert run.main() == 0
-    assert asked["profile"] == "mini"
+    assert asked["profile"] == "small"
 
 
 def run_notebook(folder, source):

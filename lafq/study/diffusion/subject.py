@@ -4,11 +4,12 @@ The rest of the study imports `mnist` and `unet` from here alone, so another dat
 model takes their place here.
 """
 
-import shutil
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lafq.study.diffusion.mnist import HELD_OUT, REFERENCE, SHAPE, mnist, unpadded
@@ -27,7 +28,8 @@ __all__ = ["HELD_OUT", "LAYERS", "REFERENCE", "SHAPE", "TIMESTEPS", "UNet", "lay
 __all__ += ["layer_sizes", "mnist", "quantizable", "unpadded"]
 
 CHECKPOINT = "checkpoint.safetensors"
-WEIGHTS = "ema.safetensors"
+WEIGHTS = "weights/model.safetensors.index.json"
+SHARD_BYTES = 45 * 2**20
 PACKED = "packed.safetensors"
 FISHER = "fisher.safetensors"
 # The groups that share a threshold under the rule "group".
@@ -48,37 +50,63 @@ def group_of(name: str) -> str:
     return groups[layer]
 
 
-def check_weights(work: Workspace, parameters: dict[str, Any], path: Path | None = None) -> None:
-    """Check the weights of a profile with these parameters, or those in the file `path`.
-
-    Raises FileNotFoundError when there are none, ValueError when they are damaged or were trained
-    with other settings than the profile's.
+def save_weights(work: Workspace, weights: dict[str, Tensor], **metadata: Any) -> None:
+    """Write trained weights, with how they were made, to results/<profile>/weights: safetensors
+    shards and an index, as the Hugging Face hub lays them out; the index names the shards' sha256.
     """
-    path = path or work.results / WEIGHTS
-    remedy = "give a file that has them with WEIGHTS=path, or train them anew with TRAIN=1"
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in weights.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = tensor
+    hashes, places, path = {}, {}, work.results / WEIGHTS
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_tensors(path.with_name(name), shard, **metadata)
+        hashes[name] = sha256(path.with_name(name))
+        places |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in weights.values())
+    about = {"total_size": total, "sha256": hashes, "training": metadata}
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps({"metadata": about, "weight_map": places}, indent=1) + "\n")
+
+
+def check_weights(work: Workspace, parameters: dict[str, Any]) -> list[Path]:
+    """The shards of a profile's weights.
+
+    Raises FileNotFoundError when one is missing, ValueError when one is damaged or they were
+    trained with other settings than these parameters name.
+    """
+    path, restore = work.results / WEIGHTS, f"`git checkout -- results/{work.profile}` restores it"
+    remedy = f"{restore}, or train anew with TRAIN=1"
     if not path.is_file():
         raise FileNotFoundError(f"the trained weights {path} are missing: {remedy}")
-    metadata = read_metadata(path)
-    settings = {"width": parameters["WIDTH"], "seed": parameters["SEED"], **parameters["TRAINING"]}
+    try:
+        about = json.loads(path.read_text())["metadata"]
+        shards, training = about["sha256"], about["training"]
+    except (ValueError, LookupError):
+        raise ValueError(f"{path} is damaged: {remedy}") from None
+    settings = {"width": parameters["WIDTH"]}
+    if "TRAINING" in parameters:
+        settings |= {"seed": parameters["SEED"], **parameters["TRAINING"]}
     for name, value in settings.items():
         # Weights made before a setting was there do not name it.
-        if (theirs := metadata.get(name, value)) != value:
+        if (theirs := training.get(name, value)) != value:
             differs = f"{name}={theirs}, profile {work.profile} has {value}"
             raise ValueError(f"{path} was trained with {differs}: {remedy}")
-
-
-def take_weights(work: Workspace, parameters: dict[str, Any], path: Path) -> None:
-    """Copy trained weights into results/<profile>/; errors as `check_weights`."""
-    check_weights(work, parameters, path)
-    with atomic_write(work.results / WEIGHTS) as temporary:
-        shutil.copyfile(path, temporary)
+    for shard in (paths := [path.with_name(name) for name in shards]):
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard} is missing: {remedy}")
+        if sha256(shard) != shards[shard.name]:
+            raise ValueError(f"{shard} is damaged, its sha256 is not the index's: {remedy}")
+    return paths
 
 
 def load_model(work: Workspace, width: int) -> UNet:
-    """The model with its trained EMA weights, in evaluation mode; errors as `load_tensors`."""
-    weights, _ = load_tensors(work.results / WEIGHTS, "01_train with TRAIN=1", width=width)
+    """The model with its trained EMA weights, in evaluation mode; errors as `check_weights`."""
     model = UNet(width)
-    model.load_state_dict(weights)
+    shards = [load_file(path) for path in check_weights(work, {"WIDTH": width})]
+    model.load_state_dict({name: tensor for shard in shards for name, tensor in shard.items()})
     return model.eval().to(work.device, memory_format=torch.channels_last)
 
 

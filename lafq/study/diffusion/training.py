@@ -22,9 +22,9 @@ from lafq.study.diffusion.subject import (
     HELD_OUT,
     SHAPE,
     TIMESTEPS,
-    WEIGHTS,
     UNet,
     mnist,
+    save_weights,
 )
 from lafq.study.workspace import Workspace
 from lafq.tensors import atomic_write, load_tensors, save_tensors
@@ -36,13 +36,13 @@ WINDOW = 50  # steps whose mean loss is a row of training.csv
 def train(
     work: Workspace, width: int, *, seed: int, steps: int, dropout: float, **settings: Any
 ) -> None:
-    """Train (or continue) a profile's model as `fit`; writes ema.safetensors and training.csv."""
+    """Train (or continue) a profile's model as `fit`; writes its weights and training.csv."""
     torch.manual_seed(seed)
     model = UNet(width, dropout).to(work.device, memory_format=torch.channels_last)
     digits, checkpoint = mnist(train=True)[0], work.build / CHECKPOINT
     weights, losses = fit(model, digits, checkpoint, steps=steps, seed=seed, **settings)
     about = {"width": width, "steps": steps, "seed": seed, "dropout": dropout, **settings}
-    save_tensors(work.results / WEIGHTS, weights, **about)
+    save_weights(work, weights, **about)
     loss = pd.Series(losses, index=range(1, steps + 1), name="loss")
     windows = loss.groupby(lambda step: -(-step // WINDOW) * WINDOW).mean()
     with atomic_write(work.results / "training.csv") as temporary:

@@ -9,11 +9,11 @@ from lafq.study.figures import budget_plots, fisher_plots, plots, text
 from lafq.study.fisher_by_timestep import by_layer
 from lafq.study.workspace import Workspace
 
-MINI, PAPER = Workspace("mini"), Workspace("paper")
+SMALL, PAPER = Workspace("small"), Workspace("paper")
 ROWS = ("03_global", "04_group", "05_ratio_sweep")
 
 
-def load(name, work=MINI):
+def load(name, work=SMALL):
     return workspace.load_table(work, name)
 
 
@@ -86,7 +86,7 @@ def test_every_row_of_the_budget_has_its_line():
 
 
 def test_differences_of_images_are_brighter():
-    table, samples = load("06_images"), workspace.load_images(MINI, "06_images")
+    table, samples = load("06_images"), workspace.load_images(SMALL, "06_images")
     axes = plt.subplots(len(table), 1)[1]
     plots.paired_digits(axes, table, samples, amplified=8)
     first, last = (np.asarray(ax.images[0].get_array()) for ax in (axes[0], axes[-1]))
