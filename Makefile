@@ -6,15 +6,16 @@ PROFILE ?=
 NOTEBOOK ?=
 TRAIN ?= 0
 SCHEDULER ?=
-WEIGHTS ?=
 PUBLISHED ?=
+IMAGES ?=
 RUN = $(BIN)/python -m tools.run
 # A file on one of two processes: some fixtures, and the cells of a notebook, belong together. Idle worker threads sleep, as spinning
 # ones would slow the other processes; alone, a process is faster with the default.
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile
 $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 to retrain, or 0))
+$(if $(filter-out fresh,$(IMAGES)),$(error IMAGES is '$(IMAGES)': give fresh, or leave it out))
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
-	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(WEIGHTS),--weights $(WEIGHTS))
+	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(filter fresh,$(IMAGES)),--set KEEP=false)
 
 .PHONY: help setup reproduce resume publish classifier evidence benchmark peers growth terrain packed verify test test-unit test-smoke test-fast test-kill test-browser site lint clean
 
@@ -22,9 +23,9 @@ CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOO
 
 help:  ## this list
 	@awk -F ':.*## ' '/^##@/ {print substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  options: PROFILE=smoke|small|paper  TRAIN=1 (retrain)  NOTEBOOK=03 (only that one)  WEIGHTS=path (trained weights)  SCHEDULER=tcp://host:8786 (sample on a Dask cluster)"
+	@echo "  options: PROFILE=smoke|small|paper  TRAIN=1 (retrain)  NOTEBOOK=03 (only that one)  IMAGES=fresh (draw all images anew)  SCHEDULER=tcp://host:8786 (sample on a Dask cluster)"
 
-reproduce: $(READY)  ## compute every number, table and figure anew (small: 40 minutes on two cores with AMX, 80 on slower ones)
+reproduce: $(READY)  ## compute the poster's tables and figures anew at its size (PROFILE=small: all studies, on a model that takes minutes)
 	@$(RUN) reproduce $(CHOICE)
 
 resume: $(READY)  ## go on with an interrupted `make reproduce`, without repeating a finished configuration
@@ -44,8 +45,8 @@ test-smoke:
 	@$(SMOKE) && rm -rf build/once && cp -R "$(TABLES)" build/once
 	@$(SMOKE) --only 01 && $(SMOKE) --only 04 && diff -r build/once "$(TABLES)"
 
-verify: $(READY)  ## check the committed results in minutes (paper: without its weights, and more with WEIGHTS=path)
-	@$(BIN)/python -m tools.verify $(if $(PROFILE),--profile $(PROFILE)) $(if $(WEIGHTS),--weights $(WEIGHTS))
+verify: $(READY)  ## check the committed results in minutes: hashes, scores, masks, bytes, and some images drawn again
+	@$(BIN)/python -m tools.verify $(if $(PROFILE),--profile $(PROFILE))
 
 clean:  ## remove .venv and build (results/ stays)
 	@rm -rf .venv build

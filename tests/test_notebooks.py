@@ -44,14 +44,13 @@ def test_profiles_name_the_same_parameters():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_committed_defaults_are_minis_or_where_mini_does_not_run_it_papers(path):
-    runs = path in pages.notebooks(profile="small")
-    small = profile_parameters("small" if runs else "paper")
+def test_committed_defaults_are_papers_or_where_paper_does_not_run_it_smalls(path):
+    runs = path in pages.notebooks(profile="paper")
+    profile = profile_parameters("paper" if runs else "small")
     values = publish.declared(path)
     assert values["COMPUTE"] is False
-    assert {n: v for n, v in values.items() if n in small} == {
-        n: small[n] for n in values if n in small
-    }
+    shared = values.keys() & profile.keys()
+    assert {n: values[n] for n in shared} == {n: profile[n] for n in shared}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -91,17 +90,3 @@ def test_first_cell_links_the_other_notebooks(path):
 def test_the_path_pattern_sees_a_path():
     assert MACHINE_PATH.search("in " + "/".join(("", "home", "someone", "lafq")))
     assert not MACHINE_PATH.search("results/small/samples/x.csv")
-
-
-def test_paper_stands_beside_mini_with_its_own_values_and_links():
-    folder = workspace.NOTEBOOKS / publish.PAPER
-    run = {path.name for path in pages.notebooks(profile="paper")}
-    assert run >= {path.name for path in folder.glob("*.ipynb")} >= {"01_train.ipynb"}
-    for path in folder.glob("*.ipynb"):
-        ours = publish.declared(path)
-        expected = profile_parameters("paper")
-        assert {n: v for n, v in ours.items() if n in expected} == {
-            n: expected[n] for n in ours if n in expected
-        }
-        first = nbformat.read(path, as_version=4).cells[0].source
-        assert all((folder / link).exists() for link in re.findall(r"\]\(([^)]+)\)", first))

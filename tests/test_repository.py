@@ -1,4 +1,5 @@
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torchvision
 import yaml
 
 from lafq.allocation import rules
+from lafq.quantization.formats import MIB
 from lafq.quantization.model import nbytes, resident_bytes
 from lafq.quantization.plan import make_plan
 from lafq.study import poster, workspace
@@ -19,7 +21,6 @@ from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import layer_of, quantizable
 from lafq.study.rows import KEY, Row, kept_share
 from lafq.study.workspace import Workspace, profile_parameters
-from lafq.tensors import load_tensors
 from tools import pages
 
 SMALL = Workspace("small")
@@ -189,9 +190,12 @@ def test_a_new_threshold_rule_as_contributing_shows_it(tiny):
 
 
 def test_shipped_weights_are_those_of_the_profile():
-    _, metadata = load_tensors(workspace.RESULTS / "small" / subject.WEIGHTS, "01_train")
-    small = profile_parameters("small")
-    assert metadata == small["TRAINING"] | {"width": small["WIDTH"], "seed": small["SEED"]}
+    for profile in ("small", "paper"):
+        p, index = profile_parameters(profile), workspace.RESULTS / profile / subject.WEIGHTS
+        training = json.loads(index.read_text())["metadata"]["training"]
+        assert training == p["TRAINING"] | {"width": p["WIDTH"], "seed": p["SEED"]}
+        shards = subject.check_weights(Workspace(profile), p)
+        assert all(path.stat().st_size <= 45 * MIB for path in shards)
 
 
 @pytest.fixture(scope="module")

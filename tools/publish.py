@@ -1,8 +1,6 @@
 """The committed notebooks and pages: written from results/, without computing anything."""
 
-import ast
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +11,10 @@ import nbformat
 from nbclient import NotebookClient
 
 from lafq.study import workspace
-from lafq.study.workspace import profile_parameters
 from lafq.tensors import atomic_write
 from tools import crate, pages
 from tools.pages import EXPLORER, notebooks
 
-PAPER = "paper"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
 
@@ -54,9 +50,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def publish(only: str = "") -> None:
-    """Fill and execute notebooks/ in place, COMPUTE false, and notebooks/paper/ with the values of
-    profile paper; then write the pages and the crate. Times of the last complete `make reproduce`
-    go to results/<profile>/timing.json.
+    """Fill and execute notebooks/ in place, COMPUTE false; then write the pages and the crate.
+
+    Times of the last complete `make reproduce` go to results/<profile>/timing.json.
     """
     for timing in workspace.BUILD.glob("*/timing.json"):
         asked = {path.stem for path in notebooks(profile=timing.parent.name)} - {EXPLORER}
@@ -64,47 +60,17 @@ def publish(only: str = "") -> None:
             write_text(workspace.RESULTS / timing.parent.name / timing.name, timing.read_text())
     for path in notebooks(only):
         notebook = nbformat.read(path, as_version=4)
-        _execute(notebook, path, declared(path)["PROFILE"])
-        if (beside := workspace.NOTEBOOKS / PAPER / path.name).is_file():
-            adapt(notebook, profile_parameters(PAPER))
-            _execute(notebook, beside, PAPER)
+        pages.fill_notebook(notebook, declared(path)["PROFILE"])
+        client = NotebookClient(notebook, record_timing=False, extra_arguments=QUIET_KERNEL)
+        client.resources = {"metadata": {"path": str(workspace.NOTEBOOKS)}}
+        client.execute()
+        clean(path, notebook)
+        print(f"{path.relative_to(workspace.ROOT)}: refreshed from results/")
     texts = {path: pages.filled(path.read_text()) for path in pages.PAGES}
     texts[crate.PATH] = json.dumps(crate.crate(), indent=1) + "\n"
     for path, text in texts.items():
         write_text(path, text)
         print(f"{path.relative_to(workspace.ROOT)}: refreshed from results/")
-
-
-def adapt(notebook: nbformat.NotebookNode, parameters: dict[str, Any]) -> None:
-    """Put a profile's values in a notebook's parameters cell, and its links a folder deeper."""
-    for cell in notebook.cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            cell.source = _with_values(cell.source, parameters)
-        if cell.cell_type == "markdown":
-            cell.source = re.sub(r"\]\(((?:\.\./)*[\w./]+)\)", r"](../\1)", cell.source)
-
-
-def _with_values(source: str, parameters: dict[str, Any]) -> str:
-    """The source with other values assigned, each on a line with the comment that stood there."""
-    lines = source.splitlines()
-    for node in reversed(ast.parse(source).body):
-        name = ast.unparse(node).split()[0]
-        if name in parameters:
-            comment = lines[node.end_lineno - 1][node.end_col_offset :]
-            literal = repr(parameters[name]).replace("'", '"')
-            value = f"{name} = {literal}{comment}"
-            # What is assigned in parts, with |=, stands whole in the first.
-            lines[node.lineno - 1 : node.end_lineno] = [value] * isinstance(node, ast.Assign)
-    return "\n".join(lines)
-
-
-def _execute(notebook: nbformat.NotebookNode, path: Path, profile: str) -> None:
-    pages.fill_notebook(notebook, profile)
-    client = NotebookClient(notebook, record_timing=False, extra_arguments=QUIET_KERNEL)
-    client.resources = {"metadata": {"path": str(workspace.NOTEBOOKS)}}
-    client.execute()
-    clean(path, notebook)
-    print(f"{path.relative_to(workspace.ROOT)}: refreshed from results/")
 
 
 def published() -> Path:

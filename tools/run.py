@@ -27,7 +27,8 @@ from papermill.exceptions import PapermillExecutionError
 
 from lafq.study import workspace
 from lafq.study.diffusion import subject
-from lafq.study.images import cluster
+from lafq.study.images import cluster, sampling
+from lafq.study.images.sampling import ImageStore
 from lafq.study.workspace import Workspace, profile_parameters
 from lafq.tensors import remove_leftovers
 from tools import verify
@@ -71,6 +72,8 @@ def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict
     known = {name: value for path in selected for name, value in declared(path).items()}
     every = {name: value for path in notebooks() for name, value in declared(path).items()} | known
     p = profile_parameters(profile)
+    if overrides.get("PROFILE", profile) != profile:
+        raise ValueError(f"PROFILE is set beside profile {profile}: name one, with --profile")
     for names, allowed in ((overrides, known), (p, every)):
         if unknown := sorted(set(names) - set(allowed)):
             names = ", ".join(sorted(allowed))
@@ -100,6 +103,7 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
     if anew:
         verify.keep_aside(work)
         shutil.rmtree(work.build / "samples", ignore_errors=True)
+        (work.build / sampling.COUNTED).unlink(missing_ok=True)
         if parameters["TRAIN"] and selected[0].stem == "01_train":
             (work.build / subject.CHECKPOINT).unlink(missing_ok=True)
     for path in selected:
@@ -119,6 +123,8 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
     print(f"tables: {work.results}\nfigures: {work.figures}\nexecuted notebooks: {work.build}")
     verify.report(work)
     print("`make publish` refreshes notebooks/ and README.md from these results")
+    counts = ImageStore(work).counts().items()
+    print("images:", ", ".join(f"{count:,} {how}" for how, count in counts))
 
 
 def _update(path: Path, key: str, value: Any) -> None:
@@ -149,10 +155,8 @@ def run(arguments: argparse.Namespace) -> None:
         except ValueError:
             raise ValueError(f"{last} is damaged: delete it, and name what to run") from None
         print(f"resuming the last run: {asked}")
-    asked["profile"] = profile = asked["profile"] or "small"
+    asked["profile"] = profile = asked["profile"] or "paper"
     asked["overrides"] = {"COMPUTE": True, **asked["overrides"]}
-    if arguments.weights:
-        subject.take_weights(Workspace(profile), profile_parameters(profile), arguments.weights)
     selected = notebooks(asked["only"], profile)
     parameters = check(profile, asked["overrides"], selected)
     write_text(last, json.dumps(asked))
@@ -165,9 +169,13 @@ def main() -> int:
     parser.add_argument("verb", choices=["reproduce", "resume", "publish", "published"])
     parser.add_argument("--profile", default="")
     parser.add_argument("--only", default="", help="run only notebooks that begin so, e.g. 03")
-    parser.add_argument("--weights", type=Path, help="trained weights, as 01_train writes them")
     parser.add_argument("--set", action="append", default=[], help="NAME=VALUE, a value in YAML")
     arguments = parser.parse_args()
+    # Kernels work in notebooks/, and draw into the page.
+    if os.environ.get("LAFQ_OUTPUT"):
+        os.environ["LAFQ_OUTPUT"] = str(workspace.OUTPUT.resolve())
+    if backend := os.environ.pop("MPLBACKEND", ""):
+        print(f"MPLBACKEND={backend} is left out: the notebooks draw into their pages")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "15")
     # What stops a notebook is told below, in one sentence.

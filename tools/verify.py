@@ -1,8 +1,8 @@
-"""Check the committed results of a profile, in minutes and without its FP32 weights: `make verify`.
+"""Check the committed results of a profile in minutes: `make verify`.
 
-Where images are kept, each file is held against its record, all scores are computed again, and a
-few images are drawn again, from the packed weights and, where they are given, from the FP32
-weights. Elsewhere the tables of the last run are compared with those before it (`report`).
+Where images are kept, each file is held against its record, all scores are computed again, the
+masks and bytes of the headline table from the weights, and a few images are drawn again. Elsewhere
+the tables of the last run are compared with those before it (`report`).
 """
 
 import argparse
@@ -18,29 +18,28 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from torch import nn
 
 from lafq.quantization.checkpoint import load_quantized
-from lafq.quantization.model import dequantize_, quantize
+from lafq.quantization.model import dequantize_
 from lafq.study import workspace
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import sample
-from lafq.study.diffusion.subject import UNet
+from lafq.study.diffusion.subject import UNet, mnist, quantizable
+from lafq.study.fisher_by_timestep import fisher_by_timestep
 from lafq.study.images import sampling
-from lafq.study.images.features import mnist_extractor
-from lafq.study.images.sampling import ImageStore
-from lafq.study.rows import uniform_rows
+from lafq.study.images.evaluate import GREY_LEVELS, REDRAWN, redraw
+from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
+from lafq.study.images.sampling import ImageStore, Sampling
+from lafq.study.rows import BASELINE, mask_sample, published_rows, sizes, uniform_rows
 from lafq.study.workspace import Workspace, compute_on, profile_parameters
 
 Check = tuple[bool | None, str]  # whether it holds (None: it was not made), and a line
-IMAGES = 4  # drawn again of a row
+HEADLINE, MASKS = "08_published", "08_masks"
 # Another processor, or other kernels on the same one, computes other last bits. Scores of equal
 # images: largest difference, besides the rounding of the tables to six digits.
 SCORES, ROUNDED = {"fid_mnist": 0.02, "is_mnist": 0.001, "kid_mnist": 0.02}, 5e-6
-# Images drawn again: mean absolute difference of a pixel, in grey levels of 255, over all images
-# compared. It was 0 with AVX2 kernels and batches of 8, where AVX-512 kernels had drawn batches of
-# 25; between uniform INT8 and FP32 it is 0.14.
-GREY_LEVELS = 0.02
+INCEPTION = {"fid_inception": 0.02, "kid_inception": 0.001}
+BYTES, FLIPS = 1e-4, 1e-4  # shares of FP32's bytes, and of mask entries
 TOLERANCES = Path(__file__).with_name("tolerances.yaml")
 SHOWN = 10  # cells that do not hold
 # Words that name the weights, the machine or a rounded number.
@@ -56,8 +55,15 @@ def keep_aside(work: Workspace) -> None:
     """Copy the tables of a profile to `before`, in place of what is there."""
     shutil.rmtree(before(work), ignore_errors=True)
     before(work).mkdir(parents=True)
-    for path in work.results.glob("*.csv"):
+    for path in [*work.results.glob("*.csv"), *work.results.glob("*_masks.npz")]:
         shutil.copy(path, before(work))
+
+
+def flipped(old: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> float:
+    """Share of the entries that differ in the masks of two runs (`rows.mask_sample`)."""
+    if old.keys() != new.keys():
+        raise ValueError(f"masks of {sorted(new)} are compared with those of {sorted(old)}")
+    return float(np.mean([np.unpackbits(bits ^ new[row]).mean() for row, bits in old.items()]))
 
 
 def cells(folder: Path, names: list[str]) -> pd.Series:
@@ -90,66 +96,100 @@ def report(work: Workspace) -> bool:
     print(f"equal verdicts: {verdicts.sum()} of {len(verdicts)}")
     for cell in off[:SHOWN].itertuples():
         print(f"  {cell.table}, row {cell.row}, {cell.column}: {cell.now} (before: {cell.before})")
+    for path in before(work).glob("*_masks.npz"):
+        with np.load(path) as old, np.load(work.results / path.name) as new:
+            share = flipped(dict(old), dict(new))
+        print(f"mask entries that flipped: {share:.2g} of all (at most {FLIPS:g})")
     return off.empty
 
 
-def check_tables(work: Workspace) -> Iterator[Check]:
-    """The classifier's scores of every row's images, computed again, against its table."""
-    extractor, allowed = mnist_extractor(), pd.Series(SCORES)
+def off_scores(table: pd.DataFrame, again: list[dict[str, float]], allowed: dict) -> Check:
+    """Scores computed again against a table's: the largest differences, and whether all hold."""
+    limits, old = pd.Series(allowed), table[list(allowed)]
+    off = ((pd.DataFrame(again)[list(allowed)] - old).abs() - ROUNDED * old.abs()).max().clip(0)
+    line = ", ".join(f"{n} {value:.2g} (at most {limits[n]:g})" for n, value in off.items())
+    return bool((off <= limits).all()), f"scores of {len(table)} rows, largest difference {line}"
+
+
+def check_tables(work: Workspace, inception_reference: int) -> Iterator[Check]:
+    """The classifier's scores of every row's images, computed again, against its table; of the
+    headline also Inception's.
+    """
 
     @cache
-    def scores(sample: str, count: int) -> dict[str, float]:
+    def scores(extractor: FeatureExtractor, sample: str, count: int) -> dict[str, float]:
         images = torch.from_numpy(ImageStore(work).images(sample, count))[:, None]
         return extractor.scores(extractor.features(images))
 
     for path in sorted(work.results.glob("*.csv")):
-        table = workspace.load_table(work, path.stem)
-        if {"sample", "n_images", "steps"} <= set(table.columns):
-            again = map(scores, table["sample"], table["n_images"])
-            old, new = table[allowed.index], pd.DataFrame(again)[allowed.index]
-            off = ((new - old).abs() - ROUNDED * old.abs()).max().clip(0)
-            largest = ", ".join(f"{n} {v:.2g} (at most {SCORES[n]:g})" for n, v in off.items())
-            line = f"{path.name}: scores of {len(table)} rows, largest difference {largest}"
-            yield bool((off <= allowed).all()), line
+        table, judged = workspace.load_table(work, path.stem), {mnist_extractor(): SCORES}
+        if not {"sample", "n_images", "fid_mnist"} <= set(table.columns):
+            continue
+        if path.stem == HEADLINE and (inception := inception_extractor(inception_reference)):
+            judged[inception] = INCEPTION
+        for extractor, allowed in judged.items():
+            again = [scores(extractor, *r) for r in table[["sample", "n_images"]].to_numpy()]
+            holds, line = off_scores(table, again, allowed)
+            yield holds, f"{path.name}: {line}"
 
 
-def models(
-    work: Workspace, weights: Path | None, p: dict[str, Any]
-) -> Iterator[tuple[str, nn.Module, pd.Series]]:
-    """What images can be drawn from: a name, the model, and its row."""
-    if (path := work.results / subject.PACKED).is_file():
-        row = workspace.load_table(work, "packed").query("rule == 'allocate'").iloc[0]
-        yield "packed weights", dequantize_(load_quantized(path, UNet(p["WIDTH"]))), row
-    if weights:
-        subject.take_weights(work, p, weights)
-        model = subject.load_model(work, p["WIDTH"])
-        yield "FP32", model, workspace.load_table(work, "01_baseline").iloc[0]
-        table = workspace.load_table(work, "03_global").query("rule == 'uniform'")
-        for row in uniform_rows(model):
-            small = dequantize_(quantize(model, row.plan))
-            yield f"uniform {row.format}", small, table[table["format"] == row.format].iloc[0]
+def check_masks(work: Workspace, model: UNet, p: dict[str, Any]) -> Iterator[Check]:
+    """Masks and bytes of the headline's rows, from the Fisher values of the weights."""
+    draws = {"samples": p["FISHER_SAMPLES"], "bins": p["TIMESTEP_BINS"], "seed": p["SEED"]}
+    digits, names = mnist(train=True)[0], list(quantizable(model))
+    fisher = fisher_by_timestep(model, names, digits, **draws).by_weight
+    table = workspace.load_table(work, HEADLINE)
+    rows = published_rows(model, fisher, p["PUBLISHED"]["ratios"], p["THRESHOLDS"])
+    again = sizes(model, [row.plan for row in rows])
+    off = (again["mem_share"] - table["mem_share"]).abs().max()
+    yield bool(off <= BYTES), f"bytes of {len(rows)} rows: largest difference {off:.2g} of FP32's"
+    kept = workspace.load_images(work, MASKS)
+    share = flipped(kept, mask_sample(model, rows))
+    yield share <= FLIPS, f"masks: {share:.2g} of the entries flipped (at most {FLIPS:g})"
 
 
-def checks(work: Workspace, weights: Path | None) -> Iterator[Check]:
-    """All checks, one after another; ValueError for a damaged file of images."""
-    p, store, folder = profile_parameters(work.profile), ImageStore(work), f"results/{work.profile}"
-    compute_on(p["THREADS"], "cpu")
+def check_drawn(work: Workspace, model: UNet, p: dict[str, Any]) -> Iterator[Check]:
+    """Images of the baseline, of uniform INT8 and of the packed weights, drawn again."""
+    how = Sampling(p["IMAGES"], p["SAMPLING_STEPS"], p["SEED"], p["SAMPLING_BATCH"])
+    table = redraw(work, model, [BASELINE, uniform_rows(model, ("int8",))[0]], how)
+    for row in table.itertuples():
+        yield row.within, f"{row.rule}: {drawn_again(row.n_images, row.steps, row.grey_levels)}"
+    if not (path := work.results / subject.PACKED).is_file():
+        yield None, f"packed weights: results/{work.profile}/{subject.PACKED} is missing"
+        return
+    row = workspace.load_table(work, "packed").query("rule == 'allocate'").iloc[0]
+    small = dequantize_(load_quantized(path, UNet(p["WIDTH"])))
+    images = sample(small, REDRAWN, row["steps"], p["SEED"], batch_size=REDRAWN)[:, 0].numpy()
+    off = np.abs(images.astype(int) - ImageStore(work).images(row["sample"], REDRAWN)).mean()
+    yield bool(off <= GREY_LEVELS), f"packed weights: {drawn_again(REDRAWN, row['steps'], off)}"
+
+
+def drawn_again(images: int, steps: int, off: float) -> str:
+    """What a line says of images drawn again."""
+    how = f"{images} images drawn again in {steps:,} steps"
+    return f"{how}, {off:.3g} of 255 grey levels per pixel (at most {GREY_LEVELS:g})"
+
+
+def checks(work: Workspace) -> Iterator[Check]:
+    """All checks, one after another; ValueError for a damaged file of images or weights."""
+    p, store = profile_parameters(work.profile), ImageStore(work)
     again = f"`make reproduce PROFILE={work.profile}`"
     if store.folder.is_dir():
+        shards = subject.check_weights(work, p)
+        yield True, f"checksums of the weights: {len(shards)} shards"
         files = [sampling.read(path)[0] for path in sorted(store.folder.glob("*.npz"))]
         yield bool(files), f"checksums of {len(files)} files, {sum(map(len, files)):,} images"
-        yield from check_tables(work)
-        for name, model, row in models(work, weights, p):
-            images = sample(model, IMAGES, row["steps"], p["SEED"], batch_size=IMAGES)[:, 0].numpy()
-            off = np.abs(images.astype(int) - store.images(row["sample"], IMAGES)).mean()
-            line = f"{IMAGES} images drawn again, {off:.3g} of 255 grey levels per pixel"
-            yield bool(off <= GREY_LEVELS), f"{name}: {line} (at most {GREY_LEVELS:g})"
-        if not (work.results / subject.PACKED).is_file():
-            yield None, f"packed weights: {folder}/{subject.PACKED} is missing"
-        if not weights:
-            yield None, "rows drawn from the FP32 weights: give them with WEIGHTS=path"
-        yield None, f"Inception scores, intervals, Fisher information: {again} computes them"
+        model = subject.load_model(work, p["WIDTH"])
+        yield from check_drawn(work, model, p)
+        yield from check_tables(work, p["INCEPTION_REFERENCE"])
+        if (work.results / f"{HEADLINE}.csv").is_file():
+            yield from check_masks(work, model, p)
+        yield (
+            None,
+            f"Inception scores of the other tables, intervals, claims: {again} computes them",
+        )
     elif p["KEEP"]:
+        folder = f"results/{work.profile}"
         raise ValueError(f"{folder}/samples is missing: `git checkout -- {folder}` restores it")
     elif not any(before(work).glob("*.csv")):
         raise ValueError(f"nothing to compare with: {again} keeps the earlier tables aside")
@@ -161,11 +201,12 @@ def main() -> int:
     """Print a line per check; exit status 1 where one does not hold."""
     parser = argparse.ArgumentParser(prog="tools.verify")
     parser.add_argument("--profile", default="paper")
-    parser.add_argument("--weights", type=Path)
     args = parser.parse_args()
     words, failed = {True: "ok", False: "FAILED", None: "not checked"}, 0
     try:
-        for holds, line in checks(Workspace(args.profile), args.weights):
+        p = profile_parameters(args.profile)
+        device = compute_on(p["THREADS"], p["DEVICE"])
+        for holds, line in checks(Workspace(args.profile, device, keep=p["KEEP"])):
             print(f"{words[holds]}: {line}", flush=True)
             failed += holds is False
     except (ValueError, OSError, RuntimeError) as error:

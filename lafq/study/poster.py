@@ -59,7 +59,7 @@ COLUMNS = [
     *("fid_paper", "is_paper", "mem_paper_mib", "mem_share_paper", "mem_mib", "mem_share"),
     *("n_images", "steps", "same_machine"),
     *(f"{delta}{metric}_{features}{end}" for features, metric, delta, end in _SCORES),
-    *("rmse", "psnr", "class_changed", *(f"delta_loss{end}" for end in ENDS)),
+    *("rmse", "psnr", "class_changed"),
 ]
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from lafq.allocation.coded import allocate_coded
 from lafq.allocation.frontiers import ALLOCATED
 from lafq.allocation.rules import RULES, Scores, by_granularity, keep_above, threshold_grid
 from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
-from lafq.quantization.channels import ChannelView, counted_bytes
+from lafq.quantization.channels import ChannelView, counted_bytes, weight_spec
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS, get_format
 from lafq.quantization.model import bits_per_weight, dequantize_, kept_weights, nbytes, quantize
@@ -146,6 +147,27 @@ def packed(model: nn.Module, row: Row, seed: int) -> nn.Module:
         digits = noised_batches(mnist(train=True)[0], row.tuned * BATCH, seed + 2, BATCH)
         tune(model, small, digits, row.tuned)
     return small
+
+
+def mask_sample(model: nn.Module, rows: Sequence[Row], count: int = 2**17) -> dict[str, np.ndarray]:
+    """Of every row of a threshold rule, by rule and setting, which of `count` weights, drawn with
+    replacement, it keeps, as packed bits: what a run on another machine is compared with.
+    """
+    weights, bits = quantizable(model), {}
+    chosen = torch.randint(_weights(model), (count,), generator=generator(0))
+    for row in rows:
+        if row.rule in RULES:
+            kept = torch.cat([_kept(row.plan, n, w.shape).flatten() for n, w in weights.items()])
+            bits[f"{row.rule} {row.target or row.setting}"] = np.packbits(kept[chosen].numpy())
+    return bits
+
+
+def _kept(plan: Entries, name: str, shape: torch.Size) -> Tensor:
+    """Which weights of a tensor a plan keeps in FP32."""
+    if name not in plan:
+        return torch.ones(shape, dtype=torch.bool)
+    mask = weight_spec(plan[name]).keep_mask
+    return torch.zeros(shape, dtype=torch.bool) if mask is None else mask.cpu().expand(shape)
 
 
 def sizes(model: nn.Module, plans: list[Entries]) -> pd.DataFrame:

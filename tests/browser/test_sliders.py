@@ -16,7 +16,6 @@ import pytest
 import urllib3
 
 from lafq.study import workspace
-from lafq.study.diffusion.subject import WEIGHTS
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="make test-browser installs Playwright"
@@ -55,9 +54,8 @@ def lab(tmp_path):
     """
     (tmp_path / "notebooks").mkdir()
     shutil.copy(workspace.NOTEBOOKS / "00_explore.ipynb", tmp_path / "notebooks")
-    results = tmp_path / "output" / "results" / "small"
-    results.mkdir(parents=True)
-    shutil.copy(workspace.RESULTS / "small" / WEIGHTS, results)
+    weights = Path("results") / "small" / "weights"
+    shutil.copytree(workspace.ROOT / weights, tmp_path / "output" / weights)
     kinds = ("CONFIG", "DATA", "RUNTIME")
     folders = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower()) for kind in kinds}
     with socket.socket() as free:

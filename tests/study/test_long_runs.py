@@ -19,7 +19,6 @@ from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images import sampling
 from lafq.study.long_runs import Experiment
 from lafq.study.workspace import Workspace, profile_parameters
-from lafq.tensors import save_tensors
 
 SMOKE = Workspace("smoke")
 
@@ -74,7 +73,7 @@ def smoke(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RESULTS", "FIGURES", "BUILD"):
             patch.setattr(workspace, name, folder / name.lower())
-        save_tensors(SMOKE.results / subject.WEIGHTS, dict(model.named_parameters()), width=4)
+        subject.save_weights(SMOKE, dict(model.named_parameters()), width=4)
         weights = quantizable(model)
         values = {n: torch.rand(w.shape, generator=generator(0)) for n, w in weights.items()}
         subject.save_fisher(SMOKE, values, 4)
@@ -141,7 +140,7 @@ def test_steps_that_are_there_are_left_alone(sandbox, monkeypatch, capsys):
 
 
 def test_missing_fisher_information_is_one_sentence(sandbox, capsys, tiny):
-    save_tensors(SMOKE.results / subject.WEIGHTS, dict(tiny.named_parameters()), width=4)
+    subject.save_weights(SMOKE, dict(tiny.named_parameters()), width=4)
     assert evidence("--only", "evidence_rows") == 1
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "fisher.safetensors" in line and "02_fisher with COMPUTE=True" in line
@@ -238,7 +237,7 @@ def test_the_packed_file_is_the_row_that_was_measured(smoke, monkeypatch):
 
 def test_packed_weights_never_stand_in_for_the_trained_ones(sandbox, tiny):
     save_quantized(SMOKE.results / subject.PACKED, quantize(tiny, {}), tiny)
-    with pytest.raises(FileNotFoundError, match=r"ema.safetensors is missing: run 01_train with"):
+    with pytest.raises(FileNotFoundError, match=r"the trained weights .* are missing"):
         subject.load_model(SMOKE, 4)
 
 

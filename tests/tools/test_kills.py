@@ -46,7 +46,7 @@ def run(folder, last):
     settings = dict(batch_size=2, peak=1e-3, warmup=2, decay=2, seed=0, bf16=False, ema_decay=0.9)
     checkpoint, digits = work.build / subject.CHECKPOINT, mnist(train=False)[0][:16]
     ema, _ = fit(model, digits, checkpoint, steps=6, every=2, **settings)
-    subject.save_tensors(work.results / subject.WEIGHTS, ema, width=4)
+    subject.save_weights(work, ema, width=4)
     model = subject.load_model(work, 4)
     made = evaluate(work, model, uniform_rows(model, ("int8",)), Sampling(4, 2, 0, 2))
     results.save_rows(work, "rows", *made)

@@ -37,6 +37,8 @@ def refused(monkeypatch, capsys):
         ("IMAGES", "IMAGES is None: it must be of type int"),
         ("SEED=-1", "SEED is -1: it must lie in [0, inf]"),
         ("RATIOS=[0.3, 1.2]", "RATIOS is 1.2: it must lie in [0, 1]"),
+        ("RATIOS=[.nan]", "RATIOS is nan: it must lie in [0, 1]"),
+        ("PROFILE=small", "PROFILE is set beside profile smoke: name one"),
         ("RATIOS=[]", "RATIOS is []: it must have at least one value"),
         ("RATIOS=[", "--set 'RATIOS=[' is not NAME=VALUE"),
         ("TRAINING={steps: 5}", "TRAINING is {'steps': 5}: it must name batch_size too"),
@@ -49,7 +51,7 @@ def test_a_bad_setting_stops_before_anything_is_touched(setting, message, refuse
 
 @pytest.mark.parametrize("profile", ["huge", "../profiles/smoke"])
 def test_an_unknown_profile(profile, refused):
-    known = "choose one of small, paper, smoke"
+    known = "choose one of paper, small, smoke"
     refused(f"unknown profile {profile!r}: {known}", "reproduce", "--profile", profile)
 
 
@@ -71,8 +73,8 @@ def test_a_folder_that_cannot_be_written_stops_before_any_work(sandbox, monkeypa
 
 
 def test_paper_without_its_weights_names_the_remedies(sandbox, refused):
-    path = workspace.RESULTS / "paper" / "ema.safetensors"
-    remedy = "give a file that has them with WEIGHTS=path, or train them anew with TRAIN=1"
+    path = workspace.RESULTS / "paper" / "weights" / "model.safetensors.index.json"
+    remedy = "`git checkout -- results/paper` restores it, or train anew with TRAIN=1"
     refused(f"the trained weights {path} are missing: {remedy}", "reproduce", "--profile", "paper")
     assert not workspace.BUILD.exists()
 
@@ -84,14 +86,14 @@ def test_a_damaged_record_of_the_last_run(sandbox, refused):
 
 
 @pytest.mark.parametrize("gpu", [True, False])
-def test_without_a_profile_it_is_mini_also_beside_a_gpu(gpu, sandbox, monkeypatch):
+def test_without_a_profile_it_is_paper_also_beside_a_gpu(gpu, sandbox, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(sys, "argv", ["tools.run", "reproduce"])
     monkeypatch.setattr(run, "check", lambda *_: {})
     asked = {}
     monkeypatch.setattr(run, "execute", lambda profile, *_, **__: asked.update(profile=profile))
     assert run.main() == 0
-    assert asked["profile"] == "small"
+    assert asked["profile"] == "paper"
 
 
 def run_notebook(folder, source):

@@ -9,75 +9,85 @@ from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import quantize
 from lafq.study import results, workspace
 from lafq.study.diffusion import subject
-from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.images.evaluate import evaluate
+from lafq.study.diffusion.subject import UNet, mnist, quantizable
+from lafq.study.fisher_by_timestep import fisher_by_timestep
+from lafq.study.images.evaluate import GREY_LEVELS, evaluate
 from lafq.study.images.sampling import ImageStore, Sampling
-from lafq.study.rows import BASELINE, Row, uniform_rows
+from lafq.study.rows import BASELINE, Row, mask_sample, published_rows, uniform_rows
 from lafq.study.workspace import Workspace, profile_parameters
-from lafq.tensors import save_tensors
 from tools import verify
 
-SMOKE = Workspace("smoke", keep=True)
+SMOKE, P = Workspace("smoke", keep=True), profile_parameters("smoke")
+DRAW = Sampling(P["IMAGES"], P["SAMPLING_STEPS"], P["SEED"], P["SAMPLING_BATCH"])
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A folder with tables, their images, packed weights and the FP32 weights."""
+    """A folder with weights, the headline's and other tables, their images, and packed weights."""
     folder, model = tmp_path_factory.mktemp("verify"), UNet(4).eval()
-    training = profile_parameters("smoke")["TRAINING"]
-    weights = dict(model.named_parameters())
-    save_tensors(folder / "weights.safetensors", weights, width=4, seed=0, **training)
     plan = dict.fromkeys(quantizable(model), "int4")
     packed = Row("allocate", "1 MiB", "coded", "channel", "feedback", plan, made={"rounding": "x"})
-    tables = {
-        "01_baseline": ([BASELINE], 8),
-        "03_global": (uniform_rows(model), 8),
-        "packed": ([packed], 8),
-        "evidence_int4": ([BASELINE], 12),  # the same row with more images
-    }
+    draws = {"samples": P["FISHER_SAMPLES"], "bins": P["TIMESTEP_BINS"], "seed": P["SEED"]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workspace, "RESULTS", folder / "results")
-        for name, (rows, images) in tables.items():
-            made = evaluate(SMOKE, model, rows, Sampling(images, 2, 0, 4))
-            results.save_rows(SMOKE, name, *made)
+        for name in ("RESULTS", "BUILD"):
+            patch.setattr(workspace, name, folder / name.lower())
+        weights = dict(model.named_parameters())
+        subject.save_weights(SMOKE, weights, width=4, seed=P["SEED"], **P["TRAINING"])
+        images, names = mnist(train=True)[0], list(quantizable(model))
+        fisher = fisher_by_timestep(model, names, images, **draws).by_weight
+        subject.save_fisher(SMOKE, fisher, 4, **draws)
+        published = published_rows(model, fisher, P["PUBLISHED"]["ratios"], P["THRESHOLDS"])
+        tables = {
+            "01_baseline": ([BASELINE], DRAW),
+            "03_global": (uniform_rows(model), DRAW),
+            "packed": ([packed], DRAW),
+            "evidence_int4": ([BASELINE], DRAW._replace(images=6, batch=4)),
+            verify.HEADLINE: (published, DRAW._replace(steps=P["PUBLISHED"]["steps"])),
+        }
+        for name, (rows, sampling) in tables.items():
+            results.save_rows(SMOKE, name, *evaluate(SMOKE, model, rows, sampling))
+        masks = mask_sample(model, published)
+        workspace.save_arrays(SMOKE.results / f"{verify.MASKS}.npz", masks)
         save_quantized(SMOKE.results / subject.PACKED, quantize(model, plan), model)
     return folder
 
 
 @pytest.fixture
 def made(tree, sandbox):
-    """The path of the FP32 weights, beside a copy of all the rest."""
+    """A copy of the tree in the workspace's place."""
     shutil.copytree(tree, sandbox, dirs_exist_ok=True)
-    return sandbox / "weights.safetensors"
 
 
-def failing(weights=None):
-    return [line for holds, line in verify.checks(SMOKE, weights) if holds is False]
+def failing():
+    return [line.partition(":")[0] for holds, line in verify.checks(SMOKE) if holds is False]
 
 
 @pytest.mark.slow
 def test_all_that_is_right_holds(made, monkeypatch, capsys):
-    lines = dict(reversed(check) for check in verify.checks(SMOKE, made))
-    assert list(lines.values()) == [True] * 9 + [None]
+    lines = dict(reversed(check) for check in verify.checks(SMOKE))
+    assert list(lines.values()) == [True] * 12 + [None]
     [packed] = [line for line in lines if line.startswith("packed weights")]
-    assert "4 images drawn again, 0 of 255 grey levels" in packed
+    assert "4 images drawn again in 2 steps, 0 of 255 grey levels" in packed
     monkeypatch.setattr("sys.argv", ["tools.verify", "--profile", "smoke"])
     assert verify.main() == 0
     printed = capsys.readouterr().out
-    assert "not checked: rows drawn from the FP32 weights: give them with WEIGHTS=path" in printed
+    assert "not checked: Inception scores of other tables" in printed
     assert printed.endswith("checks that failed: 0\n")
 
 
 @pytest.mark.slow
-def test_a_changed_number_a_damaged_file_and_other_weights_are_found(
+def test_a_changed_number_flipped_masks_a_damaged_file_and_other_weights_are_found(
     made, tiny, monkeypatch, capsys
 ):
     table = workspace.load_table(SMOKE, "03_global")
     workspace.save_table(SMOKE, "03_global", table.assign(fid_mnist=table["fid_mnist"] + 0.1))
+    masks = workspace.load_images(SMOKE, verify.MASKS)
+    masks = {row: bits ^ np.uint8(row.startswith("ratio")) for row, bits in masks.items()}
+    workspace.save_arrays(SMOKE.results / f"{verify.MASKS}.npz", masks)
     with torch.no_grad():
         tiny.out2.weight.mul_(0.5)
     save_quantized(SMOKE.results / subject.PACKED, quantize(tiny, {}), tiny)
-    assert [line.partition(":")[0] for line in failing()] == ["03_global.csv", "packed weights"]
+    assert failing() == ["packed weights", "03_global.csv", "masks"]
     next(ImageStore(SMOKE).folder.iterdir()).write_bytes(b"")
     monkeypatch.setattr("sys.argv", ["tools.verify", "--profile", "smoke"])
     assert verify.main() == 1
@@ -96,11 +106,11 @@ def test_a_profile_that_keeps_no_images_is_compared_with_the_tables_before(sandb
 
 def test_missing_images_of_a_profile_that_keeps_them(sandbox):
     with pytest.raises(ValueError, match="results/paper/samples is missing: `git checkout"):
-        list(verify.checks(Workspace("paper"), None))
+        list(verify.checks(Workspace("paper")))
 
 
 @pytest.mark.slow
 def test_the_tolerance_is_below_one_flipped_image(made):
     row = next(workspace.load_table(SMOKE, "01_baseline").itertuples())
     kept = ImageStore(SMOKE).images(row.sample, 4).astype(int)
-    assert np.abs(kept - kept[::-1]).mean() > verify.GREY_LEVELS
+    assert np.abs(kept - kept[::-1]).mean() > GREY_LEVELS

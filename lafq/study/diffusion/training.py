@@ -111,7 +111,6 @@ def fit(
     steps: int,
     ema_decay: float,
     every: int = 250,
-    compile: bool = False,
     **settings: Any,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Train, on from `checkpoint` if there is one, and return the EMA weights and all losses;
@@ -119,13 +118,10 @@ def fit(
 
     The checkpoint is rewritten every `every` steps; ValueError when it is damaged or belongs to
     other settings. A run may be prolonged as long as its learning rate has not begun to fall.
-    compile: torch.compile is faster and rounds differently.
     """
     record = {"width": model.width, "dropout": model.dropout, "ema_decay": ema_decay}
-    record |= {"compile": compile, **settings}
+    record |= settings
     ema = ema_of(model, ema_decay)
-    if compile:
-        model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     kept: dict[str, Tensor] = {"loss": torch.empty(0)}
     if checkpoint.is_file():

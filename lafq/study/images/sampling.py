@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from lafq.study.diffusion.ddpm import sample
 from lafq.study.workspace import Workspace, kind_of_machine, save_arrays
 
 Recipe = dict[str, Any]
+COUNTED = "images.csv"
 REMEDY = "delete it, and the next run draws its images anew"
 
 
@@ -105,9 +107,6 @@ class RowFiles(NamedTuple):
         images, record = read(path)
         if len(images) != len(batch) or any(record[n] != v for n, v in self.about.items()):
             raise ValueError(f"{path} holds the images of another row: {REMEDY}")
-        if record["drawn_from"] != self.weights and record["machine"] == kind_of_machine():
-            other = "was drawn on this kind of machine from other weights than its recipe gives now"
-            raise ValueError(f"{path} {other}: {REMEDY}")
         return images, record["machine"]
 
 
@@ -149,11 +148,33 @@ class ImageStore:
         if sampling.images < 1:
             raise ValueError(f"{sampling.images} images asked for: at least one is needed")
         files, (_, *how) = self.files(model, sampling, recipe), sampling
-        for batch in files.missing:
+        missing = files.missing
+        for batch in missing:
             drawn = sample(model, len(batch), *how, label, first=batch.start)
             files.keep(batch, drawn.numpy(), kind_of_machine())
+        for batch in files.paths:
+            self.count(files.key, batch, "drawn" if batch in missing else "taken")
         images, machines = zip(*map(files.read, files.paths), strict=True)
         return Sampled(files.key, torch.from_numpy(np.concatenate(images)), frozenset(machines))
+
+    def count(self, key: str, batch: range, how: str) -> None:
+        """Note in build/<profile>/images.csv that images were drawn, taken or compared."""
+        path = self.work.build / COUNTED
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(f"{key},{batch.start},{len(batch)},{how}\n")
+
+    def counts(self) -> dict[str, int]:
+        """How many images were drawn, taken and compared since images.csv was begun."""
+        path, columns = self.work.build / COUNTED, ["key", "first", "images", "how"]
+        table = (
+            pd.read_csv(path, names=columns) if path.is_file() else pd.DataFrame(columns=columns)
+        )
+        table["again"] = table["how"] == "compared"
+        # What was drawn in a run, and then read in it, was drawn.
+        table = table.drop_duplicates(["key", "first", "again"])
+        of = table.groupby("how")["images"].sum()
+        return {how: int(of.get(how, 0)) for how in ("drawn", "taken", "compared")}
 
     def images(self, key: str, count: int) -> np.ndarray:
         """The first `count` kept images of a row, uint8 (N, 32, 32), by its key, the `sample` of

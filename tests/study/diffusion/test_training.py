@@ -81,3 +81,10 @@ def test_compile_is_a_setting_of_the_checkpoint(digits, tmp_path, monkeypatch):
     assert len(compiled) == 1
     with pytest.raises(ValueError, match="made with compile=True, not False"):
         run(tmp_path / "a", digits, steps=2)
+
+
+def test_held_out_losses_are_those_of_the_digits_and_the_seed(tiny):
+    first = training.held_out_losses(tiny, seed=0, digits=20)
+    assert torch.equal(first, training.held_out_losses(tiny, seed=0, digits=20))
+    assert first.shape == (20,)
+    assert 0.5 < first.mean() < 2

@@ -12,13 +12,13 @@ from lafq.quantization.model import quantize, resident_bytes
 from lafq.study import workspace
 from lafq.study.diffusion import ddpm
 from lafq.study.diffusion.ddpm import noised_batches
+from lafq.study.diffusion.subject import save_weights
 from lafq.study.diffusion.unet import UNet, layer_of, quantizable
 from lafq.study.figures import explorer
 from lafq.study.figures.explorer import Setting, Subject
 from lafq.study.images.sampling import Sampling
 from lafq.study.rows import rule_scores
 from lafq.study.workspace import Workspace
-from lafq.tensors import save_tensors
 from tools import pages, publish
 
 SMOKE = Workspace("smoke")
@@ -149,9 +149,9 @@ def test_the_picture_follows_the_sliders(subject, capsys):
 
 
 def test_only_the_weights_are_needed(tiny, sandbox):
-    with pytest.raises(FileNotFoundError, match="run 01_train with TRAIN=1 first"):
+    with pytest.raises(FileNotFoundError, match="train anew with TRAIN=1"):
         explorer.subject(SMOKE, 4, Sampling(2, 2, 0), samples=8)
-    save_tensors(SMOKE.results / "ema.safetensors", tiny.state_dict(), width=4)
+    save_weights(SMOKE, tiny.state_dict(), width=4)
     subject = explorer.subject(SMOKE, 4, Sampling(2, 2, 0), samples=8)
     calibration, validation = subject.calibration.fisher, subject.validation.fisher
     assert set(quantizable(tiny)) == set(calibration) < set(validation)
