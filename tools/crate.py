@@ -25,7 +25,8 @@ def crate() -> Entity:
     """A root dataset, the committed results' files, and one action per notebook and profile."""
     about = yaml.safe_load((workspace.ROOT / "CITATION.cff").read_text())
     paper, actions = about["references"][0], []
-    files = [_file(workspace.RESULTS / "small" / WEIGHTS)]
+    indices = [workspace.RESULTS / profile / WEIGHTS for profile in ("paper", "small")]
+    files = [_file(path) for index in indices for path in sorted(index.parent.iterdir())]
     records = workspace.RESULTS.glob("*/record.json")
     for record in sorted(path for path in records if path.parent.name != "smoke"):
         for notebook, parameters in sorted(json.loads(record.read_text())["notebooks"].items()):

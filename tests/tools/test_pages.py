@@ -10,7 +10,6 @@ from lafq.study import workspace
 from tools import pages, publish
 
 BLOCKS = sorted(path.name.removesuffix(".md.j2") for path in pages.BLOCKS.glob("[!_]*.md.j2"))
-PAPER = sorted((workspace.NOTEBOOKS / "paper").glob("*.ipynb"))
 # Names, definitions and limits; every other number of a block is a value of a table.
 TYPED = re.compile(
     r"(INT|FP|MIDRISE|bfloat|sha)\d+|\b[CRN]\d\b|Layers? ?\d(-\d)?|`[^`]*`"  # names
@@ -28,9 +27,7 @@ def test_numbers_on_a_page_are_those_of_results(path):
     assert pages.filled(text) == text
 
 
-@pytest.mark.parametrize(
-    "path", pages.notebooks() + PAPER, ids=lambda p: f"{p.parent.name}-{p.stem}"
-)
+@pytest.mark.parametrize("path", pages.notebooks(), ids=lambda p: p.stem)
 def test_numbers_in_a_notebooks_text_are_those_of_results(path):
     profile = publish.declared(path)["PROFILE"]
     for cell in nbformat.read(path, as_version=4).cells:
