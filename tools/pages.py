@@ -97,9 +97,9 @@ def _environment() -> jinja2.Environment:
     helpers = [rows, row, record, file, exponent, bits_of_equal_damage]
     helpers += [profile_parameters, text.interval, text.table, text.markdown, text.holds, text.name]
     environment.globals |= {helper.__name__: helper for helper in helpers}
-    names = [path.stem for path in notebooks()]
-    environment.globals |= {"poster": poster, "reference": REFERENCE, "notebooks": names}
-    environment.globals["CLAIMS"] = text.CLAIMS | text.NOTE
+    about = yaml.safe_load((workspace.ROOT / "CITATION.cff").read_text())
+    environment.globals |= {"poster": poster, "citation": about, "CLAIMS": text.CLAIMS | text.NOTE}
+    environment.globals |= {"reference": REFERENCE, "notebooks": [p.stem for p in notebooks()]}
     return environment
 
 

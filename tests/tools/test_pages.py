@@ -12,7 +12,7 @@ from tools import pages, publish
 BLOCKS = sorted(path.name.removesuffix(".md.j2") for path in pages.BLOCKS.glob("[!_]*.md.j2"))
 # Names, definitions and limits; every other number of a block is a value of a table.
 TYPED = re.compile(
-    r"(INT|FP|MIDRISE|bfloat|sha)\d+|\b[CRN]\d\b|Layers? ?\d(-\d)?|`[^`]*`"  # names
+    r"(INT|FP|MIDRISE|bfloat|sha)\d+|\b[CRN]\d\b|Layers? ?\d(-\d)?|`[^`]*`|SA[_ ]3\.0"  # names
     r"|0\.35-0\.40|t (<|>=|<=|=) (1|500)\b|batch 64 |\(15 epochs\)|\(1 \+ r\) / 2"  # the poster's
     r"|32x32|28x28|500 real|2\*\*20|255 grey|95 % interval"
     r"|(below|Below|contains?) [01]\b|\b(1|2|3|6|8|64|2 to 32)( FID| bits?| dB| passes)"
@@ -89,6 +89,13 @@ def test_a_comparison_that_no_longer_holds_stops_with_the_blocks_name(typed):
     typed["said.md.j2"] = typed["said.md.j2"].replace("<", ">")
     with pytest.raises(ValueError, match=r"docs/blocks/said\.md\.j2.*no longer"):
         pages.block("said")
+
+
+def test_the_badge_opens_binder_once_the_address_is_known(monkeypatch):
+    address = {"repository-code": "https://github.com/us/lafq"}
+    monkeypatch.setitem(pages._environment().globals, "citation", address)
+    link = "(https://mybinder.org/v2/gh/us/lafq/HEAD?labpath=notebooks/00_explore.ipynb)"
+    assert link in pages.block("badges")
 
 
 def test_an_exponent_is_the_slope_between_the_two_largest():

@@ -74,15 +74,6 @@ def test_learning_rate():
     assert rates == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
-def test_compile_is_a_setting_of_the_checkpoint(digits, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(UNet, "compile", lambda self: compiled.append(self))
-    run(tmp_path / "a", digits, steps=2, compile=True)
-    assert len(compiled) == 1
-    with pytest.raises(ValueError, match="made with compile=True, not False"):
-        run(tmp_path / "a", digits, steps=2)
-
-
 def test_held_out_losses_are_those_of_the_digits_and_the_seed(tiny):
     first = training.held_out_losses(tiny, seed=0, digits=20)
     assert torch.equal(first, training.held_out_losses(tiny, seed=0, digits=20))
