@@ -32,6 +32,8 @@ import pandas as pd
 import torch
 from shared import PROFILES, WORK, Table, figure, in_a_process, run, seconds, time_ratio, write
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lafq import allocate, estimate_sensitivity, load_quantized, quantize, save_quantized
 from lafq.allocation.allocate import ALLOCATED
@@ -141,12 +143,9 @@ class Estimates:
         return self._gradients(0.5 * (self.noise[part] - output).square().sum())
 
     def loop(self) -> Fisher:
-        """Squared gradients of single samples, one backward pass each."""
-        total = {n: torch.zeros_like(self.model.get_parameter(n)) for n in self.names}
-        for i in range(len(self.x)):
-            for name, gradient in self.ordinary(slice(i, i + 1)).items():
-                total[name].addcmul_(gradient, gradient)
-        return {name: squares / len(self.x) for name, squares in total.items()}
+        """lafq's: squared gradients of single samples, one backward pass each."""
+        batches = [((self.x, self.t), self.noise)]
+        return empirical_fisher(self.model, self.names, batches).by_weight
 
     def random_signs(self) -> Fisher:
         """One batched backward pass of the residuals under one random sign per sample: its squares
@@ -159,8 +158,17 @@ class Estimates:
 
     def vmapped(self) -> Fisher:
         """torch.func, samples in chunks."""
-        batches = [((self.x, self.t), self.noise)]
-        return empirical_fisher(self.model, self.names, batches, CHUNK).by_weight
+        weights = {n: p.detach() for n, p in self.model.named_parameters()}
+
+        def loss(chosen: Fisher, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+            output = functional_call(self.model, weights | chosen, (x[None], t[None]))
+            return 0.5 * (noise - output[0]).square().sum()
+
+        gradients = vmap(grad(loss), in_dims=(None, 0, 0, 0), chunk_size=CHUNK)
+        chosen = {name: weights[name] for name in self.names}
+        with sdpa_kernel(SDPBackend.MATH):
+            by_sample = gradients(chosen, self.x, self.t, self.noise)
+        return {name: g.square().mean(0) for name, g in by_sample.items()}
 
     def backpack(self) -> Fisher:
         """BackPACK's SumGradSquared, which leaves hooks on the model."""

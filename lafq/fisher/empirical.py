@@ -6,22 +6,17 @@ negative log-likelihood of y under a unit Gaussian around the output. Then
     F_i = mean over samples of (d l / d w_i)^2,
 
 the *empirical* Fisher (gradients at the data, not at draws from the model), normalized by the
-number of samples alone. Gradients are taken sample by sample (torch.func.vmap over grad): the
-square of a batch gradient is another quantity.
+number of samples alone. Gradients are taken sample by sample: the square of a batch gradient is
+another quantity.
 """
 
 from collections.abc import Iterable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lafq.networks import arguments_of, checked_output, evaluating, named
-
-GRADIENT_BYTES = 2**29
 
 
 class EmpiricalFisher(NamedTuple):
@@ -40,7 +35,6 @@ def empirical_fisher(
     model: nn.Module,
     names: list[str],
     batches: Iterable[tuple[tuple[Tensor, ...] | Tensor, Tensor]],
-    chunk: int | None = None,
 ) -> EmpiricalFisher:
     """Estimate the diagonal empirical Fisher information of the named parameters.
 
@@ -49,41 +43,33 @@ def empirical_fisher(
         names: parameters, as in `model.named_parameters()`.
         batches: pairs of the model's arguments (or its one argument), each (B, ...), and the target
             (B, ...), of the output's shape, on the model's device.
-        chunk: samples whose gradients are held at once; None: as many as fit in 512 MiB, so the
-            memory needed is that, one accumulator and the model.
 
-    The model runs in evaluation mode. Raises ValueError for an unknown name, no name, no batch, an
-    output that is not one tensor with the batch as its first axis, a target of another shape, or
-    gradients that are not finite.
+    The model runs in evaluation mode, with a backward pass per sample. Raises ValueError for an
+    unknown name, no name, no batch, an output that is not one tensor with the batch as its first
+    axis, a target of another shape, or gradients that are not finite.
     """
-    chosen = {name: p.detach() for name, p in named(model, names).items()}
-    rest = {n: p.detach() for n, p in model.named_parameters() if n not in chosen}
-    gradients = vmap(grad(partial(_loss, model, rest)), in_dims=(None, 0, 0))
-    chunk = chunk or samples_at_once(sum(p.nbytes for p in chosen.values()))
-    by_batch, by_sample = [], []
-    with evaluating(model, gradients=True), sdpa_kernel(SDPBackend.MATH):
+    chosen, by_batch, by_sample = named(model, names), [], []
+    with evaluating(model, gradients=True):
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in chosen)
         total = {name: torch.zeros_like(p) for name, p in chosen.items()}
         for batch, y in batches:
             (target,) = arguments_of(y, y.device)
-            parts = [a.split(chunk) for a in (target, *arguments_of(batch, target.device))]
-            sums, means = dict.fromkeys(names, 0.0), {name: [] for name in names}
-            for part, *arguments in zip(*parts, strict=True):
-                for name, gradient in gradients(chosen, tuple(arguments), part).items():
-                    square = gradient.detach().square()
-                    means[name].append(square.flatten(1).mean(1).cpu())
-                    value = square.sum(0)
-                    total[name] += value
-                    sums[name] += value.mean().item()
-            by_batch.append({name: value / len(target) for name, value in sums.items()})
-            by_sample.append({name: torch.cat(parts) for name, parts in means.items()})
+            means: dict[str, list[float]] = {name: [] for name in names}
+            parts = [a.split(1) for a in (target, *arguments_of(batch, target.device))]
+            for one_target, *arguments in zip(*parts, strict=True):
+                loss = _loss(model, arguments, one_target)
+                how = {"allow_unused": True, "materialize_grads": True}
+                gradients = torch.autograd.grad(loss, list(chosen.values()), **how)
+                for (name, square), gradient in zip(total.items(), gradients, strict=True):
+                    square.addcmul_(gradient, gradient)
+                    mean = torch.linalg.vector_norm(gradient).square() / gradient.numel()
+                    means[name].append(mean.item())
+            by_sample.append({n: torch.tensor(v, dtype=torch.float64) for n, v in means.items()})
+            by_batch.append({name: values.mean().item() for name, values in by_sample[-1].items()})
     samples = sum(len(each[names[0]]) for each in by_sample)
     check_sums(total, samples)
     return EmpiricalFisher({n: f / samples for n, f in total.items()}, by_batch, by_sample)
-
-
-def samples_at_once(gradient_bytes: int) -> int:
-    """How many single-sample gradients of that many bytes fit in 512 MiB, 1 to 16."""
-    return max(1, min(16, GRADIENT_BYTES // gradient_bytes))
 
 
 def check_sums(sums: dict[str, Tensor], samples: int) -> None:
@@ -94,17 +80,10 @@ def check_sums(sums: dict[str, Tensor], samples: int) -> None:
         raise ValueError(f"the Fisher information of {bad[0]} is not finite: check the weights")
 
 
-def _loss(
-    model: nn.Module,
-    rest: dict[str, Tensor],
-    chosen: dict[str, Tensor],
-    arguments: tuple[Tensor, ...],
-    target: Tensor,
-) -> Tensor:
-    """l of one sample: arguments and target without the batch axis -> scalar."""
-    one = tuple(a[None] for a in arguments)
-    output = checked_output(functional_call(model, chosen | rest, one), 1)[0]
+def _loss(model: nn.Module, arguments: list[Tensor], target: Tensor) -> Tensor:
+    """l of one sample, whose arguments and target are batches of one."""
+    output = checked_output(model(*arguments), 1)
     if output.shape != target.shape:
-        shapes = f"{tuple(output.shape)}, the target {tuple(target.shape)}"
+        shapes = f"{tuple(output.shape[1:])}, the target {tuple(target.shape[1:])}"
         raise ValueError(f"the model's output for one sample has shape {shapes}")
     return 0.5 * (target - output).square().sum()

@@ -44,13 +44,12 @@ def fisher_by_timestep(
     samples: int,
     bins: int,
     seed: int,
-    chunk: int | None = None,
 ) -> Fisher:
     """`empirical_fisher` of the noise prediction on uint8 images (N, 1, 32, 32), drawn as by
     `ddpm.stratified_batches`; errors as of both.
     """
     batches = ddpm.stratified_batches(images, samples, bins, seed, next(model.parameters()))
-    fisher, edges = empirical_fisher(model, names, batches, chunk), ddpm.bin_edges(bins)
+    fisher, edges = empirical_fisher(model, names, batches), ddpm.bin_edges(bins)
     timesteps = [
         (name, layer_of(name), fisher.by_weight[name].numel(), low, high - 1, mean)
         for (low, high), means in zip(pairwise(edges), fisher.by_batch, strict=True)
