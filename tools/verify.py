@@ -186,7 +186,7 @@ def checks(work: Workspace) -> Iterator[Check]:
             yield from check_masks(work, model, p)
         yield (
             None,
-            f"Inception scores of the other tables, intervals, claims: {again} computes them",
+            f"Inception scores of other tables, intervals, claims: {again} computes them",
         )
     elif p["KEEP"]:
         folder = f"results/{work.profile}"
