@@ -1,4 +1,9 @@
 # lafq: `make reproduce` and `make test` do all their set-up; `make help` lists the verbs.
+# Kernels work in notebooks/, and draw into the page whatever window system is named.
+unexport MPLBACKEND
+ifneq ($(LAFQ_OUTPUT),)
+export LAFQ_OUTPUT := $(abspath $(LAFQ_OUTPUT))
+endif
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready

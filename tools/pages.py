@@ -99,6 +99,7 @@ def _environment() -> jinja2.Environment:
     environment.globals |= {helper.__name__: helper for helper in helpers}
     about = yaml.safe_load((workspace.ROOT / "CITATION.cff").read_text())
     environment.globals |= {"poster": poster, "citation": about, "CLAIMS": text.CLAIMS | text.NOTE}
+    environment.globals["COMPARED"] = text.COMPARED
     environment.globals |= {"reference": REFERENCE, "notebooks": [p.stem for p in notebooks()]}
     return environment
 

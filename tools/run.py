@@ -1,7 +1,7 @@
 """Run the notebooks: `python -m tools.run VERB`, the verbs of the Makefile.
 
-reproduce computes everything of a profile anew (but Inception's weights and reference features),
-resume goes on with the last run as it was asked for, publish writes notebooks/ and the pages from
+reproduce computes everything of a profile anew, but kept images and Inception's view of the real
+digits (`images.reference`); resume goes on with the last run as it was asked for, publish writes notebooks/ and the pages from
 results/. Executed notebooks go to build/<profile>/, what they ran with to record.json.
 """
 
@@ -91,8 +91,8 @@ def check(profile: str, overrides: dict[str, Any], selected: list[Path]) -> dict
 def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew: bool) -> None:
     """Run the notebooks into build/<profile>/, writing record.json as each is done.
 
-    anew: drop the samples (and checkpoint, where 01_train shall train) that an earlier run left in
-    build/, and time the notebooks. results/<profile>/samples is never dropped.
+    anew: drop the samples and sensitivities (and checkpoint, where 01_train shall train) that an
+    earlier run left in build/, and time the notebooks. results/<profile>/samples is never dropped.
     """
     work = Workspace(profile)
     for folder in (work.results, work.figures, work.build):
@@ -102,7 +102,8 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
         remove_leftovers(folder)
     if anew:
         verify.keep_aside(work)
-        shutil.rmtree(work.build / "samples", ignore_errors=True)
+        for kept in ("samples", "sensitivity"):
+            shutil.rmtree(work.build / kept, ignore_errors=True)
         (work.build / sampling.COUNTED).unlink(missing_ok=True)
         if parameters["TRAIN"] and selected[0].stem == "01_train":
             (work.build / subject.CHECKPOINT).unlink(missing_ok=True)
@@ -123,16 +124,19 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
     print(f"tables: {work.results}\nfigures: {work.figures}\nexecuted notebooks: {work.build}")
     verify.report(work)
     print("`make publish` refreshes notebooks/ and README.md from these results")
-    counts = ImageStore(work).counts().items()
+    store = ImageStore(work)
+    _update(work.results / "record.json", "images", store.drawn_by())
+    counts = store.counts().items()
     print("images:", ", ".join(f"{count:,} {how}" for how, count in counts))
 
 
 def _update(path: Path, key: str, value: Any) -> None:
+    """Write a notebook's value, or under "images" which machine drew which kept rows."""
     record = json.loads(path.read_text()) if path.is_file() else {"notebooks": {}}
     record |= {name: version(name) for name in PACKAGES}
     record |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
     record["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    record["notebooks"][key] = value
+    (record if key == "images" else record["notebooks"])[key] = value
     write_text(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
@@ -171,11 +175,6 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run only notebooks that begin so, e.g. 03")
     parser.add_argument("--set", action="append", default=[], help="NAME=VALUE, a value in YAML")
     arguments = parser.parse_args()
-    # Kernels work in notebooks/, and draw into the page.
-    if os.environ.get("LAFQ_OUTPUT"):
-        os.environ["LAFQ_OUTPUT"] = str(workspace.OUTPUT.resolve())
-    if backend := os.environ.pop("MPLBACKEND", ""):
-        print(f"MPLBACKEND={backend} is left out: the notebooks draw into their pages")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "15")
     # What stops a notebook is told below, in one sentence.

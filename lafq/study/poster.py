@@ -4,7 +4,6 @@ Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information
 Symposium 2024, and the README of the authors' repository. The paper's "MB" are MiB (2**20 bytes).
 """
 
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -52,15 +51,6 @@ README = (
     Published("ratio", "0.25", 22.42, None, 102.26, 5000, "README"),
     Published("mean_std", "mean and std", 23.16, None, 81.57, 5000, "README"),
 )
-ENDS = ("", "_low", "_high")
-_SCORES = product(("inception", "mnist"), ("fid", "is", "kid"), ("", "delta_"), ENDS)
-COLUMNS = [
-    *("profile", "rule", "setting", "format", "granularity", "rounding"),
-    *("fid_paper", "is_paper", "mem_paper_mib", "mem_share_paper", "mem_mib", "mem_share"),
-    *("n_images", "steps", "same_machine"),
-    *(f"{delta}{metric}_{features}{end}" for features, metric, delta, end in _SCORES),
-    *("rmse", "psnr", "class_changed"),
-]
 
 
 def published(rule: str, setting: str = "") -> tuple[float | None, float | None, float | None]:
@@ -81,12 +71,12 @@ def new_noise(scores: pd.DataFrame, images: int = 100) -> float:
     return 2**0.5 * unquantized["fid_sd"].item()
 
 
-def compare(table: pd.DataFrame, profile: str) -> pd.DataFrame:
+def compare(table: pd.DataFrame) -> pd.DataFrame:
     """Our rows (columns of `evaluate.evaluate`) beside the published values, by rule and ratio."""
     values = [published(r.rule, r.setting if r.rule == "ratio" else "") for r in table.itertuples()]
-    ours, columns = table.assign(profile=profile), ["fid_paper", "is_paper", "mem_paper_mib"]
+    ours, columns = table.copy(), ["fid_paper", "is_paper", "mem_paper_mib"]
     ours[columns] = np.array(values, dtype=float)
     # The uniform row that was published is FP16.
     ours.loc[(ours["rule"] == "uniform") & (ours["format"] == "int8"), columns] = np.nan
     ours["mem_share_paper"] = ours["mem_paper_mib"] / BASELINE_MIB
-    return ours.reindex(columns=COLUMNS)  # tables of earlier versions have fewer
+    return ours

@@ -1,18 +1,14 @@
 """The tables of rows and their images as files: how the notebooks make, keep and load them."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 from torch import nn
 
-from lafq.study import poster, workspace
+from lafq.study import workspace
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import KEY, Row
 from lafq.study.workspace import Workspace, load_optional, load_table, save_table
-
-COMPARED_RULES = ("baseline", "uniform", *poster.TARGET_SHARE, "ratio")
 
 
 def save_rows(
@@ -55,36 +51,12 @@ def evaluate_rows(
     rows: list[Row],
     sampling: Sampling,
     inception_reference: int = 0,
-    compared: Sequence[Row] = (),
 ) -> None:
-    """`evaluate.evaluate`, written as a table with its images; the rows `compared` go into
-    paper_comparison.csv too.
-    """
-    table, images = evaluate(work, model, rows, sampling, inception_reference)
-    save_rows(work, name, table, images)
-    keys = {row[: len(KEY)] for row in compared}
-    if keys:
-        chosen = table[[key in keys for key in table[KEY].itertuples(index=False)]]
-        update_comparison(work, poster.compare(chosen, work.profile))
+    """`evaluate.evaluate`, written as a table with its images."""
+    save_rows(work, name, *evaluate(work, model, rows, sampling, inception_reference))
 
 
 def update(work: Workspace, name: str, rows: pd.DataFrame) -> None:
     """Put rows into the table <name>.csv in place of those of the same KEY."""
     table = pd.concat([load_optional(work, name), rows])
     save_table(work, name, table.drop_duplicates(KEY, keep="last"))
-
-
-def update_comparison(work: Workspace, rows: pd.DataFrame) -> pd.DataFrame:
-    """Put rows of `poster.compare` into paper_comparison.csv in place of those of the same rules;
-    returns the file's rows.
-    """
-    old = load_optional(work, "paper_comparison")
-    if old is not None:
-        # An earlier version may have written other columns, or in another order.
-        rows = pd.concat([old[~old["rule"].isin(rows["rule"])], rows])[list(rows.columns)]
-    rows = rows.drop_duplicates(KEY, keep="last").assign(
-        order=lambda t: t["rule"].map(COMPARED_RULES.index)
-    )
-    rows = rows.sort_values(["order", *KEY[1:]], kind="stable").drop(columns="order")
-    save_table(work, "paper_comparison", rows)
-    return load_table(work, "paper_comparison")

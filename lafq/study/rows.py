@@ -8,7 +8,6 @@ of a budget in bits per weight: uniform formats, the allocator's, and threshold 
 import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,13 +23,22 @@ from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
 from lafq.quantization.channels import ChannelView, counted_bytes, weight_spec
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS, get_format
-from lafq.quantization.model import bits_per_weight, dequantize_, kept_weights, nbytes, quantize
+from lafq.quantization.model import (
+    bits_per_weight,
+    dequantize_,
+    kept_weights,
+    nbytes,
+    quantize,
+    weights_sha256,
+)
 from lafq.quantization.plan import Entries, Plan, make_plan
 from lafq.quantization.tuning import BATCH, tune
 from lafq.rng import generator
 from lafq.study import poster
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.subject import GROUPS, group_of, layer_of, mnist, quantizable
+from lafq.study.workspace import Workspace
+from lafq.tensors import load_tensors, save_tensors
 
 KEY = ["rule", "setting", "format", "granularity", "rounding"]
 BUDGET_KEY = ["rule", "format", "granularity", "rounding", "budget_bits"]
@@ -297,12 +305,13 @@ def ratio_rows(
     fisher: Scores,
     ratios: Sequence[float],
     coarse: Sequence[float] = (),
-    formats: Sequence[str] = ("int8",),
-    granularities: Sequence[str] = ("weight",),
+    kinds: Sequence[Sequence[str]] = (("int8", "weight"),),
 ) -> list[Row]:
-    """The ratio rule; coarse ratios, and Inception for the others, by weight only."""
+    """The ratio rule for kinds, each a format and a granularity; coarse ratios, and Inception for
+    the others, by weight only.
+    """
     rows = []
-    for granularity, low in product(granularities, formats):
+    for low, granularity in kinds:
         by_weight, values = granularity == "weight", by_granularity(fisher, granularity)
         for ratio in sorted({*ratios, *(coarse if by_weight else ())}):
             key = "ratio", f"{ratio:.2f}", low, granularity, "nearest"
@@ -342,6 +351,19 @@ def measured_sensitivity(
     """
     batches = noised_batches(mnist(train=True)[0], samples, seed)
     return estimate_sensitivity(model, batches, seed, shrink=False, channels=channels)
+
+
+def kept_sensitivity(
+    work: Workspace, model: nn.Module, samples: int, seed: int, channels: int | None = None
+) -> Sensitivity:
+    """`measured_sensitivity`, kept in build/<profile>/sensitivity for whoever needs it next."""
+    name = f"{weights_sha256(model)[:12]}_{samples}_{seed}_{channels or 'all'}.safetensors"
+    paths = [work.build / "sensitivity" / f"{part}_{name}" for part in ("fisher", "curvature")]
+    if not all(path.is_file() for path in paths):
+        known = measured_sensitivity(model, samples, seed, channels)
+        for path, tensors in zip(paths, known, strict=False):
+            save_tensors(path, tensors)
+    return Sensitivity(*(load_tensors(path, "06_budget")[0] for path in paths))
 
 
 def made(samples: int, seed: int) -> dict[str, Any]:

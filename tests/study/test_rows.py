@@ -8,10 +8,9 @@ from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import make_plan
 from lafq.rng import generator
-from lafq.study import results, rows
+from lafq.study import rows
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.rows import KEY, keep_ratio, mib_at, rule_scores, rules_at_bits
-from lafq.study.workspace import Workspace
+from lafq.study.rows import keep_ratio, mib_at, rule_scores, rules_at_bits
 
 MIB = 2**20
 
@@ -79,15 +78,6 @@ def test_sizes_counted_are_those_of_the_plans(tiny, low, granularity):
     made = [make_plan(keep_above(scores, cut), low) for cut in table["threshold"]]
     counted = table[["kept_share", "mem_mib", "mem_share"]]
     pd.testing.assert_frame_equal(counted, rows.sizes(tiny, made), check_exact=True)
-
-
-def test_the_comparison_replaces_only_the_rules_it_is_given(sandbox):
-    for rule, setting, fid in (("ratio", "0.35", 1), ("baseline", "none", 2), ("ratio", "0.40", 3)):
-        key = dict(zip(KEY, (rule, setting, "fp16", "t", "nearest"), strict=True))
-        row = pd.DataFrame([{"profile": "smoke", **key, "fid": fid}])
-        table = results.update_comparison(Workspace("smoke"), row)
-    assert table[["rule", "setting"]].values.tolist() == [["baseline", "none"], ["ratio", "0.40"]]
-    assert table["fid"].tolist() == [2, 3]
 
 
 def test_a_budget_of_a_tiny_model_is_filled():

@@ -22,8 +22,8 @@ ROWS |= {"delta_fid_mnist": ("delta_fid_mnist", "+.3f", "interval")}
 ROWS |= {"is_mnist": ("is_mnist", ".2f")} | _FID
 ROWS |= {"psnr": ("psnr", "{:.1f} dB"), "class_changed": ("class_changed", ".0%")}
 COMPARED = _KEY | {"fid_paper": ("fid_paper", ".2f")} | _FID
-COMPARED |= {column: (column, ".2f") for column in ("is_paper", "is_mnist")}
-COMPARED |= {column: (column, ".3f") for column in ("mem_share_paper", "mem_share")}
+COMPARED |= {"is_paper": ("is_paper", ".2f"), "is_inception": lambda row: inception_score(row)}
+COMPARED |= {column: (column, ".2f") for column in ("mem_paper_mib", "mem_mib")}
 # What each claim measures, and what else is known of it, with slots for the fields of its row.
 _FIDS = "({features} features, N = {n_images:g})"
 QUANTITIES = {
@@ -46,6 +46,11 @@ NOTES = {
     "C4 images": "{rule} {setting}, {format} by {granularity}, {mem_mib:.2f} MiB (uniform FP16: "
     "{fp16_mib:.2f})",
 }
+
+
+def inception_score(row: pd.Series) -> str:
+    """The inception score on Inception's logits, or why there is none."""
+    return write(row["is_inception"], ".2f") or "no last layer"
 
 
 def sentence(templates: Mapping[str, str], row: pd.Series) -> str:

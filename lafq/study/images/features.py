@@ -9,7 +9,6 @@ torch-fidelity's, .safetensors or .pth), else from the package fid-helper-pytorc
 lacks the last layer: then there is no inception score.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from lafq.study.diffusion.ddpm import unit_interval
 from lafq.study.diffusion.subject import REFERENCE, SHAPE, mnist
 from lafq.study.images import metrics
 from lafq.study.images.metrics import Reference
+from lafq.study.images.reference import digest, load_reference
 from lafq.tensors import atomic_write, load_tensors, save_tensors, sha256
 
 NAMES = ("mnist", "inception")
@@ -63,11 +63,14 @@ class FeatureExtractor:
 
     @cached_property
     def reference(self) -> Reference:
-        """The reference digits' features; ValueError where more are asked for than there are."""
+        """The reference digits' features, or their statistics where those are committed; ValueError
+        where more are asked for than there are.
+        """
         digits, count = mnist(train=False)[0][REFERENCE], self.reference_images
         if count > len(digits):
             raise ValueError(f"{count} {self.name} reference images asked for: choose at most 5000")
-        return Reference(self.features(digits[:count]).features)
+        kept = load_reference(digits[:count], weights_sha256(self.network)) if self.kept else None
+        return kept or Reference(self.features(digits[:count]).features)
 
     def features(self, images: Tensor) -> Features:
         """uint8 images (N, 1, H, W) -> features, logits; ValueError for images of another kind."""
@@ -76,8 +79,7 @@ class FeatureExtractor:
             raise ValueError(f"images must be uint8 (N, 1, H, W), these are {kind}")
         if not self.kept:
             return self._compute(images)
-        pixels = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
-        name = f"{pixels}.{weights_sha256(self.network)[:12]}.safetensors"
+        name = f"{digest(images)[:16]}.{weights_sha256(self.network)[:12]}.safetensors"
         path = workspace.BUILD / "features" / name
         if not path.is_file():
             computed = self._compute(images)._asdict().items()

@@ -31,15 +31,17 @@ def _fidelity(metric: str) -> ModuleType:
 
 
 class Reference:
-    """Features (N, d) of real images, and what FID and KID need of them, computed once."""
+    """Features (N, d) of real images, and what FID and KID need of them, computed once.
 
-    def __init__(self, features: Tensor) -> None:
+    statistics: mean "mu" (d,) and covariance "sigma" (d, d), where they are known; without features
+    there is no KID.
+    """
+
+    def __init__(
+        self, features: Tensor | None, statistics: dict[str, np.ndarray] | None = None
+    ) -> None:
         self.features = features
-
-    @cached_property
-    def statistics(self) -> dict[str, np.ndarray]:
-        """Mean "mu" (d,) and covariance "sigma" (d, d)."""
-        return _fidelity("fid").fid_features_to_statistics(self.features)
+        self.statistics = statistics or _fidelity("fid").fid_features_to_statistics(features)
 
     @cached_property
     def root(self) -> Tensor:
@@ -93,7 +95,7 @@ def scores(features: Tensor, logits: Tensor | None, reference: Reference) -> dic
     values = {"fid": fid(features, reference)}
     if logits is not None:
         values["is"] = inception_score(logits)
-    return values | {"kid": kid(features, reference)}
+    return values if reference.features is None else values | {"kid": kid(features, reference)}
 
 
 def score_draws(
@@ -101,7 +103,8 @@ def score_draws(
 ) -> dict[str, Tensor]:
     """The same metrics, for each row of indices: (count,)."""
     draws = {"fid": fid_draws(features, reference, indices)}
-    draws["kid"] = kid_draws(features, reference, indices)
+    if reference.features is not None:
+        draws["kid"] = kid_draws(features, reference, indices)
     return draws if logits is None else draws | {"is": inception_score_draws(logits, indices)}
 
 

@@ -176,6 +176,13 @@ class ImageStore:
         of = table.groupby("how")["images"].sum()
         return {how: int(of.get(how, 0)) for how in ("drawn", "taken", "compared")}
 
+    def drawn_by(self) -> dict[str, list[str]]:
+        """By kind of machine, its torch included, the keys of the rows that it drew images of."""
+        rows: dict[str, set[str]] = {}
+        for path in self.folder.glob("*.npz"):
+            rows.setdefault(read(path)[1]["machine"], set()).add(path.name[:16])
+        return {machine: sorted(keys) for machine, keys in rows.items()}
+
     def images(self, key: str, count: int) -> np.ndarray:
         """The first `count` kept images of a row, uint8 (N, 32, 32), by its key, the `sample` of
         its table; FileNotFoundError when there are fewer, ValueError as `read`.
