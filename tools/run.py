@@ -1,8 +1,9 @@
 """Run the notebooks: `python -m tools.run VERB`, the verbs of the Makefile.
 
 reproduce computes everything of a profile anew, but kept images and Inception's view of the real
-digits (`images.reference`); resume goes on with the last run as it was asked for, publish writes notebooks/ and the pages from
-results/. Executed notebooks go to build/<profile>/, what they ran with to record.json.
+digits (`images.reference`); resume goes on with the last run as it was asked for, publish writes
+notebooks/ and the pages from results/. Executed notebooks go to build/<profile>/, what they ran
+with to record.json.
 """
 
 import argparse

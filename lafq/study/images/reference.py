@@ -55,4 +55,4 @@ def load_reference(digits: Tensor, weights: str) -> Reference | None:
     correlation.T[upper] = correlation[upper]
     sigma = correlation * np.outer(deviation, deviation)
     print(f"real digits: statistics of their features from results/{NAME}")
-    return Reference(None, {"mu": arrays["mu"].astype(float), "sigma": sigma})
+    return Reference(None, {"mu": arrays["mu"], "sigma": sigma})
