@@ -211,3 +211,14 @@ def test_equal_samples_have_equal_scores():
     )
     assert (rows.groupby("sample")["fid_mnist"].nunique() == 1).all()
     assert rows.groupby("sample").size().max() > 1
+
+
+def test_make_draws_anew_into_an_absolute_folder_without_a_window_system():
+    show = "show:\n\t@echo $(CHOICE) $$LAFQ_OUTPUT $$MPLBACKEND\n"
+    make = ["make", "-s", "-f", "Makefile", "-f", "-", "show", "IMAGES=fresh"]
+    environment = os.environ | {"LAFQ_OUTPUT": "out", "MPLBACKEND": "TkAgg"}
+    how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    shown = subprocess.run(make, input=show, check=True, **how).stdout.split()
+    assert shown == ["--set", "KEEP=false", str(ROOT / "out")]
+    wrong = subprocess.run(["make", "-n", "test", "IMAGES=new"], check=False, **how)
+    assert wrong.returncode == 2 and "IMAGES is 'new': give fresh" in wrong.stderr
