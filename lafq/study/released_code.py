@@ -181,9 +181,9 @@ def measure_protocol(
     drawn = [store.draw(*draw).images for draw in draws]
     tables = {"MNIST": protocol_choices(mnist_extractor(), *drawn, seed)}
     if inception := inception_extractor(inception_reference):
-        few = inception.reference.features[:SMALL_REFERENCE]
-        small = unpadded(mnist(train=False)[0][REFERENCE][: len(few)])
-        sizes = Reference(few), Reference(inception.features(small).features)
+        digits = mnist(train=False)[0][REFERENCE][:SMALL_REFERENCE]
+        both = (inception.features(x).features for x in (digits, unpadded(digits)))
+        sizes = tuple(map(Reference, both))
         tables["Inception"] = protocol_choices(inception, *drawn, seed, sizes)
     return pd.concat(tables, names=["features"]).reset_index("features")
 

@@ -78,7 +78,9 @@ def write(value: Any, spec: Spec = "") -> str:
         return ""
     if callable(spec):
         return spec(value)
-    return spec.format(value) if "{" in spec else format(value, spec)
+    if "{" in spec:
+        return spec.format(value)
+    return format(value, spec.replace(".", "z.") if spec[:1] in ("+", ".") else spec)  # no -0.00
 
 
 def interval(row: Any, name: str, spec: Spec = "+.2f") -> str:

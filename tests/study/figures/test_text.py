@@ -32,6 +32,7 @@ def test_a_value_with_its_interval():
     assert text.interval(FRAME.iloc[0], "x") == "+0.50 [+0.25, +1.00]"
     assert text.interval(next(FRAME.itertuples()), "x", ".1f") == "0.5 [0.2, 1.0]"
     assert text.interval(FRAME.iloc[1], "x") == ""
+    assert text.write(-0.001, "+.2f") == "+0.00"
     assert (
         text.interval({"measured": 2.0, "low": 1.0, "high": 3.0}, "measured", ".0f") == "2 [1, 3]"
     )
