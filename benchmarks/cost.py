@@ -32,8 +32,6 @@ import pandas as pd
 import torch
 from shared import PROFILES, WORK, Table, figure, in_a_process, run, seconds, time_ratio, write
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lafq import allocate, estimate_sensitivity, load_quantized, quantize, save_quantized
 from lafq.allocation.allocate import ALLOCATED
@@ -61,7 +59,6 @@ from lafq.study.workspace import Workspace, profile_parameters, save_table
 FORMATS = ("fp16", "int8", "int4", "int2")
 RUNNING_ROUNDS = {(16, 1): 15, (16, 100): 5, (64, 1): 5, (64, 100): 1}
 FISHER_BATCH, FISHER_ROUNDS = {16: 32, 64: 8}, {16: 7, 64: 3}
-CHUNK = 8
 DRAWS = 64
 CURVED_PASSES = 8  # the curvature's last step comes once for all passes
 ALLOCATED_MIB = 17.0
@@ -156,20 +153,6 @@ class Estimates:
         gradients = self._gradients(output, (output - self.noise).detach() * signs)
         return {name: g.square() / len(self.x) for name, g in gradients.items()}
 
-    def vmapped(self) -> Fisher:
-        """torch.func, samples in chunks."""
-        weights = {n: p.detach() for n, p in self.model.named_parameters()}
-
-        def loss(chosen: Fisher, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-            output = functional_call(self.model, weights | chosen, (x[None], t[None]))
-            return 0.5 * (noise - output[0]).square().sum()
-
-        gradients = vmap(grad(loss), in_dims=(None, 0, 0, 0), chunk_size=CHUNK)
-        chosen = {name: weights[name] for name in self.names}
-        with sdpa_kernel(SDPBackend.MATH):
-            by_sample = gradients(chosen, self.x, self.t, self.noise)
-        return {name: g.square().mean(0) for name, g in by_sample.items()}
-
     def backpack(self) -> Fisher:
         """BackPACK's SumGradSquared, which leaves hooks on the model."""
         from backpack import backpack, extend
@@ -206,7 +189,6 @@ def fisher() -> Iterator[dict]:
             "true, one batched backward pass (lafq)": of.true,
             "true, the same with the curvature (lafq)": curved,
             "empirical, random signs (lafq)": of.random_signs,
-            f"empirical, vmap(grad) in chunks of {CHUNK}": of.vmapped,
             "empirical, loop over single samples": of.loop,
         }
         if width == 16:  # at width 64 it takes minutes a pass

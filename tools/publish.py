@@ -50,9 +50,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def publish(only: str = "") -> None:
-    """Fill and execute notebooks/ in place, COMPUTE false; then write the pages and the crate.
-
-    Times of the last complete `make reproduce` go to results/<profile>/timing.json.
+    """Fill and execute notebooks/ in place, COMPUTE false; then write the pages, the crate, and
+    results/<profile>/timing.json of the last complete `make reproduce`.
     """
     for timing in workspace.BUILD.glob("*/timing.json"):
         asked = {path.stem for path in notebooks(profile=timing.parent.name)} - {EXPLORER}

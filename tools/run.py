@@ -1,9 +1,8 @@
 """Run the notebooks: `python -m tools.run VERB`, the verbs of the Makefile.
 
-reproduce computes everything of a profile anew, but kept images and Inception's view of the real
-digits (`images.reference`); resume goes on with the last run as it was asked for, publish writes
-notebooks/ and the pages from results/. Executed notebooks go to build/<profile>/, what they ran
-with to record.json.
+reproduce computes a profile anew, but kept images and Inception's view of the real digits
+(`images.reference`); resume goes on with the last run, publish writes notebooks/ and pages from
+results/. Executed notebooks go to build/<profile>/, what they ran with to record.json.
 """
 
 import argparse
@@ -125,9 +124,8 @@ def execute(profile: str, parameters: dict[str, Any], selected: list[Path], anew
     print(f"tables: {work.results}\nfigures: {work.figures}\nexecuted notebooks: {work.build}")
     verify.report(work)
     print("`make publish` refreshes notebooks/ and README.md from these results")
-    store = ImageStore(work)
-    _update(work.results / "record.json", "images", store.drawn_by())
-    counts = store.counts().items()
+    _update(work.results / "record.json", "images", ImageStore(work).drawn_by())
+    counts = ImageStore(work).counts().items()
     print("images:", ", ".join(f"{count:,} {how}" for how, count in counts))
 
 

@@ -1,8 +1,7 @@
 """Check the committed results of a profile in minutes: `make verify`.
 
-Where images are kept, each file is held against its record, all scores are computed again, the
-masks and bytes of the headline table from the weights, and a few images are drawn again. Elsewhere
-the tables of the last run are compared with those before it (`report`).
+Where images are kept, files are held against their checksums, scores, masks and bytes are computed
+again, and a few images drawn again. Elsewhere the last run's tables are compared (`report`).
 """
 
 import argparse

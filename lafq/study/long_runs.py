@@ -48,7 +48,6 @@ from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.results import load_rows
 from lafq.study.rows import BASELINE, KEY, Row
 from lafq.study.workspace import Workspace, compute_on, load_optional, profile_parameters
-from lafq.tensors import load_tensors, save_tensors
 
 SEEDS = (0, 1, 2, 3, 4)
 IMAGES, DESCRIBED, SHOWN = 1000, 200, 16
@@ -85,13 +84,7 @@ class Experiment:
 
     def kept_sensitivity(self, seed: int) -> Sensitivity:
         """`known` at the poster's size: fewer channels a pass, and kept for a run that goes on."""
-        name = f"{weights_sha256(self.model)[:12]}_{self.samples}_{seed}.safetensors"
-        paths = [self.work.build / f"{part}_{name}" for part in ("fisher", "curvature")]
-        if not all(path.is_file() for path in paths):
-            known = study_rows.measured_sensitivity(self.model, self.samples, seed, CHANNELS)
-            for path, tensors in zip(paths, known, strict=False):
-                save_tensors(path, tensors)
-        return Sensitivity(*(load_tensors(path, "make evidence")[0] for path in paths))
+        return study_rows.kept_sensitivity(self.work, self.model, self.samples, seed, CHANNELS)
 
     def sampling(self, images: int) -> Sampling:
         """So many images in the profile's steps and batches, from its noise."""

@@ -178,6 +178,5 @@ def test_a_fisher_estimate_of_every_method_is_near_the_loops(script, monkeypatch
     cost = script("cost")
     monkeypatch.setitem(cost.FISHER_BATCH, 4, 8)
     of = cost.Estimates(4)
-    assert cost.error(of.vmapped(), of.loop()) < 1e-3
     assert cost.error(of.random_signs(), of.loop()) < 1
     assert cost.error(of.true(2, curvature=True), of.true(8)) < 1
