@@ -29,7 +29,6 @@ from lafq.study import workspace
 from lafq.study.diffusion.ddpm import unit_interval
 from lafq.study.diffusion.subject import REFERENCE, SHAPE, mnist
 from lafq.study.images import metrics
-from lafq.study.images.metrics import Reference
 from lafq.tensors import atomic_write, load_tensors, save_tensors, sha256
 
 NAMES = ("mnist", "inception")
@@ -62,12 +61,12 @@ class FeatureExtractor:
     kept: bool = False
 
     @cached_property
-    def reference(self) -> Reference:
+    def reference(self) -> metrics.Reference:
         """The reference digits' features; ValueError where more are asked for than there are."""
         digits, count = mnist(train=False)[0][REFERENCE], self.reference_images
         if count > len(digits):
             raise ValueError(f"{count} {self.name} reference images asked for: choose at most 5000")
-        return Reference(self.features(digits[:count]).features)
+        return metrics.Reference(self.features(digits[:count]).features)
 
     def features(self, images: Tensor) -> Features:
         """uint8 images (N, 1, H, W) -> features, logits; ValueError for images of another kind."""
