@@ -44,16 +44,9 @@ from lafq.quantization.model import dequantize_, resident_bytes
 from lafq.rng import generator
 from lafq.study import results, workspace
 from lafq.study import rows as study_rows
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import add_noise, sample, unit_interval
-from lafq.study.diffusion.subject import (
-    HELD_OUT,
-    TIMESTEPS,
-    UNet,
-    load_fisher,
-    load_model,
-    mnist,
-    quantizable,
-)
+from lafq.study.diffusion.subject import HELD_OUT, UNet, load_fisher, load_model, mnist, quantizable
 from lafq.study.workspace import Workspace, profile_parameters, save_table
 
 FORMATS = ("fp16", "int8", "int4", "int2")
@@ -91,7 +84,7 @@ def running_rows(width: int) -> Iterator[dict]:
     large = {"int8, dequantized": int8, "bfloat16 compute": bfloat16}
     runs |= {name: (forward, resident_bytes(model)) for name, forward in large.items()}
     x0 = unit_interval(mnist(train=False)[0][HELD_OUT][:100])
-    t = torch.linspace(0, TIMESTEPS - 1, len(x0)).long()
+    t = torch.linspace(0, subject.TIMESTEPS - 1, len(x0)).long()
     x = add_noise(x0, t, torch.randn(x0.shape, generator=generator(0, 1)))
     x = x.contiguous(memory_format=torch.channels_last)
     expected = model(x, t)
@@ -114,9 +107,7 @@ def running() -> Iterator[dict]:
 
 
 class Estimates:
-    """Fisher values by weight of a model on one batch: noised training digits (B, 1, 32, 32), their
-    timesteps and the noise.
-    """
+    """Fisher values by weight on one batch: noised digits (B, 1, 32, 32), timesteps and noise."""
 
     def __init__(self, width: int) -> None:
         torch.manual_seed(0)
@@ -126,7 +117,7 @@ class Estimates:
         for name, weight in self.model.named_parameters():
             weight.requires_grad_(name in self.names)
         x0 = unit_interval(mnist(train=True)[0][: FISHER_BATCH[width]])
-        self.t = torch.linspace(0, TIMESTEPS - 1, len(x0)).long()
+        self.t = torch.linspace(0, subject.TIMESTEPS - 1, len(x0)).long()
         self.noise = torch.randn(x0.shape, generator=generator(0, 2))
         self.x = add_noise(x0, self.t, self.noise)
 
@@ -145,9 +136,7 @@ class Estimates:
         return empirical_fisher(self.model, self.names, batches).by_weight
 
     def random_signs(self) -> Fisher:
-        """One batched backward pass of the residuals under one random sign per sample: its squares
-        are unbiased.
-        """
+        """One batched backward pass, residuals under random signs: its squares are unbiased."""
         output = self.model(self.x, self.t)
         signs = torch.randint(2, (len(self.x), 1, 1, 1), generator=generator(0, 1)) * 2 - 1
         gradients = self._gradients(output, (output - self.noise).detach() * signs)
@@ -202,9 +191,7 @@ def fisher() -> Iterator[dict]:
 
 
 def random_sensitivity(model: nn.Module, curvature: bool = True) -> Sensitivity:
-    """Values of the right shapes; a curvature has random columns, so that rounding has something to
-    do.
-    """
+    """Values of the right shapes; curvature of random columns, so that rounding has work to do."""
     weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
     known = Sensitivity({name: torch.rand(w.shape) for name, w in weights.items()}, {})
     for name in weights if curvature else ():

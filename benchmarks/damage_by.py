@@ -112,9 +112,7 @@ def subjects() -> dict[str, Small | Diffusion]:
 def by_passes(
     table: Table, name: str, subject: Small | Diffusion, passes: Iterable[int] = PASSES
 ) -> None:
-    """One row per number of passes, draw and estimate: measured damage over uniform INT4's, and
-    over the predicted one.
-    """
+    """One row per passes, draw and estimate: damage over uniform INT4's, and over the predicted."""
     uniform = {n: "int4" for n, p in subject.model.named_parameters() if p.ndim > 1}
     mib = nbytes(subject.model, uniform) / MIB
     of_uniform = subject.planned(uniform).mean().item()
@@ -179,11 +177,8 @@ def group_plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str
     fronts = {name: frontiers_of(model, known, groups=sizes) for name, sizes in choices.items()}
     for low, name in itertools.product(ALLOCATED, fronts):
         mib = nbytes(model, dict.fromkeys(known.fisher, low)) / MIB
-        yield (
-            f"allocator, bytes of {low}",
-            name,
-            solve_budget(model, fronts[name], mib, known.recipe),
-        )
+        plan = solve_budget(model, fronts[name], mib, known.recipe)
+        yield f"allocator, bytes of {low}", name, plan
 
 
 def groups() -> Iterator[dict]:
@@ -208,9 +203,7 @@ def groups() -> Iterator[dict]:
 
 
 def pass_ratio(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], **sizes: int) -> float:
-    """Time of a pass over that of one forward and backward pass of the same batch, the median over
-    batches.
-    """
+    """Median over batches of the time of a pass over that of one forward and backward pass."""
 
     def ordinary(*batch: Tensor) -> None:
         model.zero_grad()

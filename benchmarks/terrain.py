@@ -92,9 +92,7 @@ def load() -> nn.Module:
 
 
 def maps(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The model's arguments for so many maps, as the package's generator gives them: noise, sigma,
-    difficulty.
-    """
+    """The arguments for so many maps, as the package generates them: noise, sigma, difficulty."""
     g = generator(seed)
     noise = SIGMA * torch.randn(count, 1, SIZE, SIZE, generator=g)
     return noise, torch.full((count,), SIGMA), torch.randint(100, (count,), generator=g) / 99
@@ -146,9 +144,7 @@ def character(output: Tensor) -> dict[str, np.ndarray]:
 
 
 def distances(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, float]:
-    """Wasserstein distances of slopes and roughness (metres), root mean square difference of the
-    spectra (dB).
-    """
+    """Wasserstein distances of slopes and roughness (m), RMS difference of the spectra (dB)."""
     of = {n: wasserstein_distance(a[n][::7], b[n][::7]) for n in ("slope", "roughness")}
     return of | {"spectrum": float(np.sqrt(np.mean((a["spectrum"] - b["spectrum"]) ** 2)))}
 
@@ -322,9 +318,7 @@ def make_rows(model: nn.Module, known: Sensitivity, expected: Tensor) -> None:
 
 
 def by_passes(model: nn.Module, expected: Tensor) -> None:
-    """The table results/terrain/passes.csv: decibels of the allocator's plan at INT4's bytes by the
-    passes behind it.
-    """
+    """results/terrain/passes.csv: decibels of the allocator's plan at INT4's bytes by passes."""
 
     def row(passes: int) -> dict[str, float]:
         known = sensitivity(model) if passes == PASSES else estimated(model, passes)

@@ -36,6 +36,7 @@ FID_MARGIN = 1.0
 MARGIN_IMAGES = 100
 LEVEL = 0.05
 Claim = dict[str, Any]
+Images = dict[str, np.ndarray]  # uint8 (N, 32, 32), by `sample`
 HALF = 500
 LAYERWISE = ("ratio", "group", "mean_std")
 RATIOS_OF_MEANS = ("C1", "C2")
@@ -65,19 +66,15 @@ def verdict(
 
 def holm(p: list[float]) -> list[float]:
     """P values corrected for their number (Holm 1979, Scandinavian Journal of Statistics 6)."""
-    order, corrected, largest = sorted(range(len(p)), key=p.__getitem__), [0.0] * len(p), 0.0
-    for i, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(p) - i) * p[place]))
-        corrected[place] = largest
-    return corrected
+    ascending = pd.Series(p, dtype=float).sort_values()
+    corrected = (ascending * range(len(p), 0, -1)).cummax().clip(upper=1)
+    return corrected.sort_index().tolist()
 
 
 def _claim(
     claim: str, measured: float, low: float, high: float, margin: float = 0.0, **fields: Any
 ) -> Claim:
-    """A row of claims.csv: its number, the interval low..high and the verdict, and fields that say
-    of what the number is (results/README.md lists the columns).
-    """
+    """A row of claims.csv (columns: results/README.md); fields: what the number is of."""
     side = {"above": claim in ABOVE, "null": NULL.get(claim, 0.0)}
     fields = {"p": math.nan} | fields
     holds = verdict(low, high, **side, margin=margin, p=fields["p"])
@@ -86,9 +83,7 @@ def _claim(
 
 
 class Judge(NamedTuple):
-    """FID of rows' images, by their `sample`, with its bootstrap draws; the features that it is on,
-    and the margin of its verdicts.
-    """
+    """FID of rows' images, by `sample`, with its draws, on these features; the verdicts' margin."""
 
     fid: Callable[[str], tuple[float, Tensor]]
     features: str
@@ -107,10 +102,8 @@ class Judge(NamedTuple):
         return self.claim(claim, ours - theirs, draws - their_draws, **fields)
 
 
-def judge(images: dict[str, np.ndarray], seed: int, inception: FeatureExtractor | None) -> Judge:
-    """The judge of rows with these images, uint8 (N, 32, 32): on Inception features, or without
-    them on the classifier's.
-    """
+def judge(images: Images, seed: int, inception: FeatureExtractor | None) -> Judge:
+    """The judge of rows with these images, on Inception's or else on the classifier's features."""
     count = len(next(iter(images.values())))
     extractor = inception or mnist_extractor()
 
@@ -212,9 +205,7 @@ def _p_value(measured: float, draws: Tensor) -> float:
 
 
 def layerwise_images(table: pd.DataFrame, by: Judge) -> Claim:
-    """C4, images: of the layer-wise rows with INT8 the nearest in size to uniform FP16, against
-    uniform FP16.
-    """
+    """C4, images: the layer-wise INT8 row nearest in size to uniform FP16, against uniform FP16."""
     uniform = table.query("rule == 'uniform' and format == 'fp16'").iloc[0]
     rows = table.query("rule in @LAYERWISE and format == 'int8'")
     row = rows.loc[(rows["mem_mib"] - uniform["mem_mib"]).abs().idxmin()]
@@ -224,14 +215,9 @@ def layerwise_images(table: pd.DataFrame, by: Judge) -> Claim:
 
 
 def claims_on_images(
-    table: pd.DataFrame,
-    images: dict[str, np.ndarray],
-    seed: int,
-    inception: FeatureExtractor | None = None,
+    table: pd.DataFrame, images: Images, seed: int, inception: FeatureExtractor | None = None
 ) -> list[Claim]:
-    """C3, where its sweep is there, and C4 on rows with their images; on the classifier's features
-    without Inception.
-    """
+    """C3, where its sweep is there, and C4 on rows with their images; features as of `judge`."""
     by = judge(images, seed, inception)
     return [*best_ratio(table, by), layerwise_images(table, by)]
 
@@ -247,35 +233,25 @@ def image_claims(
 
 
 def over_runs(by_run: pd.DataFrame) -> pd.DataFrame:
-    """Each claim over training runs, at least two, with the fields that all of them share.
-
-    The interval is Student's t over the runs (of the logarithm where the number is a ratio of
-    means).
+    """Each claim over training runs, at least two, with the fields that all of them share. The
+    interval is Student's t over the runs (of the logarithm where the number is a ratio of means).
     """
     claims = []
     for name, rows in by_run.groupby("claim", sort=False):
-        values = rows["measured"]
-        if len(values) < 2:
+        if len(rows) < 2:
             raise ValueError("one training run: an interval over runs needs at least two")
-        if name in RATIOS_OF_MEANS:
-            ends = map(math.exp, _student(values.map(math.log)))
-        else:
-            ends = _student(values)
+        is_ratio = name in RATIOS_OF_MEANS
+        values = rows["measured"].map(math.log) if is_ratio else rows["measured"]
+        low, high = stats.ttest_1samp(values, 0).confidence_interval(metrics.LEVEL)
+        ends = values.mean(), float(low), float(high)
+        ends = map(math.exp, ends) if is_ratio else ends
         shared = rows.loc[:, rows.nunique() == 1].iloc[0].drop(OF_A_RUN, errors="ignore")
-        claims.append(_claim(name, *ends, runs=len(values), **shared))
+        claims.append(_claim(name, *ends, runs=len(rows), **shared))
     return pd.DataFrame(claims)
 
 
-def _student(values: pd.Series) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % interval."""
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(metrics.LEVEL)
-    return values.mean(), float(low), float(high)
-
-
 def damage_claims(table: pd.DataFrame, rounding: str) -> list[Claim]:
-    """Damage of every layer-wise rule over that of the global one, rounded alike, at RATE bits per
-    weight; rows of `damage.measure_damage`.
-    """
+    """Damage of every layer-wise rule over global's, rounded alike, at RATE bits per weight."""
     alike = np.isclose(table["budget_bits"], RATE) & (table["rounding"] == rounding)
     at_rate = table[alike & (table["granularity"] == "weight")].set_index("rule")
     ends = ["over_global", "over_global_low", "over_global_high"]
@@ -285,19 +261,13 @@ def damage_claims(table: pd.DataFrame, rounding: str) -> list[Claim]:
     ]
 
 
-def rule_image_claims(table: pd.DataFrame, images: dict[str, np.ndarray], seed: int) -> list[Claim]:
+def rule_image_claims(table: pd.DataFrame, images: Images, seed: int) -> list[Claim]:
     """FID of every layer-wise rule's row minus that of the global one; the table's rows are rounded
     alike and of equal bytes, their budget in bits per weight as `setting`.
     """
     by, rows = judge(images, seed, None), table.set_index("rule")
+    bits = {rule: float(rows.loc[rule, "setting"]) for rule in LAYERWISE if rule in rows.index}
     return [
-        by.difference(
-            "rules images",
-            rows.loc[rule, "sample"],
-            rows.loc["global", "sample"],
-            rule=rule,
-            budget_bits=float(rows.loc[rule, "setting"]),
-        )
-        for rule in LAYERWISE
-        if rule in rows.index
+        by.difference("rules images", *rows["sample"][[rule, "global"]], rule=rule, budget_bits=b)
+        for rule, b in bits.items()
     ]

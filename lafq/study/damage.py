@@ -76,11 +76,6 @@ def over(name: str, errors: Tensor, reference: Tensor, seed: int) -> dict[str, f
     return {f"{name}{end}": value for end, value in zip(ENDS, ratio, strict=True)}
 
 
-def output_mse(errors: Tensor, rise: float, seed: int) -> dict[str, float]:
-    """`damage`, the mean of `output_errors` with its interval, and `delta_loss`."""
-    return over("damage", errors, torch.ones_like(errors), seed) | {"delta_loss": rise}
-
-
 def measure_damage(
     model: nn.Module,
     rows: list[Row],
@@ -89,8 +84,7 @@ def measure_damage(
     digits: int,
     fresh: bool = False,
 ) -> pd.DataFrame:
-    """Bytes, predicted and measured damage of every row, columns as COLUMNS; measured on so many
-    held-out digits.
+    """Bytes, predicted and measured damage of every row (COLUMNS), on so many held-out digits.
 
     validation: predicts the damage, from other draws than the plans were made from, since on those
     a plan looks better than it is; it knows nothing of tuning. fresh: on digits and noise that no
@@ -104,10 +98,10 @@ def measure_damage(
     for row in tqdm(rows, desc="measured damage", unit="row", leave=False):
         small = quantized(model, row, seed)
         errors[row[:5]], rise = output_errors(small, outputs, noise, first)
-        line = row.budget_key | {"budget_mib": mib_at(model, row.bits)}
+        line = row.budget_key | {"budget_mib": mib_at(model, row.bits), "delta_loss": rise}
         line |= {"bits_per_weight": study_rows.bits_of(model, row.plan)}
         line |= {"predicted": predicted_damage(model, small, validation) / HALF_PIXELS}
-        lines.append(line | output_mse(errors[row[:5]], rise, seed))
+        lines.append(line | over("damage", errors[row[:5]], torch.ones(digits), seed))
     int8 = next((key for key in errors if key[:1] + key[2:] == UNIFORM_INT8), None)
     for row, line in zip(rows, lines, strict=True):
         references = {"over_int8": int8, "over_global": ("global", *row[1:5])}
@@ -130,9 +124,7 @@ def coded_files(model: nn.Module, rows: list[Row], seed: int) -> pd.DataFrame:
 
 
 def bits_by_tensor(model: nn.Module, fisher: dict[str, Tensor], rows: list[Row]) -> pd.DataFrame:
-    """Bits per weight of every weight tensor in the allocator's rows of granularity "mixed", beside
-    the tensor's mean Fisher value.
-    """
+    """Mean Fisher value and bits per weight of every tensor, in the allocator's "mixed" rows."""
     lines = [
         {
             "budget_bits": round(row.bits, 3),
@@ -158,25 +150,19 @@ def images_at_bits(
         name, small = f"{row.bits:g} bits", quantized(model, row, seed)
         key, generated, _ = ImageStore(work).draw(small, Sampling(IMAGES, steps, seed), name)
         samples[key] = generated[:, 0].numpy()
-        size = {"mem_mib": nbytes(model, row.plan) / MIB, "sample": key}
-        lines.append(row.key | {"setting": name} | size)
+        mib = nbytes(model, row.plan) / MIB
+        lines.append(row.key | {"setting": name, "mem_mib": mib, "sample": key})
     return pd.DataFrame(lines), samples
 
 
 def by_tensor(
     model: nn.Module, calibration: Sensitivity, formats: tuple[str, ...], seed: int, digits: int
 ) -> pd.DataFrame:
-    """One tensor at a time in one format, the rest FP32: columns parameter, format, nbytes, the
-    measured damage, and PROXIES, which would predict it.
-    """
-    outputs, names, g = (
-        held_out_outputs(model, seed, digits),
-        quantizable(model),
-        generator(seed, 2),
-    )
-    kinds, lines = [(name, low) for name in names for low in formats], []
+    """Each tensor in each format, the rest FP32: bytes, the measured damage, and PROXIES of it."""
+    outputs, g = held_out_outputs(model, seed, digits), generator(seed, 2)
+    recipe = Recipe(unshrunk_scale, calibration.fisher)
+    kinds, lines = [(name, low) for name in quantizable(model) for low in formats], []
     for name, low in tqdm(kinds, desc="one tensor at a time", unit="plan", leave=False):
-        recipe = Recipe(unshrunk_scale, calibration.fisher)
         small = dequantize_(quantize(model, {name: low}, recipe))
         measured = output_errors(small, outputs, seed)[0].mean().item()
         size = stored_bytes(channel_view(model, name), low)
@@ -203,9 +189,7 @@ def _proxies(
 
 
 def rank_correlations(points: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rank correlation of every prediction with the measured damage, over all formats
-    and within each.
-    """
+    """Spearman's correlation of predictions with the measured damage, over all and by format."""
     parts = {"all formats": points} | dict(iter(points.groupby("format", sort=False)))
     ranks = {
         name: rows[list(PROXIES)].corrwith(rows["measured"], method="spearman")
@@ -217,9 +201,7 @@ def rank_correlations(points: pd.DataFrame) -> pd.DataFrame:
 def allocate_by_proxy(
     model: nn.Module, points: pd.DataFrame, bits: float, calibration: Sensitivity
 ) -> list[Row]:
-    """The same allocation (granularity "tensor") by every prediction of `by_tensor`, and by the
-    measurement itself.
-    """
+    """An allocation (granularity "tensor") by each prediction of `by_tensor`, and by `measured`."""
     rows, recipe = [], Recipe(unshrunk_scale, calibration.fisher)
     for proxy in (*PROXIES, "measured"):
         frontiers = {}
@@ -233,9 +215,7 @@ def allocate_by_proxy(
 
 
 def with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> pd.DataFrame:
-    """Rows of `measure_damage` with fid_mnist_delta, _low, _high and n_images, empty where
-    `make evidence` has none.
-    """
+    """Rows with fid_mnist_delta, _low, _high and n_images, empty where `make evidence` has none."""
     names = {f"delta_fid_mnist{end}": f"fid_mnist_delta{end}" for end in ENDS}
     columns = [*names.values(), "n_images"]
     if evidence is None:

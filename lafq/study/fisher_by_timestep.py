@@ -3,20 +3,21 @@
 the model's own reverse process visits.
 """
 
+from bisect import bisect
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from lafq.fisher.empirical import empirical_fisher
 from lafq.fisher.sensitivity import estimate_sensitivity
 from lafq.rng import generator
 from lafq.study.diffusion import ddpm
-from lafq.study.diffusion.subject import TIMESTEPS, layer_of
+from lafq.study.diffusion.subject import TIMESTEPS, UNet, layer_of
 
 BLOCKS = 10  # of the samples of every bin
 COLUMNS = ["parameter", "layer", "weights", "t_low", "t_high", "fisher"]
@@ -37,13 +38,7 @@ class Fisher(NamedTuple):
 
 
 def fisher_by_timestep(
-    model: nn.Module,
-    names: list[str],
-    images: Tensor,
-    *,
-    samples: int,
-    bins: int,
-    seed: int,
+    model: UNet, names: list[str], images: Tensor, *, samples: int, bins: int, seed: int
 ) -> Fisher:
     """`empirical_fisher` of the noise prediction on uint8 images (N, 1, 32, 32), drawn as by
     `ddpm.stratified_batches`; errors as of both.
@@ -67,14 +62,7 @@ def fisher_by_timestep(
 
 
 def fisher_kinds(
-    model: nn.Module,
-    names: list[str],
-    images: Tensor,
-    *,
-    samples: int,
-    bins: int,
-    seed: int,
-    steps: int,
+    model: UNet, names: list[str], images: Tensor, *, samples: int, bins: int, seed: int, steps: int
 ) -> pd.DataFrame:
     """Mean Monte Carlo Fisher value of a tensor by kind of input, bin and block (one backward pass
     each); columns kind and BLOCK_COLUMNS.
@@ -90,7 +78,7 @@ def fisher_kinds(
     }
     for kind, source in sources.items():
         for x, t in source:
-            t_low = _bin_of(t.min().item(), bins)
+            t_low = max(edge for edge in ddpm.bin_edges(bins) if edge <= t.min())
             parts = zip(x.tensor_split(BLOCKS), t.tensor_split(BLOCKS), strict=True)
             for block, part in enumerate(p for p in parts if len(p[0])):
                 block_seed = (seed * TIMESTEPS + t_low) * BLOCKS + block
@@ -102,16 +90,11 @@ def fisher_kinds(
     return pd.DataFrame(rows, columns=["kind", *BLOCK_COLUMNS])
 
 
-def _bin_of(t: int, bins: int) -> int:
-    """The first timestep of the bin that t is in."""
-    return max(edge for edge in ddpm.bin_edges(bins) if edge <= t)
-
-
 def _reverse_states(
-    model: nn.Module, images: int, bins: int, seed: int, steps: int
+    model: UNet, images: int, bins: int, seed: int, steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(x_t, t) at the last timestep that the reverse process visits in each bin."""
-    last = {_bin_of(t, bins): t for t in ddpm.trailing_timesteps(steps)}
+    last = {bisect(ddpm.bin_edges(bins), t): t for t in ddpm.trailing_timesteps(steps)}
     states = ddpm.reverse_process(model, [generator(seed, i) for i in range(images)], steps)
     for t, x in tqdm(states, "reverse process", steps + 1, leave=False):
         if t in last.values():

@@ -26,23 +26,12 @@ from lafq.quantization.model import dequantize_, quantize, weights_sha256
 from lafq.rng import generator
 from lafq.study import claims, damage, published_images, workspace
 from lafq.study import rows as study_rows
-from lafq.study.diffusion import training
-from lafq.study.diffusion.subject import (
-    HELD_OUT,
-    PACKED,
-    REFERENCE,
-    UNet,
-    load_fisher,
-    load_model,
-    mnist,
-    quantizable,
-    unpadded,
-)
+from lafq.study.diffusion import subject, training
+from lafq.study.diffusion.subject import HELD_OUT, UNet, load_fisher, load_model, mnist, quantizable
 from lafq.study.fisher_by_timestep import fisher_by_timestep
 from lafq.study.images import metrics
 from lafq.study.images.evaluate import evaluate, evaluate_large
 from lafq.study.images.features import inception_extractor, mnist_extractor
-from lafq.study.images.metrics import Reference
 from lafq.study.images.reference import save_reference
 from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.results import load_rows
@@ -158,13 +147,11 @@ def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
     if seed == parameters["SEED"]:
         return load_model(work, width)
     torch.manual_seed(int(torch.randint(2**62, (), generator=generator(seed))))
-    model = UNet(width, settings.pop("dropout"))
-    model = model.to(work.device, memory_format=torch.channels_last)
+    model = UNet(width, settings.pop("dropout")).to(work.device, memory_format=torch.channels_last)
     checkpoint = work.build / f"replicate_{seed}.safetensors"
     weights, _ = training.fit(model, mnist(train=True)[0], checkpoint, **settings)
-    result = UNet(width)
-    result.load_state_dict(weights)
-    return result.eval().to(work.device, memory_format=torch.channels_last)
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def budgets(run: Experiment, images: int = IMAGES) -> Tables:
@@ -195,10 +182,8 @@ def coded_files(run: Experiment, images: int = IMAGES) -> Tables:
 def at_int4_bytes(run: Experiment, images: int = IMAGES) -> Tables:
     """Uniform INT8 and INT4; at INT4's bytes the allocator and two rules, rounded alike."""
     uniform = study_rows.uniform_rows(run.model, ("int8", "int4"))
-    bits, how = (
-        study_rows.bits_of(run.model, uniform[-1].plan),
-        study_rows.made(run.samples, run.seed),
-    )
+    bits = study_rows.bits_of(run.model, uniform[-1].plan)
+    how = study_rows.made(run.samples, run.seed)
     rows = run.rounded_alike([bits], ("global", "ratio"))
     rows = [*uniform, *(row._replace(made=how) for row in rows)]
     return run.with_claims("evidence_int4", rows, run.sampling(images), claims.rule_image_claims)
@@ -241,15 +226,15 @@ def packed(run: Experiment) -> Tables:
     model, seed = run.model, run.seed + OTHER_NOISE
     plan = allocate(model, run.kept_sensitivity(run.seed), file_mib=SHIPPED_MIB)
     small = quantize(model, plan)
-    save_quantized(run.work.results / PACKED, small, model, compress=True)
+    save_quantized(run.work.results / subject.PACKED, small, model, compress=True)
     key = "allocate", f"{SHIPPED_MIB:g} MiB", "coded", "channel", "feedback"
     shipped = Row(*key, plan, inception=True, made=study_rows.made(run.samples, run.seed))
     rows, sampling = [BASELINE._replace(inception=True), shipped], run.sampling(run.p["IMAGES"])
     table, _ = evaluate(run.work, model, rows, sampling, run.p["INCEPTION_REFERENCE"])
     outputs = training.held_out_outputs(model, seed)
-    errors = [damage.output_errors(m, outputs, seed) for m in (model, dequantize_(small))]
-    rises = pd.DataFrame([damage.output_mse(*of_model, seed) for of_model in errors])
-    return {"packed": table.join(rises.drop(columns="delta_loss"))}
+    errors = [damage.output_errors(m, outputs, seed)[0] for m in (model, dequantize_(small))]
+    measured = [damage.over("damage", e, torch.ones_like(e), seed) for e in errors]
+    return {"packed": table.join(pd.DataFrame(measured))}
 
 
 def digit_sizes(run: Experiment) -> Tables:
@@ -259,18 +244,17 @@ def digit_sizes(run: Experiment) -> Tables:
     table, images = load_rows(run.work, "08_published")
     if not (inception := inception_extractor(run.p["INCEPTION_REFERENCE"])):
         raise ValueError("FID against 28x28 digits needs Inception's weights")
-    digits = mnist(train=False)[0][REFERENCE][: inception.reference_images]
-    whole, small = (Reference(inception.features(x).features) for x in (digits, unpadded(digits)))
+    digits = mnist(train=False)[0][subject.REFERENCE][: inception.reference_images]
+    both = (inception.features(x).features for x in (digits, subject.unpadded(digits)))
+    whole, small = map(metrics.Reference, both)
     save_reference(whole, digits, weights_sha256(inception.network))
-    seen = {key: inception.features(torch.from_numpy(x)[:, None]) for key, x in images.items()}
-    fids = [
-        {
-            "fid_32": metrics.fid(seen[key].features, whole),
-            "fid_28": metrics.fid(seen[key].features, small),
-        }
-        for key in table["sample"]
-    ]
-    return {"evidence_digits": table[[*KEY, "sample", "n_images"]].join(pd.DataFrame(fids))}
+    sizes = table[[*KEY, "sample", "n_images"]].copy()
+    for name, reference in {"fid_32": whole, "fid_28": small}.items():
+        seen = (
+            inception.features(torch.from_numpy(images[key])[:, None]) for key in table["sample"]
+        )
+        sizes[name] = [metrics.fid(of_row.features, reference) for of_row in seen]
+    return {"evidence_digits": sizes}
 
 
 # The table that a step writes last: where it is, the step's others are.

@@ -71,9 +71,8 @@ def block_scores(
     order, rows = torch.randperm(len(seen.features), generator=generator(seed)), []
     for n in sizes:
         blocks = order[: len(order) // n * n].view(-1, n)[:most]
-        draws = metrics.score_draws(*seen, reference, blocks)
         row = {"n": n, "blocks": len(blocks)}
-        for name, values in draws.items():
+        for name, values in metrics.score_draws(*seen, reference, blocks).items():
             row |= {name: values.mean().item(), f"{name}_sd": pd.Series(values.numpy()).std()}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -98,12 +97,11 @@ def compared(sets: dict[str, tuple[Tensor, Tensor]], seed: int) -> pd.DataFrame:
         row["kid_to_fp32"], row["kid_p"] = mmd_test(features, other, seed)
         row["classes_p"] = chi2_contingency(counts[:, counts.sum(0) > 0]).pvalue
         rows.append(row | {"digit": most, "share": shares[0, most], "share_fp32": shares[1, most]})
-    table, ps = pd.DataFrame(rows), ["kid_p", "classes_p"]
+    table = pd.DataFrame(rows)
     # The control tests no set, so it stays out of the correction.
-    corrected = holm(table.loc[1:, ps].to_numpy().T.ravel().tolist())
-    for p, values in zip(ps, np.reshape(corrected, (2, -1)), strict=True):
-        table.loc[1:, f"{p}_holm"] = values
-    return table
+    ps = table.loc[1:, ["kid_p", "classes_p"]]
+    corrected = np.reshape(holm(ps.to_numpy().ravel().tolist()), ps.shape)
+    return table.join(pd.DataFrame(corrected, ps.index, ps.columns + "_holm"))
 
 
 def mmd_test(x: Tensor, y: Tensor, seed: int, permutations: int = 1999) -> tuple[float, float]:
@@ -145,12 +143,8 @@ def measure(path: Path, seed: int) -> None:
         key: block_scores(of_set, reference, seed, [*SIZES, len(of_set.features)])
         for key, (of_set, reference) in scored.items()
     }
-    save_table(PUBLISHED, "scores", _joined(tables, "features", "set"))
-
-
-def _joined(tables: dict[tuple[str, str], pd.DataFrame], *names: str) -> pd.DataFrame:
-    """The tables below each other, with their keys as first columns."""
-    return pd.concat(tables, names=names).reset_index(names).reset_index(drop=True)
+    scores = pd.concat(tables, names=["features", "set"]).droplevel(-1).reset_index()
+    save_table(PUBLISHED, "scores", scores)
 
 
 def floor(features: Tensor, reference: Reference, seed: int) -> pd.DataFrame:
@@ -177,7 +171,7 @@ def noise_floor(generated: Tensor, seed: int, inception: bool) -> pd.DataFrame:
         for name, extractor in zip(("MNIST", "Inception"), extractors, strict=False)
         for images, x in sets.items()
     }
-    return _joined(tables, "features", "images")
+    return pd.concat(tables, names=["features", "images"]).droplevel(-1).reset_index()
 
 
 def image_statistics(images: dict[str, Tensor], extractor: FeatureExtractor) -> pd.DataFrame:

@@ -12,23 +12,14 @@ from torch.func import functional_call, grad
 
 from lafq.quantization.model import dequantize_, quantize
 from lafq.quantization.plan import make_plan
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import ALPHA_BAR, unit_interval
-from lafq.study.diffusion.subject import (
-    GROUPS,
-    LAYERS,
-    REFERENCE,
-    UNet,
-    layer_of,
-    mnist,
-    quantizable,
-    unpadded,
-)
+from lafq.study.diffusion.subject import LAYERS, UNet, layer_of, mnist, quantizable
 from lafq.study.diffusion.training import held_out_losses
 from lafq.study.fisher_by_timestep import fisher_by_timestep
 from lafq.study.images import metrics
 from lafq.study.images.evaluate import evaluate
 from lafq.study.images.features import FeatureExtractor, inception_extractor, mnist_extractor
-from lafq.study.images.metrics import Reference
 from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import KEY, keep_ratio, ratio_rows
 from lafq.study.workspace import Workspace
@@ -96,23 +87,21 @@ def kept_in_common(ours: dict[str, Tensor], other: dict[str, Tensor], ratio: flo
 
 def fisher_choices(model: UNet, choices: Choices, ratio: float, seed: int) -> pd.DataFrame:
     """One row per choice: mean rank correlation with ours over the layers, kept weights in common,
-    and the rise of the held-out denoising loss under the ratio rule in INT8 and INT4, with its 95 %
-    interval.
+    and the rise of the held-out loss under the ratio rule in INT8 and INT4, with 95 % interval.
     """
     ranks = rank_table(choices).set_index("choice")
     table = pd.DataFrame({"rank_correlation": ranks.mean(axis=1)}).reset_index()
     table["kept_in_common"] = [kept_in_common(choices[OURS], v, ratio) for v in choices.values()]
     losses = held_out_losses(model, seed)
+    indices = metrics.resamples(len(losses), seed)
     for low in ("int8", "int4"):
-        plans = [make_plan(keep_ratio(values, ratio), low) for values in choices.values()]
-        small = (dequantize_(quantize(model, plan)) for plan in plans)
-        rises = [held_out_losses(m, seed) - losses for m in small]
-        draws = [metrics.mean_draws(rise, metrics.resamples(len(rise), seed)) for rise in rises]
-        columns = [
-            metrics.with_interval(f"delta_loss_{low}", rise.mean().item(), of_row)
-            for rise, of_row in zip(rises, draws, strict=True)
-        ]
-        table = table.join(pd.DataFrame(columns))
+        rises = []
+        for values in choices.values():
+            small = dequantize_(quantize(model, make_plan(keep_ratio(values, ratio), low)))
+            rise = held_out_losses(small, seed) - losses
+            draws = metrics.mean_draws(rise, indices)
+            rises.append(metrics.with_interval(f"delta_loss_{low}", rise.mean().item(), draws))
+        table = table.join(pd.DataFrame(rises))
     return table
 
 
@@ -129,7 +118,7 @@ def evaluate_choices(
 def released_groups(model: nn.Module, fisher: dict[str, Tensor]) -> pd.DataFrame:
     """R5: a group's tau is its mean squared weight, a tensor's score mean F over the largest."""
     means, rows = pd.Series({n: f.mean().item() for n, f in fisher.items()}), []
-    for group, layers in GROUPS.items():
+    for group, layers in subject.GROUPS.items():
         weights = {n: w for n, w in quantizable(model).items() if layer_of(n) in layers}
         tau = torch.cat([w.flatten() for w in weights.values()]).square().mean().item()
         scores = (means / means.max())[list(weights)]
@@ -181,9 +170,9 @@ def measure_protocol(
     drawn = [store.draw(*draw).images for draw in draws]
     tables = {"MNIST": protocol_choices(mnist_extractor(), *drawn, seed)}
     if inception := inception_extractor(inception_reference):
-        digits = mnist(train=False)[0][REFERENCE][:SMALL_REFERENCE]
-        both = (inception.features(x).features for x in (digits, unpadded(digits)))
-        sizes = tuple(map(Reference, both))
+        digits = mnist(train=False)[0][subject.REFERENCE][:SMALL_REFERENCE]
+        both = (inception.features(x).features for x in (digits, subject.unpadded(digits)))
+        sizes = tuple(map(metrics.Reference, both))
         tables["Inception"] = protocol_choices(inception, *drawn, seed, sizes)
     return pd.concat(tables, names=["features"]).reset_index("features")
 
@@ -194,7 +183,7 @@ def protocol_choices(
     quantized: Tensor,
     other_noise: Tensor,
     seed: int,
-    sizes: tuple[Reference, Reference] | None = None,
+    sizes: tuple[metrics.Reference, metrics.Reference] | None = None,
 ) -> pd.DataFrame:
     """One row per choice: a FID, or difference of FIDs, as here and as in the released code; what
     it changes, with 95 % interval.
@@ -206,7 +195,7 @@ def protocol_choices(
     # The images as they are come first, then their resamples.
     indices = torch.cat([torch.arange(count)[None], metrics.resamples(count, seed)])
 
-    def fid(images: Tensor, reference: Reference = extractor.reference) -> Tensor:
+    def fid(images: Tensor, reference: metrics.Reference = extractor.reference) -> Tensor:
         return metrics.fid_draws(extractor.features(images).features, reference, indices)
 
     here = fid(unquantized)

@@ -28,10 +28,8 @@ HELD_OUT = slice(5000, 10000)
 
 
 def mnist(train: bool, root: Path = workspace.DATA) -> tuple[Tensor, Tensor]:
-    """The training (60,000) or test (10,000) digits: images, uint8 (N, 1, 32, 32), zero-padded from
-    28x28, and labels, int64 (N,).
-
-    Raises ValueError naming the archive that is missing or damaged.
+    """The training (60,000) or test (10,000) digits, uint8 (N, 1, 32, 32), and labels, int64 (N,);
+    ValueError naming the archive that is missing or damaged.
     """
     raw, names = root / "MNIST" / "raw", list(ARCHIVES)
     images, labels = (_read(raw / name) for name in (names[:2] if train else names[2:]))

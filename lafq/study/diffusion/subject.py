@@ -13,14 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lafq.study.diffusion.mnist import HELD_OUT, REFERENCE, SHAPE, mnist, unpadded
-from lafq.study.diffusion.unet import (
-    LAYERS,
-    TIMESTEPS,
-    UNet,
-    layer_of,
-    layer_sizes,
-    quantizable,
-)
+from lafq.study.diffusion.unet import LAYERS, TIMESTEPS, UNet, layer_of, layer_sizes, quantizable
 from lafq.study.workspace import Workspace
 from lafq.tensors import atomic_write, load_tensors, read_metadata, save_tensors, sha256
 
@@ -72,10 +65,8 @@ def save_weights(work: Workspace, weights: dict[str, Tensor], **metadata: Any) -
 
 
 def check_weights(work: Workspace, parameters: dict[str, Any]) -> list[Path]:
-    """The shards of a profile's weights.
-
-    Raises FileNotFoundError when one is missing, ValueError when one is damaged or they were
-    trained with other settings than these parameters name.
+    """The shards of a profile's weights; FileNotFoundError when one is missing, ValueError when one
+    is damaged or they were trained with other settings than these parameters name.
     """
     path, restore = work.results / WEIGHTS, f"`git checkout -- results/{work.profile}` restores it"
     remedy = f"{restore}, or train anew with TRAIN=1"
@@ -111,9 +102,7 @@ def load_model(work: Workspace, width: int) -> UNet:
 
 
 def save_fisher(work: Workspace, values: dict[str, Tensor], width: int, **settings: int) -> None:
-    """Write the empirical Fisher values of the six layers' weights, by name, to
-    results/<profile>/fisher.safetensors; settings: samples, bins and seed of the estimate.
-    """
+    """Write empirical Fisher values by name; settings: samples, bins and seed of the estimate."""
     save_tensors(work.results / FISHER, values, **_origin(work, width), settings=settings)
 
 

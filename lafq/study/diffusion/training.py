@@ -16,16 +16,9 @@ from tqdm import tqdm
 
 from lafq.networks import evaluating
 from lafq.rng import generator
+from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import add_noise, unit_interval
-from lafq.study.diffusion.subject import (
-    CHECKPOINT,
-    HELD_OUT,
-    SHAPE,
-    TIMESTEPS,
-    UNet,
-    mnist,
-    save_weights,
-)
+from lafq.study.diffusion.subject import HELD_OUT, SHAPE, TIMESTEPS, UNet, mnist, save_weights
 from lafq.study.workspace import Workspace
 from lafq.tensors import atomic_write, load_tensors, save_tensors
 
@@ -39,10 +32,9 @@ def train(
     """Train (or continue) a profile's model as `fit`; writes its weights and training.csv."""
     torch.manual_seed(seed)
     model = UNet(width, dropout).to(work.device, memory_format=torch.channels_last)
-    digits, checkpoint = mnist(train=True)[0], work.build / CHECKPOINT
+    digits, checkpoint = mnist(train=True)[0], work.build / subject.CHECKPOINT
     weights, losses = fit(model, digits, checkpoint, steps=steps, seed=seed, **settings)
-    about = {"width": width, "steps": steps, "seed": seed, "dropout": dropout, **settings}
-    save_weights(work, weights, **about)
+    save_weights(work, weights, width=width, steps=steps, seed=seed, dropout=dropout, **settings)
     loss = pd.Series(losses, index=range(1, steps + 1), name="loss")
     windows = loss.groupby(lambda step: -(-step // WINDOW) * WINDOW).mean()
     with atomic_write(work.results / "training.csv") as temporary:
@@ -119,13 +111,16 @@ def fit(
     The checkpoint is rewritten every `every` steps; ValueError when it is damaged or belongs to
     other settings. A run may be prolonged as long as its learning rate has not begun to fall.
     """
-    record = {"width": model.width, "dropout": model.dropout, "ema_decay": ema_decay}
-    record |= settings
+    record = {"width": model.width, "dropout": model.dropout, "ema_decay": ema_decay, **settings}
     ema = ema_of(model, ema_decay)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     kept: dict[str, Tensor] = {"loss": torch.empty(0)}
     if checkpoint.is_file():
-        kept = _checked(checkpoint, steps, settings["decay"], record)
+        kept, metadata = load_tensors(checkpoint, "01_train", **record)
+        done, planned = len(kept["loss"]), metadata["steps"]
+        if steps != planned and done > min(steps, planned) - settings["decay"]:
+            differs = f"was made for {planned} steps, not {steps}"
+            raise ValueError(f"{checkpoint} {differs}: delete it to train anew")
     losses: list[float] = kept.pop("loss").tolist()
     state = _state(model, ema, optimizer, len(losses))
     for name, tensor in kept.items():
@@ -140,15 +135,6 @@ def fit(
             save_tensors(checkpoint, state, steps=steps, **record)
             bar.set_postfix(loss=sum(losses[-every:]) / len(losses[-every:]))
     return {n: p.detach() for n, p in ema.module.named_parameters()}, losses
-
-
-def _checked(checkpoint: Path, steps: int, decay: int, record: dict[str, Any]) -> dict[str, Tensor]:
-    tensors, metadata = load_tensors(checkpoint, "01_train", **record)
-    done, planned = len(tensors["loss"]), metadata["steps"]
-    if steps != planned and done > min(steps, planned) - decay:
-        differs = f"was made for {planned} steps, not {steps}"
-        raise ValueError(f"{checkpoint} {differs}: delete it to train anew")
-    return tensors
 
 
 def _state(
@@ -169,9 +155,8 @@ def _state(
 def held_out_outputs(
     model: nn.Module, seed: int, digits: int = LOSS_DIGITS, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Predicted and true noise (digits, *SHAPE) of so many held-out digits from number `first` on.
-
-    The timesteps are spread evenly over the digits; the noise is the seed's, whatever the model.
+    """Predicted and true noise (digits, *SHAPE) of so many held-out digits from number `first` on;
+    the timesteps are spread evenly over the digits, the noise is the seed's, whatever the model.
     """
     device = next(model.parameters()).device
     x_0 = unit_interval(mnist(train=False)[0][HELD_OUT][first : first + digits])

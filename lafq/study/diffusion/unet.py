@@ -21,9 +21,8 @@ TIMESTEPS = 1000
 
 
 def time_table(channels: int, timesteps: int = TIMESTEPS) -> Tensor:
-    """Sinusoidal embedding of every timestep, sin and cos interleaved: (timesteps, channels).
-
-    It is made on the CPU even under `torch.device("meta")`: no file stores it.
+    """Sinusoidal embedding of every timestep, sin and cos interleaved: (timesteps, channels). It is
+    made on the CPU even under `torch.device("meta")`: no file stores it.
     """
     exponent = torch.arange(0, channels, 2, device="cpu") * (-math.log(10000.0) / channels)
     angle = torch.arange(timesteps, device="cpu")[:, None] * exponent.exp()

@@ -60,9 +60,7 @@ def connect(address: str) -> "Client":
 
 
 def draw(store: ImageStore, models: Iterator[Made], sampling: Sampling) -> None:
-    """Draw the images that a store lacks of models, those of equal models once; models are taken a
-    few for each thread of the workers.
-    """
+    """Draw the images a store lacks, equal models' once, AHEAD models per thread of the workers."""
     how = {"sampling": tuple(sampling), "device": store.work.device.type}
     how |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     with connect(store.work.scheduler) as client, tqdm(desc="sampled rows", leave=False) as bar:

@@ -28,7 +28,6 @@ from lafq.study import workspace
 from lafq.study.diffusion.ddpm import unit_interval
 from lafq.study.diffusion.subject import REFERENCE, SHAPE, mnist
 from lafq.study.images import metrics
-from lafq.study.images.metrics import Reference
 from lafq.study.images.reference import digest, load_reference
 from lafq.tensors import atomic_write, load_tensors, save_tensors, sha256
 
@@ -62,7 +61,7 @@ class FeatureExtractor:
     kept: bool = False
 
     @cached_property
-    def reference(self) -> Reference:
+    def reference(self) -> metrics.Reference:
         """The reference digits' features, or their statistics where those are committed; ValueError
         where more are asked for than there are.
         """
@@ -70,7 +69,7 @@ class FeatureExtractor:
         if count > len(digits):
             raise ValueError(f"{count} {self.name} reference images asked for: choose at most 5000")
         kept = load_reference(digits[:count], weights_sha256(self.network)) if self.kept else None
-        return kept or Reference(self.features(digits[:count]).features)
+        return kept or metrics.Reference(self.features(digits[:count]).features)
 
     def features(self, images: Tensor) -> Features:
         """uint8 images (N, 1, H, W) -> features, logits; ValueError for images of another kind."""

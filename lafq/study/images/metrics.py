@@ -75,9 +75,7 @@ def fid(features: Tensor, reference: Reference) -> float:
 
 
 def kid(features: Tensor, reference: Reference) -> float:
-    """Unbiased squared MMD (cubic kernel) between the features (N, d) and the reference, over 100
-    subsets of min(N, 1,000) images.
-    """
+    """Unbiased squared MMD (cubic kernel) of features (N, d), over 100 subsets of min(N, 1,000)."""
     size = min(len(features), len(reference.features), 1000)
     subsets = {"kid_subsets": 100, "kid_subset_size": size, "rng_seed": KID_SEED}
     kid_of = _fidelity("kid").kid_features_to_metric
