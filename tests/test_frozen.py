@@ -41,7 +41,7 @@ def test_rows_have_the_keys_of_all_kept_images(tiny):
         cuts = [rows.nearest_size(sizes, share), rows.nearest_size(int8, 0.35)]
         strided += [row for cut in cuts for row in rows.threshold_rows(rule, values, cut)]
     every = [(low, granularity) for low in ("fp16", "int8") for granularity in ("tensor", "weight")]
-    strided += rows.ratio_rows(values, poster.RATIOS, (0.0, 0.7, 1.0), every)
+    strided += rows.ratio_rows(values, (*poster.RATIOS, 0.0, 0.7, 1.0), every)
     made = rows.made(600, 0)
     strided.append(Row("allocate", "13 MiB", "coded", "channel", "feedback", {}, made=made))
     for key in (

@@ -109,7 +109,7 @@ def evaluate_choices(
     work: Workspace, model: nn.Module, choices: Choices, ratio: float, sampling: Sampling
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """`evaluate` of the ratio rule in INT8 on every choice, with a column choice after the key."""
-    rows = [row for values in choices.values() for row in ratio_rows(values, [], [ratio])]
+    rows = [row for values in choices.values() for row in ratio_rows(values, [ratio])]
     table, images = evaluate(work, model, rows, sampling)
     table.insert(len(KEY), "choice", list(choices))
     return table, images

@@ -302,21 +302,16 @@ def keep_ratio(fisher: Scores, ratio: float) -> dict[str, Tensor]:
 
 
 def ratio_rows(
-    fisher: Scores,
-    ratios: Sequence[float],
-    coarse: Sequence[float] = (),
-    kinds: Sequence[Sequence[str]] = (("int8", "weight"),),
+    fisher: Scores, ratios: Sequence[float], kinds: Sequence[Sequence[str]] = (("int8", "weight"),)
 ) -> list[Row]:
-    """The ratio rule for kinds, each a format and a granularity; coarse ratios, and Inception for
-    the others, by weight only.
-    """
+    """The ratio rule for kinds, each a format and a granularity; Inception by weight only."""
     rows = []
     for low, granularity in kinds:
-        by_weight, values = granularity == "weight", by_granularity(fisher, granularity)
-        for ratio in sorted({*ratios, *(coarse if by_weight else ())}):
+        values, by_weight = by_granularity(fisher, granularity), granularity == "weight"
+        for ratio in sorted(ratios):
             key = "ratio", f"{ratio:.2f}", low, granularity, "nearest"
             plan = make_plan(keep_ratio(values, ratio), low)
-            rows.append(Row(*key, plan, inception=by_weight and ratio in ratios))
+            rows.append(Row(*key, plan, inception=by_weight))
     return rows
 
 

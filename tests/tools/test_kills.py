@@ -70,8 +70,10 @@ def run(moments):
 
 
 def content(folder):
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    """Files by name, without parts, and images.csv, which says what a run drew and what it took."""
+    files = (path for path in folder.rglob("*.*") if path.suffix not in (".part", ".csv"))
+    files = [*files, *folder.glob("results/**/*.csv")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()}
 
 
 @pytest.mark.slow

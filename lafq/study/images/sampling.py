@@ -149,10 +149,10 @@ class ImageStore:
             raise ValueError(f"{sampling.images} images asked for: at least one is needed")
         files, (_, *how) = self.files(model, sampling, recipe), sampling
         missing = files.missing
-        for batch in missing:
-            drawn = sample(model, len(batch), *how, label, first=batch.start)
-            files.keep(batch, drawn.numpy(), kind_of_machine())
         for batch in files.paths:
+            if batch in missing:
+                drawn = sample(model, len(batch), *how, label, first=batch.start)
+                files.keep(batch, drawn.numpy(), kind_of_machine())
             self.count(files.key, batch, "drawn" if batch in missing else "taken")
         images, machines = zip(*map(files.read, files.paths), strict=True)
         return Sampled(files.key, torch.from_numpy(np.concatenate(images)), frozenset(machines))

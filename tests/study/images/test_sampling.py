@@ -32,9 +32,8 @@ def rows(tiny, sandbox, monkeypatch):
     return [
         *study_rows.uniform_rows(tiny),
         *swept,
-        *study_rows.ratio_rows(
-            fisher, [0.35], [0.0, 1.0], [("int8", "tensor"), ("int8", "weight")]
-        ),
+        *study_rows.ratio_rows(fisher, [0.35], [("int8", "tensor")]),
+        *study_rows.ratio_rows(fisher, [0.0, 0.35, 1.0]),
     ]
 
 
