@@ -71,8 +71,7 @@ def run(moments):
 
 def content(folder):
     """Files by name, without parts, and images.csv, which says what a run drew and what it took."""
-    files = (path for path in folder.rglob("*.*") if path.suffix not in (".part", ".csv"))
-    files = [*files, *folder.glob("results/**/*.csv")]
+    files = [p for p in folder.rglob("*.*") if p.suffix != ".part" and p.name != "images.csv"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()}
 
 
