@@ -8,7 +8,7 @@ from lafq.study import workspace
 # Later work may raise the method's by 300 in all (coder 150, command 80, sampler 60).
 # The study was raised once, by 62: weights in shards, images drawn again and counted, masks
 # compared, statistics of the real digits, FID against 28x28 digits.
-ALLOWED = {"lafq": 2718, "lafq/study": 4694, "tools": 713, "benchmarks": 1465, "tests": 6895}
+ALLOWED = {"lafq": 2718, "lafq/study": 4694, "tools": 713, "benchmarks": 1465, "tests": 6899}
 
 
 def lines(folder):

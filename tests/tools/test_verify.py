@@ -3,6 +3,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lafq.study import results, workspace
 from lafq.study.diffusion import subject
@@ -20,7 +21,9 @@ DRAW = Sampling(P["IMAGES"], P["SAMPLING_STEPS"], P["SEED"], P["SAMPLING_BATCH"]
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A folder with weights, the headline's and other tables, their images, and packed weights."""
+    """A folder with weights, the headline's and other tables, and their images."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
     folder, model = tmp_path_factory.mktemp("verify"), UNet(4).eval()
     draws = {"samples": P["FISHER_SAMPLES"], "bins": P["TIMESTEP_BINS"], "seed": P["SEED"]}
     with pytest.MonkeyPatch.context() as patch:
@@ -48,6 +51,7 @@ def tree(tmp_path_factory):
 @pytest.fixture
 def made(tree, sandbox):
     """A copy of the tree in the workspace's place."""
+    torch.set_num_threads(1)  # another number rounds Fisher values, and a tiny model's bytes, else
     shutil.copytree(tree, sandbox, dirs_exist_ok=True)
 
 
