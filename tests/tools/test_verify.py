@@ -24,13 +24,14 @@ def tree(tmp_path_factory):
     """A folder with weights, the headline's and other tables, and their images."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    folder, model = tmp_path_factory.mktemp("verify"), UNet(4).eval()
+    folder = tmp_path_factory.mktemp("verify")
     draws = {"samples": P["FISHER_SAMPLES"], "bins": P["TIMESTEP_BINS"], "seed": P["SEED"]}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RESULTS", "BUILD"):
             patch.setattr(workspace, name, folder / name.lower())
-        weights = dict(model.named_parameters())
+        weights = dict(UNet(4).named_parameters())
         subject.save_weights(SMOKE, weights, width=4, seed=P["SEED"], **P["TRAINING"])
+        model = subject.load_model(SMOKE, 4)
         images, names = mnist(train=True)[0], list(quantizable(model))
         fisher = fisher_by_timestep(model, names, images, **draws).by_weight
         subject.save_fisher(SMOKE, fisher, 4, **draws)
