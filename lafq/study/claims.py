@@ -67,7 +67,7 @@ def verdict(
 def holm(p: list[float]) -> list[float]:
     """P values corrected for their number (Holm 1979, Scandinavian Journal of Statistics 6)."""
     ascending = pd.Series(p, dtype=float).sort_values()
-    corrected = (ascending * range(len(p), 0, -1)).cummax().clip(upper=1)
+    corrected = (ascending * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
     return corrected.sort_index().tolist()
 
 
