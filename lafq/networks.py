@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
@@ -39,6 +40,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while hasattr(model, "_orig_mod") or isinstance(model, parallel):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
+
+
+class Checkpointed(nn.Module):
+    """A network whose calls keep their arguments alone and are computed again in the backward pass:
+    a loop over it takes the memory of one call.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """The network's output."""
+        return checkpoint(self.network, *arguments, use_reentrant=False, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a loop asks of the network beside its output."""
+        modules = self.__dict__["_modules"]
+        return modules[name] if name in modules else getattr(modules["network"], name)
 
 
 def named(model: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
@@ -75,4 +95,15 @@ def checked_output(output: object, samples: int) -> Tensor:
     if output.shape[:1] != (samples,):
         wrong = f"output has shape {tuple(output.shape)} for {samples} samples"
         raise ValueError(f"the model's {wrong}: its first axis must be the batch")
+    if torch.is_grad_enabled() and not output.requires_grad:
+        remedy = "is it computed under torch.no_grad, or detached?"
+        raise ValueError(f"the output does not depend on the named weights: {remedy}")
     return output
+
+
+@torch.no_grad()
+def check_repeats(output: Tensor, again: Tensor) -> None:
+    """ValueError where two outputs for one batch differ by more than rounding."""
+    if (again - output).norm() > 1e-3 * output.norm():
+        own = "two calls of `through` with one batch differ: it draws random numbers of its own"
+        raise ValueError(f"{own}, pass its noise in with the batch")

@@ -20,7 +20,8 @@ B times fewer numbers and products.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,15 @@ from torch import Tensor, nn
 
 from lafq.fisher.empirical import check_sums
 from lafq.fisher.shrinkage import Moments
-from lafq.networks import arguments_of, checked_output, evaluating, named, unwrapped
+from lafq.networks import (
+    Checkpointed,
+    arguments_of,
+    check_repeats,
+    checked_output,
+    evaluating,
+    named,
+    unwrapped,
+)
 from lafq.quantization.channels import ChannelView
 from lafq.quantization.checks import channel_view, check_estimates
 from lafq.quantization.formats import unshrunk_scale
@@ -72,6 +81,7 @@ def estimate_sensitivity(
     channels: int | None = CHANNELS,
     draws: int = 1,
     curvature: bool = True,
+    through: Callable[..., Tensor] | None = None,
 ) -> Sensitivity:
     """Estimate the diagonal of the true Fisher information, and from the same passes the curvature
     that output channels share.
@@ -92,9 +102,14 @@ def estimate_sensitivity(
             pass and memory for a gradient.
         curvature: False gives means of Fisher values alone, with the memory of training and one
             gradient more; a curvature needs C^2 numbers per tensor besides.
+        through: how the model is used, called as `through(model, *batch)` in the place of
+            `model(*batch)`: a sampler, say, which takes the noise of all steps and returns images.
+            The sensitivity is then of what it returns. Each call of the model in it is computed
+            again in the backward pass, so that it takes the memory of one.
 
-    Raises ValueError for an unknown name, no batch, a result that is not finite or zero everywhere,
-    and draws below 1.
+    Raises ValueError for an unknown name, no batch, an output that does not depend on the weights,
+    a `through` that draws random numbers of its own, a result that is not finite or zero
+    everywhere, and draws below 1; MemoryError for a batch that does not fit.
 
     >>> import torch
     >>> batches = [torch.randn(8, 3) for _ in range(100)]
@@ -112,10 +127,19 @@ def estimate_sensitivity(
         sums = _Sums(chosen, views, largest, channels)
         for name, p in model.named_parameters():
             p.requires_grad_(name in chosen)
+        run = model if through is None else partial(through, Checkpointed(model))
         for batch in batches:
             arguments = arguments_of(batch, next(iter(chosen.values())).device)
-            output = checked_output(model(*arguments), len(arguments[0]))
-            sums.add(output, draws, noise)
+            try:
+                output = checked_output(run(*arguments), len(arguments[0]))
+                if through is not None and not sums.traces:
+                    check_repeats(output, run(*arguments))
+                sums.add(output, draws, noise)
+            except RuntimeError as error:
+                if "memory" not in str(error):
+                    raise
+                much = f"a pass of {len(arguments[0])} samples does not fit into memory"
+                raise MemoryError(f"{much}: give smaller batches") from error
     check_sums(sums.squares, sums.samples)
     if not any(square.any() for square in sums.squares.values()):
         advice = "these batches give the output no gradient, give others"

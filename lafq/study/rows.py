@@ -351,12 +351,17 @@ def measured_sensitivity(
 def kept_sensitivity(
     work: Workspace, model: nn.Module, samples: int, seed: int, channels: int | None = None
 ) -> Sensitivity:
-    """`measured_sensitivity`, kept in build/<profile>/sensitivity for whoever needs it next."""
-    name = f"{weights_sha256(model)[:12]}_{samples}_{seed}_{channels or 'all'}.safetensors"
-    paths = [work.build / "sensitivity" / f"{part}_{name}" for part in ("fisher", "curvature")]
+    """`measured_sensitivity`, kept for whoever needs it next."""
+    name = f"{weights_sha256(model)[:12]}_{samples}_{seed}_{channels or 'all'}"
+    return kept(work, name, partial(measured_sensitivity, model, samples, seed, channels))
+
+
+def kept(work: Workspace, name: str, make: Callable[[], Sensitivity]) -> Sensitivity:
+    """What `make` estimates, kept under this name in build/<profile>/sensitivity."""
+    file = f"{name}.safetensors"
+    paths = [work.build / "sensitivity" / f"{part}_{file}" for part in ("fisher", "curvature")]
     if not all(path.is_file() for path in paths):
-        known = measured_sensitivity(model, samples, seed, channels)
-        for path, tensors in zip(paths, known, strict=False):
+        for path, tensors in zip(paths, make(), strict=False):
             save_tensors(path, tensors)
     return Sensitivity(*(load_tensors(path, "06_budget")[0] for path in paths))
 

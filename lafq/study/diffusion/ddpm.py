@@ -5,7 +5,7 @@ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, 1 - alpha_bar_t), where alpha_bar_t is t
 is the cleanest, t = 999 is almost pure noise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -89,6 +89,34 @@ def ancestral_step(x_t: Tensor, eps: Tensor, z: Tensor, t: int, s: int) -> Tenso
     mu = (alpha_bar_s**0.5 * beta * x_0 + alpha**0.5 * (1 - alpha_bar_s) * x_t) / (1 - alpha_bar_t)
     sigma = ((1 - alpha_bar_s) / (1 - alpha_bar_t) * beta) ** 0.5
     return mu + sigma * z
+
+
+def ddim_step(x_t: Tensor, eps: Tensor, z: Tensor, t: int, s: int) -> Tensor:
+    """x_s (B, ...) of the deterministic sampler, without the noise z (Song et al. 2021, "Denoising
+    Diffusion Implicit Models", equation 12 with sigma = 0).
+    """
+    alpha_bar_t, alpha_bar_s = ALPHA_BAR[t].item(), ALPHA_BAR[s].item() if s >= 0 else 1.0
+    x_0 = (x_t - (1 - alpha_bar_t) ** 0.5 * eps) / alpha_bar_t**0.5
+    return alpha_bar_s**0.5 * x_0 + (1 - alpha_bar_s) ** 0.5 * eps
+
+
+def sampler(
+    model: nn.Module, noise: Tensor, step: Callable[..., Tensor] = ancestral_step
+) -> Tensor:
+    """The images (B, *SHAPE), not clamped, of noise (B, steps, *SHAPE): the start, and what each
+    step but the last adds; with gradients, as `estimate_sensitivity(through=sampler)` takes it.
+    """
+    x_t, *z = noise.unbind(1)
+    times = [*trailing_timesteps(noise.shape[1]), -1]
+    for (t, s), z_t in zip(pairwise(times), [*z, torch.zeros_like(x_t)], strict=True):
+        eps = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        x_t = step(x_t, eps, z_t, t, s)
+    return x_t
+
+
+def sampler_noise(images: range, steps: int, seed: int) -> Tensor:
+    """The noise (B, steps, *SHAPE) from which `sample` draws these images."""
+    return torch.stack([torch.randn((steps, *SHAPE), generator=generator(seed, i)) for i in images])
 
 
 @torch.no_grad()

@@ -1,0 +1,300 @@
+"""Sensitivities that know the sampler, judged by images: python benchmarks/sampling.py TABLE, of
+the diffusion model of width 16 in 50 steps, in one of
+
+timesteps: what noise in eps at one step alone does to each image.
+chosen: plans from every sensitivity, on images from the noise by which we chose among them.
+fresh: plans from the chosen one and from today's, on noise never used before.
+
+An image's *response* is its squared error over that of eps, from noise in eps at every step. A few
+images that stand between two digits respond a thousand times as much as the typical one and would
+decide everything: where images count *alike*, each is divided by the root of its response.
+
+Estimates and what is measured of a plan are kept in build/benchmarks, so an interrupted run goes
+on. Each process computes on one thread.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from shared import DIGITS, SEED, WORK, Subject, run
+from torch import Tensor, nn
+
+from lafq.allocation import allocate as solver
+from lafq.allocation.coded import allocate_coded
+from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
+from lafq.quantization.formats import MIB
+from lafq.quantization.model import dequantize_, nbytes, quantize
+from lafq.quantization.plan import Plan
+from lafq.rng import generator
+from lafq.study.damage import HALF_PIXELS
+from lafq.study.diffusion import ddpm
+from lafq.study.diffusion.subject import mnist, quantizable
+from lafq.study.images import metrics
+from lafq.study.images.features import mnist_extractor
+from lafq.study.long_runs import one_process_per_core
+from lafq.study.rows import kept, mib_at
+from lafq.study.workspace import compute_on, load_table, save_arrays, save_table
+
+STEPS, SIZE = 50, 3e-3  # sampling steps; standard deviation of the noise in eps
+# Seeds of noise: of estimates (plus the estimate's own), of the choice between them, of the report.
+ESTIMATED, NOISES = 10, {"chosen": 20, "fresh": 21}
+IMAGES = {"chosen": 200, "fresh": 1000}
+SAMPLERS = {"ddpm": ddpm.ancestral_step, "ddim": ddpm.ddim_step}
+LOOKED_AT = 40  # images whose timesteps are told apart
+DRAWS, PASS = 2000, 2  # noised digits or states of an estimate; images of a pass of the sampler
+FILE_BITS, FILE = 2.8, "file of 2.8 bits"
+FLOOR = 0.1  # of the median error, below which an image counts no more
+TODAY, ALIKE = "noised digits", "whole sampler, alike"
+KEY = ("noise", "sampler", "sensitivity", "seed", "size")
+
+
+def scaled(model: nn.Module, noise: Tensor, scale: Tensor) -> Tensor:
+    """The images, each times its scale."""
+    return ddpm.sampler(model, noise) * scale.view(-1, 1, 1, 1)
+
+
+def disturbed(model: nn.Module, at: Iterable[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model with noise of SIZE in eps at these timesteps, the same for every batch."""
+
+    def noisy(x: Tensor, t: Tensor) -> Tensor:
+        eps, step = model(x, t), int(t[0])
+        noise = torch.randn(x.shape, generator=generator(ESTIMATED, step))
+        return eps + SIZE * noise if step in at else eps
+
+    return noisy
+
+
+class Sampled(Subject):
+    """The model, its images, and every estimate of its sensitivity."""
+
+    def __init__(self) -> None:
+        super().__init__(16, DIGITS[16])
+        self.names, self.times = list(quantizable(self.model)), ddpm.trailing_timesteps(STEPS)
+
+    @torch.inference_mode()
+    def images(self, model: Callable, noise: Tensor, sampler: str = "ddpm") -> Tensor:
+        """Images (N, 1, 32, 32) in [0, 1]."""
+        step = SAMPLERS[sampler]
+        return torch.cat([ddpm.sampler(model, n, step).clamp(0, 1) for n in noise.split(100)])
+
+    def response(self, noise: Tensor, at: Iterable[int]) -> Tensor:
+        """The response (N,) of every image to noise at these timesteps."""
+        change = self.images(disturbed(self.model, at), noise) - self.images(self.model, noise)
+        return change.square().flatten(1).mean(1) / SIZE**2
+
+    def timesteps(self) -> pd.DataFrame:
+        """The response of every image to noise at every second step alone."""
+        noise = ddpm.sampler_noise(range(LOOKED_AT), STEPS, ESTIMATED)
+        columns = {t: self.response(noise, [t]) for t in self.times[::2]}
+        return (
+            pd.DataFrame(columns)
+            .rename_axis("image")
+            .melt(var_name="t", value_name="response", ignore_index=False)
+            .reset_index()
+        )
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """That table with the steps between: (images, steps)."""
+        table = load_table(WORK, "timesteps").pivot(index="image", columns="t", values="response")
+        logs = np.log(table.to_numpy().clip(1e-12))
+        return np.exp([np.interp(self.times, table.columns, row) for row in logs])
+
+    def on_digits(self, seed: int, draws: int = DRAWS, by: Callable | None = None) -> Sensitivity:
+        """From noised digits; `by` weighs the timesteps from the responses (images, steps)."""
+        if by is None:
+            return self.sensitivity(draws, seed, names=self.names)
+        g, digits = generator(seed, ESTIMATED), mnist(train=True)[0]
+        t = self._drawn(by(self.weights, axis=0)[None], draws, g)[1]
+        x_0 = ddpm.unit_interval(digits[torch.randint(len(digits), (draws,), generator=g)])
+        t = torch.tensor(self.times)[t]
+        return self._estimate(ddpm.add_noise(x_0, t, torch.randn(x_0.shape, generator=g)), t, seed)
+
+    def on_states(self, seed: int, by: Callable) -> Sensitivity:
+        """From states of the reverse process of the images looked at, drawn by weights."""
+        streams = [generator(ESTIMATED, i) for i in range(LOOKED_AT)]
+        states = [x for t, x in ddpm.reverse_process(self.model, streams, STEPS) if t >= 0]
+        weights = np.broadcast_to(by(self.weights, axis=0), self.weights.shape)
+        i, t = self._drawn(weights, DRAWS, generator(seed, ESTIMATED))
+        return self._estimate(torch.stack(states)[t, i], torch.tensor(self.times)[t], seed)
+
+    def _drawn(self, weights: np.ndarray, draws: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        flat = torch.from_numpy(weights.reshape(-1).copy())
+        chosen = torch.multinomial(flat, draws, replacement=True, generator=g)
+        return chosen // STEPS, chosen % STEPS
+
+    def _estimate(self, x: Tensor, t: Tensor, seed: int) -> Sensitivity:
+        batches = zip(x.split(ddpm.BATCH), t.split(ddpm.BATCH), strict=True)
+        return estimate_sensitivity(self.model, batches, seed, self.names)
+
+    def whole(self, seed: int, images: int = 128, scale: str = "alike") -> Sensitivity:
+        """Through the whole sampler."""
+        noise = ddpm.sampler_noise(range(images), STEPS, ESTIMATED + seed)
+        error = torch.ones(images)
+        if scale == "alike":
+            error = self.response(noise, self.times)
+        elif scale != "equal":  # the error of the plan of another estimate at INT4's bytes
+            small = self.quantized(next(self.plans(scale, seed, ["int4"])))
+            error = self.images(small, noise) - self.images(self.model, noise)
+            error = error.square().flatten(1).mean(1)
+        error = error.clamp_min(FLOOR * error.median())
+        batches = zip(noise.split(PASS), error.rsqrt().split(PASS), strict=True)
+        return estimate_sensitivity(self.model, batches, seed, self.names, through=scaled)
+
+    def known(self, name: str, seed: int = 0) -> Sensitivity:
+        """An estimate by its name in ESTIMATES, kept."""
+        words = f"{name.replace(' ', '_').replace(',', '')}_{seed}"
+        return kept(WORK, words, partial(ESTIMATES[name], self, seed))
+
+    def plans(self, name: str, seed: int, sizes: Iterable[str]) -> Iterator[Plan]:
+        """At the bytes of uniform formats, or at bits per weight of a file."""
+        if name == "uniform":
+            yield from (Plan(dict.fromkeys(self.names, size)) for size in sizes)
+            return
+        known, frontiers = self.known(name, seed), None
+        for size in sizes:
+            if size == FILE:
+                mib = mib_at(self.model, FILE_BITS)
+                yield allocate_coded(self.model, known, mib, progress=False)
+            else:
+                frontiers = frontiers or solver.frontiers_of(self.model, known, progress=False)
+                mib = nbytes(self.model, dict.fromkeys(self.names, size)) / MIB
+                yield solver.solve_budget(self.model, frontiers, mib, known.recipe)
+
+    def quantized(self, plan: Plan) -> nn.Module:
+        """The copy under a plan, in FP32."""
+        return dequantize_(quantize(self.model, plan))
+
+
+def _alike(weights: np.ndarray, axis: int) -> np.ndarray:
+    """Every image's weights over their sum: which of its timesteps matter, images alike."""
+    return weights / weights.sum(1, keepdims=True)
+
+
+def _mixed(fisher: str, curvature: str, sampled: Sampled, seed: int) -> Sensitivity:
+    return Sensitivity(sampled.known(fisher, seed).fisher, sampled.known(curvature, seed).curvature)
+
+
+ERROR = "whole sampler, by error"
+ESTIMATES: dict[str, Callable[..., Sensitivity]] = {
+    TODAY: Sampled.on_digits,
+    "noised digits, 8,000": partial(Sampled.on_digits, draws=8000),
+    "noised digits, t by mean": partial(Sampled.on_digits, by=np.mean),
+    "states, t by mean": partial(Sampled.on_states, by=np.mean),
+    "states, t by median": partial(Sampled.on_states, by=np.median),
+    "states, images alike": partial(Sampled.on_states, by=_alike),
+    "whole sampler": partial(Sampled.whole, scale="equal"),
+    ALIKE: Sampled.whole,
+    ERROR: partial(Sampled.whole, scale=TODAY),
+    f"{ERROR}, twice": partial(Sampled.whole, scale=ERROR),
+    f"{ALIKE}, 512 images": partial(Sampled.whole, images=512),
+    "digits' Fisher, sampler's curvature": partial(_mixed, TODAY, ALIKE),
+    "sampler's Fisher, digits' curvature": partial(_mixed, ALIKE, TODAY),
+}
+# Of every table: sampler, sensitivity, its seed, sizes.
+Asked = tuple[str, str, int, tuple[str, ...]]
+ROWS: dict[str, list[Asked]] = {
+    "chosen": [
+        *(("ddpm", name, 0, ("int6", "int4")) for name in ("uniform", *ESTIMATES)),
+        *(("ddpm", ALIKE, seed, ("int4",)) for seed in (1, 2)),
+    ],
+    "fresh": [
+        ("ddpm", "uniform", 0, ("int8", "int6", "int4", "int3")),
+        *(("ddpm", name, 0, ("int8", "int6", "int4", "int3", FILE)) for name in (TODAY, ALIKE)),
+        *(("ddim", name, 0, ("int6", "int4")) for name in (TODAY, ALIKE)),
+    ],
+}
+
+
+@cache
+def subject() -> Sampled:
+    """The model of this process, which computes on one thread."""
+    compute_on(1, "cpu")
+    return Sampled()
+
+
+@cache
+def reference(noise: str, sampler: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise of IMAGES, FP32's images of it, and the digits seen in them."""
+    drawn = ddpm.sampler_noise(range(IMAGES[noise]), STEPS, NOISES[noise])
+    images = subject().images(subject().model, drawn, sampler)
+    return drawn, images, digits_in(images)
+
+
+def digits_in(images: Tensor) -> Tensor:
+    """What the classifier sees in images in [0, 1]."""
+    return mnist_extractor().features((images * 255).round().to(torch.uint8)).logits.argmax(1)
+
+
+def kept_file(noise: str, sampler: str, name: str, seed: int, size: str) -> Path:
+    """Where what is measured of a plan is kept."""
+    return WORK.build / "sampling" / f"{noise}_{sampler}_{name}_{seed}_{size}.npz"
+
+
+def measure(noise: str, asked: Asked) -> None:
+    """Of the plan at each size: bytes, damage, and by image error, PSNR and whether the digit
+    changes.
+    """
+    *key, sizes = asked
+    if not (sizes := [size for size in sizes if not kept_file(noise, *key, size).is_file()]):
+        return
+    one, (drawn, whole, digits) = subject(), reference(noise, key[0])
+    for size, plan in zip(sizes, one.plans(*key[1:], sizes), strict=True):
+        small = one.quantized(plan)
+        images = one.images(small, drawn, key[0])
+        arrays = {
+            "psnr": metrics.image_psnr(images, whole),
+            "error": (images - whole).square().flatten(1).mean(1),
+            "changed": digits_in(images) != digits,
+            "mib": (getattr(plan, "file_bytes", 0) or nbytes(one.model, plan)) / MIB,
+            "damage": one.errors(small).mean(),
+            "predicted": getattr(plan, "damage", np.nan) / HALF_PIXELS,
+        }
+        save_arrays(kept_file(noise, *key, size), {n: np.asarray(a) for n, a in arrays.items()})
+        print(noise, *key, size, arrays["psnr"].mean().item(), flush=True)
+
+
+def lines(noise: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table. image_psnr: mean over images, with its interval; gain: its paired
+    difference from today's plan of the same size; psnr: over all pixels; predicted: the plan's own
+    damage, of images over their response where they count alike.
+    """
+    indices = metrics.resamples(IMAGES[noise], SEED)
+    for *key, sizes in ROWS[noise]:
+        for size in sizes:
+            row = np.load(kept_file(noise, *key, size))
+            today = kept_file(noise, key[0], TODAY, 0, size)
+            before = np.load(today if today.is_file() else kept_file(noise, *key, size))
+            psnr, gain = (torch.from_numpy(x) for x in (row["psnr"], row["psnr"] - before["psnr"]))
+            line = dict(zip(KEY, (noise, *key, size), strict=True)) | {"mib": row["mib"].item()}
+            for name, values in (("image_psnr", psnr), ("gain", gain)):
+                draws = metrics.mean_draws(values, indices)
+                line |= metrics.with_interval(name, values.double().mean().item(), draws)
+            line["psnr"] = -10 * np.log10(row["error"].mean())
+            line |= {"below_30": (psnr < 30).double().mean().item()}
+            line |= {"digits_changed": row["changed"].mean(), "images": len(psnr)}
+            yield line | {name: row[name].item() for name in ("damage", "predicted")}
+
+
+def judged(noise: str) -> None:
+    """Measure every plan of a table, a process per core, and write the table."""
+    with one_process_per_core() as pool:
+        list(pool.map(partial(measure, noise), ROWS[noise]))
+    save_table(WORK, f"sampling_{noise}", pd.DataFrame(lines(noise)))
+
+
+def timesteps() -> None:
+    """The table of responses by timestep."""
+    save_table(WORK, "timesteps", Sampled().timesteps())
+
+
+TABLES = {"timesteps": timesteps} | {noise: partial(judged, noise) for noise in ROWS}
+
+if __name__ == "__main__":
+    sys.exit(run(TABLES[sys.argv[1]]))
