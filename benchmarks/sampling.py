@@ -39,7 +39,7 @@ from lafq.study.images import metrics
 from lafq.study.images.features import mnist_extractor
 from lafq.study.long_runs import one_process_per_core
 from lafq.study.rows import kept, mib_at
-from lafq.study.workspace import compute_on, load_table, save_arrays, save_table
+from lafq.study.workspace import compute_on, load_optional, load_table, save_arrays, save_table
 
 STEPS, SIZE = 50, 3e-3  # sampling steps; standard deviation of the noise in eps
 # Seeds of noise: of estimates (plus the estimate's own), of the choice between them, of the report.
@@ -83,21 +83,18 @@ class Sampled(Subject):
         step = SAMPLERS[sampler]
         return torch.cat([ddpm.sampler(model, n, step).clamp(0, 1) for n in noise.split(100)])
 
-    def response(self, noise: Tensor, at: Iterable[int]) -> Tensor:
-        """The response (N,) of every image to noise at these timesteps."""
-        change = self.images(disturbed(self.model, at), noise) - self.images(self.model, noise)
+    def response(self, noise: Tensor, at: Iterable[int], whole: Tensor) -> Tensor:
+        """The response (N,) of FP32's images to noise at these timesteps."""
+        change = self.images(disturbed(self.model, at), noise) - whole
         return change.square().flatten(1).mean(1) / SIZE**2
 
     def timesteps(self) -> pd.DataFrame:
         """The response of every image to noise at every second step alone."""
         noise = ddpm.sampler_noise(range(LOOKED_AT), STEPS, ESTIMATED)
-        columns = {t: self.response(noise, [t]) for t in self.times[::2]}
-        return (
-            pd.DataFrame(columns)
-            .rename_axis("image")
-            .melt(var_name="t", value_name="response", ignore_index=False)
-            .reset_index()
-        )
+        whole = self.images(self.model, noise)
+        responses = {t: self.response(noise, [t], whole) for t in self.times[::2]}
+        table = pd.DataFrame(responses).rename_axis("image").reset_index()
+        return table.melt("image", var_name="t", value_name="response")
 
     @cached_property
     def weights(self) -> np.ndarray:
@@ -136,13 +133,12 @@ class Sampled(Subject):
     def whole(self, seed: int, images: int = 128, scale: str = "alike") -> Sensitivity:
         """Through the whole sampler."""
         noise = ddpm.sampler_noise(range(images), STEPS, ESTIMATED + seed)
-        error = torch.ones(images)
+        whole, error = self.images(self.model, noise), torch.ones(images)
         if scale == "alike":
-            error = self.response(noise, self.times)
+            error = self.response(noise, self.times, whole)
         elif scale != "equal":  # the error of the plan of another estimate at INT4's bytes
             small = self.quantized(next(self.plans(scale, seed, ["int4"])))
-            error = self.images(small, noise) - self.images(self.model, noise)
-            error = error.square().flatten(1).mean(1)
+            error = (self.images(small, noise) - whole).square().flatten(1).mean(1)
         error = error.clamp_min(FLOOR * error.median())
         batches = zip(noise.split(PASS), error.rsqrt().split(PASS), strict=True)
         return estimate_sensitivity(self.model, batches, seed, self.names, through=scaled)
@@ -283,10 +279,12 @@ def lines(noise: str) -> Iterator[dict[str, Any]]:
 
 
 def judged(noise: str) -> None:
-    """Measure every plan of a table, a process per core, and write the table."""
+    """Measure every plan on a noise, a process per core, and write its rows of sampling.csv."""
     with one_process_per_core() as pool:
         list(pool.map(partial(measure, noise), ROWS[noise]))
-    save_table(WORK, f"sampling_{noise}", pd.DataFrame(lines(noise)))
+    table, known = pd.DataFrame(lines(noise)), load_optional(WORK, "sampling")
+    others = pd.DataFrame() if known is None else known[known["noise"] != noise]
+    save_table(WORK, "sampling", pd.concat([others, table], ignore_index=True))
 
 
 def timesteps() -> None:

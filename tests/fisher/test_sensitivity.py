@@ -42,6 +42,51 @@ def test_true_fisher_is_unbiased():
         assert (fisher[n] / exact).mean().item() == pytest.approx(1, abs=0.02)
 
 
+def test_through_a_sampler_is_unbiased():
+    """Of a loop over the network, each call computed again in the backward pass, the mean over
+    4,000 passes is diag(J^T J) of what the loop returns; names are the network's own.
+    """
+    torch.manual_seed(0)
+    network, names, passes = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double(), ["0.weight"], 4000
+
+    def loop(net, noise):
+        x = noise[:, 0]
+        for z in noise[:, 1:].unbind(1):
+            x = net(x) + 0.1 * z
+        return x
+
+    class Whole(nn.Sequential):
+        def forward(self, noise):
+            return loop(super().forward, noise)
+
+    noise = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator(7))
+    batches = itertools.repeat((noise,), passes)
+    fisher = estimate_sensitivity(network, batches, 0, names, curvature=False, through=loop).fisher
+    exact = exact_true(Whole(*network), names, noise)["0.weight"]
+    assert ((fisher["0.weight"] - exact).abs() < 5 * exact * (2 / passes) ** 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("through", "message"),
+    [
+        (lambda net, x: net(x) + torch.randn(2, 3), "random numbers of its own"),
+        (lambda net, x: net(x).detach(), "does not depend on the named weights"),
+        (lambda net, x: net(x)[:1], "first axis must be the batch"),
+    ],
+)
+def test_what_is_no_sampler_is_refused(through, message):
+    with pytest.raises(ValueError, match=message):
+        estimate_sensitivity(nn.Linear(3, 3), [torch.ones(2, 3)], through=through)
+
+
+def test_a_pass_that_does_not_fit_says_so():
+    def through(net, x):
+        return net(x.expand(2**55, 2, 3).contiguous()[0])
+
+    with pytest.raises(MemoryError, match="does not fit into memory: give smaller batches"):
+        estimate_sensitivity(nn.Linear(3, 3), [torch.ones(2, 3)], through=through)
+
+
 def test_unet_agrees_with_the_empirical_fisher_where_the_model_is_right(tiny, digits):
     """A target drawn from the model's own Gaussian makes the empirical Fisher an estimate of the
     true one.

@@ -62,6 +62,9 @@ def save_weights(work: Workspace, weights: dict[str, Tensor], **metadata: Any) -
     about = {"total_size": total, "sha256": hashes, "training": metadata}
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({"metadata": about, "weight_map": places}, indent=1) + "\n")
+    for shard in path.parent.glob("model-*.safetensors"):
+        if shard.name not in hashes:  # of weights that were here before
+            shard.unlink()
 
 
 def check_weights(work: Workspace, parameters: dict[str, Any]) -> list[Path]:

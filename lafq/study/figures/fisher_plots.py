@@ -11,6 +11,7 @@ from matplotlib.colors import LogNorm
 
 from lafq.study.diffusion.subject import FRONT
 
+TRUE = "Monte Carlo, noised digits"
 TIME = "timestep t (0 = clean; lower edge of the bin)"
 
 
@@ -48,6 +49,25 @@ def fisher_map(ax: Axes, timesteps: pd.DataFrame) -> None:
     sns.heatmap(table, ax=ax, norm=norm, cmap="viridis", cbar_kws=bar)
     ax.set(xlabel=TIME, ylabel="", title="Fisher information per weight by layer and timestep")
     ax.tick_params(axis="y", rotation=0)
+
+
+def fisher_and_images(
+    ax: Axes, empirical: pd.DataFrame, kinds: pd.DataFrame, responses: pd.DataFrame
+) -> None:
+    """Fisher information and the images' response by timestep, each over its mean; responses:
+    columns image, t, response.
+    """
+    true = kinds[kinds["kind"] == TRUE].merge(empirical[["parameter", "weights"]].drop_duplicates())
+    for name, table in {"empirical Fisher": empirical, "true Fisher": true}.items():
+        line = (table["fisher"] * table["weights"]).groupby(table["t_low"]).mean()
+        ax.plot(line.index, line / line.mean(), "--", label=name)
+    by_t = responses.groupby("t")["response"]
+    for name, line in {"mean image": by_t.mean(), "median image": by_t.median()}.items():
+        ax.plot(line.index, line / line.mean(), "o-", ms=4, label=name)
+    ax.axhline(1, color="0.7", lw=1)
+    ax.set(yscale="log", xlabel="timestep t (0 = clean)", ylabel="relative to the mean over t")
+    ax.set_title("Fisher information and image error by timestep")
+    ax.legend(fontsize=9)
 
 
 def short_name(parameter: str) -> str:

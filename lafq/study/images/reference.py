@@ -8,6 +8,8 @@ scored by this file have none.
 
 import hashlib
 import json
+import zipfile
+import zlib
 
 import numpy as np
 from torch import Tensor
@@ -40,13 +42,20 @@ def save_reference(reference: Reference, digits: Tensor, weights: str) -> None:
 
 
 def load_reference(digits: Tensor, weights: str) -> Reference | None:
-    """What `save_reference` wrote; None where there is no file, or one of others."""
+    """What `save_reference` wrote; None where there is no file, or one of others; ValueError for a
+    damaged one.
+    """
     path = workspace.RESULTS / NAME
     if not path.is_file():
         return None
-    with np.load(path) as file:
-        arrays = dict(file)
-    if json.loads(str(arrays["record"])) != {"digits": digest(digits), "weights": weights}:
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        record = json.loads(str(arrays["record"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        remedy = f"`git checkout -- {path}` restores it"
+        raise ValueError(f"{path} is damaged: {remedy}") from None
+    if record != {"digits": digest(digits), "weights": weights}:
         return None
     deviation = arrays["deviation"].astype(float)
     correlation = np.eye(len(deviation))

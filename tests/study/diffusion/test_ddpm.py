@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from lafq.rng import generator
 from lafq.study.diffusion.ddpm import (
@@ -10,7 +10,10 @@ from lafq.study.diffusion.ddpm import (
     BETAS,
     add_noise,
     ancestral_step,
+    ddim_step,
     sample,
+    sampler,
+    sampler_noise,
     trailing_timesteps,
 )
 
@@ -50,6 +53,22 @@ def test_one_reverse_trajectory_is_diffusers(steps):
         g.set_state(state)
         other = theirs.step(eps, t, other, generator=g).prev_sample
         torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-9)
+
+
+def test_the_deterministic_step_is_diffusers():
+    theirs = DDIMScheduler(1000, 1e-4, 0.02, "linear", timestep_spacing="trailing")
+    theirs.config.clip_sample, theirs.alphas_cumprod = False, ALPHA_BAR
+    theirs.set_timesteps(50)
+    x, eps = torch.randn(2, 1, 1, 8, 8, dtype=torch.float64, generator=generator(3))
+    for t, s in itertools.pairwise(trailing_timesteps(50)):
+        other = theirs.step(eps, t, x).prev_sample
+        torch.testing.assert_close(ddim_step(x, eps, None, t, s), other, rtol=1e-9, atol=1e-9)
+
+
+def test_the_sampler_with_gradients_draws_the_same_images(tiny):
+    images = sampler(tiny, sampler_noise(range(1, 3), 3, seed=7)).detach()
+    rounded = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    assert torch.equal(rounded, sample(tiny, 2, 3, seed=7, first=1))
 
 
 def test_any_number_of_steps_gives_as_many_timesteps():

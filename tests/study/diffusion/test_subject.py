@@ -21,6 +21,10 @@ def test_weights_come_back_from_their_shards_as_one(sandbox, monkeypatch):
     weights, model = save(), subject.load_model(SMOKE, 4)
     assert len(subject.check_weights(SMOKE, P)) > 2
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    monkeypatch.setattr(subject, "SHARD_BYTES", 80_000)
+    save()
+    shards = (SMOKE.results / subject.WEIGHTS).parent.glob("*.safetensors")
+    assert sorted(shards) == subject.check_weights(SMOKE, P)
 
 
 @pytest.mark.parametrize("change", [{"width": 8}, {"steps": 7}])

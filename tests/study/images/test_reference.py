@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from lafq.study import workspace
@@ -20,3 +21,7 @@ def test_statistics_come_back_and_fid_hardly_moves(sandbox):
     assert load_reference(digits[1:], "weights") is None
     assert load_reference(digits, "other weights") is None
     assert [path.name for path in workspace.RESULTS.rglob("*")] == ["inception", "reference.npz"]
+    path = workspace.RESULTS / "inception" / "reference.npz"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged: `git checkout"):
+        load_reference(digits, "weights")
