@@ -24,7 +24,7 @@ SMOKE = Workspace("smoke")
 
 
 def claims(name, values):
-    return pd.DataFrame({"claim": name, "measured": values})
+    return pd.DataFrame({"claim": name, "measured": values, "margin": math.nan})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import pandas as pd
 import pytest
+from scipy import stats
 
 from lafq.study import poster
 
@@ -24,6 +25,19 @@ def test_the_posters_best_ratio_is_in_its_best_range():
     best = min((p for p in poster.POSTER if p.method == "ratio"), key=lambda p: p.fid)
     assert poster.BEST_RATIOS[0] <= float(best.threshold) <= poster.BEST_RATIOS[1]
     assert [float(p.threshold) for p in poster.POSTER if p.method == "ratio"] == list(poster.RATIOS)
+
+
+def test_the_posters_points_beside_new_noise():
+    scores = {"features": "Inception", "set": "FP32", "n": [100], "fid_sd": [2.0]}
+    table = poster.beside_noise(pd.DataFrame(scores))
+    assert (len(table), (table["source"] == "poster").sum()) == (11, 6)
+    row = table[table["threshold"] == "0.42"].iloc[0]
+    assert (row["change"], row["z"]) == pytest.approx((4.797, 4.797 / 8**0.5))
+    best = poster.best_ratios(pd.DataFrame(scores))
+    inside, outside = (56.213 + 55.6704 + 57.7688) / 3, (59.9 + 61.3 + 64.1 + 63.3 + 62.1) / 5
+    assert best["change"] == pytest.approx(inside - outside)
+    assert best["z"] == pytest.approx(best["change"] / (2 * (1 / 3 + 1 / 5) ** 0.5))
+    assert best["p"] == pytest.approx(6 * 2 * stats.norm.sf(-best["z"]))
 
 
 def ours(rule, setting, low="fp16"):
