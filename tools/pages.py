@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from lafq.quantization.formats import MIB
-from lafq.study import poster, workspace
+from lafq.study import claims, poster, workspace
 from lafq.study.damage import bits_of_equal_damage
 from lafq.study.diffusion.subject import REFERENCE
 from lafq.study.figures import text
@@ -99,7 +99,7 @@ def _environment() -> jinja2.Environment:
     environment.globals |= {helper.__name__: helper for helper in helpers}
     about = yaml.safe_load((workspace.ROOT / "CITATION.cff").read_text())
     environment.globals |= {"poster": poster, "citation": about, "CLAIMS": text.CLAIMS | text.NOTE}
-    environment.globals["COMPARED"] = text.COMPARED
+    environment.globals |= {"COMPARED": text.COMPARED, "rise": claims.MNIST_MARGIN}
     environment.globals |= {"reference": REFERENCE, "notebooks": [p.stem for p in notebooks()]}
     return environment
 

@@ -49,10 +49,8 @@ PROXIES = ("curvature x error", "Fisher x error", "rounding error", "Fisher", "m
 def output_errors(
     model: nn.Module, outputs: tuple[Tensor, Tensor], seed: int, first: int = 0
 ) -> tuple[Tensor, float]:
-    """Mean squared difference per pixel of a model's output from the unquantized model's, for each
-    held-out digit (digits,), and the rise of the denoising loss.
-
-    outputs: the unquantized model's `held_out_outputs` for the same seed and first digit.
+    """Mean squared difference per pixel of a model's output from the unquantized model's, by digit
+    (digits,), and the rise of the denoising loss; outputs: of `held_out_outputs`, equal arguments.
     """
     expected, noise = outputs
     predicted, _ = held_out_outputs(model, seed, len(noise), first)
@@ -62,10 +60,7 @@ def output_errors(
 
 def over(name: str, errors: Tensor, reference: Tensor, seed: int) -> dict[str, float]:
     """Mean error over the mean of a reference, with its 95 % interval: a bootstrap over the digits,
-    paired, of the logarithm. Columns name, name_low, name_high.
-
-    A few digits have most of the error, and on the ratio's own scale the interval reaches below
-    zero.
+    paired, of the logarithm, as few digits have most of the error. Columns name, _low, _high.
     """
     ratio = (0.0, 0.0, 0.0)
     if errors.any():
@@ -86,11 +81,10 @@ def measure_damage(
 ) -> pd.DataFrame:
     """Bytes, predicted and measured damage of every row (COLUMNS), on so many held-out digits.
 
-    validation: predicts the damage, from other draws than the plans were made from, since on those
-    a plan looks better than it is; it knows nothing of tuning. fresh: on digits and noise that no
-    setting of the allocator was chosen on. over_int8 and over_global: ratios of two damages, paired
-    over the digits, to uniform INT8, and of a threshold rule to one threshold for all at the same
-    bytes and with the same rounding.
+    validation: predicts the damage, from other draws than the plans were made from (on those a plan
+    looks better than it is); it knows no tuning. fresh: digits and noise that no setting of the
+    allocator was chosen on. over_int8, over_global: ratios of damages, paired over the digits, to
+    uniform INT8, and of a threshold rule to one threshold for all, of equal bytes and rounding.
     """
     noise, first = (seed + FRESH_SEED, FRESH) if fresh else (seed, 0)
     outputs = held_out_outputs(model, noise, digits, first)
@@ -125,17 +119,13 @@ def coded_files(model: nn.Module, rows: list[Row], seed: int) -> pd.DataFrame:
 
 def bits_by_tensor(model: nn.Module, fisher: dict[str, Tensor], rows: list[Row]) -> pd.DataFrame:
     """Mean Fisher value and bits per weight of every tensor, in the allocator's "mixed" rows."""
+    means = {name: fisher[name].mean().item() for name in quantizable(model)}
     lines = [
-        {
-            "budget_bits": round(row.bits, 3),
-            "parameter": name,
-            "fisher": fisher[name].mean().item(),
-            "bits_per_weight": bits_per_weight(model, row.plan, [name]),
-        }
+        (round(row.bits, 3), name, mean, bits_per_weight(model, row.plan, [name]))
         for row in filter(is_allocated, rows)
-        for name in quantizable(model)
+        for name, mean in means.items()
     ]
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=["budget_bits", "parameter", "fisher", "bits_per_weight"])
 
 
 def images_at_bits(

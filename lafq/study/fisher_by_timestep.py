@@ -27,8 +27,7 @@ BLOCK_COLUMNS = ["parameter", "t_low", "block", "samples", "fisher"]
 class Fisher(NamedTuple):
     """by_weight: F of every weight, by parameter name, in the parameter's shape.
 
-    timesteps: mean F of a tensor within a timestep bin; columns parameter, layer, weights (their
-    number in the tensor), t_low, t_high (inclusive), fisher.
+    timesteps: mean F of a tensor in a timestep bin; COLUMNS, weights is their number in the tensor.
     blocks: the same by block of samples, which intervals resample; BLOCK_COLUMNS.
     """
 
@@ -64,8 +63,7 @@ def fisher_by_timestep(
 def fisher_kinds(
     model: UNet, names: list[str], images: Tensor, *, samples: int, bins: int, seed: int, steps: int
 ) -> pd.DataFrame:
-    """Mean Monte Carlo Fisher value of a tensor by kind of input, bin and block (one backward pass
-    each); columns kind and BLOCK_COLUMNS.
+    """Mean Monte Carlo Fisher value by kind of input, tensor, bin and block (one backward pass).
 
     Of noised digits `samples` draws, spread evenly over the bins; of the reverse process, of
     `steps` sampling steps, as many images at one timestep of each bin that it visits.

@@ -4,6 +4,7 @@ Source: "Layer-Adaptive Quantization on Diffusion Model using Fisher Information
 Symposium 2024, and the README of the authors' repository. The paper's "MB" are MiB (2**20 bytes).
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -44,12 +45,10 @@ POSTER = (
     Published("ratio", "0.45", 63.3, None, None, source="poster's plot"),
     Published("ratio", "0.48", 62.1, None, None, source="poster's plot"),
 )
+# Rows whose memory the poster does not state; that of the group row is of two groups.
 README = (
-    Published("baseline", "none", 22.7512, None, 134.2, 5000, "README"),
     Published("uniform", "all", 24.1324, None, 67.7, 5000, "README"),
     Published("group", "12 / 3456", 23.84, None, 67.9, 5000, "README"),
-    Published("ratio", "0.25", 22.42, None, 102.26, 5000, "README"),
-    Published("mean_std", "mean and std", 23.16, None, 81.57, 5000, "README"),
 )
 
 
@@ -69,6 +68,26 @@ def new_noise(scores: pd.DataFrame, images: int = 100) -> float:
     """Standard deviation of the FID difference of two draws of so many of the authors' images."""
     unquantized = scores.query("features == 'Inception' and set == 'FP32' and n == @images")
     return 2**0.5 * unquantized["fid_sd"].item()
+
+
+def beside_noise(scores: pd.DataFrame) -> pd.DataFrame:
+    """The poster's rows and the points of its plot, POSTER's columns: the `change` of FID from its
+    FP32's, and `z`, this over `new_noise`.
+    """
+    table = pd.DataFrame(POSTER[1:]).assign(change=lambda rows: rows["fid"] - POSTER[0].fid)
+    return table.assign(z=table["change"] / new_noise(scores))
+
+
+def best_ratios(scores: pd.DataFrame) -> pd.Series:
+    """Mean FID of the poster's BEST_RATIOS minus that of its other ratios (`change`), `z`, and `p`
+    (two-sided) times the number of windows of as many neighbours: the poster chose after seeing.
+    """
+    sweep = pd.DataFrame([row for row in POSTER if row.method == "ratio"])
+    best = sweep["threshold"].astype(float).between(*BEST_RATIOS)
+    change = sweep["fid"][best].mean() - sweep["fid"][~best].mean()
+    z = change / (new_noise(scores) / 2**0.5 * (1 / best.sum() + 1 / (~best).sum()) ** 0.5)
+    p = min(1.0, (len(sweep) - best.sum() + 1) * math.erfc(abs(z) / 2**0.5))
+    return pd.Series({"change": change, "z": z, "p": p})
 
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:

@@ -24,8 +24,7 @@ from lafq.study.images.sampling import ImageStore, Sampling
 from lafq.study.rows import KEY, keep_ratio, ratio_rows
 from lafq.study.workspace import Workspace
 
-OURS = "this project"
-SMALL_REFERENCE = 500
+OURS, SMALL_REFERENCE = "this project", 500
 Choices = dict[str, dict[str, Tensor]]
 
 

@@ -56,12 +56,9 @@ class Row(NamedTuple):
     may also choose for the input and output convolutions. setting: the rule's threshold, ratio or
     bits per weight, as text. format: the low format; "any" where the allocator chose, "coded" in an
     entropy-coded file. rounding: "none", "nearest" (code), "feedback" (error feedback), or "tuned"
-    (feedback, then biases and norms for `tuned` steps).
-
-    inception: whether Inception features are computed for it. target: how the threshold was found
-    from the Fisher values, if it was. made: what its recipe says of rounding and Fisher
-    information, where that is not as in the paper's rows. bits: the budget in bits per weight
-    (0: none).
+    (feedback, then biases and norms for `tuned` steps). inception: whether it has Inception
+    features. target: how the threshold was found from the Fisher values, if it was. made: what its
+    recipe says of rounding and Fisher information, unlike the paper's rows. bits: per weight or 0.
     """
 
     rule: str
@@ -216,8 +213,6 @@ def size_sweep(
 ) -> pd.DataFrame:
     """`sizes` of the plans at every threshold of `threshold_grid`, with the columns format,
     granularity and threshold in front. scores: one value per weight, or per weight tensor.
-
-    Kept weights are counted without masks, which takes seconds at width 64.
     """
     values, weights = threshold_grid(scores, count), quantizable(model)
     thresholds = torch.tensor(values, dtype=next(iter(scores.values())).dtype)
@@ -276,13 +271,8 @@ def threshold_rows(
     rows = []
     for cut in chosen.itertuples():
         masks = keep_above(rule_scores(rule, fisher, cut.granularity), cut.threshold)
-        key = (
-            rule,
-            f"{SYMBOLS.get(rule, rule)}={cut.threshold:.3g}",
-            cut.format,
-            cut.granularity,
-            "nearest",
-        )
+        setting = f"{SYMBOLS.get(rule, rule)}={cut.threshold:.3g}"
+        key = rule, setting, cut.format, cut.granularity, "nearest"
         rows.append(Row(*key, make_plan(masks, cut.format), inception, cut.target))
     return rows
 
@@ -338,11 +328,8 @@ def measured_sensitivity(
     model: nn.Module, samples: int, seed: int, channels: int | None = None
 ) -> Sensitivity:
     """Sensitivity of all weights, the input and output convolutions' too, from so many noised
-    training digits.
-
-    Not shrunk, and with all output channels in every pass: with so many passes that changes the
-    damage little (results/benchmarks/passes.csv), and the tables of `make evidence`, which take
-    hours, were made so.
+    training digits. Not shrunk, and with all output channels in every pass: with so many passes
+    that changes the damage little (results/benchmarks/passes.csv), and kept tables were made so.
     """
     batches = noised_batches(mnist(train=True)[0], samples, seed)
     return estimate_sensitivity(model, batches, seed, shrink=False, channels=channels)
@@ -459,12 +446,10 @@ def rules_at_bits(
     seed: int,
     rules: Sequence[str] = RULES_AT_BITS,
 ) -> list[Row]:
-    """The poster's four rules, and magnitude or random scores: single weights kept, up to the same
-    bytes.
+    """The poster's four rules, and magnitude or random scores: single weights kept, of equal bytes.
 
     What is not kept goes to the largest integer format below the budget, what is kept stays FP16
-    (FP32 where even all FP16 fits). Every plan comes twice: with the usual scales and nearest
-    codes, and rounded as the allocator's plans are.
+    (FP32 where even all FP16 fits). Every plan comes with nearest codes and with error feedback.
     """
     weights, g = quantizable(model), generator(seed)
     fisher = {name: sensitivity.fisher[name] for name in weights}

@@ -53,11 +53,7 @@ def damage(model, plan, known):
 
 @pytest.mark.parametrize("granularity", ALLOCATED)
 def test_frontier_says_what_packing_does(model, known, granularity):
-    names = (
-        "Layer1.block1.conv1.weight",
-        "Layer4.resample.weight",
-        "Layer2.attention.qkv.weight",
-    )
+    names = ("Layer1.block1.conv1.weight", "Layer4.resample.weight", "Layer2.attention.qkv.weight")
     some = Sensitivity({name: known.fisher[name] for name in names}, {})
     fronts = solver.frontiers_of(model, some, granularity, progress=False)
     for name, choices in fronts.items():

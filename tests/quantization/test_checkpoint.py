@@ -41,8 +41,7 @@ def test_file_holds_the_counted_bytes_and_comes_back(tiny, path, name):
 
 
 @pytest.mark.parametrize(
-    ("low", "width"),
-    [("fp32", 32), ("fp16", 32), ("int8", 64), ("int3", 32), ("weights", 32)],
+    ("low", "width"), [("fp32", 32), ("fp16", 32), ("int8", 64), ("int3", 32), ("weights", 32)]
 )
 def test_count_file_and_resident_bytes_agree(path, low, width):
     model = UNet(width)

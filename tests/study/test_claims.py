@@ -18,17 +18,17 @@ WEIGHTS = pd.Series({f"{layer}.{i}": 10 + i for layer in LAYERS for i in range(3
         (0.2, 0.5, {"above": True}, "supported"),
         (-0.5, -0.2, {"above": True}, "contradicted"),
         (-0.1, 0.2, {"above": True}, "inconclusive"),
-        (0.2, 0.5, {"above": False}, "contradicted"),
-        (-0.5, -0.2, {"above": False}, "supported"),
         (1.2, 3.0, {"above": True, "null": 1.0}, "supported"),
         (0.9, 3.0, {"above": True, "null": 1.0}, "inconclusive"),
-        (-0.9, 0.9, {"above": False, "margin": 1.0}, "effect under 1 FID"),
-        (0.2, 0.9, {"above": False, "margin": 1.0}, "effect under 1 FID"),
+        (-0.9, 0.9, {"above": False, "margin": 1.0}, "not seen: below 1 FID"),
+        (0.2, 0.9, {"above": False, "margin": 1.0}, "not seen: below 1 FID"),
         (-1.0, 0.9, {"above": False, "margin": 1.0}, "inconclusive"),
         (-3.0, -0.5, {"above": False, "margin": 1.0}, "supported"),
         (0.5, 3.0, {"above": False, "margin": 1.0}, "contradicted"),
         (0.2, 0.5, {"above": True, "p": 0.06}, "inconclusive"),
-        (-0.9, 0.9, {"above": False, "margin": 1.0, "p": 0.9}, "effect under 1 FID"),
+        (-0.9, 0.9, {"above": False, "margin": 1.0, "p": 0.9}, "not seen: below 1 FID"),
+        (-0.2, -0.05, {"above": False, "margin": 2.2946}, "not seen: below 2.3 FID"),
+        (-0.2, -0.05, {"above": False, "margin": float("nan")}, "supported"),
     ],
 )
 def test_verdict(low, high, settings, expected):
@@ -38,6 +38,14 @@ def test_verdict(low, high, settings, expected):
 def test_the_margin_is_a_third_of_the_posters_gain():
     fid = {row.threshold: row.fid for row in poster.POSTER}
     assert pytest.approx((fid["none"] - fid["0.35"]) / 3, abs=0.05) == claims.FID_MARGIN
+
+
+def test_on_mnist_features_the_margin_is_a_share_of_fp32s_fid():
+    digits = mnist(train=False)[0][HELD_OUT][:60, 0].numpy()
+    table = pd.DataFrame({"rule": ["ratio", "baseline"], "sample": ["r", "b"]})
+    by = claims.judge(table, {"r": digits, "b": digits // 2}, 0)
+    assert by.margin == pytest.approx(0.03 * by.fid("b")[0])
+    assert np.isnan(claims.judge(table[:1], {"r": digits}, 0).margin)
 
 
 def test_holm():
@@ -91,10 +99,9 @@ def test_blocks_are_resampled_for_all_tensors_at_once():
 
 def ratio_rows(formats=("fp16",)):
     """Rows of the poster's ratios, and which of them the poster calls the best."""
-    rows = [
-        ("ratio", f"{r:.2f}", low, "weight", "nearest") for low in formats for r in poster.RATIOS
-    ]
-    table = pd.DataFrame(rows, columns=KEY)
+    rows = [(f"{r:.2f}", low) for low in formats for r in poster.RATIOS]
+    table = pd.DataFrame(rows, columns=["setting", "format"]).assign(rule="ratio")
+    table = table.assign(granularity="weight", rounding="nearest")
     inside = table["setting"].astype(float).between(*poster.BEST_RATIOS)
     return table.assign(sample=table["format"] + table["setting"]), inside
 
@@ -111,7 +118,7 @@ def test_c3_on_images(inside, outside, expected):
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(i))
         noisy = clean + (inside if is_best else outside) * noise
         images[sample] = noisy.clamp(0, 255).to(torch.uint8).numpy()
-    [claim] = claims.best_ratio(table, claims.judge(images, 0, None))
+    [claim] = claims.best_ratio(table, claims.judge(table, images, 0))
     assert claim["verdict"] == expected
     assert claim["low"] < claim["measured"] < claim["high"]
     assert (claim["format"], claim["features"], claim["n_images"]) == ("fp16", "MNIST", 60)
@@ -130,7 +137,7 @@ def made_up(values, spread, margin=0.0):
 @pytest.mark.parametrize(
     ("gain", "spread", "margin", "expected"),
     [
-        (0.0, 0.1, 1.0, "effect under 1 FID"),
+        (0.0, 0.1, 1.0, "not seen: below 1 FID"),
         (3.0, 0.1, 1.0, "supported"),
         (-3.0, 0.1, 1.0, "contradicted"),
         (0.0, 5.0, 1.0, "inconclusive"),
@@ -167,20 +174,30 @@ def test_c3_needs_ratios_on_both_sides():
 
 @pytest.mark.parametrize(
     ("change", "spread", "expected"),
-    [(-3, 0.2, "supported"), (3, 0.2, "contradicted"), (0, 0.2, "effect under 1 FID")],
+    [(-3, 0.2, "supported"), (3, 0.2, "contradicted"), (0, 0.2, "not seen: below 1 FID")],
 )
 def test_c4_compares_rows_of_equal_bytes(change, spread, expected):
-    rows = [
-        ("uniform", "all", "fp16", "tensor", 4.0, "u"),
-        ("group", "a", "int8", "weight", 4.1, "g"),
-        ("ratio", "0.9", "int8", "weight", 9.0, "x"),
-    ]
+    rows = [("uniform", "all", "fp16", "tensor", 4.0, "u")]
+    rows += [("group", "a", "int8", "weight", 4.1, "g"), ("ratio", "1", "int8", "weight", 9.0, "x")]
     by = made_up({"u": 60.0, "g": 60.0 + change, "x": 0.0}, spread, margin=1.0)
     table = pd.DataFrame(rows, columns=[*KEY[:4], "mem_mib", "sample"])
     claim = claims.layerwise_images(table, by)
     assert claim["verdict"] == expected
     compared = [claim[field] for field in ("rule", "setting", "mem_mib", "fp16_mib")]
     assert compared == ["group", "a", 4.1, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("mib", "low", "expected"),
+    [(4.0, -0.9, ["contradicted"]), (1.5, -0.9, ["supported"]), (4.0, -1.1, [])],
+)
+def test_c4_compares_bytes_where_uniform_int8_keeps_fid(mib, low, expected):
+    rows = [("uniform", "int8", 2.0, low), ("ratio", "int8", mib, -0.1)]
+    rows += [("group", "int8", 1.0, -3.0), ("ratio", "fp16", 0.5, -0.1)]
+    table = pd.DataFrame(rows, columns=["rule", "format", "mem_mib", "delta_fid_inception_low"])
+    table = table.assign(setting="", granularity="", delta_fid_inception_high=0.1)
+    found = claims.layerwise_bytes(table, Judge(None, "Inception", 100, 1.0))
+    assert [claim["verdict"] for claim in found] == expected
 
 
 @pytest.mark.parametrize(

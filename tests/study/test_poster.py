@@ -1,5 +1,6 @@
 import pandas as pd
 import pytest
+from scipy import stats
 
 from lafq.study import poster
 
@@ -14,16 +15,25 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("key", list(PUBLISHED))
-def test_published_value(key):
-    row = next(p for p in poster.POSTER if (p.method, p.threshold) == key)
-    assert (row.fid, row.inception_score, row.mem_mib) == PUBLISHED[key]
+def test_published_values():
+    rows = {(row.method, row.threshold): row for row in poster.POSTER if row.source == "poster"}
+    assert {k: (r.fid, r.inception_score, r.mem_mib) for k, r in rows.items()} == PUBLISHED
 
 
 def test_the_posters_best_ratio_is_in_its_best_range():
     best = min((p for p in poster.POSTER if p.method == "ratio"), key=lambda p: p.fid)
     assert poster.BEST_RATIOS[0] <= float(best.threshold) <= poster.BEST_RATIOS[1]
     assert [float(p.threshold) for p in poster.POSTER if p.method == "ratio"] == list(poster.RATIOS)
+
+
+def test_the_posters_points_beside_new_noise():
+    scores = pd.DataFrame({"features": "Inception", "set": "FP32", "n": [100], "fid_sd": [2.0]})
+    table, best = poster.beside_noise(scores), poster.best_ratios(scores)
+    assert (len(table), (table["source"] == "poster").sum()) == (11, 6)
+    assert table["z"].max() == pytest.approx(4.797 / 8**0.5)
+    assert best["change"] == pytest.approx(56.55073 - 62.14, abs=1e-5)
+    assert best["z"] == pytest.approx(best["change"] / (2 * (8 / 15) ** 0.5))
+    assert best["p"] == pytest.approx(6 * 2 * stats.norm.sf(-best["z"]))
 
 
 def ours(rule, setting, low="fp16"):

@@ -53,10 +53,8 @@ def test_what_is_missing_is_named(few, tmp_path):
 
 
 def test_the_test_holds_its_level_and_finds_a_difference():
-    ps = [
-        published.mmd_test(normal(60, seed=i), normal(60, seed=100 + i), 0, 99)[1]
-        for i in range(40)
-    ]
+    pairs = [(normal(60, seed=i), normal(60, seed=100 + i)) for i in range(40)]
+    ps = [published.mmd_test(*pair, 0, 99)[1] for pair in pairs]
     assert sum(p <= 0.05 for p in ps) <= 6
     assert np.mean(ps) == pytest.approx(0.5, abs=0.15)
     distance, p = published.mmd_test(normal(60), normal(80, seed=1, shift=1.0), 0, 99)
@@ -138,14 +136,10 @@ def test_ink_digits_and_the_two_terms_of_fid():
 
 
 def test_each_set_has_the_damage_of_its_model():
-    rows = [
-        ("uniform", "nearest", "tensor", 4.02, 1.0),
-        ("uniform", "feedback", "tensor", 4.02, 2.0),
-        ("global", "nearest", "weight", 6.0, 3.0),
-    ]
+    rows = [("uniform", "nearest", "tensor", 4.02, 1.0), ("uniform", "feedback", "tensor", 4.02, 2)]
+    rows += [("global", "nearest", "weight", 6.0, 3.0)]
     columns = ["rule", "rounding", "granularity", "budget_bits", "damage"]
     names = ["FP32", "uniform INT4", "global, 6 bits per weight", published.REAL_DIGITS]
-    table = published.with_damage(
-        pd.DataFrame({"images": names}), pd.DataFrame(rows, columns=columns)
-    )
+    damages = pd.DataFrame(rows, columns=columns)
+    table = published.with_damage(pd.DataFrame({"images": names}), damages)
     assert table["damage"].fillna(0).tolist() == [0.0, 1.0, 3.0, 0.0]

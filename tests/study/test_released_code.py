@@ -62,13 +62,11 @@ def test_rank_correlation_and_kept_weights(values):
 def test_released_groups(tiny, values):
     table = released_code.released_groups(tiny, values).set_index("group")
     weights = [w for n, w in quantizable(tiny).items() if n.startswith("Layer6")]
-    assert table.loc["Layer6", "tau"] == pytest.approx(
-        torch.cat([w.flatten() for w in weights]).square().mean().item()
-    )
+    squares = torch.cat([w.flatten() for w in weights]).square()
+    assert table.loc["Layer6", "tau"] == pytest.approx(squares.mean().item())
     assert table["tensors"].sum() == 34
     assert table["highest_score"].max() == 1
-    # Values near 1/2 over the largest mean: all tensors score above the mean of the squared
-    # weights.
+    # Values near 1/2 over the largest mean: all tensors score above the mean squared weight.
     assert (table["tensors_kept"] == table["tensors"]).all()
 
 

@@ -14,11 +14,8 @@ from lafq.study.figures.fisher_plots import short_name
 from lafq.study.figures.plots import COLOURS, LINES, WORSE, bars, labelled
 
 SIZES = {"mem_mib": "MiB in memory", "file_mib": "MiB of the file"}
-GRANULARITIES = {
-    "tensor": "one format per tensor",
-    "channel": "one format per channel",
-    "mixed": "per channel, single FP16 weights",
-}
+GRANULARITIES = {"tensor": "one format per tensor", "channel": "one format per channel"}
+GRANULARITIES["mixed"] = "per channel, single FP16 weights"
 ROUNDED = {"nearest": {"marker": "o", "mfc": "white"}, "feedback": {"marker": "s"}}
 ROUNDED["tuned"] = {"marker": "*", "ms": 10}
 KIND = ["rule", "granularity", "rounding"]
@@ -26,10 +23,8 @@ UNIFORM, ALLOCATOR = ("uniform", "tensor", "nearest"), ("allocate", "mixed", "fe
 TUNED = ("allocate", "mixed", "tuned")
 BY_DAMAGE = (UNIFORM, *((rule, "weight", "feedback") for rule in ("global", "ratio")), ALLOCATOR)
 BY_FID = (UNIFORM, ALLOCATOR, TUNED)
-VARIANTS = (
-    *(("uniform", "tensor", "feedback"), ("allocate", "mixed", "nearest")),
-    *(("allocate", "tensor", "feedback"), ALLOCATOR, TUNED),
-)
+VARIANTS = ("uniform", "tensor", "feedback"), ("allocate", "mixed", "nearest")
+VARIANTS += ("allocate", "tensor", "feedback"), ALLOCATOR, TUNED
 
 
 def chosen(table: pd.DataFrame, kinds: Sequence[tuple[str, str, str]]) -> pd.DataFrame:

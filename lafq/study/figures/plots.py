@@ -114,13 +114,15 @@ def noise_floor(axes: Panels, table: pd.DataFrame) -> None:
 
 def poster_and_noise(ax: Axes, noise: float) -> None:
     """The poster's FID differences beside the standard deviation of two draws of one model."""
-    base, *rows = [row for row in poster.POSTER if row.source == "poster"]
+    rows = pd.DataFrame(poster.POSTER[1:])
     for width, shade, words in ((2, "0.92", "deviations"), (1, "0.82", "deviation")):
         label = f"±{width} standard {words} of new noise"
         ax.axvspan(-width * noise, width * noise, color=shade, zorder=0, label=label)
     ax.axvline(0, **FP32)
-    ax.plot([row.fid - base.fid for row in rows], range(len(rows)), ls="", **THEIRS)
-    names = [f"ratio {row.threshold}" if row.method == "ratio" else row.method for row in rows]
+    for source, fill in (("poster", "0.35"), ("poster's plot", "white")):
+        change = rows["fid"][rows["source"] == source] - poster.POSTER[0].fid
+        ax.plot(change, change.index, **THEIRS, ls="", mfc=fill, label=f"from the {source}")
+    names = rows["method"].where(rows["method"] != "ratio", "ratio " + rows["threshold"])
     ax.set_yticks(range(len(rows)), names)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     title = "The poster's FID differences and new noise"

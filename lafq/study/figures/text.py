@@ -22,7 +22,8 @@ ROWS |= {"delta_fid_mnist": ("delta_fid_mnist", "+.3f", "interval")}
 ROWS |= {"is_mnist": ("is_mnist", ".2f")} | _FID
 ROWS |= {"psnr": ("psnr", "{:.1f} dB"), "class_changed": ("class_changed", ".0%")}
 COMPARED = _KEY | {"fid_paper": ("fid_paper", ".2f")} | _FID
-COMPARED |= {"is_paper": ("is_paper", ".2f"), "is_inception": lambda row: inception_score(row)}
+COMPARED |= {"is_paper": ("is_paper", ".2f")}
+COMPARED |= {"is_inception": lambda row: write(row["is_inception"], ".2f") or "no last layer"}
 COMPARED |= {column: (column, ".2f") for column in ("mem_paper_mib", "mem_mib")}
 # What each claim measures, and what else is known of it, with slots for the fields of its row.
 _FIDS = "({features} features, N = {n_images:g})"
@@ -31,26 +32,23 @@ QUANTITIES = {
     "C2": "mean Fisher per weight, Layers 1-2 divided by Layers 3-6 ({kind})",
     "C2 share": "share of all Fisher information in Layers 1-2, which have {front_weights:.1%} "
     "of the weights ({kind})",
-    "C3": "mean FID of ratios 0.35-0.40 minus the others', {format}, single weights kept "
-    f"{_FIDS}",
+    "C3": "mean FID of ratios 0.35-0.40 minus the others', {format}, single weights kept " + _FIDS,
     "C4 images": "FID of the layer or group row nearest to uniform FP16 in bytes, minus FID of "
     f"uniform FP16 {_FIDS}",
+    "C4 bytes": "MiB of the smallest layer or group row in INT8, divided by uniform INT8's; both "
+    "within {margin:.2g} FID of FP32 " + _FIDS,
     "rules damage": "damage of {rule} divided by that of global, {budget_bits:g} bits per weight, "
     "equal bytes and rounding",
-    "rules images": "FID of {rule} minus that of global, {budget_bits:g} bits per weight "
-    f"{_FIDS}",
+    "rules images": "FID of {rule} minus that of global, {budget_bits:g} bits per weight " + _FIDS,
 }
 NOTES = {
     "C3": "the best ratio is one of 0.35-0.40 in {best_share:.0%} of resamples (by chance: "
     "{chance:.0%})",
     "C4 images": "{rule} {setting}, {format} by {granularity}, {mem_mib:.2f} MiB (uniform FP16: "
     "{fp16_mib:.2f})",
+    "C4 bytes": "{rule} {setting}, {format} by {granularity}, {mem_mib:.2f} MiB (uniform INT8: "
+    "{int8_mib:.2f})",
 }
-
-
-def inception_score(row: pd.Series) -> str:
-    """The inception score on Inception's logits, or why there is none."""
-    return write(row["is_inception"], ".2f") or "no last layer"
 
 
 def sentence(templates: Mapping[str, str], row: pd.Series) -> str:

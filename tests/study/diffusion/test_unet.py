@@ -1,14 +1,7 @@
 import pytest
 import torch
 
-from lafq.study.diffusion.unet import (
-    LAYERS,
-    UNet,
-    layer_of,
-    layer_sizes,
-    quantizable,
-    time_table,
-)
+from lafq.study.diffusion.unet import LAYERS, UNet, layer_of, layer_sizes, quantizable, time_table
 
 PAPER = {
     "Layer1": 222_080,

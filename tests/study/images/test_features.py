@@ -50,10 +50,7 @@ def test_a_reference_of_more_digits_than_there_are(sandbox):
     [
         (torch.rand(4, 1, 32, 32), r"images must be uint8 \(N, 1, H, W\), these are torch.float32"),
         (torch.zeros(4, 32, 32, dtype=torch.uint8), r"images must be uint8 \(N, 1, H, W\)"),
-        (
-            torch.zeros(4, 1, 28, 28, dtype=torch.uint8),
-            r"images must be \(N, \*\(1, 32",
-        ),
+        (torch.zeros(4, 1, 28, 28, dtype=torch.uint8), r"images must be \(N, \*\(1, 32"),
     ],
     ids=["float", "no channel", "28x28"],
 )
