@@ -89,10 +89,11 @@ class Sampled(Subject):
         return change.square().flatten(1).mean(1) / SIZE**2
 
     def timesteps(self) -> pd.DataFrame:
-        """The response of every image to noise at every second step alone."""
+        """The response of every image to noise at every second step alone, and at the last."""
         noise = ddpm.sampler_noise(range(LOOKED_AT), STEPS, ESTIMATED)
         whole = self.images(self.model, noise)
-        responses = {t: self.response(noise, [t], whole) for t in self.times[::2]}
+        at = (*self.times[::2], self.times[-1])
+        responses = {t: self.response(noise, [t], whole) for t in at}
         table = pd.DataFrame(responses).rename_axis("image").reset_index()
         return table.melt("image", var_name="t", value_name="response")
 
