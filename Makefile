@@ -22,7 +22,7 @@ $(if $(filter-out fresh,$(IMAGES)),$(error IMAGES is '$(IMAGES)': give fresh, or
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
 	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(filter fresh,$(IMAGES)),--set KEEP=false)
 
-.PHONY: help setup reproduce resume publish classifier evidence benchmark peers growth terrain packed verify test test-unit test-smoke test-fast test-kill test-browser site lint clean
+.PHONY: help setup reproduce resume publish classifier evidence benchmark sampling peers growth terrain packed verify test test-unit test-smoke test-fast test-kill test-browser site lint clean
 
 ##@ for everyone
 
@@ -66,6 +66,9 @@ benchmark: $(READY)  ## what quantized models cost to run, groups of weights, Fi
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
 	@set -e; for table in running fisher allocation binder peak_memory; do $(BIN)/python benchmarks/cost.py $$table; done
 	@set -e; for table in groups passes; do $(BIN)/python benchmarks/damage_by.py $$table; done
+
+sampling: $(READY)  ## plans from sensitivities that know the sampler, judged by their images (about two hours)
+	@set -e; for table in timesteps chosen fresh; do $(BIN)/python benchmarks/sampling.py $$table; done
 
 peers: $(READY)  ## the allocator beside five other libraries at equal bytes (installs each beside .venv; about an hour)
 	@$(BIN)/python benchmarks/peers.py

@@ -3,9 +3,12 @@
 import ast
 import copy
 import importlib
+import inspect
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -84,6 +87,35 @@ def _channels(model, name):
     weight = model.get_parameter(name)
     transposed = isinstance(model.get_submodule(name.removesuffix(".weight")), nn.ConvTranspose2d)
     return weight.shape[1] if transposed else weight.shape[0]
+
+
+def test_plans_are_judged_by_images(script, tiny, digits, sandbox, monkeypatch):
+    """Estimates give plans of the bytes of a uniform format, nearer to FP32's images; rows are
+    paired with today's plan.
+    """
+    sampling, shared = script("sampling"), script("shared")
+    for name, value in (("STEPS", 3), ("IMAGES", {"chosen": 4}), ("LOOKED_AT", 2), ("DRAWS", 16)):
+        monkeypatch.setattr(sampling, name, value)
+    monkeypatch.setattr(shared, "load_model", lambda work, width: copy.deepcopy(tiny))
+    for module in (shared, sampling):
+        monkeypatch.setattr(module, "mnist", lambda train: (digits, None))
+    monkeypatch.setattr(sampling, "subject", sampling.cache(sampling.Sampled))
+    monkeypatch.setattr(sampling, "digits_in", lambda images: images.flatten(1).argmax(1))
+    sampling.timesteps()
+    few = {"draws": {"draws": 16}, "images": {"images": 4}}
+    for name, make in sampling.ESTIMATES.items():
+        named = inspect.signature(make).parameters
+        how = {k: v for part, how in few.items() if part in named for k, v in how.items()}
+        monkeypatch.setitem(sampling.ESTIMATES, name, partial(make, **how))
+    names = "uniform", sampling.TODAY, "states, images alike", sampling.ALIKE
+    rows = [("ddpm", name, 0, ("int4",)) for name in names]
+    monkeypatch.setitem(sampling.ROWS, "chosen", rows)
+    for asked in rows:
+        sampling.measure("chosen", asked)
+    table = pd.DataFrame(sampling.lines("chosen")).set_index("sensitivity")
+    assert (table["mib"] <= table.loc["uniform", "mib"]).all()
+    assert (table.drop("uniform")["image_psnr"] > table.loc["uniform", "image_psnr"]).all()
+    assert table.loc[sampling.TODAY, ["gain", "gain_low", "gain_high"]].eq(0).all()
 
 
 @linux
