@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from shared import DIGITS, SEED, WORK, Subject, run
+from shared import DIGITS, SEED, WORK, Subject, figure, run
 from torch import Tensor, nn
 
 from lafq.allocation import allocate as solver
@@ -35,11 +35,19 @@ from lafq.rng import generator
 from lafq.study.damage import HALF_PIXELS
 from lafq.study.diffusion import ddpm
 from lafq.study.diffusion.subject import mnist, quantizable
+from lafq.study.figures import plots
 from lafq.study.images import metrics
 from lafq.study.images.features import mnist_extractor
 from lafq.study.long_runs import one_process_per_core
 from lafq.study.rows import kept, mib_at
-from lafq.study.workspace import compute_on, load_optional, load_table, save_arrays, save_table
+from lafq.study.workspace import (
+    compute_on,
+    load_optional,
+    load_table,
+    save_arrays,
+    save_figure,
+    save_table,
+)
 
 STEPS, SIZE = 50, 3e-3  # sampling steps; standard deviation of the noise in eps
 # Seeds of noise: of estimates (plus the estimate's own), of the choice between them, of the report.
@@ -49,6 +57,7 @@ SAMPLERS = {"ddpm": ddpm.ancestral_step, "ddim": ddpm.ddim_step}
 LOOKED_AT = 40  # images whose timesteps are told apart
 DRAWS, PASS = 2000, 2  # noised digits or states of an estimate; images of a pass of the sampler
 FILE_BITS, FILE = 2.8, "file of 2.8 bits"
+SHOWN = 12  # images of a row of the picture
 FLOOR = 0.1  # of the median error, below which an image counts no more
 TODAY, ALIKE = "noised digits", "whole sampler, alike"
 KEY = ("noise", "sampler", "sensitivity", "seed", "size")
@@ -194,6 +203,13 @@ ESTIMATES: dict[str, Callable[..., Sensitivity]] = {
     "digits' Fisher, sampler's curvature": partial(_mixed, TODAY, ALIKE),
     "sampler's Fisher, digits' curvature": partial(_mixed, ALIKE, TODAY),
 }
+# The rows of the picture after FP32's: sensitivity, its seed, size.
+PICTURE = {
+    "uniform INT8": ("uniform", 0, "int8"),
+    "uniform INT4": ("uniform", 0, "int4"),
+    "lafq, bytes of INT4": (ALIKE, 0, "int4"),
+    "lafq, file": (ALIKE, 0, FILE),
+}
 # Of every table: sampler, sensitivity, its seed, sizes.
 Asked = tuple[str, str, int, tuple[str, ...]]
 ROWS: dict[str, list[Asked]] = {
@@ -252,6 +268,7 @@ def measure(noise: str, asked: Asked) -> None:
             "mib": (getattr(plan, "file_bytes", 0) or nbytes(one.model, plan)) / MIB,
             "damage": one.errors(small).mean(),
             "predicted": getattr(plan, "damage", np.nan) / HALF_PIXELS,
+            "shown": torch.stack((whole, images))[:, :SHOWN, 0],
         }
         save_arrays(kept_file(noise, *key, size), {n: np.asarray(a) for n, a in arrays.items()})
         print(noise, *key, size, arrays["psnr"].mean().item(), flush=True)
@@ -286,6 +303,21 @@ def judged(noise: str) -> None:
     table, known = pd.DataFrame(lines(noise)), load_optional(WORK, "sampling")
     others = pd.DataFrame() if known is None else known[known["noise"] != noise]
     save_table(WORK, "sampling", pd.concat([others, table], ignore_index=True))
+    if noise == "fresh":
+        picture()
+
+
+def picture() -> None:
+    """Digits of FP32 and of plans from the same noise, as README shows them."""
+    kept_rows = [np.load(kept_file("fresh", "ddpm", *key)) for key in PICTURE.values()]
+    rows = {"FP32": kept_rows[0]["shown"][0]}
+    for title, row in zip(PICTURE, kept_rows, strict=True):
+        rows[f"{title}\n{row['mib']:.2f} MiB"] = row["shown"][1]
+    strip, axes = figure(len(rows), 1, figsize=(10, 0.85 * len(rows)))
+    for ax, (title, shown) in zip(axes, rows.items(), strict=True):
+        plots.digits(ax, (shown * 255).round(), SHOWN)
+        ax.set_ylabel(title, rotation=0, ha="right", va="center")
+    save_figure(WORK, "digits", strip, "the same noise", pixels=True, model="width 16, 50 steps")
 
 
 def timesteps() -> None:

@@ -140,11 +140,16 @@ def snippets(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
 
 
+class Timed(torch.nn.Linear):
+    def forward(self, x, t):
+        return super().forward(x) / t
+
+
 @pytest.mark.slow
 def test_examples_run(digits, tmp_path):
-    sized, coded, own, diffusion = snippets("docs/own-model.md")
+    sized, coded, looped, own, diffusion = snippets("docs/own-model.md")
     [first] = snippets("README.md")
-    assert max(len(s.strip().splitlines()) for s in (own, sized, coded, first)) <= 11
+    assert max(len(s.strip().splitlines()) for s in (own, sized, coded, looped, first)) <= 12
     imports = "\n".join(line for s in (own, first) for line in s.splitlines() if "import " in line)
     subprocess.run(
         [sys.executable, "-c", imports], check=True
@@ -159,6 +164,11 @@ def test_examples_run(digits, tmp_path):
     scope = {"images": digits}
     exec(diffusion.replace("width=16", "width=4").replace("samples=200", "samples=20"), scope)
     assert resident_bytes(scope["small"]) == nbytes(scope["model"], scope["plan"])
+    noise = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(1))
+    scope = {"model": Timed(8, 8), "noise": noise, "timesteps": (3, 2, 1)}
+    scope["step"] = lambda x, eps, t, z: eps
+    exec(looped.replace("_mib=5.0", "_mib=0.0002"), scope)
+    assert scope["plan"].nbytes <= 0.0002 * 2**20 < 4 * 72
     network = torchvision.models.mobilenet_v3_small(num_classes=10).eval()
     for snippet in (sized, coded, first):
         scope = {
