@@ -125,8 +125,9 @@ class Sampled(Subject):
 
     def on_states(self, seed: int, by: Callable) -> Sensitivity:
         """From states of the reverse process of the images looked at, drawn by weights."""
-        streams = [generator(ESTIMATED, i) for i in range(LOOKED_AT)]
-        states = [x for t, x in ddpm.reverse_process(self.model, streams, STEPS) if t >= 0]
+        noise = ddpm.sampler_noise(range(LOOKED_AT), STEPS, ESTIMATED)
+        with torch.no_grad():
+            *states, _ = (x for _, x in ddpm.reverse_process(self.model, noise))
         weights = np.broadcast_to(by(self.weights, axis=0), self.weights.shape)
         i, t = self._drawn(weights, DRAWS, generator(seed, ESTIMATED))
         return self._estimate(torch.stack(states)[t, i], torch.tensor(self.times)[t], seed)

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from lafq.fisher.empirical import empirical_fisher
 from lafq.fisher.sensitivity import estimate_sensitivity
-from lafq.rng import generator
 from lafq.study.diffusion import ddpm
 from lafq.study.diffusion.subject import TIMESTEPS, UNet, layer_of
 
@@ -88,13 +87,14 @@ def fisher_kinds(
     return pd.DataFrame(rows, columns=["kind", *BLOCK_COLUMNS])
 
 
+@torch.no_grad()
 def _reverse_states(
     model: UNet, images: int, bins: int, seed: int, steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(x_t, t) at the last timestep that the reverse process visits in each bin."""
     last = {bisect(ddpm.bin_edges(bins), t): t for t in ddpm.trailing_timesteps(steps)}
-    states = ddpm.reverse_process(model, [generator(seed, i) for i in range(images)], steps)
-    for t, x in tqdm(states, "reverse process", steps + 1, leave=False):
+    noise = ddpm.sampler_noise(range(images), steps, seed).to(next(model.parameters()).device)
+    for t, x in tqdm(ddpm.reverse_process(model, noise), "reverse process", steps + 1, leave=False):
         if t in last.values():
             yield x, torch.full((len(x),), t, device=x.device)
 

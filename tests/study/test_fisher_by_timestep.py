@@ -118,7 +118,7 @@ def test_kinds_of_fisher_information(tiny, digits):
 
 
 def test_the_last_state_of_the_reverse_process_is_the_image(tiny):
-    states = dict(ddpm.reverse_process(tiny, [generator(0, i) for i in range(3)], 4))
+    states = dict(ddpm.reverse_process(tiny, ddpm.sampler_noise(range(3), 4, seed=0)))
     assert list(states) == [999, 749, 499, 249, -1]
     images = (states[-1].clamp(0, 1) * 255).round().to(torch.uint8)
     assert torch.equal(images, ddpm.sample(tiny, 3, 4, seed=0))

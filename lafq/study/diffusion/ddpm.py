@@ -5,7 +5,8 @@ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, 1 - alpha_bar_t), where alpha_bar_t is t
 is the cleanest, t = 999 is almost pure noise.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -100,46 +101,35 @@ def ddim_step(x_t: Tensor, eps: Tensor, z: Tensor, t: int, s: int) -> Tensor:
     return alpha_bar_s**0.5 * x_0 + (1 - alpha_bar_s) ** 0.5 * eps
 
 
-def sampler(
-    model: nn.Module, noise: Tensor, step: Callable[..., Tensor] = ancestral_step
-) -> Tensor:
-    """The images (B, *SHAPE), not clamped, of noise (B, steps, *SHAPE): the start, and what each
-    step but the last adds; with gradients, as `estimate_sensitivity(through=sampler)` takes it.
+def sampler_noise(images: Iterable[int], steps: int, seed: int) -> Tensor:
+    """The noise (B, steps, *SHAPE) of these images: the start, and what each step but the last
+    adds.
     """
-    x_t, *z = noise.unbind(1)
-    times = [*trailing_timesteps(noise.shape[1]), -1]
-    for (t, s), z_t in zip(pairwise(times), [*z, torch.zeros_like(x_t)], strict=True):
-        eps = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
-        x_t = step(x_t, eps, z_t, t, s)
-    return x_t
-
-
-def sampler_noise(images: range, steps: int, seed: int) -> Tensor:
-    """The noise (B, steps, *SHAPE) from which `sample` draws these images."""
     return torch.stack([torch.randn((steps, *SHAPE), generator=generator(seed, i)) for i in images])
 
 
-@torch.no_grad()
 def reverse_process(
-    model: nn.Module, streams: list[torch.Generator], steps: int
+    model: Callable[..., Tensor], noise: Tensor, step: Callable[..., Tensor] = ancestral_step
 ) -> Iterator[tuple[int, Tensor]]:
-    """The states (t, x_t) at `steps` timesteps from 999 down, then the images (-1, x_{-1}).
-
-    streams: one CPU generator per image, which gives its start and its noise. x_t: (images, *SHAPE)
-    on the model's device.
+    """The states (t, x_t) from t = 999 down, then the images (-1, x_{-1}), from `sampler_noise` on
+    the model's device.
     """
-    device = next(model.parameters()).device
-
-    def normal() -> Tensor:
-        return torch.stack([torch.randn(SHAPE, generator=g) for g in streams]).to(device)
-
-    x_t = normal()
-    for t, s in pairwise([*trailing_timesteps(steps), -1]):
+    x_t, *z = noise.transpose(0, 1).contiguous()
+    times = [*trailing_timesteps(noise.shape[1]), -1]
+    for (t, s), z_t in zip(pairwise(times), [*z, torch.zeros_like(x_t)], strict=True):
         yield t, x_t
-        eps = model(x_t, torch.full((len(x_t),), t, device=device))
-        z = normal() if s >= 0 else torch.zeros_like(x_t)
-        x_t = ancestral_step(x_t, eps, z, t, s)
+        eps = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        x_t = step(x_t, eps, z_t, t, s)
     yield -1, x_t
+
+
+def sampler(
+    model: Callable[..., Tensor], noise: Tensor, step: Callable[..., Tensor] = ancestral_step
+) -> Tensor:
+    """The images (B, *SHAPE) of `reverse_process`, not clamped, with gradients: what
+    `estimate_sensitivity` takes for `through`.
+    """
+    return deque(reverse_process(model, noise, step), maxlen=1)[0][1]
 
 
 @torch.inference_mode()
@@ -166,8 +156,8 @@ def sample(
     bar = tqdm(total=len(batches) * steps, desc=label, unit="step", leave=False)
     with evaluating(model), bar:
         for batch in batches:
-            streams = [generator(seed, i) for i in batch.tolist()]
-            for t, x_t in reverse_process(model, streams, steps):
+            noise = sampler_noise(batch.tolist(), steps, seed)
+            for t, x_t in reverse_process(model, noise.to(next(model.parameters()).device)):
                 bar.update(t >= 0)
                 if t < 0:
                     pixels.append((x_t.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
