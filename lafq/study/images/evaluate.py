@@ -51,13 +51,13 @@ def measure(images: Tensor, extractors: Sequence[FeatureExtractor], seed: int) -
     return Measured(images, seen[0].logits.argmax(1), scores, draws)
 
 
-def compare(row: Measured, baseline: Measured) -> dict[str, float]:
+def compare(row: Measured, baseline: Measured, seed: int) -> dict[str, float]:
     """For every metric the value, its difference from the unquantized model's, and both 95 %
     intervals; and what FID cannot see of images from the same noise.
 
-    `rmse`, the mean over images of the root mean squared difference (0..1); `psnr`, the peak
-    signal-to-noise ratio of all of them in dB; `class_changed`, the share of images whose predicted
-    digit changes.
+    `image_psnr`, the mean over images of their peak signal-to-noise ratio in dB, with its interval,
+    and `below_30`, the share of images below 30 dB; `psnr`, that of all pixels together;
+    `class_changed`, the share of images whose predicted digit changes.
     """
     columns = {}
     for metric in METRICS:
@@ -65,12 +65,19 @@ def compare(row: Measured, baseline: Measured) -> dict[str, float]:
         draws, paired = (m.draws.get(metric, NO_DRAWS) for m in (row, baseline))
         columns |= metrics.with_interval(metric, value, draws)
         columns |= metrics.with_interval(f"delta_{metric}", value - before, draws - paired)
-    change = unit_interval(row.images) - unit_interval(baseline.images)
-    error = change.square().flatten(1).mean(1)
-    columns["rmse"] = error.sqrt().mean().item()
-    columns["psnr"] = -10 * error.mean().log10().item()
+    columns |= image_error(row.images, baseline.images, seed)
     columns["class_changed"] = (row.digits != baseline.digits).float().mean().item()
     return columns
+
+
+def image_error(images: Tensor, reference: Tensor, seed: int) -> dict[str, float]:
+    """The columns image_psnr, below_30 and psnr of uint8 images from the same noise."""
+    x, y = unit_interval(images), unit_interval(reference)
+    psnr = metrics.image_psnr(x, y)
+    draws = metrics.mean_draws(psnr, metrics.resamples(len(psnr), seed))
+    columns = metrics.with_interval("image_psnr", psnr.double().mean().item(), draws)
+    below = (psnr < 30).double().mean().item()
+    return columns | {"below_30": below, "psnr": -10 * (x - y).square().mean().log10().item()}
 
 
 def recipes(work: Workspace, model: nn.Module, rows: Sequence[Row]) -> list[Recipe | None]:
@@ -121,7 +128,7 @@ def evaluate(
         key = sampled.key, row.inception
         if key not in scores:  # equal images are scored once
             asked = [e for e in extractors if row.inception or e.name != "inception"]
-            scores[key] = compare(measure(sampled.images, asked, seed), baseline)
+            scores[key] = compare(measure(sampled.images, asked, seed), baseline, seed)
         drawn = {"n_images": sampling.images, "steps": sampling.steps}
         drawn["same_machine"] = len(sampled.machines | unquantized.machines) == 1
         drawn |= {"reference": reference, "sample": sampled.key}

@@ -43,12 +43,13 @@ def measured(images):
 
 def test_equal_images_differ_by_nothing():
     images = mnist(train=False)[0][HELD_OUT][:20]
-    row = compare(measured(images), measured(images.clone()))
+    row = compare(measured(images), measured(images.clone()), 0)
     for metric in ("fid_mnist", "is_mnist", "kid_mnist"):
         assert [row[f"delta_{metric}{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
         assert row[f"{metric}_low"] < row[metric] < row[f"{metric}_high"]
     assert math.isnan(row["fid_inception"])
-    assert (row["rmse"], row["psnr"], row["class_changed"]) == (0, math.inf, 0)
+    assert (row["psnr"], row["class_changed"], row["below_30"]) == (math.inf, 0, 0)
+    assert row["image_psnr_low"] == row["image_psnr"] == row["image_psnr_high"] == pytest.approx(80)
 
 
 def test_every_extractor_has_its_columns_and_is_needs_logits():
@@ -64,23 +65,23 @@ def test_every_extractor_has_its_columns_and_is_needs_logits():
 def test_other_images_have_another_class_and_a_known_psnr():
     digits, labels = mnist(train=False)
     other = torch.cat([digits[labels == 1][:5], digits[labels == 0][:5]])
-    row = compare(measured(other), measured(digits[labels == 1][:10]))
+    row = compare(measured(other), measured(digits[labels == 1][:10]), 0)
     assert row["class_changed"] == pytest.approx(0.5)
     faint = torch.full((4, 1, 32, 32), 26, dtype=torch.uint8)
-    row = compare(measured(faint), measured(torch.zeros_like(faint)))
+    row = compare(measured(faint), measured(torch.zeros_like(faint)), 0)
     assert row["psnr"] == pytest.approx(20 * math.log10(255 / 26), abs=1e-4)
 
 
 def test_a_handful_of_images_has_intervals():
     scored = measured(mnist(train=False)[0][HELD_OUT][:3])
-    row = compare(scored, scored)
+    row = compare(scored, scored, 0)
     assert all(v == v for k, v in row.items() if "inception" not in k)
 
 
 def test_damage_is_of_the_scale_it_says():
     black = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
-    row = compare(measured(black + 255), measured(black))
-    assert (row["rmse"], row["psnr"]) == (1, 0)
+    row = compare(measured(black + 255), measured(black), 0)
+    assert (row["image_psnr"], row["psnr"], row["below_30"]) == (0, 0, 1)
 
 
 def test_quality_is_of_all_images_and_of_every_block(tiny, sandbox):
