@@ -129,9 +129,12 @@ def poster_and_noise(ax: Axes, noise: float) -> None:
     labelled(ax, title, f"{DIFFERENCE} (Inception features, N = 100)", "")
 
 
-def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
-    """FID differences of the rows of `poster.compare`: ours with intervals, the poster's hollow."""
+def published_differences(ax: Axes, table: pd.DataFrame, metric: str, noise: float) -> None:
+    """FID differences of the rows of `poster.compare`: ours with intervals, the poster's hollow;
+    noise: the standard deviation of the difference of two draws of one model.
+    """
     rows, delta = table[table["rule"] != "baseline"].iloc[::-1], f"delta_{metric}"
+    ax.axvspan(-noise, noise, color="0.9", zorder=0, label="±1 standard deviation of new noise")
     ax.axvline(0, **FP32)
     for i, rule in enumerate(rows["rule"]):
         label = "ours, the same noise in every row" if i == len(rows) - 1 else None
@@ -145,6 +148,7 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     ax.set_yticks(range(len(rows)), names)
     x = f"{WORSE}\n{_features(rows, metric)}; ours: {rows['steps'].iloc[0]:,} steps"
     labelled(ax, "FID differences, ours and the poster's", x, "")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.3, -0.24), ncols=2, fontsize=9)
 
 
 def poster_and_ours(ax: Axes, table: pd.DataFrame, metric: str) -> None:

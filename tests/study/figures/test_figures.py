@@ -25,7 +25,7 @@ FIGURES = {
         for name in ROWS
     },
     "published": lambda ax: plots.published_differences(
-        ax, poster.compare(load("08_published", PAPER)), "fid_inception"
+        ax, poster.compare(load("08_published", PAPER)), "fid_inception", 3.7
     ),
     "ratio": lambda ax: plots.poster_and_ours(
         ax, load("05_ratio_sweep").assign(n_images=100), "fid_inception"
@@ -36,6 +36,9 @@ FIGURES = {
     ),
     "noise": lambda ax: plots.poster_and_noise(ax, 3.7),
     "Fisher by group": lambda ax: fisher_plots.fisher_by_group(ax, load("02_fisher")),
+    "Fisher and images": lambda ax: fisher_plots.fisher_and_images(
+        ax, load("02_fisher"), load("02_fisher_kinds"), load("timesteps", Workspace("benchmarks"))
+    ),
     "Fisher map": lambda ax: fisher_plots.fisher_map(ax, load("02_fisher")),
     "damage": lambda ax: budget_plots.over_size(ax, load("budget"), "damage"),
     "FID": lambda ax: budget_plots.over_size(ax, load("budget"), "fid_mnist_delta"),
