@@ -13,10 +13,11 @@ The same passes estimate a curvature. The weights of an output channel r have th
 matrix E[g_r g_r^T], g_r (C,) their gradient in one pass; a channel alone gives too few draws of it.
 The channels share H, the mean over passes and channels of g_r g_r^T / mean(g_r^2), (C, C) with a
 mean diagonal of 1: up to each channel's mean Fisher value that is its matrix, if the tensor's is a
-Kronecker product (Martens and Grosse 2015, "K-FAC"). Columns are those of `channel_view`. The
-channels of a grouped convolution share one H as well, though each group has inputs of its own.
-Where C is large, H is a block diagonal: equal blocks of consecutive columns, (B, S, S), which take
-B times fewer numbers and products.
+Kronecker product (Martens and Grosse 2015, "K-FAC"). As each g_r is divided by its own mean square,
+large passes count no more than small ones, which narrows H's spectrum. Columns are those of
+`channel_view`. The channels of a grouped convolution share one H as well, though each group has
+inputs of its own. Where C is large, H is a block diagonal: equal blocks of consecutive columns,
+(B, S, S), which take B times fewer numbers and products.
 """
 
 import warnings
@@ -152,7 +153,8 @@ def estimate_sensitivity(
 
 def predicted_damage(model: nn.Module, small: nn.Module, other: Sensitivity) -> float:
     """Half the squared error, summed over the output, that a quantized copy of a model is predicted
-    to make.
+    to make, if the output were linear in the weights and H the curvature of each channel. Plans of
+    `allocate` are chosen for a low prediction, and do more damage (docs/own-model.md).
 
     Args:
         model: the FP32 model.
