@@ -68,7 +68,7 @@ benchmark: $(READY)  ## what quantized models cost to run, groups of weights, Fi
 	@set -e; for table in groups passes; do $(BIN)/python benchmarks/damage_by.py $$table; done
 
 sampling: $(READY)  ## plans from sensitivities that know the sampler, judged by their images (about two hours)
-	@set -e; for table in timesteps chosen fresh; do $(BIN)/python benchmarks/sampling.py $$table; done
+	@set -e; for table in timesteps chosen fresh transfer; do $(BIN)/python benchmarks/sampling.py $$table; done
 
 peers: $(READY)  ## the allocator beside five other libraries at equal bytes (installs each beside .venv; about an hour)
 	@$(BIN)/python benchmarks/peers.py

@@ -3,7 +3,8 @@ the diffusion model of width 16 in 50 steps, in one of
 
 timesteps: what noise in eps at one step alone does to each image.
 chosen: plans from every sensitivity, on images from the noise by which we chose among them.
-fresh: plans from the chosen one and from today's, on noise never used before.
+fresh: plans from the chosen one and from today's, on noise never used before; transfer: the same
+    plans under the deterministic sampler, which no sensitivity knows.
 
 An image's *response* is its squared error over that of eps, from noise in eps at every step. A few
 images that stand between two digits respond a thousand times as much as the typical one and would
@@ -51,8 +52,8 @@ from lafq.study.workspace import (
 
 STEPS, SIZE = 50, 3e-3  # sampling steps; standard deviation of the noise in eps
 # Seeds of noise: of estimates (plus the estimate's own), of the choice between them, of the report.
-ESTIMATED, NOISES = 10, {"chosen": 20, "fresh": 21}
-IMAGES = {"chosen": 200, "fresh": 1000}
+ESTIMATED, NOISES = 10, {"chosen": 20, "fresh": 21, "transfer": 22}
+IMAGES = {"chosen": 200, "fresh": 1000, "transfer": 200}
 SAMPLERS = {"ddpm": ddpm.ancestral_step, "ddim": ddpm.ddim_step}
 LOOKED_AT = 40  # images whose timesteps are told apart
 DRAWS, PASS = 2000, 2  # noised digits or states of an estimate; images of a pass of the sampler
@@ -220,8 +221,8 @@ ROWS: dict[str, list[Asked]] = {
     "fresh": [
         ("ddpm", "uniform", 0, ("int8", "int6", "int4", "int3")),
         *(("ddpm", name, 0, ("int8", "int6", "int4", "int3", FILE)) for name in (TODAY, ALIKE)),
-        *(("ddim", name, 0, ("int6", "int4")) for name in (TODAY, ALIKE)),
     ],
+    "transfer": [("ddim", name, 0, ("int6", "int4")) for name in (TODAY, ALIKE)],
 }
 
 
