@@ -70,7 +70,7 @@ benchmark: $(READY)  ## what quantized models cost to run, groups of weights, Fi
 sampling: $(READY)  ## plans from sensitivities that know the sampler, judged by their images (about two hours)
 	@set -e; for table in timesteps chosen fresh transfer; do $(BIN)/python benchmarks/sampling.py $$table; done
 
-peers: $(READY)  ## the allocator beside five other libraries at equal bytes (installs each beside .venv; about an hour)
+peers: $(READY)  ## the allocator beside six other libraries at equal bytes, and a ladder from one of them to it (installs each beside .venv; about an hour)
 	@$(BIN)/python benchmarks/peers.py
 
 growth: $(READY)  ## time and memory of every step by the size of the model, and of a cheaper curvature (about half an hour; Linux)

@@ -1,5 +1,5 @@
-"""The allocator beside five other libraries at equal bytes: `make peers` writes
-results/benchmarks/peers.csv and a figure.
+"""The allocator beside other libraries at equal bytes, and the ladder from one of them to it:
+`make peers` writes results/benchmarks/peers.csv, ladder.csv and a figure.
 
 Each library quantizes the diffusion model beside packages of its own (`peer.py`), and its weights
 are judged here: damage on held-out digits and noise that no plan has seen. The allocator then gets
@@ -11,12 +11,13 @@ import hashlib
 import os
 import subprocess
 import sys
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from peer import LIBRARIES
 from shared import DIGITS, PROFILES, SAMPLES, SEED, WORK, Subject, Table, figure, in_a_process, run
 from torch import Tensor, nn
@@ -26,8 +27,10 @@ from lafq.quantization.formats import MIB, bit_bytes
 from lafq.quantization.model import dequantize_, nbytes, quantize
 from lafq.quantization.plan import Plan
 from lafq.study import workspace
-from lafq.study.damage import FRESH_SEED, over
-from lafq.study.diffusion.subject import load_model
+from lafq.study.damage import FRESH_SEED, HALF_PIXELS, over, rungs
+from lafq.study.diffusion.ddpm import sampler, sampler_noise
+from lafq.study.diffusion.subject import load_model, quantizable
+from lafq.study.images.metrics import image_psnr
 from lafq.study.workspace import Workspace
 from lafq.tensors import load_tensors
 
@@ -36,7 +39,10 @@ BITS = (8, 6, 4, 3, 2)
 OURS = "lafq, uniform"
 SCALE_BYTES = 2  # a scale counts as FP16, as ours do
 # By library and width the bits, where all would take hours.
-FEWER = {("aimet-torch", 16): (4, 2), ("aimet-torch", 64): (), ("brevitas", 64): (4,)}
+FEWER = {("aimet-torch", 16): (4, 2), ("brevitas", 64): (4,), ("aimet-torch", 64): ()}
+FEWER |= {("coremltools", 64): ()}
+FIRST = "nvidia-modelopt"  # the lowest rung
+IMAGES, STEPS = 100, 50  # of image_psnr
 
 
 def installed(library: str) -> Path:
@@ -80,10 +86,20 @@ def quantized_by(library: str, width: int, bits: int) -> tuple[dict[str, Tensor]
 class Judge(Subject):
     """The diffusion model of one width, and its sensitivity."""
 
+    rungs = cached_property(lambda self: rungs(self.model, self.known))
+
     def __init__(self, width: int) -> None:
         super().__init__(width, DIGITS[width], SEED + FRESH_SEED)
-        known = self.sensitivity(SAMPLES[width])
+        self.known = known = self.sensitivity(SAMPLES[width])
         self.fronts, self.recipe = solver.frontiers_of(self.model, known), known.recipe
+
+    @torch.inference_mode()
+    def psnr(self, whole: nn.Module) -> float:
+        """Mean over images of the PSNR to FP32's image from the same noise, in dB."""
+        if not hasattr(self, "noise"):
+            self.noise = sampler_noise(range(IMAGES), STEPS, SEED)
+            self.images = sampler(self.model, self.noise).clamp(0, 1)
+        return image_psnr(sampler(whole, self.noise).clamp(0, 1), self.images).mean().item()
 
     def of(self, library: str, bits: int) -> dict[str, Any]:
         """A library's row; its error where it fails. OURS: lafq without the allocator, rounded to
@@ -115,15 +131,40 @@ class Judge(Subject):
             ours = self.planned(plan)
             row[f"damage_{name}"] = ours.mean().item()
             row |= over(f"over_{name}", ours, theirs, SEED)
-        return row
+        return row | {"image_psnr": self.psnr(whole)}
+
+    def ladder(self, table: Table, bits: int) -> None:
+        """Add FIRST and our plans of its bytes: damage over FIRST's, paired over the digits. Input
+        and output convolutions, and layers that FIRST leaves alone, count as FP16.
+        """
+        weights, about = quantized_by(FIRST, self.width, bits)
+        layers, edges = quantizable(self.model), self.fronts.keys() - quantizable(self.model)
+        stored = {n: s for n, s in about["stored"].items() if n in layers}
+        size = stored_bytes(self.model, dict.fromkeys(self.fronts, (16, 0, 0)) | stored)
+        first = dequantize_(quantize(self.model, dict.fromkeys(self.fronts, "fp16")))
+        first.load_state_dict({n: weights[n] for n in stored}, strict=False)
+        theirs, rest = self.errors(first), sum(2 * self.known.fisher[n].numel() for n in edges)
+
+        def row(whole: nn.Module, size: int, predicted: float) -> dict[str, Any]:
+            errors = self.errors(whole)
+            row = {"mem_mib": size / MIB, "predicted": predicted, "damage": errors.mean().item()}
+            return row | over("over", errors, theirs, SEED) | {"image_psnr": self.psnr(whole)}
+
+        table.add((self.width, bits, FIRST), row, first, size, float("nan"))
+        for rung, (fronts, recipe) in self.rungs.items():
+            within = {n: fronts[n] for n in layers}
+            plan = solver.solve_budget(self.model, within, (size + rest) / MIB, recipe)
+            plan |= dict.fromkeys(edges, "fp16")
+            whole, size_of = dequantize_(quantize(self.model, plan)), nbytes(self.model, plan)
+            table.add((self.width, bits, rung), row, whole, size_of, plan.damage / HALF_PIXELS)
 
 
-def draw(table: pd.DataFrame) -> None:
-    """Damage over stored MiB by width: the libraries, and the allocator at their bytes."""
+def draw(table: pd.DataFrame, ladder: pd.DataFrame) -> None:
+    """Damage over stored MiB by width; in the headline what formats per channel add."""
     rows = table[table["damage"].notna()].sort_values("mem_mib")
     plot, axes = figure(1, rows["width"].nunique(), figsize=(9.5, 4), squeeze=False)
     for ax, (width, part) in zip(axes[0], rows.groupby("width"), strict=True):
-        for i, (library, marker) in enumerate(zip((OURS, *LIBRARIES), "sv^XP*", strict=True)):
+        for i, (library, marker) in enumerate(zip((OURS, *LIBRARIES), "sv^XP*o", strict=True)):
             line = part[part["library"] == library]
             label = library if len(line) else None
             ax.plot("mem_mib", "damage", f"C{i}{marker}:", data=line, ms=5, lw=1, label=label)
@@ -135,8 +176,10 @@ def draw(table: pd.DataFrame) -> None:
         ax.tick_params(axis="x", which="both", labelsize=8)
     axes[0, 0].set_ylabel("damage (mean squared change of the output)")
     axes[0, 0].legend(fontsize=7, loc="lower left")  # of the width at which most libraries were run
-    plot.suptitle("The allocator beside other libraries at equal bytes", fontsize=11)
-    note = "held-out digits and noise that no plan has seen; lower is better"
+    at = ladder[ladder["bits"] == 4].set_index("rung")["damage"]
+    title = f"{at['per channel'] / at['error feedback']:.2g} times the damage of formats per layer"
+    plot.suptitle(f"At equal bytes and rounding, formats per channel do {title}", fontsize=11)
+    note = "held-out digits and noise that no plan has seen; headline: width 16, 4 bits"
     workspace.save_figure(WORK, "peers", plot, note)
 
 
@@ -150,7 +193,11 @@ def main() -> None:
     for width, library in product(PROFILES, (OURS, *LIBRARIES)):
         for bits in FEWER.get((library, width), BITS):
             table.add((key := (width, library, bits)), row, *key)
-    draw(table.frame)
+    ladder = Table("ladder", ("width", "bits", "rung"))
+    for bits in BITS:
+        if (16, bits, "mixed") not in ladder:
+            judge(16).ladder(ladder, bits)
+    draw(table.frame, ladder.frame)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,13 @@ from lafq.allocation.frontiers import ALLOCATED, Rows, StorageOption, frontier, 
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.networks import unwrapped
 from lafq.quantization.checks import check_estimates, check_plan
-from lafq.quantization.formats import DEFAULT_FORMATS, MIB, get_format
+from lafq.quantization.formats import (
+    DEFAULT_FORMATS,
+    MIB,
+    ScaleRule,
+    get_format,
+    unshrunk_scale,
+)
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import Allocation, Recipe
 
@@ -91,8 +97,11 @@ def frontiers_of(
     formats: tuple[str, ...] = DEFAULT_FORMATS,
     groups: tuple[int, ...] = (),
     progress: bool = True,
+    scale: ScaleRule = unshrunk_scale,
 ) -> dict[str, Frontier]:
-    """`allocate`'s frontier of every parameter that has Fisher values, good for any budget."""
+    """`allocate`'s frontier of every parameter that has Fisher values, good for any budget; scale:
+    the rule of `formats` by which it will be rounded.
+    """
     model, fisher = unwrapped(model), sensitivity.fisher
     if granularity not in ALLOCATED:
         choices = ", ".join(ALLOCATED)
@@ -106,7 +115,7 @@ def frontiers_of(
     check_plan(model, dict.fromkeys(fisher, "fp16"))
     check_estimates(model, fisher, sensitivity.curvature)
     names = tqdm(fisher, "damage by format", leave=False, unit="tensor", disable=not progress)
-    rows = ((name, Rows.of(model, name, sensitivity)) for name in names)
+    rows = ((name, Rows.of(model, name, sensitivity)._replace(scale=scale)) for name in names)
     return {name: frontier(tensor, granularity, known, groups) for name, tensor in rows}
 
 

@@ -27,6 +27,7 @@ from lafq.quantization.formats import (
     FORMATS,
     FP16_MAX,
     Format,
+    ScaleRule,
     fake_quantize,
     scales_by_group,
     unshrunk_scale,
@@ -49,13 +50,16 @@ class StorageOption(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A weight tensor and its Fisher values as rows (R, C), and its curvature, if it has one."""
+    """A weight tensor and its Fisher values as rows (R, C), its curvature, if it has one, and the
+    rule of its scales.
+    """
 
     values: Tensor
     fisher: Tensor
     view: ChannelView
     curvature: Tensor | None
     factors: list[Factor] | None
+    scale: ScaleRule = unshrunk_scale
 
     @classmethod
     def of(cls, model: nn.Module, name: str, sensitivity: Sensitivity) -> "Rows":
@@ -181,14 +185,14 @@ def _largest(rows: Rows) -> Tensor:
 
 
 def _option(rows: Rows, formats: list[Format], group: int, kept: Tensor) -> _Option:
-    values, fisher, view, curvature, _ = rows
+    values, fisher, view, curvature, _, rule = rows
     rest, weight = values.masked_fill(kept, 0), fisher.masked_fill(kept, 0)
     fed = [f for f in formats if f.is_integer and curvature is not None]
-    scales = [scales_by_group(unshrunk_scale, rest, f.qmax, weight, group) for f in fed]
+    scales = [scales_by_group(rule, rest, f.qmax, weight, group) for f in fed]
     damages = _feedback_damages(rows, fed, scales, kept) if fed else {}
     for f in formats:
         if f not in fed:
-            stored = fake_quantize(rest, f, unshrunk_scale, weight, group)
+            stored = fake_quantize(rest, f, rule, weight, group)
             change = torch.where(kept, _fp16(values), stored) - values
             damages[f] = damage(change, fisher)
             if curvature is not None:

@@ -5,6 +5,7 @@ Damage is the mean squared change of the output per pixel; half the squared erro
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,9 +21,16 @@ from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.channels import stored_bytes
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.checks import channel_view
-from lafq.quantization.formats import MIB, fake_quantize, get_format, unshrunk_scale
+from lafq.quantization.formats import (
+    MIB,
+    STUDY_FORMATS,
+    absmax_scale,
+    fake_quantize,
+    get_format,
+    unshrunk_scale,
+)
 from lafq.quantization.model import bits_per_weight, dequantize_, nbytes, quantize
-from lafq.quantization.plan import Recipe
+from lafq.quantization.plan import PLAIN, Recipe
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
 from lafq.study import rows as study_rows
@@ -202,6 +210,25 @@ def allocate_by_proxy(
         plan = solver.solve_budget(model, frontiers, mib_at(model, bits), recipe=recipe)
         rows.append(study_rows.at_bits(proxy, "any", "tensor", "nearest", bits, plan))
     return rows
+
+
+def rungs(
+    model: nn.Module, known: Sensitivity
+) -> dict[str, tuple[dict[str, list[StorageOption]], Recipe]]:
+    """What each part of the allocator adds: by name the frontiers that a plan is made of, and how
+    it is rounded. "absmax formats" are chosen for scales of the largest weight; the formats of the
+    next three are the same, chosen per layer for least-squares scales and nearest codes.
+    """
+    fisher, of = Sensitivity(known.fisher, {}), partial(solver.frontiers_of, model, progress=False)
+    layer = of(fisher, "tensor")
+    return {
+        "absmax formats": (of(fisher, "tensor", STUDY_FORMATS, scale=absmax_scale), PLAIN),
+        "absmax scales": (layer, PLAIN),
+        "least-squares scales": (layer, fisher.recipe),
+        "error feedback": (layer, known.recipe),
+        "per channel": (of(known, "channel"), known.recipe),
+        "mixed": (of(known, "mixed"), known.recipe),
+    }
 
 
 def with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> pd.DataFrame:

@@ -54,23 +54,33 @@ def test_bytes_of_peers_are_codes_scales_zero_points_and_what_stays_fp32(script,
     assert peers.stored_bytes(tiny, {}) == nbytes(tiny, {})
 
 
-def test_a_peer_is_judged_at_its_own_bytes(script, tiny, digits, monkeypatch):
-    """A library that rounds to uniform INT4 does the damage of uniform INT4, and the allocator less
-    at these bytes.
-    """
+@pytest.fixture
+def judge(script, tiny, digits, monkeypatch):
+    """Of a tiny model, and a library that rounds it to uniform INT4."""
     peers, shared = script("peers"), script("shared")
     for module in (peers, shared):
         monkeypatch.setattr(module, "load_model", lambda work, width: copy.deepcopy(tiny))
     for name, value in (("PROFILES", "smoke"), ("SAMPLES", 64), ("DIGITS", 20)):
         monkeypatch.setitem(getattr(shared, name), 4, value)
     monkeypatch.setattr(shared, "mnist", lambda train: (digits, None))
+    monkeypatch.setattr(peers, "IMAGES", 2)
+    monkeypatch.setattr(peers, "STEPS", 2)
     names = [n for n, p in tiny.named_parameters() if p.ndim > 1]
     rounded = dequantize_(quantize(tiny, dict.fromkeys(names, "int4")))
     weights = {n: rounded.get_parameter(n).detach() for n in names}
     about = {"version": "1", "stored": {n: (4, _channels(tiny, n), 0) for n in names}}
     monkeypatch.setattr(peers, "quantized_by", lambda *_: (weights, about))
-    judge = peers.Judge(4)
+    return peers.Judge(4)
+
+
+def test_a_peer_is_judged_at_its_own_bytes(script, judge, monkeypatch):
+    """A library that rounds to uniform INT4 does the damage of uniform INT4, and the allocator less
+    at these bytes.
+    """
+    peers = script("peers")
     ours, theirs = judge.of(peers.OURS, 4), judge.of("x", 4)
+    assert theirs["image_psnr"] == pytest.approx(ours["image_psnr"], rel=1e-3)
+    assert judge.psnr(judge.model) == pytest.approx(80)
     assert theirs["damage"] == pytest.approx(ours["damage"])
     assert theirs["mem_mib"] == ours["mem_mib"]
     assert theirs["tensors_fp32"] == 0
@@ -81,6 +91,17 @@ def test_a_peer_is_judged_at_its_own_bytes(script, tiny, digits, monkeypatch):
 
     monkeypatch.setattr(peers, "quantized_by", fails)
     assert judge.of("x", 2) == {"error": "TypeError: no"}
+
+
+def test_the_rungs_of_the_ladder_have_equal_bytes(script, judge, sandbox):
+    """The edges are FP16 on each; uniform INT4 on the lowest does its own damage."""
+    peers, table = script("peers"), script("shared").Table("x", ("width", "bits", "rung"))
+    judge.ladder(table, 4)
+    rows = table.frame.set_index("rung")
+    assert list(rows.index) == [peers.FIRST, *judge.rungs]
+    assert rows["over"].iloc[0] == 1
+    assert (rows["mem_mib"] <= rows["mem_mib"].iloc[0]).all()
+    assert rows["over"]["error feedback"] < rows["over"]["absmax scales"]
 
 
 def _channels(model, name):
