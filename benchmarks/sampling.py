@@ -219,8 +219,8 @@ ROWS: dict[str, list[Asked]] = {
         ("ddpm", ALIKE, 1, ("int4",)),
     ],
     "fresh": [
-        ("ddpm", "uniform", 0, ("int8", "int6", "int4", "int3")),
-        *(("ddpm", name, 0, ("int8", "int6", "int4", "int3", FILE)) for name in (TODAY, ALIKE)),
+        *(("ddpm", name, 0, ("int8", "int6", "int4")) for name in ("uniform", TODAY)),
+        ("ddpm", ALIKE, 0, ("int8", "int4", FILE)),
     ],
     "transfer": [("ddim", name, 0, ("int6", "int4")) for name in (TODAY, ALIKE)],
 }
