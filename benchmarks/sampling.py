@@ -219,8 +219,8 @@ ROWS: dict[str, list[Asked]] = {
         ("ddpm", ALIKE, 1, ("int4",)),
     ],
     "fresh": [
-        *(("ddpm", name, 0, ("int8", "int6", "int4")) for name in ("uniform", TODAY)),
-        ("ddpm", ALIKE, 0, ("int8", "int4", FILE)),
+        ("ddpm", "uniform", 0, ("int8", "int6", "int4")),
+        *(("ddpm", name, 0, ("int8", "int6", "int4", FILE)) for name in (TODAY, ALIKE)),
     ],
     "transfer": [("ddim", name, 0, ("int6", "int4")) for name in (TODAY, ALIKE)],
 }
@@ -285,8 +285,8 @@ def lines(noise: str) -> Iterator[dict[str, Any]]:
         for size in sizes:
             row = np.load(kept_file(noise, *key, size))
             today = kept_file(noise, key[0], TODAY, 0, size)
-            before = np.load(today if today.is_file() else kept_file(noise, *key, size))
-            psnr, gain = (torch.from_numpy(x) for x in (row["psnr"], row["psnr"] - before["psnr"]))
+            before = np.load(today)["psnr"] if today.is_file() else np.nan
+            psnr, gain = (torch.from_numpy(x) for x in (row["psnr"], row["psnr"] - before))
             line = dict(zip(KEY, (noise, *key, size), strict=True)) | {"mib": row["mib"].item()}
             for name, values in (("image_psnr", psnr), ("gain", gain)):
                 draws = metrics.mean_draws(values, indices)
@@ -303,7 +303,9 @@ def judged(noise: str) -> None:
         list(pool.map(partial(measure, noise), ROWS[noise]))
     table, known = pd.DataFrame(lines(noise)), load_optional(WORK, "sampling")
     others = pd.DataFrame() if known is None else known[known["noise"] != noise]
-    save_table(WORK, "sampling", pd.concat([others, table], ignore_index=True))
+    whole = pd.concat([others, table])
+    order = whole["noise"].map(list(ROWS).index)
+    save_table(WORK, "sampling", whole.iloc[order.argsort(kind="stable")])
     if noise == "fresh":
         picture()
 
