@@ -132,8 +132,8 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str, noise: flo
     names = [f"{_spoken(r)} (ours: {r.mem_share:.0%} of FP32)" for r in rows.itertuples()]
     ax.set_yticks(range(len(rows)), names)
     x = f"{WORSE}\n{_features(rows, metric)}; ours: {rows['steps'].iloc[0]:,} steps"
-    ax.set(title="FID differences, ours and the poster's", xlabel=x)
-    ax.figure.legend(fontsize=9, ncols=2, loc="outside lower center")
+    ax.set(title="FID differences, ours and the poster's", xlabel=x, ylim=(-2.4, len(rows) - 0.4))
+    ax.legend(fontsize=9, ncols=2, loc="lower center")
 
 
 def poster_and_ours(ax: Axes, table: pd.DataFrame, metric: str, noise: float = 0) -> None:
