@@ -25,10 +25,12 @@ def fisher_by_tensor(axes: Sequence[Axes], timesteps: pd.DataFrame) -> None:
             line = rows[rows["t_low"] == t].set_index("parameter").loc[names, "fisher"]
             ax.plot(range(len(names)), line, color=colour, marker=".", lw=1)
         short = [short_name(name).split(".", 1)[1] for name in names]
-        ax.set_xticks(range(len(names)), short, rotation=60, ha="right", fontsize=9)
-        ax.set(title=layer, yscale="log", ylabel="mean Fisher")
+        ax.set_xticks(range(len(names)), short, rotation=90, fontsize=10)
+        ax.set(title=layer, yscale="log")
+        ax.tick_params(axis="y", labelsize=10)
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 999), "viridis")
     axes[0].figure.suptitle("Mean Fisher value by weight tensor and timestep")
+    axes[0].figure.supylabel("mean Fisher value")
     axes[0].figure.colorbar(scale, ax=list(axes), label="timestep t (0 = clean)")
 
 

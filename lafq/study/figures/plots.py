@@ -1,6 +1,6 @@
 """Figures of rows on given axes; a rule has one colour, viridis stands for timesteps or budgets."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,20 +78,6 @@ def size_curve(ax: Axes, sizes: pd.DataFrame, rule: str, share: float, label: st
     labelled(ax, f"Stored size by threshold, rule {rule}", label, "stored bytes (% of FP32)")
 
 
-def quality_over_size(ax: Axes, table: pd.DataFrame, metric: str) -> None:
-    """FID difference from FP32 over stored MiB, one marker per row that has the metric."""
-    ax.axhline(0, **FP32)
-    rows, delta = table[(table["rule"] != "baseline") & table[metric].notna()], f"delta_{metric}"
-    for i, (row, marker) in enumerate(zip(rows.itertuples(), "osD^vP*X", strict=False)):
-        # Smaller and smaller, as some rows have equal bytes and equal FID.
-        style = {"fmt": marker, "mfc": "none", "ms": 12 - 2 * min(i, 4), "capsize": 3}
-        label, one = f"{row.rule}, {row.format.upper()} by {row.granularity}", rows[i : i + 1]
-        style |= {"color": COLOURS[row.rule], "label": label}
-        ax.errorbar(one["mem_mib"], one[delta], bars(one, delta), **style)
-    y = f"{DIFFERENCE}\n({_features(rows, metric)})"
-    labelled(ax, "FID difference by stored size", "stored MiB", y)
-
-
 def noise_floor(axes: Panels, table: pd.DataFrame) -> None:
     """FID of blocks of N images, mean +- standard deviation, one panel per feature extractor."""
     named = {"real": ("real digits", "0.5"), "generated": ("FP32 model's images", "black")}
@@ -115,9 +101,7 @@ def noise_floor(axes: Panels, table: pd.DataFrame) -> None:
 def poster_and_noise(ax: Axes, noise: float) -> None:
     """The poster's FID differences beside the standard deviation of two draws of one model."""
     rows = pd.DataFrame(poster.POSTER[1:])
-    for width, shade, words in ((2, "0.92", "deviations"), (1, "0.82", "deviation")):
-        label = f"±{width} standard {words} of new noise"
-        ax.axvspan(-width * noise, width * noise, color=shade, zorder=0, label=label)
+    _new_noise(ax.axvspan, noise, (2, 1))
     ax.axvline(0, **FP32)
     for source, fill in (("poster", "0.35"), ("poster's plot", "white")):
         change = rows["fid"][rows["source"] == source] - poster.POSTER[0].fid
@@ -129,34 +113,36 @@ def poster_and_noise(ax: Axes, noise: float) -> None:
     labelled(ax, title, f"{DIFFERENCE} (Inception features, N = 100)", "")
 
 
-def published_differences(ax: Axes, table: pd.DataFrame, metric: str, noise: float) -> None:
-    """FID differences of the rows of `poster.compare`: ours with intervals, the poster's hollow;
-    noise: the standard deviation of the difference of two draws of one model.
+def published_differences(ax: Axes, table: pd.DataFrame, metric: str, noise: float = 0) -> None:
+    """FID differences of the rows of `poster.compare` that have the metric: ours with intervals,
+    the poster's hollow; noise: `poster.new_noise`.
     """
     rows, delta = table[table["rule"] != "baseline"].iloc[::-1], f"delta_{metric}"
-    ax.axvspan(-noise, noise, color="0.9", zorder=0, label="±1 standard deviation of new noise")
+    rows = rows[rows[metric].notna()]
+    _new_noise(ax.axvspan, noise)
     ax.axvline(0, **FP32)
     for i, rule in enumerate(rows["rule"]):
         label = "ours, the same noise in every row" if i == len(rows) - 1 else None
         style = {"fmt": "o", "capsize": 3, "color": COLOURS[rule], "label": label}
         one = rows[i : i + 1]
         ax.errorbar(one[delta], [i], xerr=bars(one, delta), **style)
-    published = rows["fid_paper"] - table[table["rule"] == "baseline"]["fid_paper"].item()
+    published = rows["fid_paper"] - poster.POSTER[0].fid
     hollow = THEIRS | {"ls": "", "mfc": "none", "label": "poster, other noise in every row"}
     ax.plot(published, range(len(rows)), **hollow)
     names = [f"{_spoken(r)} (ours: {r.mem_share:.0%} of FP32)" for r in rows.itertuples()]
     ax.set_yticks(range(len(rows)), names)
     x = f"{WORSE}\n{_features(rows, metric)}; ours: {rows['steps'].iloc[0]:,} steps"
-    labelled(ax, "FID differences, ours and the poster's", x, "")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.3, -0.24), ncols=2, fontsize=9)
+    ax.set(title="FID differences, ours and the poster's", xlabel=x, ylim=(-2.4, len(rows) - 0.4))
+    ax.legend(fontsize=9, ncols=2, loc="lower center")
 
 
-def poster_and_ours(ax: Axes, table: pd.DataFrame, metric: str) -> None:
+def poster_and_ours(ax: Axes, table: pd.DataFrame, metric: str, noise: float = 0) -> None:
     """FID difference from FP32 over the ratio: the poster's sweep, and ours on single weights."""
     swept = pd.DataFrame([row for row in poster.POSTER if row.method == "ratio"])
     x, y = swept["threshold"].astype(float), swept["fid"] - poster.POSTER[0].fid
     read, points = swept["source"] != "poster", THEIRS | {"ls": "", "ms": 6}
     _best_ratios(ax)
+    _new_noise(ax.axhspan, noise)
     ax.plot(x, y, color=THEIRS["color"], lw=1)
     ax.plot(x[~read], y[~read], label="poster, other noise in every row", **points)
     ax.plot(x[read], y[read], mfc="white", label="read off its plot", **points)
@@ -220,6 +206,12 @@ def _beside(axes: Panels, names: list[str], left: Rows, right: Rows, times: int,
     axes[0].set_title(f"images   |   {what}, {times} times as bright")
 
 
+def _new_noise(span: Callable[..., Any], noise: float, widths: Sequence[int] = (1,)) -> None:
+    for width in widths if noise else ():
+        label = f"±{width} standard deviation{'s' * (width > 1)} of new noise"
+        span(-width * noise, width * noise, color="black", alpha=0.09, lw=0, zorder=0, label=label)
+
+
 def _best_ratios(ax: Axes) -> None:
     ax.axvspan(*poster.BEST_RATIOS, color="0.93", zorder=0, label="best ratios (poster)")
     ax.axhline(0, **FP32)
@@ -236,4 +228,5 @@ def _spoken(row: Any) -> str:
     if row.rule == "allocate":
         return f"allocator, {row.setting}"
     setting = f" {row.setting}" if row.rule == "ratio" else ""
-    return f"{row.rule}{setting}, {row.format.upper()}"
+    whole = " by tensor" if row.granularity == "tensor" and row.rule != "uniform" else ""
+    return f"{row.rule}{setting}, {row.format.upper()}{whole}"

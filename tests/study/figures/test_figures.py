@@ -21,12 +21,11 @@ FIGURES = {
     "loss": lambda ax: plots.loss_curve(ax, load("training")),
     "sizes": lambda ax: plots.size_curve(ax, load("04_group_sizes"), "group", 0.5, "factor"),
     **{
-        name: lambda ax, name=name: plots.quality_over_size(ax, load(name), "fid_inception")
+        name: lambda ax, name=name: plots.published_differences(
+            ax, poster.compare(load(name, PAPER)[:9]), "fid_inception", noise=3.7
+        )
         for name in ROWS
     },
-    "published": lambda ax: plots.published_differences(
-        ax, poster.compare(load("08_published", PAPER)), "fid_inception", 3.7
-    ),
     "ratio": lambda ax: plots.poster_and_ours(
         ax, load("05_ratio_sweep").assign(n_images=100), "fid_inception"
     ),
