@@ -340,7 +340,7 @@ def kept_sensitivity(
 ) -> Sensitivity:
     """`measured_sensitivity`, kept for whoever needs it next."""
     name = f"{weights_sha256(model)[:12]}_{samples}_{seed}_{channels or 'all'}"
-    return kept(work, name, partial(measured_sensitivity, model, samples, seed, channels))
+    return kept(work, name, lambda: measured_sensitivity(model, samples, seed, channels))
 
 
 def kept(work: Workspace, name: str, make: Callable[[], Sensitivity]) -> Sensitivity:

@@ -64,7 +64,10 @@ def fisher_and_images(
         line = (table["fisher"] * table["weights"]).groupby(table["t_low"]).mean()
         ax.plot(line.index, line / line.mean(), "--", label=name)
     by_t = responses.groupby("t")["response"]
-    for name, line in {"mean image": by_t.mean(), "median image": by_t.median()}.items():
+    for name, line in {
+        "image error, mean": by_t.mean(),
+        "image error, median": by_t.median(),
+    }.items():
         ax.plot(line.index, line / line.mean(), "o-", ms=4, label=name)
     ax.axhline(1, color="0.7", lw=1)
     ax.set(yscale="log", xlabel="timestep t (0 = clean)", ylabel="relative to the mean over t")
