@@ -5,6 +5,7 @@ The safetensors file has, for each weight tensor that the library quantized, the
 computes with, and what must be stored for them. All see the same noised digits.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lafq.quantization.checks import channel_view
+from lafq.quantization.model import nbytes
 from lafq.study.diffusion.ddpm import noised_batches
 from lafq.study.diffusion.subject import load_model, mnist
 from lafq.study.workspace import Workspace, compute_on
@@ -81,6 +84,41 @@ def torchao(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
     }
 
 
+def torchao_hqq(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
+    """torchao's HQQ scales, which it has for matrices alone: each layer as one."""
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerAxis, PerGroup
+    from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm as Rule
+
+    found = {}
+    for name, layer in layers(model).items():
+        view = channel_view(model, name)
+        matrix = nn.Sequential(nn.Linear(*reversed(view.size), bias=False))
+        matrix[0].weight = nn.Parameter(view.of(layer.weight.detach()))
+        shared = PerAxis(0) if view.size[1] % GROUP else PerGroup(GROUP)
+        rule = {"granularity": shared, "intx_choose_qparams_algorithm": Rule.HQQ_SCALE_ONLY}
+        quantize_(matrix, IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), **rule))
+        w = matrix[0].weight
+        found[name] = Stored(view.back(w.dequantize()), bits, w.scale.numel())
+    return found
+
+
+def sdnq(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
+    """sdnq without the sizes below which it skips layers, and without transposed convolutions, on
+    which it fails; its scales and zero points are numbers.
+    """
+    os.environ["SDNQ_USE_TORCH_COMPILE"] = "0"
+    from sdnq import sdnq_post_load_quant
+
+    known = layers(model)
+    failing = [n for n, m in known.items() if isinstance(m, nn.ConvTranspose2d)]
+    how = {"weights_dtype": f"uint{bits}", "quant_conv": True, "modules_to_not_convert": failing}
+    sdnq_post_load_quant(model, minimum_allowed_numel=1, minimum_allowed_channel_size=1, **how)
+    found = {n: model.get_submodule(n.removesuffix(".weight")) for n in known if n not in failing}
+    scales = {n: m.scale.numel() + m.zero_point.numel() for n, m in found.items()}
+    return {n: Stored(m.dequantize().weight, bits, scales[n]) for n, m in found.items()}
+
+
 def coremltools(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
     """coremltools' palettes, by k-means weighted with squared gradients; a palette is FP16."""
     from coremltools.optimize.torch.palettization import SKMPalettizer, SKMPalettizerConfig
@@ -89,6 +127,25 @@ def coremltools(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stor
     palettizer = SKMPalettizer(model, SKMPalettizerConfig.from_dict(config))
     model = palettizer.compress(batches, lambda m, batch: noise_loss(m(*batch)))
     return {n: Stored(m.weight, bits, 2**bits) for n, m in layers(model).items()}
+
+
+def nncodec(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
+    """nncodec's DeepCABAC and trellis quantization: the bitstream of the finest step that has at
+    most the bytes of uniform integers. It holds all parameters, at equal bits for each.
+    """
+    from nncodec.nn import decode, encode
+
+    weights = {n: p.detach().contiguous().numpy() for n, p in model.named_parameters()}
+    budget, low, high = nbytes(model, dict.fromkeys(layers(model), f"int{bits}")), -60, 0
+    with TemporaryDirectory() as results:
+        how = {"use_dq": True, "verbose": False, "results": results}
+        while high - low > 1:
+            qp = (low + high) // 2
+            fits = len(encode(weights, how | {"qp": qp})) <= budget
+            low, high = (low, qp) if fits else (qp, high)
+        stream = encode(weights, how | {"qp": high})
+    each = 8 * len(stream) / sum(w.size for w in weights.values())
+    return {n: Stored(torch.tensor(w), each, 0) for n, w in decode(stream).items()}
 
 
 def brevitas(model: nn.Module, bits: int, batches: Batches) -> dict[str, Stored]:
@@ -166,6 +223,9 @@ LIBRARIES: dict[str, Callable[[nn.Module, int, Batches], dict[str, Stored]]] = {
     "nvidia-modelopt": modelopt,
     "aimet-torch": aimet,
     "coremltools": coremltools,
+    "torchao, HQQ scales": torchao_hqq,
+    "nncodec": nncodec,
+    "sdnq": sdnq,
 }
 
 
@@ -184,8 +244,9 @@ def main() -> int:
         return 1
     kept = {n: s for n, s in quantized.items() if s.values.shape == shapes.get(n)}
     tensors = {n: s.values.detach().float().contiguous().clone() for n, s in kept.items()}
+    package = library.partition(",")[0]
     stored = {n: [s.bits, s.scales, s.zero_points] for n, s in kept.items()}
-    save_tensors(path, tensors, library=library, version=version(library), stored=stored)
+    save_tensors(path, tensors, library=library, version=version(package), stored=stored)
     print("null")  # the last line; libraries print as well
     return 0
 

@@ -40,13 +40,14 @@ OURS = "lafq, uniform"
 SCALE_BYTES = 2  # a scale counts as FP16, as ours do
 # By library and width the bits, where all would take hours.
 FEWER = {("aimet-torch", 16): (4, 2), ("brevitas", 64): (4,), ("aimet-torch", 64): ()}
-FEWER |= {("coremltools", 64): ()}
+FEWER |= {(name, 64): () for name in ("coremltools", "torchao, HQQ scales", "nncodec", "sdnq")}
 FIRST = "nvidia-modelopt"  # the lowest rung
 IMAGES, STEPS = 100, 50  # of image_psnr
 
 
 def installed(library: str) -> Path:
     """The folder with a library and what it needs beside .venv, pinned in requirements-peers/."""
+    library = library.partition(",")[0]
     pinned = HERE / "requirements-peers" / f"{library}.txt"
     digest = hashlib.sha256(pinned.read_bytes()).hexdigest()[:8]
     folder = WORK.build / "peers" / f"{library}-{digest}"
@@ -68,9 +69,10 @@ def stored_bytes(model: nn.Module, stored: dict[str, tuple[float, int, int]]) ->
     total = nbytes(model, {})
     for name, (bits, scales, zero_points) in stored.items():
         count = model.get_parameter(name).numel()
-        total += bit_bytes(int(bits), count) + bit_bytes(int(bits), zero_points)
+        codes = 8 * bit_bytes(int(bits), count) if bits % 1 == 0 else bits * count
+        total += codes / 8 + bit_bytes(int(bits), zero_points)
         total += SCALE_BYTES * scales - 4 * count
-    return total
+    return round(total)
 
 
 def quantized_by(library: str, width: int, bits: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -120,14 +122,18 @@ class Judge(Subject):
 
     def _row(self, version: str, size: int, whole: nn.Module, names: set[str]) -> dict[str, Any]:
         """Bytes and damage, and over it the allocator's at these bytes, paired over the digits: in
-        a plan for all weights, and for those that the library quantized.
+        a plan for all weights, and for those that the library quantized; in a file, where the
+        library packed all parameters into one.
         """
         theirs, full = self.errors(whole), nbytes(self.model, {})
         row = {"version": version, "mem_mib": size / MIB, "mem_share": size / full}
-        row |= {"tensors_fp32": len(self.fronts) - len(names), "damage": theirs.mean().item()}
+        row |= {"tensors_fp32": len(self.fronts.keys() - names), "damage": theirs.mean().item()}
         for name, chosen in (("all", set(self.fronts)), ("shared", names)):
-            fronts = {n: front for n, front in self.fronts.items() if n in chosen}
-            plan = solver.solve_budget(self.model, fronts, size / MIB, self.recipe)
+            if names <= self.fronts.keys():
+                fronts = {n: front for n, front in self.fronts.items() if n in chosen}
+                plan = solver.solve_budget(self.model, fronts, size / MIB, self.recipe)
+            else:
+                plan = solver.allocate_coded(self.model, self.known, size / MIB, progress=False)
             ours = self.planned(plan)
             row[f"damage_{name}"] = ours.mean().item()
             row |= over(f"over_{name}", ours, theirs, SEED)
@@ -164,7 +170,7 @@ def draw(table: pd.DataFrame, ladder: pd.DataFrame) -> None:
     rows = table[table["damage"].notna()].sort_values("mem_mib")
     plot, axes = figure(1, rows["width"].nunique(), figsize=(9.5, 4), squeeze=False)
     for ax, (width, part) in zip(axes[0], rows.groupby("width"), strict=True):
-        for i, (library, marker) in enumerate(zip((OURS, *LIBRARIES), "sv^XP*o", strict=True)):
+        for i, (library, marker) in enumerate(zip((OURS, *LIBRARIES), "sv^XP*odp<", strict=True)):
             line = part[part["library"] == library]
             label = library if len(line) else None
             ax.plot("mem_mib", "damage", f"C{i}{marker}:", data=line, ms=5, lw=1, label=label)
