@@ -89,6 +89,7 @@ class Judge(Subject):
     """The diffusion model of one width, and its sensitivity."""
 
     rungs = cached_property(lambda self: rungs(self.model, self.known))
+    reference = cached_property(lambda self: self.images(self.model))
 
     def __init__(self, width: int) -> None:
         super().__init__(width, DIGITS[width], SEED + FRESH_SEED)
@@ -96,12 +97,13 @@ class Judge(Subject):
         self.fronts, self.recipe = solver.frontiers_of(self.model, known), known.recipe
 
     @torch.inference_mode()
+    def images(self, model: nn.Module) -> Tensor:
+        """Images (IMAGES, 1, 32, 32) in [0, 1], from the same noise for every model."""
+        return sampler(model, sampler_noise(range(IMAGES), STEPS, SEED)).clamp(0, 1)
+
     def psnr(self, whole: nn.Module) -> float:
         """Mean over images of the PSNR to FP32's image from the same noise, in dB."""
-        if not hasattr(self, "noise"):
-            self.noise = sampler_noise(range(IMAGES), STEPS, SEED)
-            self.images = sampler(self.model, self.noise).clamp(0, 1)
-        return image_psnr(sampler(whole, self.noise).clamp(0, 1), self.images).mean().item()
+        return image_psnr(self.images(whole), self.reference).mean().item()
 
     def of(self, library: str, bits: int) -> dict[str, Any]:
         """A library's row; its error where it fails. OURS: lafq without the allocator, rounded to

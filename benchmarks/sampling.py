@@ -55,10 +55,10 @@ STEPS, SIZE = 50, 3e-3  # sampling steps; standard deviation of the noise in eps
 ESTIMATED, NOISES = 10, {"chosen": 20, "fresh": 21, "transfer": 22}
 IMAGES = {"chosen": 200, "fresh": 1000, "transfer": 200}
 SAMPLERS = {"ddpm": ddpm.ancestral_step, "ddim": ddpm.ddim_step}
-LOOKED_AT = 40  # images whose timesteps are told apart
+LOOKED_AT, SHOWN = 40, 12  # images whose timesteps are told apart; of a row of the picture
 DRAWS, PASS = 2000, 2  # noised digits or states of an estimate; images of a pass of the sampler
-FILE_BITS, FILE = 2.8, "file of 2.8 bits"
-SHOWN = 12  # images of a row of the picture
+FILE_BITS = 2.8
+FILE = f"file of {FILE_BITS:g} bits"
 FLOOR = 0.1  # of the median error, below which an image counts no more
 TODAY, ALIKE = "noised digits", "whole sampler, alike"
 KEY = ("noise", "sampler", "sensitivity", "seed", "size")
@@ -102,10 +102,9 @@ class Sampled(Subject):
         """The response of every image to noise at every second step alone, and at the last."""
         noise = ddpm.sampler_noise(range(LOOKED_AT), STEPS, ESTIMATED)
         whole = self.images(self.model, noise)
-        at = (*self.times[::2], self.times[-1])
-        responses = {t: self.response(noise, [t], whole) for t in at}
-        table = pd.DataFrame(responses).rename_axis("image").reset_index()
-        return table.melt("image", var_name="t", value_name="response")
+        at = *self.times[::2], self.times[-1]
+        table = pd.DataFrame({t: self.response(noise, [t], whole) for t in at})
+        return table.rename_axis("image").reset_index().melt("image", None, "t", "response")
 
     @cached_property
     def weights(self) -> np.ndarray:
@@ -291,10 +290,9 @@ def lines(noise: str) -> Iterator[dict[str, Any]]:
             for name, values in (("image_psnr", psnr), ("gain", gain)):
                 draws = metrics.mean_draws(values, indices)
                 line |= metrics.with_interval(name, values.double().mean().item(), draws)
-            line["psnr"] = -10 * np.log10(row["error"].mean())
-            line |= {"below_30": (psnr < 30).double().mean().item()}
-            line |= {"digits_changed": row["changed"].mean(), "images": len(psnr)}
-            yield line | {name: row[name].item() for name in ("damage", "predicted")}
+            below, of_all = (psnr < 30).double().mean().item(), -10 * np.log10(row["error"].mean())
+            line |= {"psnr": of_all, "below_30": below, "digits_changed": row["changed"].mean()}
+            yield line | {"images": len(psnr)} | {n: row[n].item() for n in ("damage", "predicted")}
 
 
 def judged(noise: str) -> None:

@@ -103,7 +103,7 @@ def estimate_sensitivity(
             pass and memory for a gradient.
         curvature: False gives means of Fisher values alone, with the memory of training and one
             gradient more; a curvature needs C^2 numbers per tensor besides.
-        through: how the model is used, called as `through(model, *batch)` in the place of
+        through: how the model is used, called as `through(model, *batch)` instead of
             `model(*batch)`: a sampler, say, which takes the noise of all steps and returns images.
             The sensitivity is then of what it returns. Each call of the model in it is computed
             again in the backward pass, so that it takes the memory of one.
@@ -137,7 +137,7 @@ def estimate_sensitivity(
                     check_repeats(output, run(*arguments))
                 sums.add(output, draws, noise)
             except RuntimeError as error:
-                if "memory" not in str(error):
+                if not any(words in str(error) for words in ("out of memory", "allocate memory")):
                     raise
                 much = f"a pass of {len(arguments[0])} samples does not fit into memory"
                 raise MemoryError(f"{much}: give smaller batches") from error
