@@ -36,7 +36,7 @@ from lafq.tensors import load_tensors
 
 HERE = Path(__file__).parent
 BITS = (8, 6, 4, 3, 2)
-OURS = "lafq, uniform"
+OURS, ALLOCATOR = "lafq, uniform", "lafq, allocator"
 SCALE_BYTES = 2  # a scale counts as FP16, as ours do
 # By library and width the bits, where all would take hours.
 FEWER = {("aimet-torch", 16): (4, 2), ("brevitas", 64): (4,), ("aimet-torch", 64): ()}
@@ -174,16 +174,16 @@ def draw(table: pd.DataFrame, ladder: pd.DataFrame) -> None:
     for ax, (width, part) in zip(axes[0], rows.groupby("width"), strict=True):
         for i, (library, marker) in enumerate(zip((OURS, *LIBRARIES), "sv^XP*odp<", strict=True)):
             line = part[part["library"] == library]
-            label = library if len(line) else None
+            label = library if ax is axes[0, 0] else ""  # where all libraries were run
             ax.plot("mem_mib", "damage", f"C{i}{marker}:", data=line, ms=5, lw=1, label=label)
-        style = {"ms": 4, "lw": 1.2, "color": "black", "label": "lafq, allocator"}
-        ax.plot("mem_mib", "damage_all", "D-", data=part, **style)
+        in_memory = part[part["library"] != "nncodec"]  # beside which stands our coded file
+        ax.plot("mem_mib", "damage_all", "kD-", data=in_memory, ms=4, label=label and ALLOCATOR)
         ax.set(xscale="log", yscale="log", xlabel="stored MiB", title=f"width {width}")
         ax.xaxis.set_major_formatter("{x:.2g}")
         ax.xaxis.set_minor_formatter("{x:.2g}")
         ax.tick_params(axis="x", which="both", labelsize=8)
     axes[0, 0].set_ylabel("damage (mean squared change of the output)")
-    axes[0, 0].legend(fontsize=7, loc="lower left")  # of the width at which most libraries were run
+    plot.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.06))
     at = ladder[ladder["bits"] == 4].set_index("rung")["damage"]
     title = f"{at['per channel'] / at['error feedback']:.2g} times the damage of formats per layer"
     plot.suptitle(f"At equal bytes and rounding, formats per channel do {title}", fontsize=11)
