@@ -3,8 +3,9 @@ the diffusion model of width 16 in 50 steps, in one of
 
 timesteps: what noise in eps at one step alone does to each image.
 chosen: plans from every sensitivity, on images from the noise by which we chose among them.
-fresh: plans from the chosen one and from today's, on noise never used before; transfer: the same
-    plans under the deterministic sampler, which no sensitivity knows.
+fresh: plans from the chosen one and from today's, uniform formats and threshold rules, on noise
+    never used before, with FID; transfer: the plans under the deterministic sampler, which no
+    sensitivity knows.
 
 An image's *response* is its squared error over that of eps, from noise in eps at every step. A few
 images that stand between two digits respond a thousand times as much as the typical one and would
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from lafq.allocation import allocate as solver
 from lafq.allocation.coded import allocate_coded
+from lafq.allocation.rules import RULES
 from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize_, nbytes, quantize
@@ -37,10 +39,11 @@ from lafq.study.damage import HALF_PIXELS
 from lafq.study.diffusion import ddpm
 from lafq.study.diffusion.subject import mnist, quantizable
 from lafq.study.figures import plots
-from lafq.study.images import metrics
+from lafq.study.images import evaluate, metrics
+from lafq.study.images.evaluate import Measured
 from lafq.study.images.features import mnist_extractor
 from lafq.study.long_runs import one_process_per_core
-from lafq.study.rows import kept, mib_at
+from lafq.study.rows import bits_of, free_groups, kept, mib_at, rules_at_bits
 from lafq.study.workspace import (
     compute_on,
     load_optional,
@@ -62,6 +65,8 @@ FILE = f"file of {FILE_BITS:g} bits"
 FLOOR = 0.1  # of the median error, below which an image counts no more
 TODAY, ALIKE = "noised digits", "whole sampler, alike"
 KEY = ("noise", "sampler", "sensitivity", "seed", "size")
+FP32 = ("FP32", 0, "")  # in place of sensitivity, seed and size
+FIDS = ("delta_fid_mnist", "delta_fid_mnist_low", "delta_fid_mnist_high")
 
 
 def scaled(model: nn.Module, noise: Tensor, scale: Tensor) -> Tensor:
@@ -164,9 +169,17 @@ class Sampled(Subject):
         if name == "uniform":
             yield from (Plan(dict.fromkeys(self.names, size)) for size in sizes)
             return
-        known, frontiers = self.known(name, seed), None
+        known, frontiers = self.known(name if name in ESTIMATES else TODAY, seed), None
         for size in sizes:
-            if size == FILE:
+            bits = bits_of(self.model, dict.fromkeys(self.names, size)) if size != FILE else 0.0
+            if name == "uniform, error feedback":
+                yield Plan(dict.fromkeys(self.names, size), known.recipe)
+            elif name == "free":
+                yield free_groups(self.model, known, bits).plan
+            elif name in RULES:
+                rows = rules_at_bits(self.model, known, [bits], SEED, [name])
+                yield next(row.plan for row in rows if row.rounding == "feedback")
+            elif size == FILE:
                 mib = mib_at(self.model, FILE_BITS)
                 yield allocate_coded(self.model, known, mib, progress=False)
             else:
@@ -203,6 +216,8 @@ ESTIMATES: dict[str, Callable[..., Sensitivity]] = {
     "digits' Fisher, sampler's curvature": partial(_mixed, TODAY, ALIKE),
     "sampler's Fisher, digits' curvature": partial(_mixed, ALIKE, TODAY),
 }
+# Rounded with error feedback, as the allocator's plans are, and of noised digits' Fisher values.
+ROUNDED_ALIKE = ("uniform, error feedback", "global", "group", "free", "ratio")
 # The rows of the picture after FP32's: sensitivity, its seed, size.
 PICTURE = {
     "uniform INT8": ("uniform", 0, "int8"),
@@ -218,8 +233,9 @@ ROWS: dict[str, list[Asked]] = {
         ("ddpm", ALIKE, 1, ("int4",)),
     ],
     "fresh": [
-        ("ddpm", "uniform", 0, ("int8", "int6", "int4")),
-        *(("ddpm", name, 0, ("int8", "int6", "int4", FILE)) for name in (TODAY, ALIKE)),
+        ("ddpm", "uniform", 0, ("int8", "int6", "int4", "int3")),
+        *(("ddpm", name, 0, ("int8", "int6", "int4", FILE, "int3")) for name in (TODAY, ALIKE)),
+        *(("ddpm", name, 0, ("int6", "int4", "int3")) for name in ROUNDED_ALIKE),
     ],
     "transfer": [("ddim", name, 0, ("int6", "int4")) for name in (TODAY, ALIKE)],
 }
@@ -233,16 +249,9 @@ def subject() -> Sampled:
 
 
 @cache
-def reference(noise: str, sampler: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise of IMAGES, FP32's images of it, and the digits seen in them."""
-    drawn = ddpm.sampler_noise(range(IMAGES[noise]), STEPS, NOISES[noise])
-    images = subject().images(subject().model, drawn, sampler)
-    return drawn, images, digits_in(images)
-
-
-def digits_in(images: Tensor) -> Tensor:
-    """What the classifier sees in images in [0, 1]."""
-    return mnist_extractor().features((images * 255).round().to(torch.uint8)).logits.argmax(1)
+def noise_of(noise: str) -> Tensor:
+    """The noise of IMAGES."""
+    return ddpm.sampler_noise(range(IMAGES[noise]), STEPS, NOISES[noise])
 
 
 def kept_file(noise: str, sampler: str, name: str, seed: int, size: str) -> Path:
@@ -251,48 +260,64 @@ def kept_file(noise: str, sampler: str, name: str, seed: int, size: str) -> Path
 
 
 def measure(noise: str, asked: Asked) -> None:
-    """Of the plan at each size: bytes, damage, and by image error, PSNR and whether the digit
-    changes.
-    """
-    *key, sizes = asked
-    if not (sizes := [size for size in sizes if not kept_file(noise, *key, size).is_file()]):
+    """Draw and keep the images of FP32 and of the plan at each size, with its bytes and damage."""
+    sampler, *key, sizes = asked
+    whole = kept_file(noise, sampler, *FP32)
+    one = subject()
+    if not whole.is_file():
+        save_arrays(whole, {"images": one.images(one.model, noise_of(noise), sampler).numpy()})
+    if not (sizes := [s for s in sizes if not kept_file(noise, sampler, *key, s).is_file()]):
         return
-    one, (drawn, whole, digits) = subject(), reference(noise, key[0])
-    for size, plan in zip(sizes, one.plans(*key[1:], sizes), strict=True):
+    for size, plan in zip(sizes, one.plans(*key, sizes), strict=True):
         small = one.quantized(plan)
-        images = one.images(small, drawn, key[0])
         arrays = {
-            "psnr": metrics.image_psnr(images, whole),
-            "error": (images - whole).square().flatten(1).mean(1),
-            "changed": digits_in(images) != digits,
+            "images": one.images(small, noise_of(noise), sampler),
             "mib": (getattr(plan, "file_bytes", 0) or nbytes(one.model, plan)) / MIB,
             "damage": one.errors(small).mean(),
             "predicted": getattr(plan, "damage", np.nan) / HALF_PIXELS,
-            "shown": torch.stack((whole, images))[:, :SHOWN, 0],
         }
-        save_arrays(kept_file(noise, *key, size), {n: np.asarray(a) for n, a in arrays.items()})
-        print(noise, *key, size, arrays["psnr"].mean().item(), flush=True)
+        path = kept_file(noise, sampler, *key, size)
+        save_arrays(path, {name: np.asarray(array) for name, array in arrays.items()})
+        print(path.stem, flush=True)
+
+
+def seen(images: Tensor, noise: str) -> Measured:
+    """What the classifier makes of images in [0, 1]; scores, where there are enough for FID."""
+    pixels = (images * 255).round().to(torch.uint8)
+    if noise == "fresh":
+        return evaluate.measure(pixels, [mnist_extractor()], SEED)
+    return Measured(pixels, mnist_extractor().features(pixels).logits.argmax(1), {}, {})
 
 
 def lines(noise: str) -> Iterator[dict[str, Any]]:
-    """The rows of a table. image_psnr: mean over images, with its interval; gain: its paired
-    difference from today's plan of the same size; psnr: over all pixels; predicted: the plan's own
-    damage, of images over their response where they count alike.
+    """The rows of a table. Columns of `evaluate`, of images that are not rounded; gain: image_psnr
+    less that of today's plan of the same size, paired; predicted: the plan's own damage, of images
+    over their response where they count alike.
     """
     indices = metrics.resamples(IMAGES[noise], SEED)
-    for *key, sizes in ROWS[noise]:
+    known = {s: load_images(kept_file(noise, s, *FP32)) for s in {row[0] for row in ROWS[noise]}}
+    wholes = {sampler: (images, seen(images, noise)) for sampler, images in known.items()}
+    for sampler, *key, sizes in ROWS[noise]:
+        whole, baseline = wholes[sampler]
         for size in sizes:
-            row = np.load(kept_file(noise, *key, size))
-            today = kept_file(noise, key[0], TODAY, 0, size)
-            before = np.load(today)["psnr"] if today.is_file() else np.nan
-            psnr, gain = (torch.from_numpy(x) for x in (row["psnr"], row["psnr"] - before))
-            line = dict(zip(KEY, (noise, *key, size), strict=True)) | {"mib": row["mib"].item()}
-            for name, values in (("image_psnr", psnr), ("gain", gain)):
-                draws = metrics.mean_draws(values, indices)
-                line |= metrics.with_interval(name, values.double().mean().item(), draws)
-            below, of_all = (psnr < 30).double().mean().item(), -10 * np.log10(row["error"].mean())
-            line |= {"psnr": of_all, "below_30": below, "digits_changed": row["changed"].mean()}
-            yield line | {"images": len(psnr)} | {n: row[n].item() for n in ("damage", "predicted")}
+            path, today = (kept_file(noise, sampler, *k, size) for k in (key, (TODAY, 0)))
+            images, kept_row = load_images(path), np.load(path)
+            compared = evaluate.compare(seen(images, noise), baseline, SEED)
+            line = dict(zip(KEY, (noise, sampler, *key, size), strict=True))
+            line |= {"mib": kept_row["mib"].item()} | evaluate.image_error(images, whole, SEED)
+            if today.is_file():
+                before = metrics.image_psnr(load_images(today), whole)
+                gain = metrics.image_psnr(images, whole) - before
+                draws = metrics.mean_draws(gain, indices)
+                line |= metrics.with_interval("gain", gain.double().mean().item(), draws)
+            line |= {n: v for n, v in compared.items() if n in (*FIDS, "class_changed")}
+            line |= {"images": len(images), "damage": kept_row["damage"].item()}
+            yield line | {"predicted": kept_row["predicted"].item()}
+
+
+def load_images(path: Path) -> Tensor:
+    """The images that `measure` kept."""
+    return torch.from_numpy(np.load(path)["images"])
 
 
 def judged(noise: str) -> None:
@@ -311,12 +336,14 @@ def judged(noise: str) -> None:
 def picture() -> None:
     """Digits of FP32 and of plans from the same noise, as README shows them."""
     kept_rows = [np.load(kept_file("fresh", "ddpm", *key)) for key in PICTURE.values()]
-    rows = {"FP32": kept_rows[0]["shown"][0]}
+    rows = {"FP32": load_images(kept_file("fresh", "ddpm", *FP32))[:SHOWN]}
     for title, row in zip(PICTURE, kept_rows, strict=True):
-        rows[f"{title}\n{row['mib']:.2f} MiB"] = row["shown"][1]
+        rows[f"{title}\n{row['mib']:.2f} MiB"] = torch.from_numpy(row["images"][:SHOWN])
+    known = {title: seen(images, "digits").digits for title, images in rows.items()}
     strip, axes = figure(len(rows), 1, figsize=(10, 0.85 * len(rows)))
-    for ax, (title, shown) in zip(axes, rows.items(), strict=True):
-        plots.digits(ax, (shown * 255).round(), SHOWN)
+    for ax, (title, images) in zip(axes, rows.items(), strict=True):
+        changed = (known[title] != known["FP32"]).nonzero()[:, 0].tolist()
+        plots.digits(ax, (images[:, 0] * 255).round().numpy(), SHOWN, framed=changed)
         ax.set_ylabel(title, rotation=0, ha="right", va="center")
     save_figure(WORK, "digits", strip, "the same noise", pixels=True, model="width 16, 50 steps")
 

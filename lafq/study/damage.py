@@ -231,16 +231,6 @@ def rungs(
     }
 
 
-def with_fid(table: pd.DataFrame, evidence: pd.DataFrame | None) -> pd.DataFrame:
-    """Rows with fid_mnist_delta, _low, _high and n_images, empty where `make evidence` has none."""
-    names = {f"delta_fid_mnist{end}": f"fid_mnist_delta{end}" for end in ENDS}
-    columns = [*names.values(), "n_images"]
-    if evidence is None:
-        return table.assign(**dict.fromkeys(columns, np.nan))
-    known = evidence.rename(columns=names).astype({"budget_bits": float})
-    return table.merge(known[BUDGET_KEY + columns], on=BUDGET_KEY, how="left")
-
-
 def bits_of_equal_damage(rows: pd.DataFrame, damage: float) -> float:
     """Budget in bits per weight at which rows, sorted by it, do this damage, between two of them
     log-linear; NaN outside.

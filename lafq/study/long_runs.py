@@ -40,15 +40,9 @@ from lafq.study.workspace import Workspace, compute_on, load_optional, profile_p
 
 SEEDS = (0, 1, 2, 3, 4)
 IMAGES, DESCRIBED, SHOWN = 1000, 200, 16
-ALLOCATED, RULE_BITS = (3.0, 3.5, 4.0, 5.0, 6.0), (4.0, 6.0)
 # Bits per weight: of entropy-coded files, and of the allocator at the poster's size.
 CODED_FILES, AT_SIZE, FILES_BELOW = (2.0, 2.5), (2.5, 3.0, 4.0, 6.0), 9
-RULES = ("global", "group", "ratio", "magnitude", "random")
 SHIPPED_MIB, OTHER_NOISE = 13.0, 1
-# A row of 1,000 images takes minutes: of these (rule, rounding) no other budgets.
-SELECTED = {(rule, "feedback"): () for rule in ("uniform", *RULES)}
-SELECTED |= {("allocate", "nearest"): (4.0,), ("allocate_all", "feedback"): (3.5,)}
-AT_32_BITS = BASELINE._replace(setting="32.000", bits=32.0)
 Tables = dict[str, pd.DataFrame]
 Claims = Callable[..., list[claims.Claim]]
 
@@ -79,22 +73,11 @@ class Experiment:
         """So many images in the profile's steps and batches, from its noise."""
         return Sampling(images, self.p["SAMPLING_STEPS"], self.seed, self.p["SAMPLING_BATCH"])
 
-    def rounded_alike(self, bits: list[float], rules: tuple[str, ...]) -> list[Row]:
-        """The allocator's rows and the rules', all with error feedback."""
-        rows = study_rows.allocated_at_bits(self.model, self.known, bits, ("mixed",), variants=())
-        rows += study_rows.rules_at_bits(self.model, self.known, bits, self.seed, rules)
-        return [row for row in rows if row.rounding == "feedback"]
-
     def with_claims(self, name: str, rows: list[Row], sampling: Sampling, judged: Claims) -> Tables:
         """The table of rows `name`, and what `judged` claims of them."""
         table, images = evaluate_large(self.work, self.model, rows, sampling)
         of_rows = pd.DataFrame(judged(table, images, sampling.seed))
         return {f"{name}_claims": of_rows, name: table}
-
-    def at_budgets(self, name: str, rows: list[Row], images: int) -> Tables:
-        """The table of rows `name` by their budget, after the unquantized model."""
-        table, _ = evaluate(self.work, self.model, [AT_32_BITS, *rows], self.sampling(images))
-        return {name: study_rows.by_budget(table).drop(columns="sample")}
 
 
 def noise_floor(run: Experiment) -> Tables:
@@ -154,38 +137,15 @@ def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
     return model.eval()
 
 
-def budgets(run: Experiment, images: int = IMAGES) -> Tables:
-    """FID of rows of 06_budget: uniform formats, the allocator (tuned too), threshold rules."""
-    rows = study_rows.allocated_at_bits(run.model, run.known, ALLOCATED, granularities=("mixed",))
-    rows += study_rows.tuned_rows(rows, **run.p["TUNED"])
-    rows += study_rows.rules_at_bits(run.model, run.known, RULE_BITS, run.seed, RULES)
-    rows = [*study_rows.uniform_at_bits(run.model, run.known), *rows]
-    rows = [row for row in rows if row.bits in SELECTED.get((row.rule, row.rounding), (row.bits,))]
-    return run.at_budgets("evidence_budget", rows, images)
-
-
-def fresh_noise(run: Experiment, images: int = IMAGES) -> Tables:
-    """The allocator and the rules rounded alike at 4 bits per weight, from noise never used."""
-    bits = [claims.RATE]
-    rows = run.rounded_alike(bits, ("global", "group", "ratio"))
-    rows[1:1] = study_rows.tuned_rows(rows, bits, run.p["TUNED"]["steps"])
-    fresh = run.sampling(images)._replace(seed=run.seed + damage.FRESH_SEED)
-    return run.with_claims("evidence_fresh", rows, fresh, claims.rule_image_claims)
-
-
-def coded_files(run: Experiment, images: int = IMAGES) -> Tables:
-    """FID of entropy-coded files of 06_budget, from the noise of the other rows."""
-    rows = study_rows.coded_at_bits(run.model, run.known, CODED_FILES)
-    return run.at_budgets("evidence_coded", rows, images)
-
-
 def at_int4_bytes(run: Experiment, images: int = IMAGES) -> Tables:
     """Uniform INT8 and INT4; at INT4's bytes the allocator and two rules, rounded alike."""
     uniform = study_rows.uniform_rows(run.model, ("int8", "int4"))
     bits = study_rows.bits_of(run.model, uniform[-1].plan)
     how = study_rows.made(run.samples, run.seed)
-    rows = run.rounded_alike([bits], ("global", "ratio"))
-    rows = [*uniform, *(row._replace(made=how) for row in rows)]
+    rows = study_rows.allocated_at_bits(run.model, run.known, [bits], ("mixed",), variants=())
+    rows += study_rows.rules_at_bits(run.model, run.known, [bits], run.seed, ("global", "ratio"))
+    alike = (row._replace(made=how) for row in rows if row.rounding == "feedback")
+    rows = [*uniform, *alike]
     return run.with_claims("evidence_int4", rows, run.sampling(images), claims.rule_image_claims)
 
 
@@ -260,9 +220,6 @@ def digit_sizes(run: Experiment) -> Tables:
 # The table that a step writes last: where it is, the step's others are.
 STEPS: dict[str, Callable[[Experiment], Tables]] = {
     "noise_floor": noise_floor,
-    "evidence_budget": budgets,
-    "evidence_fresh": fresh_noise,
-    "evidence_coded": coded_files,
     "evidence_int4": at_int4_bytes,
     "evidence_damages": damages,
     "evidence_rows": many_images,

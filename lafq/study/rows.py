@@ -19,7 +19,7 @@ from lafq.allocation import allocate as solver
 from lafq.allocation.coded import allocate_coded
 from lafq.allocation.frontiers import ALLOCATED
 from lafq.allocation.rules import RULES, Scores, by_granularity, keep_above, threshold_grid
-from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity
+from lafq.fisher.sensitivity import Sensitivity, estimate_sensitivity, predicted_damage
 from lafq.quantization.channels import ChannelView, counted_bytes, weight_spec
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS, get_format
@@ -131,12 +131,6 @@ def recipe(
     if row.rule in ("allocate", "allocate_all") and row.plan:
         words["plan"] = Plan(row.plan).sha256
     return words | (row.made or {})
-
-
-def by_budget(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of rows with the budget in bits per weight (BUDGET_KEY) in place of the setting."""
-    table = table.rename(columns={"setting": "budget_bits"})
-    return table[[*BUDGET_KEY, *table.columns.drop(BUDGET_KEY)]]
 
 
 def quantized(model: nn.Module, row: Row, seed: int) -> nn.Module:
@@ -459,13 +453,47 @@ def rules_at_bits(
     scores["random"] = {n: torch.rand(f.shape, generator=g) for n, f in fisher.items()}
     rows = []
     for b in bits:
-        fitting = [f for f in (*INTEGERS, "fp16") if bits_of(model, dict.fromkeys(fisher, f)) < b]
-        for rule in rules if fitting else ():
-            low, high = fitting[-1], "fp32" if fitting[-1] == "fp16" else "fp16"
+        low, high = _formats(model, b)
+        for rule in rules if low else ():
             plan = at_bytes(model, scores[rule], low, high, mib_at(model, b))
             rounded = {"nearest": plan, "feedback": Plan(plan, sensitivity.recipe)}
             rows += [at_bits(rule, low, "weight", how, b, p) for how, p in rounded.items()]
     return rows
+
+
+def _formats(model: nn.Module, bits: float) -> tuple[str, str]:
+    """The largest integer format below a budget, or FP16, "" where there is none; and that of the
+    weights that are kept.
+    """
+    names = quantizable(model)
+    fitting = [f for f in (*INTEGERS, "fp16") if bits_of(model, dict.fromkeys(names, f)) < bits]
+    low = fitting[-1] if fitting else ""
+    return low, "fp32" if low == "fp16" else "fp16"
+
+
+def free_groups(model: nn.Module, sensitivity: Sensitivity, bits: float) -> Row:
+    """A threshold for each group of layers, all free, at a budget: those of least predicted damage,
+    found by halving steps along each, from one threshold for all. Rounded with error feedback.
+    """
+    low, high = _formats(model, bits)
+    fisher = {name: sensitivity.fisher[name] for name in quantizable(model)}
+
+    def planned(octaves: dict[str, float]) -> tuple[float, Plan]:
+        scores = {n: f * 2 ** octaves[group_of(n)] for n, f in fisher.items()}
+        plan = Plan(at_bytes(model, scores, low, high, mib_at(model, bits)), sensitivity.recipe)
+        return predicted_damage(model, dequantize_(quantize(model, plan)), sensitivity), plan
+
+    octaves = dict.fromkeys(GROUPS, 0.0)
+    (least, best), step = planned(octaves), 4.0
+    while step > 0.2:
+        moved = [octaves | {g: octaves[g] + s} for g in [*GROUPS][1:] for s in (step, -step)]
+        tried = {i: planned(m) for i, m in enumerate(moved)}
+        i = min(tried, key=lambda i: tried[i][0])
+        if tried[i][0] < least:
+            octaves, (least, best) = moved[i], tried[i]
+        else:
+            step /= 2
+    return at_bits("free", low, "weight", "feedback", bits, best)
 
 
 def at_bytes(model: nn.Module, scores: Scores, low: str, high: str, budget_mib: float) -> Plan:

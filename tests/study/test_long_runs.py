@@ -13,7 +13,6 @@ from lafq.rng import generator
 from lafq.study import claims as study_claims
 from lafq.study import long_runs, poster, workspace
 from lafq.study import rows as study_rows
-from lafq.study.damage import measure_damage, with_fid
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images import sampling
@@ -144,37 +143,6 @@ def test_missing_fisher_information_is_one_sentence(sandbox, capsys, tiny):
     assert evidence("--only", "evidence_rows") == 1
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "fisher.safetensors" in line and "02_fisher with COMPUTE=True" in line
-
-
-@pytest.mark.slow
-def test_budget_rows_join_those_of_06(smoke, monkeypatch):
-    monkeypatch.setattr(long_runs, "ALLOCATED", (3.5, 4.0))
-    monkeypatch.setattr(long_runs, "RULE_BITS", (4.0,))
-    table = long_runs.budgets(Experiment("smoke"), images=10)["evidence_budget"]
-    assert table["rule"].tolist()[0] == "baseline"
-    assert set(zip(table["rule"], table["rounding"], strict=True)) == {
-        *(("baseline", "none"), ("uniform", "nearest"), ("allocate_all", "feedback")),
-        *(("allocate", rounding) for rounding in ("feedback", "tuned", "nearest")),
-        *((rule, "nearest") for rule in long_runs.RULES),
-    }
-    known = study_rows.measured_sensitivity(smoke, 2, seed=0)
-    rows = [r for r in study_rows.uniform_at_bits(smoke, known) if r.rounding == "nearest"]
-    joined = with_fid(measure_damage(smoke, rows, known, seed=0, digits=10), table)
-    assert joined["n_images"].tolist() == [10] * len(rows)
-    assert joined["fid_mnist_delta"].notna().all()
-
-
-@pytest.mark.slow
-def test_fresh_rows_and_their_claims(smoke):
-    tables = long_runs.fresh_noise(Experiment("smoke"), images=20)
-    assert tables["evidence_fresh"][["rule", "rounding"]].to_numpy().tolist() == [
-        ["baseline", "none"],
-        *(["allocate", rounding] for rounding in ("feedback", "tuned")),
-        *([rule, "feedback"] for rule in ("global", "group", "ratio")),
-    ]
-    assert (tables["evidence_fresh"]["n_images"] == 20).all()
-    fields = tables["evidence_fresh_claims"][["claim", "rule", "budget_bits", "n_images"]]
-    assert fields.to_numpy().tolist() == [["rules images", r, 4.0, 20] for r in ("ratio", "group")]
 
 
 @pytest.mark.slow

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from lafq.allocation.rules import by_granularity, keep_above
-from lafq.fisher.sensitivity import Sensitivity
-from lafq.quantization.model import nbytes
+from lafq.fisher.sensitivity import Sensitivity, predicted_damage
+from lafq.quantization.model import nbytes, quantize
 from lafq.quantization.plan import make_plan
 from lafq.rng import generator
 from lafq.study import rows
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.rows import keep_ratio, mib_at, rule_scores, rules_at_bits
+from lafq.study.rows import free_groups, keep_ratio, mib_at, rule_scores, rules_at_bits
 
 MIB = 2**20
 
@@ -45,6 +45,18 @@ def test_thresholds_fill_the_budget(model, fisher):
         p.keep_mask.float().mean().item() for n, p in ratio.plan.items() if n.startswith("Layer1")
     ]
     assert 0 < np.mean(kept) < 1
+
+
+def test_free_group_thresholds_do_no_more_predicted_damage_than_one(model, fisher):
+    known = Sensitivity(fisher, {})
+    one = next(
+        r for r in rules_at_bits(model, known, [4.0], 0, ["global"]) if r.rounding != "nearest"
+    )
+    free = free_groups(model, known, 4.0)
+    of = [predicted_damage(model, quantize(model, row.plan), known) for row in (free, one)]
+    assert of[0] < of[1]
+    assert 0.97 * mib_at(model, 4.0) < nbytes(model, free.plan) / MIB <= mib_at(model, 4.0)
+    assert (free.rule, free.format, free.rounding) == ("free", "int3", "feedback")
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.01, float("nan")])

@@ -6,12 +6,11 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator
 
+from lafq.study.diffusion.subject import layer_of
 from lafq.study.figures import text
-from lafq.study.figures.fisher_plots import short_name
-from lafq.study.figures.plots import COLOURS, LINES, WORSE, bars, labelled
+from lafq.study.figures.plots import COLOURS, LINES, bars, labelled
 
 SIZES = {"mem_mib": "MiB in memory", "file_mib": "MiB of the file"}
 GRANULARITIES = {"tensor": "one format per tensor", "channel": "one format per channel"}
@@ -22,9 +21,19 @@ KIND = ["rule", "granularity", "rounding"]
 UNIFORM, ALLOCATOR = ("uniform", "tensor", "nearest"), ("allocate", "mixed", "feedback")
 TUNED = ("allocate", "mixed", "tuned")
 BY_DAMAGE = (UNIFORM, *((rule, "weight", "feedback") for rule in ("global", "ratio")), ALLOCATOR)
-BY_FID = (UNIFORM, ALLOCATOR, TUNED)
 VARIANTS = ("uniform", "tensor", "feedback"), ("allocate", "mixed", "nearest")
 VARIANTS += ("allocate", "tensor", "feedback"), ALLOCATOR, TUNED
+
+NEAR = {
+    "whole sampler, alike": ("allocator, by images", {"color": COLOURS["allocate"], "marker": "s"}),
+    "noised digits": ("allocator", {"color": COLOURS["allocate"], "marker": "s", "ls": "--"}),
+    "global": ("global", {"color": COLOURS["global"], "marker": "s"}),
+    "group": ("group", {"color": COLOURS["group"], "marker": "s"}),
+    "ratio": ("ratio", {"color": COLOURS["ratio"], "marker": "s"}),
+    "uniform, error feedback": ("uniform", {"color": COLOURS["uniform"], "marker": "s"}),
+    "uniform": ("uniform, nearest code", {"color": COLOURS["uniform"], "ls": ":"}),
+}
+NEAR["uniform"][1].update(ROUNDED["nearest"])
 
 
 def chosen(table: pd.DataFrame, kinds: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
@@ -32,11 +41,10 @@ def chosen(table: pd.DataFrame, kinds: Sequence[tuple[str, str, str]]) -> pd.Dat
     return table[pd.MultiIndex.from_frame(table[KIND]).isin(kinds)]
 
 
-def over_size(ax: Axes, table: pd.DataFrame, metric: str, size: str = "mem_mib") -> None:
-    """Damage or fid_mnist_delta over MiB; hollow: rounded to the nearest code; a star: tuned."""
-    rows = table[table[metric].notna()]
-    several = rows.groupby("rule")["granularity"].nunique() > 1
-    for _, line in rows.groupby([rows["format"] == "coded", *KIND], sort=False):
+def over_size(ax: Axes, table: pd.DataFrame, size: str = "mem_mib") -> None:
+    """Damage over MiB; hollow: rounded to the nearest code; a star: tuned."""
+    several = table.groupby("rule")["granularity"].nunique() > 1
+    for _, line in table.groupby([table["format"] == "coded", *KIND], sort=False):
         line, row = line.sort_values(size), line.iloc[0]
         style = {"label": text.name(row), "color": COLOURS[row["rule"]], "capsize": 2, "lw": 1.2}
         style |= {"ms": 5, "elinewidth": 0.8} | ROUNDED[row["rounding"]]
@@ -46,19 +54,11 @@ def over_size(ax: Axes, table: pd.DataFrame, metric: str, size: str = "mem_mib")
             style["ls"] = LINES[row["granularity"]]
             if several[row["rule"]]:
                 style["label"] += f", {GRANULARITIES[row['granularity']]}"
-        ax.errorbar(line[size], line[metric], bars(line, metric), **style)
-    ax.set_xscale("log")
-    if metric == "damage":
-        ax.set_yscale("log")
-        labelled(ax, "Damage by size", SIZES[size], "damage (mean squared change of the output)")
-    else:
-        ax.axhline(0, color="black", ls="--", lw=1)
-        ax.set_yscale("symlog", linthresh=1)
-        ax.set_ylim(-10, 2000)
-        ax.yaxis.set_major_formatter("{x:,.0f}")
-        labelled(ax, "FID difference by size", SIZES[size], WORSE)
-    ax.xaxis.set_major_formatter("{x:.2g}")
-    ax.xaxis.set_minor_formatter("{x:.2g}")
+        ax.errorbar(line[size], line["damage"], bars(line, "damage"), **style)
+    ax.set(xscale="log", yscale="log")
+    labelled(ax, "Damage by size", SIZES[size], "damage (mean squared change of the output)")
+    for show in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        show("{x:.2g}")
     ax.tick_params(axis="x", which="both", labelsize=8)
 
 
@@ -94,22 +94,34 @@ def _over_global(table: pd.DataFrame) -> pd.DataFrame:
     return table.query("over_global.notna() and rule != 'global' and rounding == 'feedback'")
 
 
-def bits_map(axes: Sequence[Axes], report: pd.DataFrame) -> None:
-    """Mean Fisher value and bits per weight of every weight tensor (`damage.bits_by_tensor`)."""
-    names = report["parameter"].unique().tolist()
-    fisher = report.drop_duplicates("parameter")["fisher"]
-    axes[0].bar(np.arange(len(names)) + 0.5, fisher, color="0.4")
-    axes[0].set(yscale="log", ylabel="mean F (Fisher)", xlim=(0, len(names)), xticks=[])
-    axes[0].set_title("Fisher value and allocated bits of every weight tensor")
-    grid = report.pivot(index="budget_bits", columns="parameter", values="bits_per_weight")[names]
-    bar = {"label": "bits per weight", "ticks": [2, 3, 4, 6, 8, 16, 32], "format": "{x:.0f}"}
-    drawn = {"cmap": "viridis", "annot": True, "fmt": ".2g", "annot_kws": {"size": 8}}
-    sns.heatmap(grid, ax=axes[1], norm=LogNorm(2, 32), cbar_kws=bar | {"pad": 0.01}, **drawn)
-    axes[1].collections[0].colorbar.minorticks_off()
-    short = [short_name(name) for name in names]
-    axes[1].set_xticks(np.arange(len(names)) + 0.5, short, rotation=75, ha="right", fontsize=8)
-    axes[1].tick_params(axis="y", rotation=0)
-    axes[1].set(xlabel="", ylabel="budget (bits per weight)")
+def nearness(ax: Axes, table: pd.DataFrame) -> None:
+    """PSNR of images to FP32's over MiB, by the methods of NEAR (results/benchmarks/sampling)."""
+    for method, (label, style) in NEAR.items():
+        rows = table[table["sensitivity"] == method].sort_values("mib")
+        style = {"capsize": 2, "ms": 5, "lw": 1.2, "label": label} | style
+        ax.errorbar(rows["mib"], rows["image_psnr"], bars(rows, "image_psnr"), **style)
+    labelled(ax, "Nearness of the images by size", SIZES["mem_mib"], "PSNR to FP32's images (dB)")
+
+
+def bits_by_fisher(ax: Axes, report: pd.DataFrame, budgets: Sequence[float]) -> None:
+    """Bits per weight of every weight tensor over its mean Fisher value (`damage.bits_by_tensor`),
+    at some budgets; a point is the number of the tensor's layer. Dashed: half a bit per doubling.
+    """
+    layers = report["parameter"].map(layer_of).str.removeprefix("Layer")
+    for budget, colour in zip(budgets, sns.color_palette("viridis", len(budgets)), strict=True):
+        at = np.isclose(report["budget_bits"], budget)
+        for layer, rows in report[at].groupby(layers[at]):
+            style = {"marker": f"${layer}$", "s": 50, "color": colour, "lw": 0.3}
+            ax.scatter(rows["fisher"], rows["bits_per_weight"], **style)
+        ax.scatter([], [], color=colour, label=f"budget of {budget:g} bits")
+    f = report["fisher"].sort_values()
+    middle = report[np.isclose(report["budget_bits"], budgets[len(budgets) // 2])].median(
+        numeric_only=True
+    )
+    line = middle["bits_per_weight"] + 0.5 * np.log2(f / middle["fisher"])
+    ax.plot(f, line, color="black", ls="--", lw=1, label="half a bit per doubling")
+    ax.set(xscale="log", ylim=(1.5, 18))
+    labelled(ax, "Bits by Fisher value", "mean Fisher value of the tensor", "bits per weight")
 
 
 def predictions(axes: Sequence[Axes], points: pd.DataFrame) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from lafq.study import poster
 
@@ -21,7 +23,7 @@ LINES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
 MARKERS = {"fp16": "o", "int8": "s"}
 FEATURES = {"fid_inception": "Inception", "fid_mnist": "MNIST"}
 BRIGHTENED = 8  # so that a grey background is seen
-SHOWN = 7  # images of a row
+SHOWN = 10  # images of a row
 RATIO = "ratio r (share of a layer kept in FP32)"
 DIFFERENCE = "FID difference from FP32"
 WORSE = f"{DIFFERENCE} (positive: worse)"
@@ -44,13 +46,21 @@ def labelled(ax: Axes, title: str, x: str, y: str) -> None:
     ax.legend(fontsize=9)
 
 
-def digits(ax: Axes, images: np.ndarray, columns: int, title: str = "") -> None:
-    """A grid of grey images (N, H, W), N rounded down to whole rows of `columns`."""
+def digits(
+    ax: Axes, images: np.ndarray, columns: int, title: str = "", framed: Sequence[int] = ()
+) -> None:
+    """A grid of grey images (N, H, W), N rounded down to whole rows of `columns`; those of the
+    numbers in `framed` have a frame.
+    """
     columns = min(columns, len(images))
     rows = len(images) // columns
     high, wide = images.shape[1:]
     grid = images[: rows * columns].reshape(rows, columns, high, wide).transpose(0, 2, 1, 3)
     ax.imshow(grid.reshape(rows * high, columns * wide), cmap="gray", vmin=0, vmax=255)
+    for i in framed:
+        row, column = divmod(i, columns)
+        corner = column * wide + 0.5, row * high + 0.5
+        ax.add_patch(Rectangle(corner, wide - 2, high - 2, fill=False, color="orange", lw=2))
     ax.set(title=title, xticks=[], yticks=[])
     ax.grid(False)
 
@@ -126,9 +136,13 @@ def published_differences(ax: Axes, table: pd.DataFrame, metric: str, noise: flo
         style = {"fmt": "o", "capsize": 3, "color": COLOURS[rule], "label": label}
         one = rows[i : i + 1]
         ax.errorbar(one[delta], [i], xerr=bars(one, delta), **style)
-    published = rows["fid_paper"] - poster.POSTER[0].fid
-    hollow = THEIRS | {"ls": "", "mfc": "none", "label": "poster, other noise in every row"}
-    ax.plot(published, range(len(rows)), **hollow)
+    hollow = THEIRS | {"mfc": "none", "label": "poster, other noise in every row"}
+    published = rows.reset_index()["fid_paper"] - poster.POSTER[0].fid
+    for change, at in published.groupby(published).indices.items():
+        # A row of the poster that stands beside several of ours is drawn once.
+        ax.plot([change] * len(at), at, color=THEIRS["color"], lw=1)
+        ax.plot([change], [at.mean()], **hollow)
+        hollow["label"] = None
     names = [f"{_spoken(r)} (ours: {r.mem_share:.0%} of FP32)" for r in rows.itertuples()]
     ax.set_yticks(range(len(rows)), names)
     x = f"{WORSE}\n{_features(rows, metric)}; ours: {rows['steps'].iloc[0]:,} steps"
@@ -155,6 +169,7 @@ def poster_and_ours(ax: Axes, table: pd.DataFrame, metric: str, noise: float = 0
         ax.errorbar(rows["ratio"] + 0.001 * i, rows[delta], bars(rows, delta), label=label, **style)
     y = f"{WORSE}\n{_features(ours, metric)}"
     labelled(ax, "FID difference by ratio, ours and the poster's", RATIO, y)
+    ax.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 def ratio_with_many_images(ax: Axes, table: pd.DataFrame) -> None:
@@ -184,26 +199,34 @@ def claim_by_run(ax: Axes, claims: pd.DataFrame, over: pd.DataFrame) -> None:
     labelled(ax, "C3 by training run", "", y)
 
 
-def sets_of_digits(axes: Panels, table: pd.DataFrame, images: Images) -> None:
-    """The first images of every set of `image_statistics`, and the same ones brighter."""
+def sets_of_digits(figure: Figure, table: pd.DataFrame, images: Images) -> None:
+    """The first images of every set of `image_statistics`, and the same ones brighter below."""
     names = [f"{row.images}\nFID {row.fid_mnist:.0f}" for row in table.itertuples()]
-    shown = [images[name][: len(images[name]) // 2] for name in table["images"]]
-    _beside(axes, names, shown, shown, BRIGHTENED, "the same images")
+    shown = [images[name][:SHOWN] for name in table["images"]]
+    _stacked(figure, names, shown, [brighter(x, BRIGHTENED) for x in shown])
 
 
-def paired_digits(axes: Panels, table: pd.DataFrame, samples: Images, amplified: int = 64) -> None:
-    """The first images of every row of a table, and their differences from the first row's."""
+def paired_digits(
+    figure: Figure, table: pd.DataFrame, samples: Images, amplified: int = 64
+) -> None:
+    """The first images of every row of a table, and below them how they differ from the first
+    row's, so many times as bright.
+    """
     names = [f"{_spoken(row)}\n{row.mem_mib:.2f} MiB" for row in table.itertuples()]
     shown = [samples[key][:SHOWN] for key in table["sample"]]
-    off = [abs(x - shown[0].astype(int)) for x in shown]
-    _beside(axes, names, shown, off, amplified, "difference from FP32's")
+    off = [brighter(abs(x - shown[0].astype(int)), amplified) for x in shown]
+    _stacked(figure, names, shown, [off[0][:0], *off[1:]])
 
 
-def _beside(axes: Panels, names: list[str], left: Rows, right: Rows, times: int, what: str) -> None:
-    for ax, name, images, others in zip(axes, names, left, right, strict=True):
-        digits(ax, np.concatenate([images, brighter(others, times)]), 2 * len(images))
-        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    axes[0].set_title(f"images   |   {what}, {times} times as bright")
+def _stacked(figure: Figure, names: list[str], above: Rows, below: Rows) -> None:
+    """Strips of images, one row or two each, on a figure as high as they are."""
+    shown = [np.concatenate(pair) for pair in zip(above, below, strict=True)]
+    heights = [len(images) // len(above[0]) for images in shown]
+    figure.set_size_inches(10, 8.4 / len(above[0]) * sum(heights) + 0.12 * len(heights))
+    axes = figure.subplots(len(names), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for ax, name, images in zip(axes, names, shown, strict=True):
+        digits(ax, images, len(above[0]))
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
 
 
 def _new_noise(span: Callable[..., Any], noise: float, widths: Sequence[int] = (1,)) -> None:
@@ -213,7 +236,7 @@ def _new_noise(span: Callable[..., Any], noise: float, widths: Sequence[int] = (
 
 
 def _best_ratios(ax: Axes) -> None:
-    ax.axvspan(*poster.BEST_RATIOS, color="0.93", zorder=0, label="best ratios (poster)")
+    ax.axvspan(*poster.BEST_RATIOS, color="#fbeeb8", zorder=0, label="best ratios (poster)")
     ax.axhline(0, **FP32)
 
 

@@ -65,19 +65,21 @@ def compare(row: Measured, baseline: Measured, seed: int) -> dict[str, float]:
         draws, paired = (m.draws.get(metric, NO_DRAWS) for m in (row, baseline))
         columns |= metrics.with_interval(metric, value, draws)
         columns |= metrics.with_interval(f"delta_{metric}", value - before, draws - paired)
-    columns |= image_error(row.images, baseline.images, seed)
+    columns |= image_error(unit_interval(row.images), unit_interval(baseline.images), seed)
     columns["class_changed"] = (row.digits != baseline.digits).float().mean().item()
     return columns
 
 
 def image_error(images: Tensor, reference: Tensor, seed: int) -> dict[str, float]:
-    """The columns image_psnr, below_30 and psnr of uint8 images from the same noise."""
-    x, y = unit_interval(images), unit_interval(reference)
-    psnr = metrics.image_psnr(x, y)
+    """The columns image_psnr, below_30 and psnr of images in [0, 1] from the same noise."""
+    psnr = metrics.image_psnr(images, reference)
     draws = metrics.mean_draws(psnr, metrics.resamples(len(psnr), seed))
     columns = metrics.with_interval("image_psnr", psnr.double().mean().item(), draws)
     below = (psnr < 30).double().mean().item()
-    return columns | {"below_30": below, "psnr": -10 * (x - y).square().mean().log10().item()}
+    return columns | {
+        "below_30": below,
+        "psnr": -10 * (images - reference).square().mean().log10().item(),
+    }
 
 
 def recipes(work: Workspace, model: nn.Module, rows: Sequence[Row]) -> list[Recipe | None]:

@@ -39,9 +39,12 @@ FIGURES = {
         ax, load("02_fisher"), load("02_fisher_kinds"), load("timesteps", Workspace("benchmarks"))
     ),
     "Fisher map": lambda ax: fisher_plots.fisher_map(ax, load("02_fisher")),
-    "damage": lambda ax: budget_plots.over_size(ax, load("budget"), "damage"),
-    "FID": lambda ax: budget_plots.over_size(ax, load("budget"), "fid_mnist_delta"),
-    "files": lambda ax: budget_plots.over_size(ax, load("11_files"), "damage", "file_mib"),
+    "damage": lambda ax: budget_plots.over_size(ax, load("budget")),
+    "nearness": lambda ax: budget_plots.nearness(
+        ax, load("sampling", Workspace("benchmarks")).query("noise == 'fresh'")
+    ),
+    "bits": lambda ax: budget_plots.bits_by_fisher(ax, load("06_bits"), [3.0, 4.0, 6.0]),
+    "files": lambda ax: budget_plots.over_size(ax, load("11_files"), "file_mib"),
     "rules": lambda ax: budget_plots.rules(ax, load("budget"), load("evidence_damages", PAPER)),
 }
 
@@ -72,30 +75,26 @@ def test_figures_of_several_panels_draw_from_the_committed_tables():
     axes = plt.subplots(1, 2)[1]
     plots.noise_floor(axes, load("noise_floor"))
     assert all(ax.has_data() for ax in axes)
-    axes = plt.subplots(2, 1)[1]
-    budget_plots.bits_map(axes, load("06_bits"))
-    assert len(axes[0].patches) == load("06_bits")["parameter"].nunique()
 
 
 def test_every_row_of_the_budget_has_its_line():
     table = load("budget")
     kinds = table.groupby(["rule", "granularity", "rounding"]).ngroups
     ax = plt.figure().subplots()
-    budget_plots.over_size(ax, table, "damage")
+    budget_plots.over_size(ax, table)
     labels = [entry.get_text() for entry in ax.get_legend().get_texts()]
     assert len(labels) == len(set(labels)) == kinds
-    assert len(budget_plots.chosen(table, budget_plots.BY_FID)) < len(table)
+    assert len(budget_plots.chosen(table, budget_plots.BY_DAMAGE)) < len(table)
 
 
 def test_differences_of_images_are_brighter():
     table, samples = load("06_images"), workspace.load_images(SMALL, "06_images")
-    axes = plt.subplots(len(table), 1)[1]
-    plots.paired_digits(axes, table, samples, amplified=8)
-    first, last = (np.asarray(ax.images[0].get_array()) for ax in (axes[0], axes[-1]))
-    images = 32 * plots.SHOWN
-    off = last[:, :images].astype(int) - first[:, :images]
-    assert (first[:, images:] == 0).all()
-    assert (last[:, images:] == (8 * abs(off)).clip(0, 255)).all()
+    figure = plt.figure()
+    plots.paired_digits(figure, table, samples, amplified=8)
+    first, *_, last = (np.asarray(ax.images[0].get_array()) for ax in figure.axes)
+    off = last[:32].astype(int) - first
+    assert len(first) == 32 and off.any()
+    assert (last[32:] == (8 * abs(off)).clip(0, 255)).all()
 
 
 def test_the_tables_of_rows_have_every_column():
