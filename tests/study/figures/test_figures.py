@@ -41,7 +41,7 @@ FIGURES = {
     "Fisher map": lambda ax: fisher_plots.fisher_map(ax, load("02_fisher")),
     "damage": lambda ax: budget_plots.over_size(ax, load("budget"), "damage"),
     "FID": lambda ax: budget_plots.over_size(ax, load("budget"), "fid_mnist_delta"),
-    "files": lambda ax: budget_plots.over_size(ax, load("11_files"), "damage", "file_mib"),
+    "files": lambda ax: budget_plots.over_size(ax, load("files"), "damage", "file_mib"),
     "rules": lambda ax: budget_plots.rules(ax, load("budget"), load("evidence_damages", PAPER)),
 }
 
@@ -67,8 +67,8 @@ def test_figures_of_several_panels_draw_from_the_committed_tables():
     fisher_plots.fisher_by_tensor(axes, load("02_fisher"))
     assert [len(ax.lines) for ax in axes] == [load("02_fisher")["t_low"].nunique()] * 6
     axes = plt.subplots(2, 3)[1].ravel()
-    budget_plots.predictions(axes, load("10_by_tensor"))
-    assert [ax.get_xlabel() for ax in axes] == load("10_ranks")["prediction"].tolist()
+    budget_plots.predictions(axes, load("damage_by_tensor"))
+    assert [ax.get_xlabel() for ax in axes] == load("damage_ranks")["prediction"].tolist()
     axes = plt.subplots(1, 2)[1]
     plots.noise_floor(axes, load("noise_floor"))
     assert all(ax.has_data() for ax in axes)
