@@ -39,7 +39,7 @@ resume: $(READY)  ## go on with an interrupted `make reproduce`, without repeati
 test: lint  ## ruff, unit tests, all notebooks with smoke (two of them twice), nbval of the committed ones (about 10 minutes on two cores)
 	@LAFQ_OUTPUT="$$($(RUN) published)" TQDM_DISABLE=1 $(MAKE) --no-print-directory -j 2 test-unit test-smoke
 	@echo "all passed: ruff, unit tests, the notebooks with smoke (01 and 04 twice, equal bytes), the committed notebooks"
-	@echo "not run: the sliders of 00_explore in a browser (make test-browser)"
+	@echo "not run: the sliders of the notebook explore in a browser (make test-browser)"
 
 test-unit:
 	@$(PYTEST) --nbval --nbval-current-env
@@ -115,10 +115,10 @@ test-fast: lint  ## lint and the unit tests that take no longer than seconds, wi
 test-kill: $(READY)  ## kill -9 `make reproduce PROFILE=smoke` at 20 moments, resume, compare every byte (about half an hour)
 	@$(BIN)/python -m pytest -q -n 2 tests/kills
 
-test-browser: site  ## three pages of the site, and a slider of 00_explore, in headless Chromium (a minute; installs Playwright)
+test-browser: site  ## three pages of the site, and a slider of the notebook explore, in headless Chromium (a minute; installs Playwright)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-browser.txt
 	@$(BIN)/python -m pytest -q tests/browser
-	@echo "passed: pages of the site at two widths; the slider of 00_explore, moved in a browser, changed the picture and the bytes"
+	@echo "passed: pages of the site at two widths; the slider of the notebook explore, moved in a browser, changed the picture and the bytes"
 
 site: $(READY)  ## the documentation as a web site in build/site: README, docs/ and the committed notebooks (installs Sphinx)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-site.txt

@@ -13,7 +13,7 @@ binder: committed notebooks under what Binder gives, one core and 2 GiB of data 
 growth: each step of a user's work, on U-Nets of five widths with random weights. peak_mib: above
     the model, its inputs and the libraries (Linux). Rows that are there already are left alone.
 peak_memory: of sampling a digit from a packed model, for the rows of the poster's table and, in
-    results/small/11_peak_memory.csv, the files of 11_files: above the interpreter with its
+    results/small/files_peak_memory.csv, the files of files: above the interpreter with its
     libraries, on a CPU by the resident set (Linux). It varies by some tenths of a MiB.
 """
 
@@ -224,7 +224,7 @@ def binder() -> Iterator[dict]:
     with TemporaryDirectory() as folder:
         os.symlink(workspace.RESULTS, os.path.join(folder, "results"))
         how = {"environment": {"LAFQ_OUTPUT": folder}, "preexec_fn": confine}
-        for path in sorted(workspace.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
+        for path in (p for n in ("*", "beyond/*") for p in workspace.NOTEBOOKS.glob(f"{n}.ipynb")):
             start = time.perf_counter()
             kib = in_a_process("-c", EXECUTE, path, workspace.NOTEBOOKS, **how)
             row = {"notebook": path.stem, "cores": 1, "limit_mib": LIMIT // 2**20}
@@ -355,7 +355,7 @@ def peaks_of_profile(profile: str) -> None:
         rows += study_rows.coded_at_bits(model, known, p["CODED_BITS"])
         table = pd.DataFrame([row.budget_key for row in rows])
         table["peak_mib"] = peaks(model, rows, work.device.type, compress=True)
-        save_table(work, "11_peak_memory", table)
+        save_table(work, "files_peak_memory", table)
 
 
 def peak_memory() -> None:

@@ -15,7 +15,7 @@ root_doc = "docs/index"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 include_patterns = [
     *("docs/**", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/*.md", "data/README.md"),
-    "notebooks/*.ipynb",
+    *("notebooks/*.ipynb", "notebooks/beyond/*.ipynb"),
 ]
 nb_execution_mode = "off"
 nb_merge_streams = True

@@ -79,12 +79,11 @@ def test_committed_notebook_is_executed_clean_and_small(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_first_cell_links_the_other_notebooks(path):
     first = nbformat.read(path, as_version=4).cells[0].source
-    assert first.startswith(f"# {path.stem[:2]} ")
-    links = re.findall(r"\]\(([^)]+)\)", first)
-    assert [name for name in links if name.endswith(".ipynb")] == sorted(
-        p.name for p in NOTEBOOKS if p != path
-    )
-    assert "../README.md" in links
+    assert re.match(r"# (\w+)", first)[1].lower() == path.stem.split("_")[0]
+    links = re.findall(r"\[(\w+)\]\(([^)]+)\)", first[first.index("[README]") :])
+    others = [(p.stem, p) for p in NOTEBOOKS if p != path]
+    found = [(name, (path.parent / link).resolve()) for name, link in links]
+    assert found == [("README", workspace.ROOT / "README.md"), *others]
 
 
 def test_the_path_pattern_sees_a_path():

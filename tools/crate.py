@@ -12,6 +12,7 @@ import yaml
 from lafq.study import workspace
 from lafq.study.diffusion.subject import WEIGHTS
 from lafq.tensors import sha256
+from tools.pages import notebooks
 
 PATH = workspace.ROOT / "ro-crate-metadata.json"
 LICENSE = "https://spdx.org/licenses/MIT"
@@ -29,10 +30,11 @@ def crate() -> Entity:
     files = [_file(path) for index in indices for path in sorted(index.parent.iterdir())]
     records = workspace.RESULTS.glob("*/record.json")
     for record in sorted(path for path in records if path.parent.name != "smoke"):
-        for notebook, parameters in sorted(json.loads(record.read_text())["notebooks"].items()):
-            paths = sorted(record.parent.glob(f"{notebook[:2]}_*"))
+        ran = json.loads(record.read_text())["notebooks"]
+        for notebook in (path for path in notebooks() if path.stem in ran):
+            paths = sorted(record.parent.glob(f"{notebook.stem.split('_')[0]}[_.]*"))
             made = [_file(path) for path in paths if path.suffix in (".csv", ".npz")]
-            actions.append(_action(record.parent.name, notebook, parameters, made))
+            actions.append(_action(record.parent.name, notebook, ran[notebook.stem], made))
             software = actions[-1]["instrument"]
             files += [software | {"name": software["@id"]} | NOTEBOOK, *made]
     files = list({file["@id"]: file for file in files}.values())
@@ -69,13 +71,13 @@ def _file(path: Path) -> Entity:
     return {"@id": name, "@type": "File", "name": path.name, **content}
 
 
-def _action(profile: str, notebook: str, parameters: Entity, made: list[Entity]) -> Entity:
+def _action(profile: str, path: Path, parameters: Entity, made: list[Entity]) -> Entity:
     settings = [f"{n}={value}" for n, value in sorted(parameters.items()) if n != "PROFILE"]
     return {
-        "@id": f"#{profile}-{notebook}",
+        "@id": f"#{profile}-{path.stem}",
         "@type": "CreateAction",
-        "name": f"{notebook} with profile {profile}",
+        "name": f"{path.stem} with profile {profile}",
         "description": ", ".join(settings),
-        "instrument": {"@id": f"notebooks/{notebook}.ipynb"},
+        "instrument": {"@id": path.relative_to(workspace.ROOT).as_posix()},
         "result": _references(made),
     }

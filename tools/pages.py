@@ -24,7 +24,7 @@ from lafq.study.figures import text
 from lafq.study.workspace import profile_parameters
 from lafq.tensors import sha256
 
-EXPLORER = "00_explore"
+ORDER = ("[0-9][0-9]_*.ipynb", "beyond/*.ipynb", "explore.ipynb")
 BLOCKS = workspace.ROOT / "docs" / "blocks"
 README, CARD = workspace.ROOT / "README.md", workspace.ROOT / "results" / "MODEL_CARD.md"
 PAGES = (README, CARD, *sorted((workspace.ROOT / "docs").glob("*.md")))
@@ -33,11 +33,10 @@ MARKED = re.compile(r"(<!-- (?P<name>\w+) -->\n).*?(<!-- /(?P=name) -->)", flags
 
 
 def notebooks(only: str = "", profile: str = "") -> list[Path]:
-    """The numbered notebooks in order, or those whose name begins with `only`; 00 last, as it opens
-    what 01 makes. profile: without `only`, those that this profile's file names, if it names any.
+    """The notebooks in reading order, or those whose name begins with `only`. profile: without
+    `only`, those that this profile's file names, if it names any.
     """
-    every = sorted(workspace.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    every.sort(key=lambda path: path.stem == EXPLORER)
+    every = [path for names in ORDER for path in sorted(workspace.NOTEBOOKS.glob(names))]
     if profile and not only:
         profile_parameters(profile)
         about = yaml.safe_load((workspace.PROFILES / f"{profile}.yaml").read_text())

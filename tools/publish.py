@@ -13,7 +13,6 @@ from nbclient import NotebookClient
 from lafq.study import workspace
 from lafq.tensors import atomic_write
 from tools import crate, pages
-from tools.pages import EXPLORER, notebooks
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 QUIET_KERNEL = ["--IPKernelApp.log_level=50"]
@@ -54,10 +53,10 @@ def publish(only: str = "") -> None:
     results/<profile>/timing.json of the last complete `make reproduce`.
     """
     for timing in workspace.BUILD.glob("*/timing.json"):
-        asked = {path.stem for path in notebooks(profile=timing.parent.name)} - {EXPLORER}
+        asked = {path.stem for path in pages.notebooks(profile=timing.parent.name)}
         if asked <= set(json.loads(timing.read_text())["notebooks"]):
             write_text(workspace.RESULTS / timing.parent.name / timing.name, timing.read_text())
-    for path in notebooks(only):
+    for path in pages.notebooks(only):
         notebook = nbformat.read(path, as_version=4)
         pages.fill_notebook(notebook, declared(path)["PROFILE"])
         client = NotebookClient(notebook, record_timing=False, extra_arguments=QUIET_KERNEL)

@@ -1,5 +1,5 @@
-"""00_explore in JupyterLab, driven in headless Chromium: `make test-browser`, which installs
-Playwright.
+"""The notebook explore in JupyterLab, driven in headless Chromium: `make test-browser`, which
+installs Playwright.
 
 LAFQ_SCREENSHOTS names a folder for a picture of the page as it is in the end.
 """
@@ -53,7 +53,7 @@ def lab(tmp_path):
     settings in a folder of their own.
     """
     (tmp_path / "notebooks").mkdir()
-    shutil.copy(workspace.NOTEBOOKS / "00_explore.ipynb", tmp_path / "notebooks")
+    shutil.copy(workspace.NOTEBOOKS / "explore.ipynb", tmp_path / "notebooks")
     weights = Path("results") / "small" / "weights"
     shutil.copytree(workspace.ROOT / weights, tmp_path / "output" / weights)
     kinds = ("CONFIG", "DATA", "RUNTIME")
@@ -71,7 +71,7 @@ def lab(tmp_path):
     try:
         # It answers some time after it says that it runs.
         urllib3.PoolManager(retries=ANSWERS).request("GET", f"http://127.0.0.1:{port}/api")
-        yield f"http://127.0.0.1:{port}/lab/tree/00_explore.ipynb?token=explore"
+        yield f"http://127.0.0.1:{port}/lab/tree/explore.ipynb?token=explore"
     except urllib3.exceptions.MaxRetryError:
         pytest.fail(
             "JupyterLab did not start:\n" + (tmp_path / "server.log").read_text(), pytrace=False
@@ -109,4 +109,4 @@ def test_a_moved_slider_changes_the_picture_and_the_bytes(page, lab):
     assert stored[1] > stored[0]
     assert bytes_of(page, image) != picture
     if folder := os.environ.get("LAFQ_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / "00_explore.png")
+        page.screenshot(path=Path(folder) / "explore.png")

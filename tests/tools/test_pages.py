@@ -16,7 +16,7 @@ TYPED = re.compile(
     r"|0\.35-0\.40|t (<|>=|<=|=) (1|500)\b|batch 64 |\(15 epochs\)|\(1 \+ r\) / 2"  # the poster's
     r"|32x32|28x28|500 real|2\*\*20|255 grey|95 % interval"
     r"|(below|Below|contains?|less than) [01]\b|\b(1|2|3|6|8|64|2 to 32)( FID| bits?| dB| passes)"
-    r"|^\d\. |see 12_noise|0[27]_\w+",
+    r"|^\d\. |see 06_noise|0[27]_\w+",
     flags=re.MULTILINE,
 )
 
@@ -94,7 +94,7 @@ def test_a_comparison_that_no_longer_holds_stops_with_the_blocks_name(typed):
 def test_the_badge_opens_binder_once_the_address_is_known(monkeypatch):
     address = {"repository-code": "https://github.com/us/lafq"}
     monkeypatch.setitem(pages._environment().globals, "citation", address)
-    link = "(https://mybinder.org/v2/gh/us/lafq/HEAD?labpath=notebooks/00_explore.ipynb)"
+    link = "(https://mybinder.org/v2/gh/us/lafq/HEAD?labpath=notebooks/explore.ipynb)"
     assert link in pages.block("badges")
 
 

@@ -1,4 +1,4 @@
-"""00_explore: one setting of rule, amount, granularity and format -> its plan, bytes, kept weights,
+"""The sliders: one setting of rule, amount, granularity, format -> its plan, bytes, kept weights,
 predicted damage and digits, all computed on the spot from few digits.
 
 Damage is predicted from other digits than the plan and its rounding are made from: on its own few

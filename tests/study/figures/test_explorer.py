@@ -180,4 +180,4 @@ def test_no_widget_is_written_to_a_notebook(tmp_path):
 
 def test_the_explorer_runs_last():
     names = [path.stem for path in pages.notebooks()]
-    assert (names[0], names[-1]) == ("01_train", pages.EXPLORER)
+    assert (names[0], names[-1]) == ("01_train", "explore")

@@ -44,7 +44,7 @@ FIGURES = {
         ax, load("sampling", Workspace("benchmarks")).query("noise == 'fresh'")
     ),
     "bits": lambda ax: budget_plots.bits_by_fisher(ax, load("06_bits"), [3.0, 4.0, 6.0]),
-    "files": lambda ax: budget_plots.over_size(ax, load("11_files"), "file_mib"),
+    "files": lambda ax: budget_plots.over_size(ax, load("files"), "file_mib"),
     "rules": lambda ax: budget_plots.rules(ax, load("budget"), load("evidence_damages", PAPER)),
 }
 
@@ -70,8 +70,8 @@ def test_figures_of_several_panels_draw_from_the_committed_tables():
     fisher_plots.fisher_by_tensor(axes, load("02_fisher"))
     assert [len(ax.lines) for ax in axes] == [load("02_fisher")["t_low"].nunique()] * 6
     axes = plt.subplots(2, 3)[1].ravel()
-    budget_plots.predictions(axes, load("10_by_tensor"))
-    assert [ax.get_xlabel() for ax in axes] == load("10_ranks")["prediction"].tolist()
+    budget_plots.predictions(axes, load("damage_by_tensor"))
+    assert [ax.get_xlabel() for ax in axes] == load("damage_ranks")["prediction"].tolist()
     axes = plt.subplots(1, 2)[1]
     plots.noise_floor(axes, load("noise_floor"))
     assert all(ax.has_data() for ax in axes)
