@@ -74,6 +74,11 @@ def scaled(model: nn.Module, noise: Tensor, scale: Tensor) -> Tensor:
     return ddpm.sampler(model, noise) * scale.view(-1, 1, 1, 1)
 
 
+def floored(error: Tensor) -> Tensor:
+    """Of every image, at least FLOOR of the median."""
+    return error.clamp_min(FLOOR * error.median())
+
+
 def disturbed(model: nn.Module, at: Iterable[int]) -> Callable[[Tensor, Tensor], Tensor]:
     """The model with noise of SIZE in eps at these timesteps, the same for every batch."""
 
@@ -98,9 +103,11 @@ class Sampled(Subject):
         step = SAMPLERS[sampler]
         return torch.cat([ddpm.sampler(model, n, step).clamp(0, 1) for n in noise.split(100)])
 
-    def response(self, noise: Tensor, at: Iterable[int], whole: Tensor) -> Tensor:
+    def response(
+        self, noise: Tensor, at: Iterable[int], whole: Tensor, sampler: str = "ddpm"
+    ) -> Tensor:
         """The response (N,) of FP32's images to noise at these timesteps."""
-        change = self.images(disturbed(self.model, at), noise) - whole
+        change = self.images(disturbed(self.model, at), noise, sampler) - whole
         return change.square().flatten(1).mean(1) / SIZE**2
 
     def timesteps(self) -> pd.DataFrame:
@@ -155,8 +162,7 @@ class Sampled(Subject):
         elif scale != "equal":  # the error of the plan of another estimate at INT4's bytes
             small = self.quantized(next(self.plans(scale, seed, ["int4"])))
             error = (self.images(small, noise) - whole).square().flatten(1).mean(1)
-        error = error.clamp_min(FLOOR * error.median())
-        batches = zip(noise.split(PASS), error.rsqrt().split(PASS), strict=True)
+        batches = zip(noise.split(PASS), floored(error).rsqrt().split(PASS), strict=True)
         return estimate_sensitivity(self.model, batches, seed, self.names, through=scaled)
 
     def known(self, name: str, seed: int = 0) -> Sensitivity:
@@ -260,12 +266,16 @@ def kept_file(noise: str, sampler: str, name: str, seed: int, size: str) -> Path
 
 
 def measure(noise: str, asked: Asked) -> None:
-    """Draw and keep the images of FP32 and of the plan at each size, with its bytes and damage."""
+    """Draw and keep the images of FP32, with their response, and of the plan at each size, with its
+    bytes and damage.
+    """
     sampler, *key, sizes = asked
     whole = kept_file(noise, sampler, *FP32)
     one = subject()
     if not whole.is_file():
-        save_arrays(whole, {"images": one.images(one.model, noise_of(noise), sampler).numpy()})
+        images = one.images(one.model, noise_of(noise), sampler)
+        response = one.response(noise_of(noise), one.times, images, sampler)
+        save_arrays(whole, {"images": images.numpy(), "response": response.numpy()})
     if not (sizes := [s for s in sizes if not kept_file(noise, sampler, *key, s).is_file()]):
         return
     for size, plan in zip(sizes, one.plans(*key, sizes), strict=True):
@@ -291,14 +301,15 @@ def seen(images: Tensor, noise: str) -> Measured:
 
 def lines(noise: str) -> Iterator[dict[str, Any]]:
     """The rows of a table. Columns of `evaluate`, of images that are not rounded; gain: image_psnr
-    less that of today's plan of the same size, paired; predicted: the plan's own damage, of images
-    over their response where they count alike.
+    less that of today's plan of the same size, paired; over_response: mean over images of the error
+    over the response; predicted: the plan's own damage, which is that where images count alike.
     """
     indices = metrics.resamples(IMAGES[noise], SEED)
     known = {s: load_images(kept_file(noise, s, *FP32)) for s in {row[0] for row in ROWS[noise]}}
     wholes = {sampler: (images, seen(images, noise)) for sampler, images in known.items()}
     for sampler, *key, sizes in ROWS[noise]:
         whole, baseline = wholes[sampler]
+        response = floored(torch.from_numpy(np.load(kept_file(noise, sampler, *FP32))["response"]))
         for size in sizes:
             path, today = (kept_file(noise, sampler, *k, size) for k in (key, (TODAY, 0)))
             images, kept_row = load_images(path), np.load(path)
@@ -312,6 +323,7 @@ def lines(noise: str) -> Iterator[dict[str, Any]]:
                 line |= metrics.with_interval("gain", gain.double().mean().item(), draws)
             line |= {n: v for n, v in compared.items() if n in (*FIDS, "class_changed")}
             line |= {"images": len(images), "damage": kept_row["damage"].item()}
+            line["over_response"] = ((images - whole).square().flatten(1).mean(1) / response).mean()
             yield line | {"predicted": kept_row["predicted"].item()}
 
 
