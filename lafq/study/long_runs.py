@@ -68,7 +68,7 @@ class Experiment:
 
     @cached_property
     def known(self) -> Sensitivity:
-        """The sensitivity that the plans of 06_budget are made from."""
+        """The sensitivity that the plans of the notebook budget are made from."""
         return study_rows.measured_sensitivity(self.model, self.samples, self.seed)
 
     def kept_sensitivity(self, seed: int) -> Sensitivity:
@@ -155,7 +155,7 @@ def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
 
 
 def budgets(run: Experiment, images: int = IMAGES) -> Tables:
-    """FID of rows of 06_budget: uniform formats, the allocator (tuned too), threshold rules."""
+    """FID of rows of `budget.csv`: uniform formats, the allocator (tuned too), threshold rules."""
     rows = study_rows.allocated_at_bits(run.model, run.known, ALLOCATED, granularities=("mixed",))
     rows += study_rows.tuned_rows(rows, **run.p["TUNED"])
     rows += study_rows.rules_at_bits(run.model, run.known, RULE_BITS, run.seed, RULES)
@@ -174,7 +174,7 @@ def fresh_noise(run: Experiment, images: int = IMAGES) -> Tables:
 
 
 def coded_files(run: Experiment, images: int = IMAGES) -> Tables:
-    """FID of entropy-coded files of 06_budget, from the noise of the other rows."""
+    """FID of entropy-coded files of these sizes, from the noise of the other rows."""
     rows = study_rows.coded_at_bits(run.model, run.known, CODED_FILES)
     return run.at_budgets("evidence_coded", rows, images)
 
@@ -190,7 +190,7 @@ def at_int4_bytes(run: Experiment, images: int = IMAGES) -> Tables:
 
 
 def damages(run: Experiment) -> Tables:
-    """06_budget without images: bytes in memory and in a file, damage on digits never used."""
+    """Rows as in `budget.csv`: bytes in memory and in a file, damage on digits never used."""
     model, seed = run.model, run.seed
     known, other = run.kept_sensitivity(seed), run.kept_sensitivity(seed + 1)
     rows = study_rows.uniform_at_bits(model, known)

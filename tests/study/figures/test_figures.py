@@ -73,8 +73,8 @@ def test_figures_of_several_panels_draw_from_the_committed_tables():
     plots.noise_floor(axes, load("noise_floor"))
     assert all(ax.has_data() for ax in axes)
     axes = plt.subplots(2, 1)[1]
-    budget_plots.bits_map(axes, load("06_bits"))
-    assert len(axes[0].patches) == load("06_bits")["parameter"].nunique()
+    budget_plots.bits_map(axes, load("budget_bits"))
+    assert len(axes[0].patches) == load("budget_bits")["parameter"].nunique()
 
 
 def test_every_row_of_the_budget_has_its_line():
@@ -88,7 +88,7 @@ def test_every_row_of_the_budget_has_its_line():
 
 
 def test_differences_of_images_are_brighter():
-    table, samples = load("06_images"), workspace.load_images(SMALL, "06_images")
+    table, samples = load("budget_images"), workspace.load_images(SMALL, "budget_images")
     axes = plt.subplots(len(table), 1)[1]
     plots.paired_digits(axes, table, samples, amplified=8)
     first, last = (np.asarray(ax.images[0].get_array()) for ax in (axes[0], axes[-1]))
