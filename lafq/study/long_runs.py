@@ -62,7 +62,7 @@ class Experiment:
 
     @cached_property
     def known(self) -> Sensitivity:
-        """The sensitivity that the plans of 06_budget are made from."""
+        """The sensitivity that the plans of the notebook budget are made from."""
         return study_rows.measured_sensitivity(self.model, self.samples, self.seed)
 
     def kept_sensitivity(self, seed: int) -> Sensitivity:
@@ -150,7 +150,7 @@ def at_int4_bytes(run: Experiment, images: int = IMAGES) -> Tables:
 
 
 def damages(run: Experiment) -> Tables:
-    """06_budget without images: bytes in memory and in a file, damage on digits never used."""
+    """Rows as in `budget.csv`: bytes in memory and in a file, damage on digits never used."""
     model, seed = run.model, run.seed
     known, other = run.kept_sensitivity(seed), run.kept_sensitivity(seed + 1)
     rows = study_rows.uniform_at_bits(model, known)

@@ -196,7 +196,7 @@ def image_statistics(images: dict[str, Tensor], extractor: FeatureExtractor) -> 
 
 
 def with_damage(table: pd.DataFrame, budget: pd.DataFrame) -> pd.DataFrame:
-    """A table of `image_statistics` with the damage of each set's model (rows of 06_budget)."""
+    """A table of `image_statistics` with the damage of each set's model (rows of `budget.csv`)."""
     rows = budget.query("rounding == 'nearest'")
     bits = rows["budget_bits"]
     uniform = rows["rule"] + bits.map(" INT{:.0f}".format)

@@ -1,7 +1,7 @@
 """The rows of every table: what made a model (rule, setting, format, granularity, rounding), its
 quantization plan, and the functions that make the rows of each table.
 
-03 to 05 and 08 have uniform formats and the poster's threshold rules; 06, 09 and 11 have models
+03 to 05 have uniform formats and the poster's threshold rules; budget and files have models
 of a budget in bits per weight: uniform formats, the allocator's, and threshold rules that fill it.
 """
 
@@ -344,7 +344,7 @@ def kept(work: Workspace, name: str, make: Callable[[], Sensitivity]) -> Sensiti
     if not all(path.is_file() for path in paths):
         for path, tensors in zip(paths, make(), strict=False):
             save_tensors(path, tensors)
-    return Sensitivity(*(load_tensors(path, "06_budget")[0] for path in paths))
+    return Sensitivity(*(load_tensors(path, "budget")[0] for path in paths))
 
 
 def made(samples: int, seed: int) -> dict[str, Any]:

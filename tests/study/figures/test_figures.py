@@ -43,7 +43,7 @@ FIGURES = {
     "nearness": lambda ax: budget_plots.nearness(
         ax, load("sampling", Workspace("benchmarks")).query("noise == 'fresh'")
     ),
-    "bits": lambda ax: budget_plots.bits_by_fisher(ax, load("06_bits"), [3.0, 4.0, 6.0]),
+    "bits": lambda ax: budget_plots.bits_by_fisher(ax, load("budget_bits"), [3.0, 4.0, 6.0]),
     "files": lambda ax: budget_plots.over_size(ax, load("files"), "file_mib"),
     "rules": lambda ax: budget_plots.rules(ax, load("budget"), load("evidence_damages", PAPER)),
 }
@@ -88,7 +88,7 @@ def test_every_row_of_the_budget_has_its_line():
 
 
 def test_differences_of_images_are_brighter():
-    table, samples = load("06_images"), workspace.load_images(SMALL, "06_images")
+    table, samples = load("budget_images"), workspace.load_images(SMALL, "budget_images")
     figure = plt.figure()
     plots.paired_digits(figure, table, samples, amplified=8)
     first, *_, last = (np.asarray(ax.images[0].get_array()) for ax in figure.axes)
