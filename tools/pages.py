@@ -94,7 +94,8 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(BLOCKS), **how)
     environment.filters |= {"to": text.write, "percent": "{:.1%}".format}
     helpers = [rows, row, record, file, exponent, bits_of_equal_damage]
-    helpers += [profile_parameters, text.interval, text.table, text.markdown, text.holds, text.name]
+    helpers += [profile_parameters, text.interval, text.table, text.markdown, text.holds]
+    helpers += [text.name, text.method]
     environment.globals |= {helper.__name__: helper for helper in helpers}
     about = yaml.safe_load((workspace.ROOT / "CITATION.cff").read_text())
     environment.globals |= {"poster": poster, "citation": about, "CLAIMS": text.CLAIMS | text.NOTE}

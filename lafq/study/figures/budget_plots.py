@@ -1,6 +1,7 @@
 """The figures of the study of budgets: by size, rules at equal size, bits by tensor, scores."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,16 +25,14 @@ BY_DAMAGE = (UNIFORM, *((rule, "weight", "feedback") for rule in ("global", "rat
 VARIANTS = ("uniform", "tensor", "feedback"), ("allocate", "mixed", "nearest")
 VARIANTS += ("allocate", "tensor", "feedback"), ALLOCATOR, TUNED
 
-NEAR = {
-    "whole sampler, alike": ("allocator, by images", {"color": COLOURS["allocate"], "marker": "s"}),
-    "noised digits": ("allocator", {"color": COLOURS["allocate"], "marker": "s", "ls": "--"}),
-    "global": ("global", {"color": COLOURS["global"], "marker": "s"}),
-    "group": ("group", {"color": COLOURS["group"], "marker": "s"}),
-    "ratio": ("ratio", {"color": COLOURS["ratio"], "marker": "s"}),
-    "uniform, error feedback": ("uniform", {"color": COLOURS["uniform"], "marker": "s"}),
-    "uniform": ("uniform, nearest code", {"color": COLOURS["uniform"], "ls": ":"}),
+# The methods whose images are compared, and how they are drawn.
+NEAR: dict[str, dict[str, Any]] = {
+    "whole sampler, alike": {"color": COLOURS["allocate"]},
+    "noised digits": {"color": COLOURS["allocate"], "ls": "--"},
+    **{rule: {"color": COLOURS[rule]} for rule in ("global", "group", "ratio")},
+    "uniform, error feedback": {"color": COLOURS["uniform"]},
+    "uniform": {"color": COLOURS["uniform"], "ls": ":"} | ROUNDED["nearest"],
 }
-NEAR["uniform"][1].update(ROUNDED["nearest"])
 
 
 def chosen(table: pd.DataFrame, kinds: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
@@ -96,9 +95,11 @@ def _over_global(table: pd.DataFrame) -> pd.DataFrame:
 
 def nearness(ax: Axes, table: pd.DataFrame) -> None:
     """PSNR of images to FP32's over MiB, by the methods of NEAR (results/benchmarks/sampling)."""
-    for method, (label, style) in NEAR.items():
-        rows = table[table["sensitivity"] == method].sort_values("mib")
-        style = {"capsize": 2, "ms": 5, "lw": 1.2, "label": label} | style
+    table = table[~table["size"].str.startswith("file")]
+    for name, style in NEAR.items():
+        rows = table[table["sensitivity"] == name].sort_values("mib")
+        style = {"capsize": 2, "ms": 5, "lw": 1.2, "marker": "s"} | style
+        style["label"] = text.METHODS.get(name, name)
         ax.errorbar(rows["mib"], rows["image_psnr"], bars(rows, "image_psnr"), **style)
     labelled(ax, "Nearness of the images by size", SIZES["mem_mib"], "PSNR to FP32's images (dB)")
 

@@ -11,6 +11,8 @@ Spec = str | Callable[[Any], str]
 # A column, (column, spec), (column, spec, "interval"), or a function of the row.
 Column = str | tuple[str | Spec, ...] | Callable[[pd.Series], str]
 WORDS = {"allocate": "allocator", "allocate_all": "allocator, all weights"}
+METHODS = {"uniform": "uniform, nearest code", "free": "group, free thresholds"}
+METHODS |= {"noised digits": "allocator", "whole sampler, alike": "allocator, by images"}
 ROUNDED = {"nearest": "nearest code", "feedback": "error feedback", "none": ""}
 # Columns of tables of rows, of these beside the poster's, and of claims.
 _KEY = {column: column for column in ("rule", "setting", "format", "granularity")}
@@ -68,6 +70,11 @@ def name(row: pd.Series) -> str:
     rounding = "entropy-coded" if row["format"] == "coded" else row["rounding"]
     words = WORDS.get(row["rule"], row["rule"]), ROUNDED.get(rounding, rounding)
     return ", ".join(word for word in words if word)
+
+
+def method(row: pd.Series) -> str:
+    """How a reader sees what made a plan of results/benchmarks/sampling.csv."""
+    return METHODS.get(row["sensitivity"], row["sensitivity"])
 
 
 def write(value: Any, spec: Spec = "") -> str:
