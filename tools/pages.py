@@ -82,6 +82,14 @@ def file(name: str) -> dict[str, Any]:
     return {"bytes": size, "mib": size / MIB, "sha256": sha256(path)}
 
 
+def minutes(name: str) -> float:
+    """Minutes to read a notebook: one for 200 words of its text, and one for two figures."""
+    cells = nbformat.read(workspace.NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+    words = sum(len(MARK.sub("", c.source).split()) for c in cells if c.cell_type == "markdown")
+    figures = sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", []))
+    return words / 200 + figures / 2
+
+
 def exponent(table: pd.DataFrame, column: str, by: str) -> float:
     """How a column grows with `by`: the slope of the logarithms between its two largest values."""
     (x1, y1), (x2, y2) = np.log(table.nlargest(2, by)[[by, column]].to_numpy())
@@ -93,7 +101,7 @@ def _environment() -> jinja2.Environment:
     how = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(BLOCKS), **how)
     environment.filters |= {"to": text.write, "percent": "{:.1%}".format}
-    helpers = [rows, row, record, file, exponent, bits_of_equal_damage]
+    helpers = [rows, row, record, file, minutes, exponent, bits_of_equal_damage]
     helpers += [profile_parameters, text.interval, text.table, text.markdown, text.holds]
     helpers += [text.name, text.method]
     environment.globals |= {helper.__name__: helper for helper in helpers}

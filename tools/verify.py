@@ -31,7 +31,7 @@ from lafq.study.rows import BASELINE, mask_sample, published_rows, sizes, unifor
 from lafq.study.workspace import Workspace, compute_on, profile_parameters
 
 Check = tuple[bool | None, str]  # whether it holds (None: it was not made), and a line
-HEADLINE, MASKS = "08_published", "08_masks"
+HEADLINE, MASKS = "05_published", "05_masks"
 # Another processor, or other kernels on the same one, computes other last bits. Scores of equal
 # images: largest difference, besides the rounding of the tables to six digits.
 SCORES, ROUNDED = {"fid_mnist": 0.02, "is_mnist": 0.001, "kid_mnist": 0.02}, 5e-6

@@ -201,7 +201,7 @@ def digit_sizes(run: Experiment) -> Tables:
     """FID of the headline's images against real digits of 32x32 and of 28x28, as the poster does
     not say which it takes; keeps the statistics of the former (`reference`).
     """
-    table, images = load_rows(run.work, "08_published")
+    table, images = load_rows(run.work, "05_published")
     if not (inception := inception_extractor(run.p["INCEPTION_REFERENCE"])):
         raise ValueError("FID against 28x28 digits needs Inception's weights")
     digits = mnist(train=False)[0][subject.REFERENCE][: inception.reference_images]

@@ -29,4 +29,4 @@ def test_each_entity_is_described_once_and_each_file_is_there():
     assert len(files) > 40
     assert all((workspace.ROOT / name).is_file() for name in files)
     tables = [action for action in graph if action["@type"] == "CreateAction" and action["result"]]
-    assert {action["@id"] for action in tables} >= {"#small-budget", "#paper-08_published"}
+    assert {action["@id"] for action in tables} >= {"#small-budget", "#paper-05_ratio_sweep"}

@@ -97,6 +97,15 @@ def test_the_badge_opens_binder_once_the_address_is_known(monkeypatch):
     assert link in pages.block("badges")
 
 
+def test_minutes_count_text_and_figures_but_no_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "NOTEBOOKS", tmp_path)
+    drawn = nbformat.v4.new_output("display_data", {"image/png": ""})
+    code = nbformat.v4.new_code_cell("x " * 999, outputs=[drawn])
+    cells = [nbformat.v4.new_markdown_cell("<!-- a -->" + " word" * 300), code]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    assert pages.minutes("a") == 300 / 200 + 1 / 2
+
+
 def test_an_exponent_is_the_slope_between_the_two_largest():
     table = pd.DataFrame({"n": [1.0, 10.0, 100.0], "s": [5.0, 2.0, 200.0]})
     assert pages.exponent(table, "s", "n") == pytest.approx(2)

@@ -178,6 +178,7 @@ def test_no_widget_is_written_to_a_notebook(tmp_path):
     assert "widgets" not in notebook.metadata
 
 
-def test_the_explorer_runs_last():
+def test_the_explorer_runs_last_and_those_beyond_the_poster_before_it():
     names = [path.stem for path in pages.notebooks()]
-    assert (names[0], names[-1]) == ("01_train", "explore")
+    assert (names[0], names[-4:]) == ("01_train", ["budget", "damage", "files", "explore"])
+    assert [path.stem for path in pages.notebooks("bud")] == ["budget"]

@@ -99,7 +99,7 @@ def test_differences_of_images_are_brighter():
 
 def test_the_tables_of_rows_have_every_column():
     assert len(text.table(load("03_global"), text.ROWS)) == len(load("03_global"))
-    compared = poster.compare(load("08_published", PAPER))
+    compared = poster.compare(load("05_published", PAPER))
     assert len(text.table(compared, text.COMPARED)) == len(compared)
     layers = by_layer(load("02_fisher"))
     assert layers["share_of_all"].sum() == pytest.approx(1)
