@@ -78,7 +78,7 @@ def allocate(
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     >>> sensitivity = estimate_sensitivity(model, [(torch.randn(8, 64),) for _ in range(4)], seed=0)
     >>> plan = allocate(model, sensitivity, memory_mib=0.005, progress=False)
-    >>> plan.nbytes <= 0.005 * 2**20, sorted(plan)
+    >>> plan.nbytes <= 0.005 * 2**20, sorted(plan.entries)
     (True, ['0.weight', '2.weight'])
     """
     model = unwrapped(model)

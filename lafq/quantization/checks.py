@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from lafq.quantization.channels import ChannelView, WeightSpec, weight_spec
 from lafq.quantization.formats import FP16_MAX, get_format
-from lafq.quantization.plan import Entries
+from lafq.quantization.plan import Entries, Plan, as_plan
 
 
-def check_plan(model: nn.Module, plan: Entries) -> None:
-    """Every planned parameter exists, can be quantized, and fits its entry."""
-    parameters = check_names(model, plan, "the plan names")
-    for name, entry in plan.items():
+def check_plan(model: nn.Module, plan: Plan | Entries) -> Plan:
+    """The plan; every planned parameter exists, can be quantized, and fits its entry."""
+    plan = as_plan(plan)
+    parameters = check_names(model, plan.entries, "the plan names")
+    for name, entry in plan.entries.items():
         p = parameters[name]
         leave_out = f"leave {name} out of the plan"
         if shared := [n for n, q in parameters.items() if q is p and n != name]:
@@ -25,6 +26,7 @@ def check_plan(model: nn.Module, plan: Entries) -> None:
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.RNNBase):
             raise ValueError(f"{name} is of a recurrent layer, which keeps copies: {leave_out}")
         _check_entry(name, entry, channel_view(model, name))
+    return plan
 
 
 def _check_entry(name: str, entry: str | WeightSpec, view: ChannelView) -> None:
@@ -49,14 +51,15 @@ def _check_entry(name: str, entry: str | WeightSpec, view: ChannelView) -> None:
         raise ValueError(f"the mask of {name} must be boolean, of its shape {view.shape}")
 
 
-def check_values(model: nn.Module, plan: Entries) -> None:
+def check_values(model: nn.Module, plan: Plan | Entries) -> None:
     """All weights are finite, and the planned ones neither too large nor too small for FP16."""
+    entries = as_plan(plan).entries
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             raise ValueError(f"{name} holds NaN or infinite weights: it cannot be quantized")
-        if name not in plan:
+        if name not in entries:
             continue
-        largest, spec = p.abs().max().item(), weight_spec(plan[name])
+        largest, spec = p.abs().max().item(), weight_spec(entries[name])
         # Steps that are given are stored as they are.
         scaled = [f for f in spec.formats if spec.steps is None or not f.is_integer]
         least = max((f.least_absmax for f in scaled), default=0.0)

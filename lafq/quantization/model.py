@@ -24,20 +24,20 @@ from lafq.networks import unwrapped
 from lafq.quantization.channels import stored_bytes, weight_spec
 from lafq.quantization.checks import channel_view, check_estimates, check_plan, check_values
 from lafq.quantization.formats import MIB, get_format
-from lafq.quantization.plan import PLAIN, Entries, Recipe
+from lafq.quantization.plan import Entries, Plan, Recipe, as_plan
 from lafq.quantization.quantized_weight import QuantizedWeight
 
 
-def nbytes(model: nn.Module, plan: Entries) -> int:
+def nbytes(model: nn.Module, plan: Plan | Entries) -> int:
     """Bytes of parameters, persistent buffers, scales and masks; ValueError for a wrong plan."""
     model = unwrapped(model)
-    check_plan(model, plan)
-    rest = _nbytes(t for n, t in _tensors(model).items() if n not in plan)
-    return rest + sum(stored_bytes(channel_view(model, n), entry) for n, entry in plan.items())
+    entries = check_plan(model, plan).entries
+    rest = _nbytes(t for n, t in _tensors(model).items() if n not in entries)
+    return rest + sum(stored_bytes(channel_view(model, n), entry) for n, entry in entries.items())
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> nn.Module:
+def quantize(model: nn.Module, plan: Plan | Entries, recipe: Recipe | None = None) -> nn.Module:
     """Copy `model`, in evaluation mode, with its planned weights in their stored form only.
 
     Args:
@@ -56,18 +56,18 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
     (40, 20, 40)
     """
     model = unwrapped(model)
-    check_plan(model, plan)
+    plan = check_plan(model, plan)
     check_values(model, plan)
-    if getattr(plan, "source", "") not in ("", weights_sha256(model)):
+    if plan.source not in ("", weights_sha256(model)):
         raise ValueError("the plan was made for other weights: allocate a plan for this model")
-    rule, fisher, curvature = recipe or getattr(plan, "recipe", PLAIN)
+    rule, fisher, curvature = recipe or plan.recipe
     fisher, curvature = fisher or {}, curvature or {}
     check_estimates(model, fisher, curvature)
     packed = {}
     for n, p in model.named_parameters():
-        if n in plan:
+        if n in plan.entries:
             view, given = channel_view(model, n), (fisher.get(n), curvature.get(n))
-            packed[n] = QuantizedWeight.of(p.detach(), plan[n], view, rule, *given)
+            packed[n] = QuantizedWeight.of(p.detach(), plan.entries[n], view, rule, *given)
     _warn_of_copies(model, packed)
     return with_quantized(model, packed)
 
@@ -150,16 +150,16 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in unwrapped(model).state_dict().items() if isinstance(t, Tensor)}
 
 
-def bits_per_weight(model: nn.Module, plan: Entries, names: Iterable[str]) -> float:
+def bits_per_weight(model: nn.Module, plan: Plan | Entries, names: Iterable[str]) -> float:
     """Stored bits per weight of the named parameters under the plan, scales and masks included."""
-    views = {name: channel_view(model, name) for name in names}
-    stored = sum(stored_bytes(view, plan.get(name, "fp32")) for name, view in views.items())
+    views, entries = {name: channel_view(model, name) for name in names}, as_plan(plan).entries
+    stored = sum(stored_bytes(view, entries.get(name, "fp32")) for name, view in views.items())
     return 8 * stored / sum(math.prod(view.shape) for view in views.values())
 
 
-def kept_weights(model: nn.Module, plan: Entries, name: str) -> int:
+def kept_weights(model: nn.Module, plan: Plan | Entries, name: str) -> int:
     """How many weights of a parameter the plan leaves in FP32."""
-    view, spec = channel_view(model, name), weight_spec(plan.get(name, "fp32"))
+    view, spec = channel_view(model, name), weight_spec(as_plan(plan).entries.get(name, "fp32"))
     by_channel = spec.codes(view.size[0]) == get_format("fp32").code
     in_fp32 = by_channel[:, None].repeat(1, view.size[1])
     if spec.keep_mask is not None:

@@ -60,7 +60,7 @@ def test_a_wrapped_model_is_named_and_stored_as_the_one_inside(network, inputs, 
     wrapped, path = wrap(network), tmp_path / "small.safetensors"
     sensitivity = estimate_sensitivity(wrapped, [(inputs,)] * 4)
     plan = allocate(wrapped, sensitivity, memory_mib=0.002, progress=False)
-    assert set(plan) == {"0.weight", "5.weight"}
+    assert set(plan.entries) == {"0.weight", "5.weight"}
     assert plan.nbytes == nbytes(network, plan) == nbytes(wrapped, plan)
     assert weights_sha256(wrapped) == weights_sha256(network)
     small = quantize(wrapped, plan)
