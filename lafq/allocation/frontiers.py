@@ -32,7 +32,7 @@ from lafq.quantization.formats import (
     scales_by_group,
     unshrunk_scale,
 )
-from lafq.quantization.model import nbytes, weights_sha256
+from lafq.quantization.model import nbytes, parameters_sha256
 from lafq.quantization.plan import Allocation, Plan, Recipe
 from lafq.quantization.rounding import Factor, damage, diagonal_of, factor, rounded
 
@@ -154,7 +154,7 @@ def planned(
 ) -> Allocation:
     """The plan of one choice per parameter, with its report."""
     entries = {name: choice.entry for name, choice in choices.items() if choice.entry != "fp32"}
-    plan = Plan(entries, recipe, weights_sha256(model))
+    plan = Plan(entries, recipe, parameters_sha256(model))
     rows = [_report(name, model.get_parameter(name).numel(), c) for name, c in choices.items()]
     total = sum(choice.damage for choice in choices.values())
     return Allocation(plan, nbytes(model, plan), total, pd.DataFrame(rows), file_bytes)

@@ -9,7 +9,6 @@ for each use, a layer at a time (a torch parametrization: whatever reads `layer.
 FP32 weight). `dequantize` and `dequantize_` trade that memory for speed.
 """
 
-import copy
 import hashlib
 import math
 import warnings
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lafq.networks import unwrapped
+from lafq.networks import copied, give_own_class, held, own_defaults, plain_name, unwrapped
 from lafq.quantization.channels import stored_bytes, weight_spec
 from lafq.quantization.checks import channel_view, check_estimates, check_plan, check_values
 from lafq.quantization.formats import MIB, get_format
@@ -28,15 +27,17 @@ from lafq.quantization.plan import Entries, Plan, Recipe, as_plan
 from lafq.quantization.quantized_weight import QuantizedWeight
 
 
+@own_defaults()
 def nbytes(model: nn.Module, plan: Plan | Entries) -> int:
     """Bytes of parameters, persistent buffers, scales and masks; ValueError for a wrong plan."""
     model = unwrapped(model)
     entries = check_plan(model, plan).entries
-    rest = _nbytes(t for n, t in _tensors(model).items() if n not in entries)
+    rest = _nbytes(t for n, t in held(model).items() if n not in entries)
     return rest + sum(stored_bytes(channel_view(model, n), entry) for n, entry in entries.items())
 
 
 @torch.no_grad()
+@own_defaults()
 def quantize(model: nn.Module, plan: Plan | Entries, recipe: Recipe | None = None) -> nn.Module:
     """Copy `model`, in evaluation mode, with its planned weights in their stored form only.
 
@@ -58,7 +59,7 @@ def quantize(model: nn.Module, plan: Plan | Entries, recipe: Recipe | None = Non
     model = unwrapped(model)
     plan = check_plan(model, plan)
     check_values(model, plan)
-    if plan.source not in ("", weights_sha256(model)):
+    if plan.source not in ("", parameters_sha256(model)):
         raise ValueError("the plan was made for other weights: allocate a plan for this model")
     rule, fisher, curvature = recipe or plan.recipe
     fisher, curvature = fisher or {}, curvature or {}
@@ -86,10 +87,11 @@ def _warn_of_copies(model: nn.Module, names: Iterable[str]) -> None:
 
 def dequantize(packed: nn.Module) -> nn.Module:
     """An ordinary model with the weights of a quantized copy, unpacked to FP32; the copy stays."""
-    return dequantize_(copy.deepcopy(unwrapped(packed)))
+    return dequantize_(copied(unwrapped(packed)))
 
 
 @torch.no_grad()
+@own_defaults()
 def dequantize_(packed: nn.Module) -> nn.Module:
     """`dequantize` in place, without the memory of a second model; returns the model."""
     packed = unwrapped(packed)
@@ -98,7 +100,7 @@ def dequantize_(packed: nn.Module) -> nn.Module:
     for module in packed.modules():
         for name, chain in list(getattr(module, "parametrizations", {}).items()):
             if isinstance(chain[0], QuantizedWeight):
-                _give_own_class(module)
+                give_own_class(module)
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return packed
 
@@ -107,22 +109,25 @@ def _refuse_save_pretrained(*_: Any, **__: Any) -> None:
     raise ValueError("save_pretrained loses quantized weights: write with lafq.save_quantized")
 
 
-def _give_own_class(module: nn.Module) -> None:
-    # A deepcopy shares the class that a parametrization made, and removing that changes the class.
-    shared = type(module)
-    content = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, content)
-
-
 def resident_bytes(model: nn.Module) -> int:
     """Bytes in memory of the parameters and persistent buffers of a model, packed or not."""
-    return _nbytes(_tensors(model).values())
+    return _nbytes(held(unwrapped(model)).values())
 
 
 def weights_sha256(model: nn.Module) -> str:
     """Hexadecimal sha256 of a model's parameters and persistent buffers, names and values."""
+    model = unwrapped(model)
+    return _sha256({plain_name(model, n): t for n, t in held(model).items()})
+
+
+def parameters_sha256(model: nn.Module) -> str:
+    """Hexadecimal sha256 of the parameters alone, as running a model may change its buffers."""
+    return _sha256({n: p.detach() for n, p in unwrapped(model).named_parameters()})
+
+
+def _sha256(tensors: dict[str, Tensor]) -> str:
     content = hashlib.sha256()
-    for name, tensor in sorted(_tensors(model).items()):
+    for name, tensor in sorted(tensors.items()):
         content.update(f"{name} {tuple(tensor.shape)} ".encode())
         values = tensor.detach().cpu().contiguous().reshape(-1)
         content.update(values.view(torch.uint8).numpy().data)
@@ -143,11 +148,6 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, those that share their memory once."""
     named = {str(i): t for i, t in enumerate(tensors)}
     return sum(t.nbytes for t in named.values()) - sum(named[i].nbytes for i in tied(named))
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, without extra state that is no tensor."""
-    return {n: t for n, t in unwrapped(model).state_dict().items() if isinstance(t, Tensor)}
 
 
 def bits_per_weight(model: nn.Module, plan: Plan | Entries, names: Iterable[str]) -> float:
@@ -173,11 +173,7 @@ def with_quantized(model: nn.Module, packed: dict[str, QuantizedWeight]) -> nn.M
     for name, p in packed.items():
         empty, weight = torch.empty(0, device=next(p.buffers()).device), model.get_parameter(name)
         stand_ins[id(weight)] = nn.Parameter(empty, weight.requires_grad)
-    try:
-        result = copy.deepcopy(model, stand_ins).eval()
-    except (RuntimeError, TypeError) as error:
-        advice = "remove pruning, the old weight_norm or a kept activation from it first"
-        raise ValueError(f"the model cannot be copied ({error}): {advice}") from error
+    result = copied(model, stand_ins).eval()
     if packed and hasattr(result, "save_pretrained"):
         result.save_pretrained = _refuse_save_pretrained
     for name, p in packed.items():

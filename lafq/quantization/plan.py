@@ -37,7 +37,7 @@ PLAIN = Recipe()
 class Plan:
     """A format or WeightSpec by parameter name (`entries`), with its rounding recipe.
 
-    source: sha256 of the weights that it was made for (`model.weights_sha256`), or "" for any.
+    source: sha256 of the weights that it was made for (`model.parameters_sha256`), or "" for any.
     It is no mapping: a merge of dictionaries would lose the recipe and the source.
     """
 

@@ -84,7 +84,8 @@ class QuantizedWeight(nn.Module):
     def forward(self, original: Tensor) -> Tensor:
         """The weight; `original` is empty and has the dtype that the model has been cast to."""
         parts, mask, by_format = self._buffers, self._mask(), self._channels_by_format()
-        weight = torch.empty(self.view.size, device=next(self.buffers()).device)
+        how = {"dtype": torch.float32, "device": next(self.buffers()).device}
+        weight = torch.empty(self.view.size, **how)
         for f, rows in by_format.items():
             free = None if mask is None else ~mask[rows]
             values = _decode(parts, f, torch.Size((len(rows), weight.shape[1])), free)
@@ -201,7 +202,7 @@ def _decode(parts: dict[str, Tensor], f: Format, size: torch.Size, free: Tensor 
     else:
         values = values.to(torch.float32, copy=True)
     if free is not None:
-        values = torch.zeros(size, device=values.device).masked_scatter_(free, values)
+        values = values.new_zeros(size).masked_scatter_(free, values)
     if f.is_integer:
         scale = parts[f"{f.name}_scale"].float()
         values = values.view(len(scale), -1).mul_(scale[:, None])
