@@ -81,11 +81,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
         raise ValueError(f"{kind}: check the order of the arguments")
     while hasattr(model, "_orig_mod") or isinstance(model, PARALLEL):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-        raise ValueError("the model is scripted: give the module that it was made of")
+    kinds = {kind.__name__ for m in model.modules() for kind in type(m).__mro__}
+    if kinds & {"ScriptModule", "_StatefulGraphModule"}:
+        raise ValueError("the model is scripted or exported: give the module that it was made of")
     for name, p in model.named_parameters():
         if is_lazy(p):
             raise ValueError(f"{name} has no shape yet: run the model on a batch first")
+        if p.layout != torch.strided:
+            raise ValueError(f"{name} is {p.layout}: make it dense first")
         if type(p.data) is not Tensor or "_fsdp_wrapped_module" in name:
             kind = type(p.data).__name__ if type(p.data) is not Tensor else "shard"
             raise ValueError(f"{name} is a {kind}: give the model with its whole weights in FP32")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lafq.allocation.coded import allocate_coded
 from lafq.allocation.frontiers import ALLOCATED, Rows, StorageOption, frontier, planned, undominated
 from lafq.fisher.sensitivity import Sensitivity
-from lafq.networks import unwrapped
+from lafq.networks import own_defaults, unwrapped
 from lafq.quantization.checks import check_estimates, check_plan
 from lafq.quantization.formats import (
     DEFAULT_FORMATS,
@@ -39,6 +39,7 @@ SUMS = 4096  # that the search keeps
 Frontier = list[StorageOption]
 
 
+@own_defaults()
 def allocate(
     model: nn.Module,
     sensitivity: Sensitivity,

@@ -166,7 +166,9 @@ def _restored(
         parts = parts if coded is None else _coder().expand_parts(parts, coded)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({name}: {error}): save it again") from None
-    weight = QuantizedWeight(parts, ChannelView(tuple(words["shape"]), words["groups"]))
+    weight = QuantizedWeight(
+        parts, ChannelView(tuple(words["shape"]), words["groups"], words.get("axis", 0))
+    )
     if weight.describe() != words:
         raise ValueError(f"{path} holds {name} in another form than its plan says: save it again")
     return weight
