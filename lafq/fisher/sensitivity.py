@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from lafq.fisher.empirical import check_sums
 from lafq.fisher.shrinkage import Moments
@@ -97,8 +96,8 @@ def estimate_sensitivity(
             equal size beat few large ones.
         seed: of the noise that is sent back through the network.
         names: the parameters; None: all with two dimensions or more that plans can name. A warning
-            tells of others, and of weights that no batch gave a gradient: these count as the others
-            of their tensor do in the mean, or as the median tensor.
+            tells of others, and of output channels without a gradient in any batch: these count as
+            the others of their tensor do in the mean, or as the median tensor.
         shrink: shrink noisy estimates (`fisher.shrinkage`), else take the means over passes as they
             are.
         largest: columns of a curvature matrix; that of a tensor with more weights per output
@@ -128,9 +127,9 @@ def estimate_sensitivity(
     model, noise = unwrapped(model), generator(seed, 1)
     chosen = named(model, _default_names(model) if names is None else list(names))
     matrices = [name for name, p in chosen.items() if p.ndim > 1] if curvature else []
-    views = {name: channel_view(model, name) for name in matrices}
+    views = {name: channel_view(model, name) for name in chosen}
     with evaluating(model, gradients=True), differentiating():
-        sums = _Sums(chosen, views, largest, channels)
+        sums = _Sums(chosen, views, matrices, largest, channels)
         for name, p in model.named_parameters():
             p.requires_grad_(name in chosen)
         run = model if through is None else partial(through, Checkpointed(model))
@@ -154,7 +153,7 @@ def estimate_sensitivity(
     if not any(square.any() for square in sums.squares.values()):
         advice = "these batches give the output no gradient, give others"
         raise ValueError(f"the Fisher information is zero everywhere: {advice}")
-    if shrink and views and len(sums.traces) == 1:
+    if shrink and matrices and len(sums.traces) == 1:
         effect = "all weights of a tensor count the same: give more batches"
         warnings.warn(f"one pass says nothing about its noise, so {effect}", stacklevel=2)
     return sums.sensitivity(shrink)
@@ -199,14 +198,15 @@ def _default_names(model: nn.Module) -> list[str]:
 
 
 class _Sums:
-    """Over passes: squared gradients by name, their mean over the draws of a pass; `Moments` where
-    there is a view; samples; of each pass the sum of its squares over all weights.
+    """Over passes: squared gradients by name, their mean over the draws of a pass; `Moments` of
+    the matrices; samples; of each pass the sum of its squares over all weights.
     """
 
     def __init__(
         self,
         chosen: dict[str, nn.Parameter],
         views: dict[str, ChannelView],
+        matrices: list[str],
         largest: int,
         channels: int | None,
     ) -> None:
@@ -216,7 +216,7 @@ class _Sums:
             n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for n, p in chosen.items()
         }
-        of_rows = {n: v.of(self.squares[n]) for n, v in views.items()}
+        of_rows = {n: views[n].of(self.squares[n]) for n in matrices}
         self.moments = {n: Moments(rows, largest, channels) for n, rows in of_rows.items()}
 
     def add(self, output: Tensor, draws: int, noise: torch.Generator) -> None:
@@ -247,28 +247,29 @@ class _Sums:
             rows = m.shrunk_squares(self.views[name].of(squares[name]))
             squares[name] = self.views[name].back(rows).contiguous()
         fisher = {name: square / self.samples for name, square in squares.items()}
-        self._fill(fisher, curvature, shrink)
+        self._fill(fisher, curvature, shrink and len(self.traces) == 1)
         effective = sum(self.traces) ** 2 / sum(x * x for x in self.traces)
         return Sensitivity(fisher, curvature, len(self.traces), noise, effective)
 
-    def _fill(self, fisher: dict[str, Tensor], curvature: dict[str, Tensor], shrink: bool) -> None:
-        """Weights without a gradient in any pass count as the others of their tensor do in the
-        mean, or as the median tensor: their expert or token may come in use.
+    def _fill(self, fisher: dict[str, Tensor], curvature: dict[str, Tensor], alike: bool) -> None:
+        """Output channels without a gradient in any pass count as the others of their tensor do in
+        the mean, or as the median tensor: their token or expert may come in use. An input that no
+        pass had is left as it is, as trained networks have channels that are never active. alike:
+        the channels of a tensor are shrunk to one value already.
         """
-        missed = {n: (s == 0) & (self.chosen[n] != 0) for n, s in self.squares.items()}
-        reached = {n: f[self.squares[n] > 0] for n, f in fisher.items()}
-        levels = {n: values.double().mean() for n, values in reached.items() if len(values)}
+        seen = {n: self.views[n].of(s > 0).any(1) for n, s in self.squares.items()}
+        values = {n: self.views[n].of(f) for n, f in fisher.items()}
+        levels = {n: f[seen[n]].double().mean() for n, f in values.items() if seen[n].any()}
         median = torch.stack(list(levels.values())).median()
-        alike = levels if shrink and len(self.traces) == 1 else {}  # shrunk to the mean already
-        for name in (n for n, where in missed.items() if where.any() and n not in alike):
-            count = f"{int(missed[name].sum())} of {missed[name].numel()} weights of {name}"
+        for name, f in values.items():
+            missed = ~seen[name] & self.views[name].of(self.chosen[name] != 0).any(1)
+            if not missed.any() or (alike and name in levels):
+                continue
+            count = f"{int(missed.sum())} of {len(missed)} output channels of {name}"
             words = "got no gradient from any batch: they count like the others"
             warnings.warn(f"{count} {words}", stacklevel=4)
-            fisher[name][missed[name]] = levels.get(name, median).to(fisher[name])
-            if name in curvature:
-                seen = self.views[name].of(self.squares[name] > 0).any(0)
-                diagonal = curvature[name].diagonal(dim1=-2, dim2=-1)
-                seen = pad(seen, (0, diagonal.numel() - len(seen)), value=True).view_as(diagonal)
-                if seen.any():
-                    curvature[name] /= diagonal[seen & (diagonal > 0)].mean()
-                diagonal.masked_fill_(~seen, 1)
+            level = levels.get(name, median).to(f)
+            filled = torch.where(missed[:, None], level, f)
+            fisher[name] = self.views[name].back(filled).contiguous()
+            if name in curvature and name not in levels:
+                curvature[name].diagonal(dim1=-2, dim2=-1).fill_(1)
