@@ -112,8 +112,9 @@ lint: $(READY)  ## ruff over code and notebooks; imports go one way
 test-fast: lint  ## lint and the unit tests that take no longer than seconds, without the notebooks
 	@TQDM_DISABLE=1 $(PYTEST) -m "not slow"
 
-test-kill: $(READY)  ## kill -9 `make reproduce PROFILE=smoke` at 20 moments, resume, compare every byte (about half an hour)
+test-kill: $(READY)  ## kill -9 `make reproduce PROFILE=smoke` at 20 moments, resume, compare every byte; 2,000 random networks (about 40 minutes)
 	@$(BIN)/python -m pytest -q -n 2 tests/kills
+	@LAFQ_DRAWS=2000 $(PYTEST) tests/quantization/test_random_networks.py
 
 test-browser: site  ## three pages of the site, and a slider of 00_explore, in headless Chromium (a minute; installs Playwright)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-browser.txt
