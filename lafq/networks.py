@@ -157,8 +157,10 @@ def _reached(start: object) -> Iterator[tuple[object, object]]:
     while stack:
         holder, found = stack.pop()
         yield holder, found
-        of_module = isinstance(found, dict) and ("__builtins__" in found or found is vars(builtins))
-        if id(found) in seen or of_module or isinstance(found, ModuleType | type | CodeType):
+        # Of the type, as a proxy may compute `__class__`.
+        if id(found) in seen or issubclass(type(found), ModuleType | type | CodeType):
+            continue
+        if isinstance(found, dict) and ("__builtins__" in found or found is vars(builtins)):
             continue
         seen[id(found)] = found
         inside = [o for o in gc.get_referents(found) if gc.is_tracked(o)]
@@ -176,9 +178,8 @@ def _globals_of(function: FunctionType) -> Iterable[object]:
         code = codes.pop()
         names |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
         codes += [c for c in code.co_consts if isinstance(c, CodeType)]
-    return [
-        known[n] for n in names & known.keys() if getattr(known[n], "__globals__", known) is known
-    ]
+    read = [known[n] for n in names & known.keys()]
+    return [o for o in read if type(o) is not FunctionType or o.__globals__ is known]
 
 
 class Checkpointed(nn.Module):
