@@ -115,7 +115,7 @@ test-fast: lint  ## lint and the unit tests that take no longer than seconds, wi
 
 test-kill: $(READY)  ## kill -9 `make reproduce PROFILE=smoke` at 20 moments, resume, compare every byte; 2,000 random networks (about 40 minutes)
 	@$(BIN)/python -m pytest -q -n 2 tests/kills
-	@LAFQ_DRAWS=2000 $(PYTEST) tests/quantization/test_random_networks.py
+	@LAFQ_SEEDS=40 $(PYTEST) tests/quantization/test_random_networks.py
 
 test-browser: site  ## three pages of the site, and a slider of 00_explore, in headless Chromium (a minute; installs Playwright)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-browser.txt

@@ -166,7 +166,7 @@ def _reached(start: object) -> Iterator[tuple[object, object]]:
         inside = [o for o in gc.get_referents(found) if gc.is_tracked(o)]
         if isinstance(found, weakref.ref):
             inside.append(found())
-        if isinstance(found, FunctionType):
+        if type(found) is FunctionType and not str(found.__module__).startswith("torch."):
             inside += _globals_of(found)
         stack += [(found, o) for o in inside]
 

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from test_random_plans import entries
 from torch import nn
@@ -23,7 +23,7 @@ from lafq.quantization.model import nbytes, resident_bytes
 from lafq.quantization.plan import Plan, Recipe
 
 WIDTH = 8
-DRAWS = int(os.environ.get("LAFQ_DRAWS", 50))  # `make test-kill` draws 2,000
+SEEDS = range(int(os.environ.get("LAFQ_SEEDS", 1)))  # of 50 networks; `make test-kill` has 40
 
 
 class Both(nn.Module):
@@ -152,9 +152,13 @@ def of(model, x):
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=DRAWS, deadline=None, derandomize=True, database=None)
-@given(networks_with_plans())
-def test_copies_files_and_bytes_of_any_network(found):
+@pytest.mark.parametrize("number", SEEDS)
+def test_copies_files_and_bytes_of_any_network(number):
+    fixed = settings(max_examples=50, deadline=None, database=None)
+    seed(number)(fixed(given(networks_with_plans())(check)))()
+
+
+def check(found):
     model, plan = found
     x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(0))
     before, output = state(model), of(model, x)
