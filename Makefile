@@ -18,9 +18,10 @@ RUN = $(BIN)/python -m tools.run
 # ones would slow the other processes; alone, a process is faster with the default.
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile
 $(if $(filter-out 0 1 true false,$(TRAIN)),$(error TRAIN is '$(TRAIN)': give 1 to retrain, or 0))
+$(foreach name,profile notebook train scheduler published images,$(if $(filter command%,$(origin $(name))),$(error $(name) is lower case: write it in capitals, as in PROFILE=small)))
 $(if $(filter-out fresh,$(IMAGES)),$(error IMAGES is '$(IMAGES)': give fresh, or leave it out))
 CHOICE = $(if $(PROFILE),--profile $(PROFILE)) $(if $(NOTEBOOK),--only $(NOTEBOOK)) $(if $(filter 1 true,$(TRAIN)),--set TRAIN=true) \
-	$(if $(SCHEDULER),--set SCHEDULER=$(SCHEDULER)) $(if $(filter fresh,$(IMAGES)),--set KEEP=false)
+	$(if $(SCHEDULER),--set "SCHEDULER=$(SCHEDULER)") $(if $(filter fresh,$(IMAGES)),--set KEEP=false)
 
 .PHONY: help setup reproduce resume publish classifier evidence benchmark sampling peers growth terrain packed verify test test-unit test-smoke test-fast test-kill test-browser site lint clean
 
@@ -60,7 +61,7 @@ clean:  ## remove .venv and build (results/ stays)
 ##@ for whoever repeats the long experiments
 
 evidence: $(READY)  ## experiments that take hours: noise floor, 1,000 images per row, four more training runs (four hours on fast cores, ten on slow ones); PUBLISHED=path: the authors' images
-	@$(BIN)/python -m lafq.study.long_runs $(if $(PROFILE),--profile $(PROFILE)) $(if $(PUBLISHED),--published $(PUBLISHED))
+	@$(BIN)/python -m lafq.study.long_runs $(if $(PROFILE),--profile $(PROFILE)) $(if $(PUBLISHED),--published "$(PUBLISHED)")
 
 benchmark: $(READY)  ## what quantized models cost to run, groups of weights, Fisher beside BackPACK, notebooks in 2 GiB, damage by passes (about 50 minutes)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
@@ -112,8 +113,9 @@ lint: $(READY)  ## ruff over code and notebooks; imports go one way
 test-fast: lint  ## lint and the unit tests that take no longer than seconds, without the notebooks
 	@TQDM_DISABLE=1 $(PYTEST) -m "not slow"
 
-test-kill: $(READY)  ## kill -9 `make reproduce PROFILE=smoke` at 20 moments, resume, compare every byte (about half an hour)
+test-kill: $(READY)  ## kill -9 `make reproduce PROFILE=smoke` at 20 moments, resume, compare every byte; 2,000 random networks (about 40 minutes)
 	@$(BIN)/python -m pytest -q -n 2 tests/kills
+	@LAFQ_SEEDS=40 $(PYTEST) tests/quantization/test_random_networks.py
 
 test-browser: site  ## three pages of the site, and a slider of the notebook explore, in headless Chromium (a minute; installs Playwright)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-browser.txt

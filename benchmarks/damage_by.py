@@ -161,12 +161,12 @@ def passes() -> None:
 
 def grouped(model: nn.Module, low: str, size: int) -> Plan:
     """All layers' weights in a format, one scale per group of at most `size` weights."""
-    plan = Plan()
+    entries = {}
     for name in quantizable(model):
         length = channel_view(model, name).size[1]
         group = next(s for s in range(min(size or length, length), 0, -1) if length % s == 0)
-        plan[name] = WeightSpec(low, group=0 if group == length else group)
-    return plan
+        entries[name] = WeightSpec(low, group=0 if group == length else group)
+    return Plan(entries)
 
 
 def group_plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Plan]]:

@@ -112,7 +112,7 @@ class Judge(Subject):
         if library == OURS:
             plan = Plan(dict.fromkeys(self.fronts, f"int{bits}"))
             whole = dequantize_(quantize(self.model, plan))
-            return self._row("", nbytes(self.model, plan), whole, set(plan))
+            return self._row("", nbytes(self.model, plan), whole, set(self.fronts))
         try:
             weights, about = quantized_by(library, self.width, bits)
         except RuntimeError as error:
@@ -162,8 +162,9 @@ class Judge(Subject):
         for rung, (fronts, recipe) in self.rungs.items():
             within = {n: fronts[n] for n in layers}
             plan = solver.solve_budget(self.model, within, (size + rest) / MIB, recipe)
-            plan |= dict.fromkeys(edges, "fp16")
-            whole, size_of = dequantize_(quantize(self.model, plan)), nbytes(self.model, plan)
+            whole_plan = plan.with_entries(dict.fromkeys(edges, "fp16"))
+            whole = dequantize_(quantize(self.model, whole_plan))
+            size_of = nbytes(self.model, whole_plan)
             table.add((self.width, bits, rung), row, whole, size_of, plan.damage / HALF_PIXELS)
 
 

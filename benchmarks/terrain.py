@@ -33,7 +33,7 @@ from lafq.allocation import allocate as solver
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize_, nbytes, resident_bytes
-from lafq.quantization.plan import Plan
+from lafq.quantization.plan import Plan, as_plan
 from lafq.rng import generator
 from lafq.study import workspace
 from lafq.study.workspace import Workspace
@@ -160,7 +160,8 @@ def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Call
     """
     frontiers = cache(partial(solver.frontiers_of, model, known))
     alike = {low: Plan(dict.fromkeys(known.fisher, low)) for low in UNIFORM}
-    kept = Plan(alike["int4"] | dict.fromkeys(sensitive(model, known, alike["int4"]), "fp16"))
+    int4 = alike["int4"]
+    kept = int4.with_entries(dict.fromkeys(sensitive(model, known, int4), "fp16"))
     sizes = {f"bytes of uniform {low}": nbytes(model, plan) / MIB for low, plan in alike.items()}
     coded = (SMALLER, *list(sizes)[:3])
     sizes[SMALLER] = TENTH * resident_bytes(model) / MIB
@@ -172,8 +173,8 @@ def plans(model: nn.Module, known: Sensitivity) -> Iterator[tuple[str, str, Call
     def allocated(mib: float) -> Plan:
         return solver.solve_budget(model, frontiers(), mib, known.recipe)
 
-    yield from (("uniform", low, partial(Plan, plan)) for low, plan in alike.items())
-    yield KEEPING, "int4", partial(Plan, kept)
+    yield from (("uniform", low, partial(as_plan, plan)) for low, plan in alike.items())
+    yield KEEPING, "int4", partial(as_plan, kept)
     yield from (("allocator", name, partial(allocated, mib)) for name, mib in sizes.items())
     for name in coded:
         yield CODED, name, partial(allocate, model, known, file_mib=sizes[name])

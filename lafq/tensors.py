@@ -35,10 +35,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path, of this writer alone; on success it replaces `path`, on failure it is
     removed. Raises OSError with one sentence when the file cannot be written.
     """
+    path = path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_COUNT)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if path.is_file():
+            temporary.chmod(path.stat().st_mode)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise OSError(

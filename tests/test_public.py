@@ -69,7 +69,7 @@ def test_a_plan_carries_its_rounding(network, sensitivity):
     small = quantize(network, plan)
     assert resident_bytes(small) == nbytes(network, plan) == plan.nbytes <= 0.004 * 2**20
     assert plan.recipe.curvature is sensitivity.curvature
-    plain = quantize(network, dict(plan))
+    plain = quantize(network, dict(plan.entries))
     assert weights_sha256(dequantize_(small)) != weights_sha256(dequantize_(plain))
 
 

@@ -23,6 +23,7 @@ from lafq.study.diffusion.unet import layer_of, quantizable
 from lafq.study.rows import KEY, Row, kept_share
 from lafq.study.workspace import Workspace, profile_parameters
 from tools import pages
+from tools.publish import published
 
 SMALL = Workspace("small")
 
@@ -240,3 +241,12 @@ def test_make_draws_anew_into_an_absolute_folder_without_a_window_system():
     assert shown == ["--set", "KEEP=false", str(ROOT / "out")]
     wrong = subprocess.run(["make", "-n", "test", "IMAGES=new"], check=False, **how)
     assert wrong.returncode == 2 and "IMAGES is 'new': give fresh" in wrong.stderr
+    lower = subprocess.run(["make", "-n", "reproduce", "profile=small"], check=False, **how)
+    assert lower.returncode == 2 and "profile is lower case: write it in capitals" in lower.stderr
+    spaced = subprocess.run(["make", "-n", "evidence", "PUBLISHED=a b"], check=True, **how).stdout
+    assert '--published "a b"' in spaced
+
+
+def test_without_git_the_committed_pages_are_those_here(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert published() == ROOT

@@ -76,6 +76,9 @@ def published() -> Path:
     computed anew since, a copy of the last commit's.
     """
 
+    if not shutil.which("git"):
+        return workspace.ROOT
+
     def changed(*names: str) -> bool:
         git = ["git", "diff", "--quiet", "HEAD", "--", *names]
         return subprocess.run(git, cwd=workspace.ROOT, capture_output=True).returncode == 1

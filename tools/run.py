@@ -154,8 +154,9 @@ def run(arguments: argparse.Namespace) -> None:
     last = workspace.BUILD / LAST
     if arguments.verb == "resume" and last.is_file() and not any(asked.values()):
         try:
-            asked = json.loads(last.read_text())
-        except ValueError:
+            found = json.loads(last.read_text())
+            asked = {key: type(value)(found[key]) for key, value in asked.items()}
+        except (ValueError, KeyError, TypeError):
             raise ValueError(f"{last} is damaged: delete it, and name what to run") from None
         print(f"resuming the last run: {asked}")
     asked["profile"] = profile = asked["profile"] or "paper"

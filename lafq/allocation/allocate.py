@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lafq.allocation.coded import allocate_coded
 from lafq.allocation.frontiers import ALLOCATED, Rows, StorageOption, frontier, planned, undominated
 from lafq.fisher.sensitivity import Sensitivity
-from lafq.networks import unwrapped
+from lafq.networks import own_defaults, unwrapped
 from lafq.quantization.checks import check_estimates, check_plan
 from lafq.quantization.formats import (
     DEFAULT_FORMATS,
@@ -39,6 +39,7 @@ SUMS = 4096  # that the search keeps
 Frontier = list[StorageOption]
 
 
+@own_defaults()
 def allocate(
     model: nn.Module,
     sensitivity: Sensitivity,
@@ -78,7 +79,7 @@ def allocate(
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     >>> sensitivity = estimate_sensitivity(model, [(torch.randn(8, 64),) for _ in range(4)], seed=0)
     >>> plan = allocate(model, sensitivity, memory_mib=0.005, progress=False)
-    >>> plan.nbytes <= 0.005 * 2**20, sorted(plan)
+    >>> plan.nbytes <= 0.005 * 2**20, sorted(plan.entries)
     (True, ['0.weight', '2.weight'])
     """
     model = unwrapped(model)

@@ -32,7 +32,7 @@ from lafq.quantization.formats import (
     scales_by_group,
     unshrunk_scale,
 )
-from lafq.quantization.model import nbytes, weights_sha256
+from lafq.quantization.model import nbytes, parameters_sha256
 from lafq.quantization.plan import Allocation, Plan, Recipe
 from lafq.quantization.rounding import Factor, damage, diagonal_of, factor, rounded
 
@@ -69,7 +69,7 @@ class Rows(NamedTuple):
         if name not in sensitivity.curvature:
             return cls(values, fisher, view, None, None)
         curvature = sensitivity.curvature[name].cpu()
-        return cls(values, fisher, view, curvature, factor(curvature))
+        return cls(values, fisher, view, curvature, factor(curvature, view.size[1]))
 
     def damage(self, quadratic: Tensor) -> Tensor:
         """Of each row (R,), c/2 * dw^T H dw, from dw^T H dw."""
@@ -122,6 +122,8 @@ def frontier(
 ) -> list[StorageOption]:
     """The undominated choices of one parameter, smallest first; groups keep no single weights."""
     channels, length = rows.view.size
+    if rows.values.eq(0).any():  # pruned or masked: levels at halves would make weights of them
+        formats = [f for f in formats if not f.qmax % 1]
     if vector := len(rows.view.shape) < 2:
         formats = [f for f in formats if not f.is_integer]
     whole = torch.zeros_like(rows.values, dtype=torch.bool)
@@ -154,7 +156,7 @@ def planned(
 ) -> Allocation:
     """The plan of one choice per parameter, with its report."""
     entries = {name: choice.entry for name, choice in choices.items() if choice.entry != "fp32"}
-    plan = Plan(entries, recipe, weights_sha256(model))
+    plan = Plan(entries, recipe, parameters_sha256(model))
     rows = [_report(name, model.get_parameter(name).numel(), c) for name, c in choices.items()]
     total = sum(choice.damage for choice in choices.values())
     return Allocation(plan, nbytes(model, plan), total, pd.DataFrame(rows), file_bytes)
@@ -217,7 +219,7 @@ def _feedback_damages(
 
 def _independent(change: Tensor, curvature: Tensor) -> Tensor:
     """dw^T H dw of each row for FP16 errors, independent of each other: by the diagonal alone."""
-    return (change.square() @ diagonal_of(curvature)).double()
+    return (change.square() @ diagonal_of(curvature)[: change.shape[1]]).double()
 
 
 def _fp16(values: Tensor) -> Tensor:

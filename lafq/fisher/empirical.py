@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lafq.networks import arguments_of, checked_output, evaluating, named
+from lafq.networks import arguments_of, checked_output, differentiating, evaluating, listed, named
 
 
 class EmpiricalFisher(NamedTuple):
@@ -48,15 +48,18 @@ def empirical_fisher(
     unknown name, no name, no batch, an output that is not one tensor with the batch as its first
     axis, a target of another shape, or gradients that are not finite.
     """
+    names = list(names)
     chosen, by_batch, by_sample = named(model, names), [], []
-    with evaluating(model, gradients=True):
+    with evaluating(model, gradients=True), differentiating():
         for name, p in model.named_parameters():
             p.requires_grad_(name in chosen)
         total = {name: torch.zeros_like(p) for name, p in chosen.items()}
-        for batch, y in batches:
+        for batch, y in listed(batches):
             (target,) = arguments_of(y, y.device)
             means: dict[str, list[float]] = {name: [] for name in names}
-            parts = [a.split(1) for a in (target, *arguments_of(batch, target.device))]
+            parts = [
+                a.split(1) for a in (target, *arguments_of(batch, target.device, model.forward))
+            ]
             for one_target, *arguments in zip(*parts, strict=True):
                 loss = _loss(model, arguments, one_target)
                 how = {"allow_unused": True, "materialize_grads": True}
@@ -83,6 +86,7 @@ def check_sums(sums: dict[str, Tensor], samples: int) -> None:
 def _loss(model: nn.Module, arguments: list[Tensor], target: Tensor) -> Tensor:
     """l of one sample, whose arguments and target are batches of one."""
     output = checked_output(model(*arguments), 1)
+    target = torch.view_as_real(target) if target.is_complex() else target
     if output.shape != target.shape:
         shapes = f"{tuple(output.shape[1:])}, the target {tuple(target.shape[1:])}"
         raise ValueError(f"the model's output for one sample has shape {shapes}")

@@ -16,7 +16,7 @@ mean diagonal of 1: up to each channel's mean Fisher value that is its matrix, i
 Kronecker product (Martens and Grosse 2015, "K-FAC"). As each g_r is divided by its own mean square,
 large passes count no more than small ones, which narrows H's spectrum. Columns are those of
 `channel_view`. The channels of a grouped convolution share one H as well, though each group has
-inputs of its own. Where C is large, H is a block diagonal: equal blocks of consecutive columns,
+inputs of its own. Where C is large, H is a block diagonal: blocks of consecutive columns,
 (B, S, S), which take B times fewer numbers and products.
 """
 
@@ -35,12 +35,15 @@ from lafq.networks import (
     arguments_of,
     check_repeats,
     checked_output,
+    differentiating,
     evaluating,
+    listed,
     named,
+    own_defaults,
     unwrapped,
 )
 from lafq.quantization.channels import ChannelView
-from lafq.quantization.checks import channel_view, check_estimates
+from lafq.quantization.checks import channel_view, check_estimates, check_names, obstacle
 from lafq.quantization.formats import unshrunk_scale
 from lafq.quantization.plan import Recipe
 from lafq.quantization.rounding import damage
@@ -92,7 +95,9 @@ def estimate_sensitivity(
         batches: the model's arguments, first (B, ...), for one tensor (B, ...). Many small ones of
             equal size beat few large ones.
         seed: of the noise that is sent back through the network.
-        names: the parameters; None: all with two dimensions or more.
+        names: the parameters; None: all with two dimensions or more that plans can name. A warning
+            tells of others, and of output channels without a gradient in any batch: these count as
+            the others of their tensor do in the mean, or as the median tensor.
         shrink: shrink noisy estimates (`fisher.shrinkage`), else take the means over passes as they
             are.
         largest: columns of a curvature matrix; that of a tensor with more weights per output
@@ -120,21 +125,24 @@ def estimate_sensitivity(
     if draws < 1:
         raise ValueError(f"draws is {draws}: a pass needs one draw of noise or more")
     model, noise = unwrapped(model), generator(seed, 1)
-    names = [n for n, p in model.named_parameters() if p.ndim > 1] if names is None else names
-    chosen = named(model, names)
+    chosen = named(model, _default_names(model) if names is None else list(names))
     matrices = [name for name, p in chosen.items() if p.ndim > 1] if curvature else []
-    views = {name: channel_view(model, name) for name in matrices}
-    with evaluating(model, gradients=True):
-        sums = _Sums(chosen, views, largest, channels)
+    views = {name: channel_view(model, name) for name in chosen}
+    with evaluating(model, gradients=True), differentiating():
+        sums = _Sums(chosen, views, matrices, largest, channels)
         for name, p in model.named_parameters():
             p.requires_grad_(name in chosen)
         run = model if through is None else partial(through, Checkpointed(model))
-        for batch in batches:
-            arguments = arguments_of(batch, next(iter(chosen.values())).device)
+        takes = model.forward if through is None else partial(through, model)
+        device = next(iter(chosen.values())).device
+        for batch in listed(batches):
+            arguments = arguments_of(batch, device, takes)
             try:
                 output = checked_output(run(*arguments), len(arguments[0]))
                 if through is not None and not sums.traces:
-                    check_repeats(output, run(*arguments))
+                    check_repeats(
+                        output, checked_output(run(*arguments_of(batch, device)), len(output))
+                    )
                 sums.add(output, draws, noise)
             except RuntimeError as error:
                 if not any(words in str(error) for words in ("out of memory", "allocate memory")):
@@ -145,12 +153,13 @@ def estimate_sensitivity(
     if not any(square.any() for square in sums.squares.values()):
         advice = "these batches give the output no gradient, give others"
         raise ValueError(f"the Fisher information is zero everywhere: {advice}")
-    if shrink and views and len(sums.traces) == 1:
+    if shrink and matrices and len(sums.traces) == 1:
         effect = "all weights of a tensor count the same: give more batches"
         warnings.warn(f"one pass says nothing about its noise, so {effect}", stacklevel=2)
     return sums.sensitivity(shrink)
 
 
+@own_defaults()
 def predicted_damage(model: nn.Module, small: nn.Module, other: Sensitivity) -> float:
     """Half the squared error, summed over the output, that a quantized copy of a model is predicted
     to make, if the output were linear in the weights and H the curvature of each channel. Plans of
@@ -178,30 +187,48 @@ def predicted_damage(model: nn.Module, small: nn.Module, other: Sensitivity) -> 
     return total
 
 
+def _default_names(model: nn.Module) -> list[str]:
+    parameters = check_names(model, (), "")
+    matrices = [n for n, p in model.named_parameters() if p.ndim > 1]
+    left_out = {n: why for n in matrices if (why := obstacle(model, n, parameters))}
+    if left_out:
+        words = ", ".join(f"{n} {why}" for n, why in left_out.items())
+        warnings.warn(f"left out, as no plan can name it: {words}", stacklevel=3)
+    return [n for n in matrices if n not in left_out]
+
+
 class _Sums:
-    """Over passes: squared gradients by name, their mean over the draws of a pass; `Moments` where
-    there is a view; samples; of each pass the sum of its squares over all weights.
+    """Over passes: squared gradients by name, their mean over the draws of a pass; `Moments` of
+    the matrices; samples; of each pass the sum of its squares over all weights.
     """
 
     def __init__(
         self,
         chosen: dict[str, nn.Parameter],
         views: dict[str, ChannelView],
+        matrices: list[str],
         largest: int,
         channels: int | None,
     ) -> None:
         self.chosen, self.views, self.samples, self.traces = chosen, views, 0, []
-        self.squares = {name: torch.zeros_like(p) for name, p in chosen.items()}
-        self.moments = {n: Moments(v.of(chosen[n]), largest, channels) for n, v in views.items()}
+        # FP32 at least: the squares of half precision's gradients are too small for it.
+        self.squares = {
+            n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for n, p in chosen.items()
+        }
+        of_rows = {n: views[n].of(self.squares[n]) for n in matrices}
+        self.moments = {n: Moments(rows, largest, channels) for n, rows in of_rows.items()}
 
     def add(self, output: Tensor, draws: int, noise: torch.Generator) -> None:
         """Add a pass: the gradients of the output times N(0, I), as often as there are draws."""
         by_draw, trace = [], 0.0
         for left in reversed(range(draws)):
-            n = torch.randn(output.shape, generator=noise, dtype=torch.float32).to(output)
+            drawn = {"dtype": torch.float32, "device": "cpu"}
+            n = torch.randn(output.shape, generator=noise, **drawn).to(output)
             how = {"retain_graph": left > 0, "allow_unused": True, "materialize_grads": True}
             by_draw.append(torch.autograd.grad(output, list(self.chosen.values()), n, **how))
         for name, *gradients in zip(self.chosen, *by_draw, strict=True):
+            gradients = [g.to_dense().to(self.squares[name].dtype) for g in gradients]
             for gradient in gradients:
                 self.squares[name].addcmul_(gradient, gradient, value=1 / draws)
                 trace += torch.linalg.vector_norm(gradient).item() ** 2 / draws
@@ -220,5 +247,29 @@ class _Sums:
             rows = m.shrunk_squares(self.views[name].of(squares[name]))
             squares[name] = self.views[name].back(rows).contiguous()
         fisher = {name: square / self.samples for name, square in squares.items()}
+        self._fill(fisher, curvature, shrink and len(self.traces) == 1)
         effective = sum(self.traces) ** 2 / sum(x * x for x in self.traces)
         return Sensitivity(fisher, curvature, len(self.traces), noise, effective)
+
+    def _fill(self, fisher: dict[str, Tensor], curvature: dict[str, Tensor], alike: bool) -> None:
+        """Output channels without a gradient in any pass count as the others of their tensor do in
+        the mean, or as the median tensor: their token or expert may come in use. An input that no
+        pass had is left as it is, as trained networks have channels that are never active. alike:
+        the channels of a tensor are shrunk to one value already.
+        """
+        seen = {n: self.views[n].of(s > 0).any(1) for n, s in self.squares.items()}
+        values = {n: self.views[n].of(f) for n, f in fisher.items()}
+        levels = {n: f[seen[n]].double().mean() for n, f in values.items() if seen[n].any()}
+        median = torch.stack(list(levels.values())).median()
+        for name, f in values.items():
+            missed = ~seen[name] & self.views[name].of(self.chosen[name] != 0).any(1)
+            if not missed.any() or (alike and name in levels):
+                continue
+            count = f"{int(missed.sum())} of {len(missed)} output channels of {name}"
+            words = "got no gradient from any batch: they count like the others"
+            warnings.warn(f"{count} {words}", stacklevel=4)
+            level = levels.get(name, median).to(f)
+            filled = torch.where(missed[:, None], level, f)
+            fisher[name] = self.views[name].back(filled).contiguous()
+            if name in curvature and name not in levels:
+                curvature[name].diagonal(dim1=-2, dim2=-1).fill_(1)

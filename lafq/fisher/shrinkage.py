@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lafq.quantization.rounding import diagonal_of
 
@@ -23,8 +24,9 @@ class Moments:
     """Sums over passes of what the gradients (R, C) of one tensor, R channels of C weights, tell of
     its Fisher information.
 
-    largest: with more columns, sums for the curvature are kept in equal blocks of at most so many,
-    (B, S, S). channels: with more rows, about so many of them count in the curvature of a pass, and
+    largest: with more columns, sums for the curvature are kept in blocks of at most so many,
+    (B, S, S): equal ones where a B below twice the least divides the columns, else zeros fill the
+    last. channels: with more rows, about so many of them count in the curvature of a pass, and
     the others in those of the next passes; None: all in each.
     """
 
@@ -32,11 +34,12 @@ class Moments:
         rows, columns = gradient.shape
         self.passes, self.turns = 0, -(-rows // (channels or rows))
         fewest = max(1, -(-columns // largest))
-        self.blocks = next(b for b in range(fewest, columns + 1) if columns % b == 0)
-        size = columns // self.blocks
+        even = [b for b in range(fewest, 2 * fewest) if columns % b == 0]
+        size = -(-columns // (even[0] if even else fewest))
+        self.columns, self.blocks = columns, -(-columns // size)
         shape = (self.blocks, size, size) if self.blocks > 1 else (size, size)
         zeros = partial(gradient.new_zeros, dtype=torch.float64)
-        self.curvature = gradient.new_zeros(shape)
+        self.curvature, self.padding = gradient.new_zeros(shape), self.blocks * size - columns
         self.off_diagonal_squares, self.diagonal_squares = zeros(()), zeros(columns)
         self.fourth_powers, self.mean_squares = zeros(rows), zeros(rows)
 
@@ -51,7 +54,9 @@ class Moments:
         turn = slice(self.passes % self.turns, None, self.turns)
         scale = (len(draws) * mean[turn]).sqrt()
         unit = torch.cat([torch.where(scale > 0, g[turn] / scale, 0) for g in draws])
-        columns = unit if self.blocks == 1 else unit.unflatten(1, (self.blocks, -1)).movedim(1, 0)
+        columns = unit
+        if self.blocks > 1:
+            columns = pad(unit, (0, self.padding)).unflatten(1, (self.blocks, -1)).movedim(1, 0)
         diagonal = unit.square().sum(0).double().square()
         self.passes += 1
         add_product = self.curvature.addmm_ if self.blocks == 1 else self.curvature.baddbmm_
@@ -65,7 +70,8 @@ class Moments:
 
     def plain_curvature(self) -> Tensor:
         """H (C, C), or (B, S, S), of mean diagonal 1: the mean over passes as it is."""
-        return self.curvature / diagonal_of(self.curvature).mean().clamp_min(1e-30)
+        mean = diagonal_of(self.curvature)[: self.columns].mean()
+        return self.curvature / mean.clamp_min(1e-30)
 
     def shrunk_curvature(self) -> tuple[Tensor, float]:
         """H (C, C), or (B, S, S), of mean diagonal 1, shrunk off the diagonal towards 0 and on it
@@ -74,7 +80,8 @@ class Moments:
         The off-diagonal shrinks at least as much as the diagonal, so H stays positive semidefinite.
         """
         mean = self.curvature / self.passes
-        diagonal = diagonal_of(mean).double().clone()  # `mean` is changed in place below
+        # A copy, as `mean` is changed in place below.
+        diagonal = diagonal_of(mean)[: self.columns].double().clone()
         level, square = diagonal.mean(), diagonal.square().sum()
         off = (torch.linalg.vector_norm(mean).double().square() - square).clamp_min(0)
         around = (diagonal - level).square().sum()
@@ -83,7 +90,9 @@ class Moments:
         level = level.clamp_min(1e-30)
         shrunk = mean.mul_((1 - share) / level)
         target = (1 - on) * diagonal / level + on
-        shrunk.diagonal(dim1=-2, dim2=-1).copy_(target.view(shrunk.shape[:-1]))
+        shrunk.diagonal(dim1=-2, dim2=-1).copy_(
+            pad(target, (0, self.padding)).view(shrunk.shape[:-1])
+        )
         return shrunk, share.item()
 
     def shrunk_squares(self, squares: Tensor) -> Tensor:

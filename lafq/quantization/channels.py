@@ -44,29 +44,32 @@ class ChannelView(NamedTuple):
     """A parameter as rows, one per output channel, the weights of a row in channels-last order.
 
     shape: the parameter's; groups: of a transposed convolution, whose output channels lie in axis
-    1; else 0. A vector (bias, norm) is a column.
+    1; else 0. axis: of the output channels where those before it have length 1, as in a position
+    embedding (1, N, D). A vector (bias, norm) is a column.
     """
 
     shape: tuple[int, ...]
     groups: int = 0
+    axis: int = 0
 
     @property
     def size(self) -> tuple[int, int]:
         """(output channels, weights in each)."""
-        channels = self.groups * self.shape[1] if self.groups else (*self.shape, 1)[0]
+        channels = self.groups * self.shape[1] if self.groups else (*self.shape, 1)[self.axis]
         return channels, math.prod(self.shape) // channels
 
     def of(self, weight: Tensor) -> Tensor:
         """The weight, or its mask or Fisher values, as rows (output channels, weights in each)."""
-        weight = self._swapped(weight)
+        weight = self._swapped(weight.flatten(0, self.axis))
         return weight.movedim(1, -1).flatten(1) if weight.ndim > 1 else weight.reshape(-1, 1)
 
     def back(self, rows: Tensor) -> Tensor:
         """The tensor, channels-last in memory, that `of` makes these rows of."""
         if len(self.shape) < 2:
             return rows.reshape(self.shape)
-        rows = rows.view(self.size[0], *self.shape[2:], -1)
-        return self._swapped(rows.movedim(-1, 1))
+        rows = rows.view(self.size[0], *self.shape[self.axis + 2 :], -1)
+        weight = self._swapped(rows.movedim(-1, 1))
+        return weight.view(self.shape) if self.axis else weight
 
     def _swapped(self, weight: Tensor) -> Tensor:
         """Input and output channels of a transposed convolution in each other's place."""

@@ -1,13 +1,16 @@
 """A packed model as a file, and back: safetensors that are checked in full when read."""
 
+import os
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lafq.networks import unwrapped
+from lafq.networks import held, own_defaults, plain_name, unwrapped
 from lafq.quantization.channels import ChannelView
-from lafq.quantization.entropy_coding import compress_parts, expand_parts
 from lafq.quantization.model import tied, weights_sha256, with_quantized
 from lafq.quantization.quantized_weight import QuantizedWeight
 from lafq.tensors import load_tensors, save_tensors
@@ -16,6 +19,7 @@ from lafq.tensors import load_tensors, save_tensors
 FORMAT_VERSION = 4
 
 
+@own_defaults()
 def save_quantized(
     path: Path | str, packed: nn.Module, source: nn.Module, compress: bool = False
 ) -> None:
@@ -32,19 +36,27 @@ def save_quantized(
     compress: entropy-code the integers (`entropy_coding`). Nothing is lost, and the loaded model
     takes the same memory. The metadata holds the format version, the plan in words, the
     source's sha256, and a checksum of the whole file. Raises ValueError for a state that is no
-    tensor, and for a name that would be taken for a part of a planned parameter.
+    parameter or buffer, and for a name that would be taken for a part of a planned parameter.
     """
-    packed, tensors, plan, places = unwrapped(packed), {}, {}, ()
+    file, packed, tensors, plan, places, cast = _named(path), unwrapped(packed), {}, {}, (), {}
     for place, weight in packed.named_modules():
         if isinstance(weight, QuantizedWeight):
             owner, _, parameter = place.removesuffix(".0").rpartition("parametrizations.")
             name, places = owner + parameter, (*places, place.removesuffix("0"))
+            name = plain_name(packed, name)
+            dtype = packed.get_submodule(places[-1][:-1]).original.dtype
+            cast |= {name: str(dtype).removeprefix("torch.")} if dtype != torch.float32 else {}
             parts, plan[name] = file_parts(weight, compress)
             tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
-    rest = {n: t for n, t in packed.state_dict().items() if not n.startswith(places)}
-    for name, tensor in rest.items():
-        if not isinstance(tensor, Tensor):
+    state = held(packed)
+    of_modules = {plain_name(packed, n) for n in state}
+    for name, value in packed.state_dict().items():
+        if not isinstance(value, Tensor):
             raise ValueError(f"{name} is no tensor: leave it out of the model's state_dict")
+        if plain_name(packed, name) not in of_modules:
+            raise ValueError(f"{name} of the state_dict is no parameter: register it as a buffer")
+    rest = {plain_name(packed, n): t for n, t in state.items() if not n.startswith(places)}
+    for name in rest:
         if planned := [p for p in plan if name.startswith(f"{p}/")]:
             raise ValueError(f"{name} is named like a part of {planned[0]}: rename it")
     tensors |= rest
@@ -52,9 +64,11 @@ def save_quantized(
     if shared := tied(tensors):
         about["tied"] = shared
         tensors = {name: tensor for name, tensor in tensors.items() if name not in shared}
-    save_tensors(Path(path), tensors, sealed=True, **about)
+    about |= {"cast": cast} if cast else {}
+    save_tensors(file, tensors, sealed=True, **about)
 
 
+@own_defaults()
 def load_quantized(path: Path | str, model: nn.Module, source: str | None = None) -> nn.Module:
     """The quantized copy that `save_quantized` wrote; `model` gives the architecture (its weights
     are not used, "meta" will do).
@@ -63,7 +77,7 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
     Raises FileNotFoundError when there is no file, ValueError when it is damaged in any place, of a
     newer version, of another model, or of other source weights.
     """
-    path, model = Path(path), unwrapped(model)
+    path, model = _named(path), unwrapped(model)
     tensors, about = load_tensors(path, "`save_quantized`", sealed=True)
     _check_origin(path, about, source)
     packed = {name: _restored(path, name, about["plan"][name], tensors) for name in about["plan"]}
@@ -71,21 +85,46 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
     tensors |= {name: tensors[first] for name, first in tied_to.items()}
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
     shapes |= {n: p.view.shape for n, p in packed.items()}
-    expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    names = {plain_name(model, n): n for n in held(model)}
+    expected = {plain_name(model, n): tuple(t.shape) for n, t in held(model).items()}
     if shapes != expected:
         name = next(n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n))
         there, here = (of.get(name, "absent") for of in (shapes, expected))
         raise ValueError(
             f"{path} is of another model: {name} is {there} there, {here} in the model"
         )
-    loaded = with_quantized(model, packed)
-    loaded.load_state_dict(tensors, strict=False, assign=True)
+    casts = {n: getattr(torch, dtype) for n, dtype in about.get("cast", {}).items()}
+    loaded = with_quantized(model, {names[n]: weight for n, weight in packed.items()})
+    for name, dtype in casts.items():
+        owner, _, attribute = names[name].rpartition(".")
+        original = loaded.get_submodule(owner).parametrizations[attribute].original
+        original.data = original.data.to(dtype)
+    for name, tensor in tensors.items():
+        owner, _, attribute = names[name].rpartition(".")
+        _put(loaded.get_submodule(owner), attribute, tensor)
     for name, first in tied_to.items():
-        (owner, _, attribute), (other, _, its) = name.rpartition("."), first.rpartition(".")
+        (owner, _, attribute), (other, _, its) = (names[n].rpartition(".") for n in (name, first))
         setattr(loaded.get_submodule(owner), attribute, getattr(loaded.get_submodule(other), its))
     if lost := [n for n, b in loaded.named_buffers() if b.is_meta]:
         raise ValueError(f"no file holds {lost[0]}, a non-persistent buffer: build it on the CPU")
     return loaded
+
+
+def _named(path: Path | str) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"a {type(path).__name__} stands in the place of a path: name a file")
+    return Path(path).expanduser()
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give a parameter or buffer its values, in place where it has any: lists may hold it too."""
+    old = getattr(module, name)
+    if not old.is_meta:
+        old.data = tensor
+    elif name in module._buffers:
+        module._buffers[name] = tensor
+    else:
+        setattr(module, name, nn.Parameter(tensor, old.requires_grad))
 
 
 def _check_origin(path: Path, about: dict[str, Any], source: str | None) -> None:
@@ -104,9 +143,16 @@ def file_parts(weight: QuantizedWeight, compress: bool) -> tuple[dict[str, Tenso
     """What a file holds of a quantized weight: its parts, and its entry of the plan in words."""
     parts, words = dict(weight.named_buffers()), weight.describe()
     if compress and (counts := weight.code_counts()):
-        parts, coded = compress_parts(parts, counts)
+        parts, coded = _coder().compress_parts(parts, counts)
         words |= {"coded": coded} if coded else {}
     return parts, words
+
+
+def _coder() -> ModuleType:
+    try:
+        return import_module("lafq.quantization.entropy_coding")
+    except ImportError as error:
+        raise ValueError(f"entropy-coded files need Python's lzma ({error}): install it") from error
 
 
 def _restored(
@@ -117,10 +163,12 @@ def _restored(
     parts = {n.removeprefix(f"{name}/"): tensors.pop(n) for n in places}
     coded = words.pop("coded", None)
     try:
-        parts = parts if coded is None else expand_parts(parts, coded)
+        parts = parts if coded is None else _coder().expand_parts(parts, coded)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({name}: {error}): save it again") from None
-    weight = QuantizedWeight(parts, ChannelView(tuple(words["shape"]), words["groups"]))
+    weight = QuantizedWeight(
+        parts, ChannelView(tuple(words["shape"]), words["groups"], words.get("axis", 0))
+    )
     if weight.describe() != words:
         raise ValueError(f"{path} holds {name} in another form than its plan says: save it again")
     return weight

@@ -7,24 +7,36 @@ from torch import Tensor, nn
 
 from lafq.quantization.channels import ChannelView, WeightSpec, weight_spec
 from lafq.quantization.formats import FP16_MAX, get_format
-from lafq.quantization.plan import Entries
+from lafq.quantization.plan import Entries, Plan, as_plan
 
 
-def check_plan(model: nn.Module, plan: Entries) -> None:
-    """Every planned parameter exists, can be quantized, and fits its entry."""
-    parameters = check_names(model, plan, "the plan names")
-    for name, entry in plan.items():
-        p = parameters[name]
-        leave_out = f"leave {name} out of the plan"
-        if shared := [n for n, q in parameters.items() if q is p and n != name]:
-            raise ValueError(f"{name} is shared with {shared[0]}: {leave_out}")
-        if p.dtype != torch.float32:
-            raise ValueError(f"{name} is {p.dtype}: plans want FP32, call model.float() first")
-        if not p.numel():
-            raise ValueError(f"{name} is empty, of shape {tuple(p.shape)}: {leave_out}")
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.RNNBase):
-            raise ValueError(f"{name} is of a recurrent layer, which keeps copies: {leave_out}")
+def check_plan(model: nn.Module, plan: Plan | Entries) -> Plan:
+    """The plan; every planned parameter exists, can be quantized, and fits its entry."""
+    plan = as_plan(plan)
+    parameters = check_names(model, plan.entries, "the plan names")
+    for name, entry in plan.entries.items():
+        if why := obstacle(model, name, parameters):
+            raise ValueError(f"{name} {why}: leave {name} out of the plan")
+        if parameters[name].dtype != torch.float32:
+            wanted = "plans want FP32, call model.float() first"
+            raise ValueError(f"{name} is {parameters[name].dtype}: {wanted}")
         _check_entry(name, entry, channel_view(model, name))
+    return plan
+
+
+def obstacle(model: nn.Module, name: str, parameters: dict[str, nn.Parameter]) -> str:
+    """Why no plan can name a parameter, whatever its precision; "" where one can."""
+    p = parameters[name]
+    if shared := [n for n, q in parameters.items() if q is p and n != name]:
+        return f"is shared with {shared[0]}"
+    if not p.is_floating_point():
+        return f"is {p.dtype}"
+    if p.is_meta:
+        return "has no values ('meta', or offloaded)"
+    if not p.numel():
+        return f"is empty, of shape {tuple(p.shape)}"
+    recurrent = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.RNNBase)
+    return "is of a recurrent layer, which keeps copies" if recurrent else ""
 
 
 def _check_entry(name: str, entry: str | WeightSpec, view: ChannelView) -> None:
@@ -49,14 +61,15 @@ def _check_entry(name: str, entry: str | WeightSpec, view: ChannelView) -> None:
         raise ValueError(f"the mask of {name} must be boolean, of its shape {view.shape}")
 
 
-def check_values(model: nn.Module, plan: Entries) -> None:
+def check_values(model: nn.Module, plan: Plan | Entries) -> None:
     """All weights are finite, and the planned ones neither too large nor too small for FP16."""
+    entries = as_plan(plan).entries
     for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
+        if not p.is_meta and not torch.isfinite(p).all():
             raise ValueError(f"{name} holds NaN or infinite weights: it cannot be quantized")
-        if name not in plan:
+        if name not in entries:
             continue
-        largest, spec = p.abs().max().item(), weight_spec(plan[name])
+        largest, spec = p.abs().max().item(), weight_spec(entries[name])
         # Steps that are given are stored as they are.
         scaled = [f for f in spec.formats if spec.steps is None or not f.is_integer]
         least = max((f.least_absmax for f in scaled), default=0.0)
@@ -90,7 +103,8 @@ def check_estimates(
     for name, values in curvature.items():
         columns = channel_view(model, name).size[1]
         size = values.shape[-1] if values.ndim == 3 and values.shape[-1] else columns
-        fits = values.shape[-2:] == (size, size) and values.shape[:-2].numel() * size == columns
+        blocks = values.shape[:-2].numel()
+        fits = values.shape[-2:] == (size, size) and blocks == -(-columns // size)
         if not fits or not torch.isfinite(values).all():
             wanted = f"finite and of shape {(columns, columns)} or in blocks of these columns"
             raise ValueError(f"the curvature of {name} must be {wanted}")
@@ -103,4 +117,8 @@ def channel_view(model: nn.Module, name: str) -> ChannelView:
     module = model.get_submodule(owner)
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) and parameter == "weight"
     shape = tuple(module.get_parameter(parameter).shape)
-    return ChannelView(shape, module.groups if transposed else 0)
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    axis = (
+        0 if convolution else next((i for i, n in enumerate(shape[:-2]) if n > 1), len(shape) - 2)
+    )
+    return ChannelView(shape, module.groups if transposed else 0, max(axis, 0))

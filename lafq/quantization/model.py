@@ -9,7 +9,6 @@ for each use, a layer at a time (a torch parametrization: whatever reads `layer.
 FP32 weight). `dequantize` and `dequantize_` trade that memory for speed.
 """
 
-import copy
 import hashlib
 import math
 import warnings
@@ -20,24 +19,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lafq.networks import unwrapped
+from lafq.networks import copied, give_own_class, held, own_defaults, plain_name, unwrapped
 from lafq.quantization.channels import stored_bytes, weight_spec
 from lafq.quantization.checks import channel_view, check_estimates, check_plan, check_values
 from lafq.quantization.formats import MIB, get_format
-from lafq.quantization.plan import PLAIN, Entries, Recipe
+from lafq.quantization.plan import Entries, Plan, Recipe, as_plan
 from lafq.quantization.quantized_weight import QuantizedWeight
 
 
-def nbytes(model: nn.Module, plan: Entries) -> int:
+@own_defaults()
+def nbytes(model: nn.Module, plan: Plan | Entries) -> int:
     """Bytes of parameters, persistent buffers, scales and masks; ValueError for a wrong plan."""
     model = unwrapped(model)
-    check_plan(model, plan)
-    rest = _nbytes(t for n, t in _tensors(model).items() if n not in plan)
-    return rest + sum(stored_bytes(channel_view(model, n), entry) for n, entry in plan.items())
+    entries = check_plan(model, plan).entries
+    rest = _nbytes(t for n, t in held(model).items() if n not in entries)
+    return rest + sum(stored_bytes(channel_view(model, n), entry) for n, entry in entries.items())
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> nn.Module:
+@own_defaults()
+def quantize(model: nn.Module, plan: Plan | Entries, recipe: Recipe | None = None) -> nn.Module:
     """Copy `model`, in evaluation mode, with its planned weights in their stored form only.
 
     Args:
@@ -56,18 +57,18 @@ def quantize(model: nn.Module, plan: Entries, recipe: Recipe | None = None) -> n
     (40, 20, 40)
     """
     model = unwrapped(model)
-    check_plan(model, plan)
+    plan = check_plan(model, plan)
     check_values(model, plan)
-    if getattr(plan, "source", "") not in ("", weights_sha256(model)):
+    if plan.source not in ("", parameters_sha256(model)):
         raise ValueError("the plan was made for other weights: allocate a plan for this model")
-    rule, fisher, curvature = recipe or getattr(plan, "recipe", PLAIN)
+    rule, fisher, curvature = recipe or plan.recipe
     fisher, curvature = fisher or {}, curvature or {}
     check_estimates(model, fisher, curvature)
     packed = {}
     for n, p in model.named_parameters():
-        if n in plan:
+        if n in plan.entries:
             view, given = channel_view(model, n), (fisher.get(n), curvature.get(n))
-            packed[n] = QuantizedWeight.of(p.detach(), plan[n], view, rule, *given)
+            packed[n] = QuantizedWeight.of(p.detach(), plan.entries[n], view, rule, *given)
     _warn_of_copies(model, packed)
     return with_quantized(model, packed)
 
@@ -86,10 +87,11 @@ def _warn_of_copies(model: nn.Module, names: Iterable[str]) -> None:
 
 def dequantize(packed: nn.Module) -> nn.Module:
     """An ordinary model with the weights of a quantized copy, unpacked to FP32; the copy stays."""
-    return dequantize_(copy.deepcopy(unwrapped(packed)))
+    return dequantize_(copied(unwrapped(packed)))
 
 
 @torch.no_grad()
+@own_defaults()
 def dequantize_(packed: nn.Module) -> nn.Module:
     """`dequantize` in place, without the memory of a second model; returns the model."""
     packed = unwrapped(packed)
@@ -98,7 +100,7 @@ def dequantize_(packed: nn.Module) -> nn.Module:
     for module in packed.modules():
         for name, chain in list(getattr(module, "parametrizations", {}).items()):
             if isinstance(chain[0], QuantizedWeight):
-                _give_own_class(module)
+                give_own_class(module)
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return packed
 
@@ -107,22 +109,25 @@ def _refuse_save_pretrained(*_: Any, **__: Any) -> None:
     raise ValueError("save_pretrained loses quantized weights: write with lafq.save_quantized")
 
 
-def _give_own_class(module: nn.Module) -> None:
-    # A deepcopy shares the class that a parametrization made, and removing that changes the class.
-    shared = type(module)
-    content = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, content)
-
-
 def resident_bytes(model: nn.Module) -> int:
     """Bytes in memory of the parameters and persistent buffers of a model, packed or not."""
-    return _nbytes(_tensors(model).values())
+    return _nbytes(held(unwrapped(model)).values())
 
 
 def weights_sha256(model: nn.Module) -> str:
     """Hexadecimal sha256 of a model's parameters and persistent buffers, names and values."""
+    model = unwrapped(model)
+    return _sha256({plain_name(model, n): t for n, t in held(model).items()})
+
+
+def parameters_sha256(model: nn.Module) -> str:
+    """Hexadecimal sha256 of the parameters alone, as running a model may change its buffers."""
+    return _sha256({n: p.detach() for n, p in unwrapped(model).named_parameters()})
+
+
+def _sha256(tensors: dict[str, Tensor]) -> str:
     content = hashlib.sha256()
-    for name, tensor in sorted(_tensors(model).items()):
+    for name, tensor in sorted(tensors.items()):
         content.update(f"{name} {tuple(tensor.shape)} ".encode())
         values = tensor.detach().cpu().contiguous().reshape(-1)
         content.update(values.view(torch.uint8).numpy().data)
@@ -145,21 +150,16 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.nbytes for t in named.values()) - sum(named[i].nbytes for i in tied(named))
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, without extra state that is no tensor."""
-    return {n: t for n, t in unwrapped(model).state_dict().items() if isinstance(t, Tensor)}
-
-
-def bits_per_weight(model: nn.Module, plan: Entries, names: Iterable[str]) -> float:
+def bits_per_weight(model: nn.Module, plan: Plan | Entries, names: Iterable[str]) -> float:
     """Stored bits per weight of the named parameters under the plan, scales and masks included."""
-    views = {name: channel_view(model, name) for name in names}
-    stored = sum(stored_bytes(view, plan.get(name, "fp32")) for name, view in views.items())
+    views, entries = {name: channel_view(model, name) for name in names}, as_plan(plan).entries
+    stored = sum(stored_bytes(view, entries.get(name, "fp32")) for name, view in views.items())
     return 8 * stored / sum(math.prod(view.shape) for view in views.values())
 
 
-def kept_weights(model: nn.Module, plan: Entries, name: str) -> int:
+def kept_weights(model: nn.Module, plan: Plan | Entries, name: str) -> int:
     """How many weights of a parameter the plan leaves in FP32."""
-    view, spec = channel_view(model, name), weight_spec(plan.get(name, "fp32"))
+    view, spec = channel_view(model, name), weight_spec(as_plan(plan).entries.get(name, "fp32"))
     by_channel = spec.codes(view.size[0]) == get_format("fp32").code
     in_fp32 = by_channel[:, None].repeat(1, view.size[1])
     if spec.keep_mask is not None:
@@ -173,11 +173,7 @@ def with_quantized(model: nn.Module, packed: dict[str, QuantizedWeight]) -> nn.M
     for name, p in packed.items():
         empty, weight = torch.empty(0, device=next(p.buffers()).device), model.get_parameter(name)
         stand_ins[id(weight)] = nn.Parameter(empty, weight.requires_grad)
-    try:
-        result = copy.deepcopy(model, stand_ins).eval()
-    except (RuntimeError, TypeError) as error:
-        advice = "remove pruning, the old weight_norm or a kept activation from it first"
-        raise ValueError(f"the model cannot be copied ({error}): {advice}") from error
+    result = copied(model, stand_ins).eval()
     if packed and hasattr(result, "save_pretrained"):
         result.save_pretrained = _refuse_save_pretrained
     for name, p in packed.items():

@@ -1,6 +1,8 @@
 """A quantization plan: the format of every planned parameter, and how weights are rounded."""
 
 import hashlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -32,30 +34,47 @@ class Recipe(NamedTuple):
 PLAIN = Recipe()
 
 
-class Plan(Entries):
-    """A dictionary {parameter: format or WeightSpec} with its rounding recipe.
+class Plan:
+    """A format or WeightSpec by parameter name (`entries`), with its rounding recipe.
 
-    source: sha256 of the weights that it was made for (`model.weights_sha256`), or "" for any.
+    source: sha256 of the weights that it was made for (`model.parameters_sha256`), or "" for any.
+    It is no mapping: a merge of dictionaries would lose the recipe and the source.
     """
 
     def __init__(
         self, entries: Entries | None = None, recipe: Recipe = PLAIN, source: str = ""
     ) -> None:
-        super().__init__(entries or {})
-        self.recipe, self.source = recipe, source
+        self._entries, self.recipe, self.source = dict(entries or {}), recipe, source
+
+    @property
+    def entries(self) -> Mapping[str, str | WeightSpec]:
+        """By parameter name, read only."""
+        return MappingProxyType(self._entries)
+
+    def with_entries(self, entries: Entries) -> "Plan":
+        """The plan with these entries in the place of its own, rounded as before."""
+        return Plan(self._entries | entries, self.recipe, self.source)
 
     @property
     def sha256(self) -> str:
         """Hexadecimal sha256 of the entries, masks and steps included; not of the recipe."""
         content = hashlib.sha256()
-        for name in sorted(self):
-            format, mask, keep_format, steps, group = weight_spec(self[name])
+        for name in sorted(self._entries):
+            format, mask, keep_format, steps, group = weight_spec(self._entries[name])
             content.update(repr((name, format, keep_format, group)).encode())
             for tensor in (mask, steps):
                 values = torch.empty(0) if tensor is None else tensor.detach().cpu().flatten()
                 content.update(repr(tuple(values.shape)).encode())
                 content.update(values.view(torch.uint8).numpy().tobytes())
         return content.hexdigest()
+
+
+def as_plan(plan: Plan | Entries) -> Plan:
+    """A plan, or entries rounded to the nearest code; ValueError for anything else."""
+    if not isinstance(plan, Plan | dict):
+        wrong = f"a {type(plan).__name__} stands in the place of the plan"
+        raise ValueError(f"{wrong}: give a Plan, or formats by parameter name")
+    return plan if isinstance(plan, Plan) else Plan(plan)
 
 
 class Allocation(Plan):
@@ -71,7 +90,7 @@ class Allocation(Plan):
     def __init__(
         self, plan: Plan, nbytes: int, damage: float, report: "pd.DataFrame", file_bytes: int = 0
     ) -> None:
-        super().__init__(plan, plan.recipe, plan.source)
+        super().__init__(plan.entries, plan.recipe, plan.source)
         self.nbytes, self.damage, self.report, self.file_bytes = nbytes, damage, report, file_bytes
 
 
@@ -82,14 +101,14 @@ def make_plan(keep_mask: dict[str, Tensor], format: str, keep_format: str = "fp3
     for channels, or of the weight's shape. A tensor kept whole in FP32 is left out of the plan.
     """
     get_format(format), get_format(keep_format)
-    plan = Plan()
+    entries: Entries = {}
     for name, mask in keep_mask.items():
         if not mask.any():
-            plan[name] = format
+            entries[name] = format
         elif mask.all():
-            plan |= {name: keep_format} if keep_format != "fp32" else {}
+            entries |= {name: keep_format} if keep_format != "fp32" else {}
         elif mask.ndim == 1:
-            plan[name] = WeightSpec(tuple(keep_format if k else format for k in mask.tolist()))
+            entries[name] = WeightSpec(tuple(keep_format if k else format for k in mask.tolist()))
         else:
-            plan[name] = WeightSpec(format, mask, keep_format)
-    return plan
+            entries[name] = WeightSpec(format, mask, keep_format)
+    return Plan(entries)

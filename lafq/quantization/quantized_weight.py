@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,25 @@ from lafq.quantization.formats import (
     unpack_bits,
 )
 from lafq.quantization.rounding import factor, rounded
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise ValueError("a quantized weight cannot be written: dequantize the model, then change it")
+
+
+class Unpacked(Tensor):
+    """A weight unpacked for one use: what was written into it (a merged LoRA) would be lost."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    data = property(_refuse, _refuse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.detach().clone()
+
+
+for _name in dir(Tensor):
+    if _name.endswith("_") and not _name.startswith("_") and _name != "requires_grad_":
+        setattr(Unpacked, _name, _refuse)
 
 
 class QuantizedWeight(nn.Module):
@@ -68,7 +87,9 @@ class QuantizedWeight(nn.Module):
         fisher = None if fisher is None else _without(view.of(fisher.to(device)), mask)
         scales, qmax = _scales(_without(values, mask), by_format, rule, fisher, spec)
         if curvature is not None and qmax.any():
-            values, _ = rounded(values, scales, qmax, factor(curvature.to(device)), mask)
+            values, _ = rounded(
+                values, scales, qmax, factor(curvature.to(device), values.shape[1]), mask
+            )
         parts = _parts(values, scales, by_format, mask, get_format(spec.keep_format))
         if len(by_format) > 1:
             parts["formats"] = pack_bits(codes, CHANNEL_CODE_BITS)
@@ -84,7 +105,8 @@ class QuantizedWeight(nn.Module):
     def forward(self, original: Tensor) -> Tensor:
         """The weight; `original` is empty and has the dtype that the model has been cast to."""
         parts, mask, by_format = self._buffers, self._mask(), self._channels_by_format()
-        weight = torch.empty(self.view.size, device=next(self.buffers()).device)
+        how = {"dtype": torch.float32, "device": next(self.buffers()).device}
+        weight = torch.empty(self.view.size, **how)
         for f, rows in by_format.items():
             free = None if mask is None else ~mask[rows]
             values = _decode(parts, f, torch.Size((len(rows), weight.shape[1])), free)
@@ -97,7 +119,8 @@ class QuantizedWeight(nn.Module):
         elif "columns" in parts:
             row = torch.arange(len(weight), device=weight.device).repeat_interleave(parts["counts"])
             weight[row, parts["columns"].long()] = parts["kept"].float()
-        return self.view.back(weight).to(original.dtype)
+        weight = self.view.back(weight).to(original.dtype)
+        return weight.as_subclass(Unpacked) if type(weight) is Tensor else weight
 
     def code_counts(self) -> dict[str, int]:
         """How many codes are stored in each integer format."""
@@ -116,6 +139,7 @@ class QuantizedWeight(nn.Module):
             "groups": self.view.groups,
             "formats": [f for f in FORMATS if f in parts],
         }
+        words |= {"axis": self.view.axis} if self.view.axis else {}
         for f, rows in self._channels_by_format().items():
             if f.is_integer and len(parts[f"{f.name}_scale"]) > len(rows):
                 words["group"] = self.view.size[1] * len(rows) // len(parts[f"{f.name}_scale"])
@@ -201,7 +225,7 @@ def _decode(parts: dict[str, Tensor], f: Format, size: torch.Size, free: Tensor 
     else:
         values = values.to(torch.float32, copy=True)
     if free is not None:
-        values = torch.zeros(size, device=values.device).masked_scatter_(free, values)
+        values = values.new_zeros(size).masked_scatter_(free, values)
     if f.is_integer:
         scale = parts[f"{f.name}_scale"].float()
         values = values.view(len(scale), -1).mul_(scale[:, None])

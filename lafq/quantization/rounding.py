@@ -9,7 +9,7 @@ its term least (Chee et al. 2023, "QuIP", who show it to be what Frantar et al. 
 with H^-1; the idea is that of Hassibi and Stork 1993, "Optimal Brain Surgeon").
 
 A curvature of three dimensions (B, S, S) stands for a block diagonal one: B blocks of S consecutive
-columns, which do not compensate for each other's errors.
+columns, which do not compensate for each other's errors. The last one may be padded.
 """
 
 from typing import NamedTuple
@@ -34,15 +34,16 @@ class Factor(NamedTuple):
     damping: Tensor
 
 
-def factor(curvature: Tensor) -> list[Factor]:
-    """The factor of every block of a curvature, damped; (C, C) is one block.
+def factor(curvature: Tensor, length: int | None = None) -> list[Factor]:
+    """The factor of every block of a curvature, damped; (C, C) is one block. length: C, where the
+    last block is padded.
 
     Weights of large H_kk come first, while many are left to compensate for their errors.
     With P the reversal of the order and P H P = L L^T, the columns of P L P over its diagonal are
     U. Raises ValueError for an H that is not positive semidefinite.
     """
     factors = []
-    for block in _blocks(curvature):
+    for start, block in _blocks(curvature, length):
         order = block.diagonal().argsort(descending=True, stable=True)
         backwards = order.flip(0)
         damped = block[backwards].index_select(1, backwards).double()
@@ -56,7 +57,7 @@ def factor(curvature: Tensor) -> list[Factor]:
         diagonal = root.diagonal().clone()
         upper = root.div_(diagonal).to(block.dtype).flip(0, 1)
         pivots = diagonal.flip(0).square().to(block.dtype)
-        factors.append(Factor(len(factors) * len(order) + order, upper, pivots, damping))
+        factors.append(Factor(start + order, upper, pivots, damping))
     return factors
 
 
@@ -68,7 +69,7 @@ def rounded(
 
     scales: (R, n), each of C / n consecutive weights. qmax: (R,), 0 for a row that is not rounded,
     a half-integer for one whose codes are halves. kept: boolean (R, C), weights that are not
-    rounded; they take up errors of others as well.
+    rounded; they take up errors of others as well. Exact zeros (pruned, masked) stay zero.
     """
     whole_rows = (qmax == 0)[:, None].expand_as(values)
     free = whole_rows if kept is None else kept | whole_rows
@@ -91,7 +92,8 @@ def _round_block(
     steps = scales.to(values).T.contiguous()
     group = (columns * len(steps) // values.shape[1]).tolist()
     wanted, half = exact.clone(), limit % 1
-    halves = bool(half.any())
+    halves, zero = bool(half.any()), (exact == 0) & (half == 0)
+    zero = zero if zero.any() else None
     quadratic = torch.zeros(len(limit), dtype=torch.float64, device=limit.device)
     for start in range(0, len(wanted), BLOCK):
         stop = min(start + BLOCK, len(wanted))
@@ -102,6 +104,7 @@ def _round_block(
             grid = grid.sub_(half).round_().add_(half) if halves else grid.round_()
             grid = grid.clamp_(-limit, limit).mul_(step)
             grid = grid if free is None else torch.where(free[k], column, grid)
+            grid = grid if zero is None else grid.masked_fill_(zero[k], 0)
             torch.sub(grid, column, out=terms[k - start])
             column.copy_(grid)
             torch.sub(exact[k], column, out=errors[k - start])
@@ -119,16 +122,19 @@ def damage(change: Tensor, fisher: Tensor, curvature: Tensor | None = None) -> T
     """
     if curvature is None:
         return 0.5 * (fisher * change.square()).double().sum(1)
-    blocks = _blocks(curvature)
-    parts = zip(change.split(blocks.shape[1], 1), blocks, strict=True)
+    parts = [(change[:, i : i + len(h)], h) for i, h in _blocks(curvature, change.shape[1])]
     quadratic = torch.stack([((c @ h) * c).sum(1) for c, h in parts]).sum(0)
     return 0.5 * (fisher.mean(1) * quadratic).double().clamp_min(0)
 
 
 def diagonal_of(curvature: Tensor) -> Tensor:
-    """The diagonal (C,) of a curvature."""
+    """The diagonal (C,) of a curvature, with its padding."""
     return curvature.diagonal(dim1=-2, dim2=-1).flatten()
 
 
-def _blocks(curvature: Tensor) -> Tensor:
-    return curvature if curvature.ndim == 3 else curvature[None]
+def _blocks(curvature: Tensor, length: int | None = None) -> list[tuple[int, Tensor]]:
+    """The blocks without padding, each with its first column."""
+    blocks = curvature if curvature.ndim == 3 else curvature[None]
+    starts = range(0, length or len(blocks) * blocks.shape[1], blocks.shape[1])
+    ends = [(length or i + blocks.shape[1]) - i for i in starts]
+    return [(i, h[:n, :n]) for i, n, h in zip(starts, ends, blocks, strict=True)]

@@ -8,13 +8,12 @@ the whole network's output; Li et al. (2024, "Norm tweaking") fit norms block by
 """
 
 from collections.abc import Iterable
-from copy import deepcopy
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from lafq.networks import arguments_of, checked_output, evaluating, unwrapped
+from lafq.networks import arguments_of, checked_output, copied, evaluating, held, listed, unwrapped
 from lafq.quantization.model import dequantize
 
 PEAK = 3e-4
@@ -39,8 +38,9 @@ def tune(model: nn.Module, packed: nn.Module, batches: Batches, steps: int) -> n
     if steps < 1 or not places:
         raise ValueError("tuning needs one step at least, and a model that has biases or norms")
     with evaluating(model, gradients=True):
-        small = deepcopy(model).requires_grad_(False)
-        small.load_state_dict(dequantize(packed).state_dict())
+        small, whole = copied(model).requires_grad_(False), held(dequantize(packed))
+        for name, tensor in held(small).items():
+            tensor.copy_(whole[name])
         vectors = {name: small.get_parameter(name).requires_grad_(True) for name in places}
         _fit(model, small, list(vectors.values()), batches, steps)
     with torch.no_grad():
@@ -58,12 +58,12 @@ def _fit(
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warm, (steps - i) / steps)
     )
-    for done, batch in enumerate(islice(batches, steps), 1):
-        arguments = arguments_of(batch, device)
+    for done, batch in enumerate(islice(listed(batches), steps), 1):
+        arguments, again = (arguments_of(batch, device, model.forward) for _ in range(2))
         with torch.no_grad():
             expected = checked_output(model(*arguments), len(arguments[0]))
         optimizer.zero_grad()
-        loss = (small(*arguments) - expected).square().mean()
+        loss = (checked_output(small(*again), len(expected)) - expected).square().mean()
         if not torch.isfinite(loss):
             raise ValueError(f"batch {done - 1} gives outputs that are not finite: leave it out")
         loss.backward()

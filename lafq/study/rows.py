@@ -31,7 +31,7 @@ from lafq.quantization.model import (
     quantize,
     weights_sha256,
 )
-from lafq.quantization.plan import Entries, Plan, make_plan
+from lafq.quantization.plan import Entries, Plan, as_plan, make_plan
 from lafq.quantization.tuning import BATCH, tune
 from lafq.rng import generator
 from lafq.study import poster
@@ -66,7 +66,7 @@ class Row(NamedTuple):
     format: str
     granularity: str
     rounding: str
-    plan: Entries
+    plan: Plan | Entries
     inception: bool = False
     target: str = ""
     made: dict[str, Any] | None = None
@@ -109,10 +109,11 @@ def recipe(
     baseline, whatever rule made it. An allocator's plan is named by its sha256, except by the
     solver before `allocate`, whose rows are kept without.
     """
-    low = {entry for entry in row.plan.values() if isinstance(entry, str)}
-    if not row.plan and names:
+    entries = as_plan(row.plan).entries
+    low = {entry for entry in entries.values() if isinstance(entry, str)}
+    if not entries and names:
         row = BASELINE
-    elif row.rounding == "nearest" and len(low) == 1 and row.plan == dict.fromkeys(names, *low):
+    elif row.rounding == "nearest" and len(low) == 1 and entries == dict.fromkeys(names, *low):
         row = Row("uniform", "all", low.pop(), "tensor", "nearest", row.plan)
     feedback = ", error feedback" if row.rounding == "feedback" else ""
     words = {
@@ -128,8 +129,8 @@ def recipe(
     if row.format == "coded":
         words |= {"rule": "shipped", "format": "entropy-coded"}
     words |= {"kept": "fp32", "fisher": {"kind": "empirical", **fisher}}
-    if row.rule in ("allocate", "allocate_all") and row.plan:
-        words["plan"] = Plan(row.plan).sha256
+    if row.rule in ("allocate", "allocate_all") and entries:
+        words["plan"] = as_plan(row.plan).sha256
     return words | (row.made or {})
 
 
@@ -161,15 +162,16 @@ def mask_sample(model: nn.Module, rows: Sequence[Row], count: int = 2**17) -> di
     return bits
 
 
-def _kept(plan: Entries, name: str, shape: torch.Size) -> Tensor:
+def _kept(plan: Plan | Entries, name: str, shape: torch.Size) -> Tensor:
     """Which weights of a tensor a plan keeps in FP32."""
-    if name not in plan:
+    entries = as_plan(plan).entries
+    if name not in entries:
         return torch.ones(shape, dtype=torch.bool)
-    mask = weight_spec(plan[name]).keep_mask
+    mask = weight_spec(entries[name]).keep_mask
     return torch.zeros(shape, dtype=torch.bool) if mask is None else mask.cpu().expand(shape)
 
 
-def sizes(model: nn.Module, plans: list[Entries]) -> pd.DataFrame:
+def sizes(model: nn.Module, plans: list[Plan | Entries]) -> pd.DataFrame:
     """Of every plan the kept share of the six layers' weights, and MiB and share of all bytes."""
     kept = [kept_share(model, plan) for plan in plans]
     return _with_bytes({"kept_share": kept}, [nbytes(model, plan) for plan in plans], model)
@@ -180,7 +182,7 @@ def _with_bytes(columns: dict[str, Any], stored: list[int], model: nn.Module) ->
     return pd.DataFrame(columns | {"mem_mib": of_plans / MIB, "mem_share": of_plans / full})
 
 
-def kept_share(model: nn.Module, plan: Entries) -> float:
+def kept_share(model: nn.Module, plan: Plan | Entries) -> float:
     """Share of the six layers' weights that the plan leaves in FP32."""
     return sum(kept_weights(model, plan, n) for n in quantizable(model)) / _weights(model)
 
@@ -359,7 +361,7 @@ def mib_at(model: nn.Module, bits: float) -> float:
     return (nbytes(model, {}) - 4 * weights + bits * weights / 8) / MIB
 
 
-def bits_of(model: nn.Module, plan: Entries) -> float:
+def bits_of(model: nn.Module, plan: Plan | Entries) -> float:
     """Stored bits per weight of the six layers, scales and masks included."""
     return bits_per_weight(model, plan, quantizable(model))
 
@@ -374,7 +376,7 @@ def at_bits(
 def uniform_at_bits(model: nn.Module, sensitivity: Sensitivity) -> list[Row]:
     """All weights in one format, rounded as everywhere, and then as the allocator's plans are."""
     plans = {low: Plan(dict.fromkeys(quantizable(model), low)) for low in (*INTEGERS, "fp16")}
-    rounded = {low: Plan(plans[low], sensitivity.recipe) for low in INTEGERS}
+    rounded = {low: Plan(plans[low].entries, sensitivity.recipe) for low in INTEGERS}
     return [
         at_bits("uniform", low, "tensor", rounding, bits_of(model, plan), plan)
         for rounding, by_format in (("nearest", plans), ("feedback", rounded))
@@ -456,7 +458,7 @@ def rules_at_bits(
         low, high = _formats(model, b)
         for rule in rules if low else ():
             plan = at_bytes(model, scores[rule], low, high, mib_at(model, b))
-            rounded = {"nearest": plan, "feedback": Plan(plan, sensitivity.recipe)}
+            rounded = {"nearest": plan, "feedback": Plan(plan.entries, sensitivity.recipe)}
             rows += [at_bits(rule, low, "weight", how, b, p) for how, p in rounded.items()]
     return rows
 

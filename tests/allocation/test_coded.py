@@ -85,9 +85,9 @@ def test_less_damage_than_fixed_formats_in_a_file_of_equal_bytes(subject, tmp_pa
 
 def test_codes_are_as_wide_as_their_channel_needs(subject, plan):
     model, small = subject[0], quantize(subject[0], plan)
-    assert all(p.numel() == 0 for name, p in small.named_parameters() if name in plan)
+    assert all(p.numel() == 0 for name, p in small.named_parameters() if name in plan.entries)
     whole = dequantize_(small)
-    for name, entry in plan.items():
+    for name, entry in plan.entries.items():
         rows = channel_view(model, name).of(whole.get_parameter(name).detach())
         largest = (rows / entry.steps.float()[:, None]).round().abs().amax(1)
         for format, code in zip(entry.format, largest.tolist(), strict=True):

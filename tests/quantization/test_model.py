@@ -180,11 +180,11 @@ def test_whole_tensors_need_no_mask():
         "b": torch.zeros(3, dtype=torch.bool),
         "c": torch.tensor([[True, False]]),
     }
-    plan = make_plan(keep, "fp16")
+    plan = make_plan(keep, "fp16").entries
     assert list(plan) == ["b", "c"]
     assert plan["b"] == "fp16"
-    assert make_plan(keep, "int4", "fp16")["a"] == "fp16"
-    assert make_plan({"d": torch.tensor([True, False])}, "int4") == {
+    assert make_plan(keep, "int4", "fp16").entries["a"] == "fp16"
+    assert make_plan({"d": torch.tensor([True, False])}, "int4").entries == {
         "d": WeightSpec(("fp32", "int4"))
     }
 

@@ -42,7 +42,9 @@ def test_thresholds_fill_the_budget(model, fisher):
         assert 0.97 * mib_at(model, row.bits) < size <= mib_at(model, row.bits)
     ratio = next(r for r in rows if r.rule == "ratio" and r.bits == 12)
     kept = [
-        p.keep_mask.float().mean().item() for n, p in ratio.plan.items() if n.startswith("Layer1")
+        p.keep_mask.float().mean().item()
+        for n, p in ratio.plan.entries.items()
+        if n.startswith("Layer1")
     ]
     assert 0 < np.mean(kept) < 1
 

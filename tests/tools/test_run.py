@@ -79,9 +79,10 @@ def test_paper_without_its_weights_names_the_remedies(sandbox, refused):
     assert not workspace.BUILD.exists()
 
 
-def test_a_damaged_record_of_the_last_run(sandbox, refused):
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '"text"', '{"profile": ""}'])
+def test_a_damaged_record_of_the_last_run(content, sandbox, refused):
     workspace.BUILD.mkdir()
-    (workspace.BUILD / run.LAST).write_text("{")
+    (workspace.BUILD / run.LAST).write_text(content)
     refused(f"{workspace.BUILD / run.LAST} is damaged: delete it", "resume")
 
 

@@ -25,7 +25,7 @@ from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import bits_per_weight, dequantize_, kept_weights, nbytes, quantize
-from lafq.quantization.plan import Entries, Plan, make_plan
+from lafq.quantization.plan import Plan, make_plan
 from lafq.study.damage import HALF_PIXELS
 from lafq.study.diffusion.subject import layer_of, load_model, quantizable
 from lafq.study.figures import plots, text
@@ -62,7 +62,7 @@ class Outcome(NamedTuple):
     """What a setting leads to; numbers: one row, COLUMNS; digits: uint8, from FP32's noise."""
 
     setting: Setting
-    plan: Entries
+    plan: Plan
     numbers: pd.DataFrame
     by_tensor: pd.DataFrame
     digits: np.ndarray

@@ -52,7 +52,7 @@ def connect(address: str) -> "Client":
         try:
             if not thread.submit(asyncio.run, _workers(address)).result():
                 raise ValueError("it has no workers")
-        except (OSError, ValueError, KeyError, TimeoutError) as error:
+        except (OSError, ValueError, KeyError, TypeError, TimeoutError) as error:
             remedy = f"start one (`dask scheduler`, `dask worker {address}`) or leave SCHEDULER out"
             none = f"no Dask scheduler with workers answers at {address!r}"
             raise ValueError(f"{none}: {remedy}") from error

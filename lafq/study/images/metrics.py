@@ -61,10 +61,7 @@ def fid(features: Tensor, reference: Reference) -> float:
     """Frechet distance between Gaussians fitted to the features (N, d) and to the reference;
     ValueError for fewer than two images, and for features that are not finite.
     """
-    if len(features) < 2:
-        raise ValueError("FID needs at least two images")
-    if not torch.isfinite(features).all():
-        raise ValueError("features are not finite: the network that computes them is damaged")
+    features = _usable(features, "FID")
     if features.shape[1] > LARGE:
         # torch-fidelity's takes 10 s in 2,048 dimensions; a test holds this against it.
         return fid_draws(features, reference, torch.arange(len(features))[None]).item()
@@ -75,7 +72,10 @@ def fid(features: Tensor, reference: Reference) -> float:
 
 
 def kid(features: Tensor, reference: Reference) -> float:
-    """Unbiased squared MMD (cubic kernel) of features (N, d), over 100 subsets of min(N, 1,000)."""
+    """Unbiased squared MMD (cubic kernel) of features (N, d), over 100 subsets of min(N, 1,000);
+    ValueError as `fid`.
+    """
+    features = _usable(features, "KID")
     size = min(len(features), len(reference.features), 1000)
     subsets = {"kid_subsets": 100, "kid_subset_size": size, "rng_seed": KID_SEED}
     kid_of = _fidelity("kid").kid_features_to_metric
@@ -191,6 +191,14 @@ def fid_at_infinity(sizes: Sequence[int], fids: Sequence[float]) -> float:
     "Effectively Unbiased FID and Inception Score and Where to Find Them").
     """
     return float(np.polyfit(1 / np.asarray(sizes), np.asarray(fids), 1)[1])
+
+
+def _usable(features: Tensor, metric: str) -> Tensor:
+    if len(features) < 2:
+        raise ValueError(f"{metric} needs at least two images")
+    if not torch.isfinite(features).all():
+        raise ValueError("features are not finite: the network that computes them is damaged")
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def _kid_kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def test_everything_kept_is_the_unquantized_model(subject):
     assert (subject.digits == expected).all()
     for rule in explorer.OPTIONS["rule"]:
         outcome = subject.outcome(Setting(rule, 1.0, "weight", "int4"))
-        assert outcome.plan == {}
+        assert not outcome.plan.entries
         assert (outcome.digits == expected).all()
         assert outcome.numbers[["kept_share", "damage", "mem_share"]].iloc[0].tolist() == [1, 0, 1]
     assert (subject.outcome(Setting("ratio", 0, "tensor", "int2")).digits != expected).any()

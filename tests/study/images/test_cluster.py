@@ -48,7 +48,9 @@ def test_a_worker_with_another_torch_is_refused(monkeypatch):
         cluster.sample_on_worker(b"", {"torch": "1.0"})
 
 
-@pytest.mark.parametrize("address", ["nowhere", "ftp://127.0.0.1:1", "tcp://127.0.0.1:1"])
+@pytest.mark.parametrize(
+    "address", ["nowhere", "ftp://127.0.0.1:1", "tls://127.0.0.1:1", "tcp://127.0.0.1:1"]
+)
 def test_no_scheduler_is_one_sentence_before_anything_runs(address, monkeypatch):
     monkeypatch.setattr(cluster, "REACH", 1)
     with pytest.raises(ValueError, match=f"no Dask scheduler with workers answers at '{address}'"):

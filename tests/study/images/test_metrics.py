@@ -40,11 +40,14 @@ def test_inception_score_of_certain_and_of_undecided_logits():
     assert metrics.inception_score(torch.zeros(50, 10)) == pytest.approx(1)
 
 
-def test_what_fid_refuses():
+@pytest.mark.parametrize("metric", [metrics.fid, metrics.kid])
+def test_what_is_refused_and_half_precision(metric):
     with pytest.raises(ValueError, match="at least two images"):
-        metrics.fid(torch.zeros(1, 4), reference(4))
+        metric(torch.zeros(1, 4), reference(4))
     with pytest.raises(ValueError, match="not finite"):
-        metrics.fid(torch.full((3, 4), torch.nan), reference(4))
+        metric(torch.full((3, 4), torch.nan), reference(4))
+    half = 20 * torch.rand(8, 4, generator=torch.Generator().manual_seed(0)).half()
+    assert metric(half, reference(4)) == metric(half.float(), reference(4))
 
 
 @pytest.mark.slow
