@@ -1,19 +1,25 @@
 """A packed model as a file, and back: safetensors that are checked in full when read."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lafq.networks import unwrapped
 from lafq.quantization.channels import ChannelView
-from lafq.quantization.entropy_coding import compress_parts, expand_parts
+from lafq.quantization.entropy_coding import Block, Coding, decode, decode_lzma
+from lafq.quantization.formats import get_format, pack_bits
 from lafq.quantization.model import tied, weights_sha256, with_quantized
 from lafq.quantization.quantized_weight import QuantizedWeight
-from lafq.tensors import load_tensors, save_tensors
+from lafq.tensors import file_bytes, load_tensors, save_tensors
 
-# Versions 2 and 3 brought coded streams and groups; version 4 has no `width` in its metadata.
-FORMAT_VERSION = 4
+# Versions 2 and 3 brought coded streams and groups; version 4 has no `width` in its metadata, and
+# version 5 has one stream for all codes.
+FORMAT_VERSION = 5
+STREAM = "~coded"  # the last in a file
 
 
 def save_quantized(
@@ -34,25 +40,56 @@ def save_quantized(
     source's sha256, and a checksum of the whole file. Raises ValueError for a state that is no
     tensor, and for a name that would be taken for a part of a planned parameter.
     """
-    packed, tensors, plan, places = unwrapped(packed), {}, {}, ()
+    tensors, about, coding = _contents(packed, compress)
+    if coding:
+        stream, about["coded"] = coding.stream()
+        tensors[STREAM] = torch.frombuffer(bytearray(stream), dtype=torch.uint8)
+    save_tensors(Path(path), tensors, sealed=True, source=weights_sha256(source), **about)
+
+
+def coded_bytes(packed: nn.Module) -> tuple[int, dict[str, int]]:
+    """Bytes of the file that `save_quantized(..., compress=True)` writes, and of each planned
+    parameter in it, up to `entropy_coding.SPARE` too many. Nothing is coded for it.
+    """
+    tensors, about, coding = _contents(packed, compress=True)
+    bits = iter(coding.bits)
+    shares = {
+        name: sum(t.nbytes for n, t in tensors.items() if n.startswith(f"{name}/"))
+        + math.ceil(sum(next(bits) for _ in words["coded"]) / 8)
+        for name, words in about["plan"].items()
+    }
+    about["coded"], empty = coding.known(2**32 - 1), torch.empty(0, dtype=torch.uint8)
+    other = file_bytes(tensors | {STREAM: empty}, sealed=True, source="0" * 64, **about)
+    return other + coding.nbytes, shares
+
+
+def _contents(
+    packed: nn.Module, compress: bool
+) -> tuple[dict[str, Tensor], dict[str, Any], Coding | None]:
+    """A file's tensors but for the stream, its metadata but for the source, and the stream's."""
+    packed, tensors, plan, places, blocks = unwrapped(packed), {}, {}, (), []
     for place, weight in packed.named_modules():
         if isinstance(weight, QuantizedWeight):
             owner, _, parameter = place.removesuffix(".0").rpartition("parametrizations.")
             name, places = owner + parameter, (*places, place.removesuffix("0"))
-            parts, plan[name] = file_parts(weight, compress)
-            tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
+            parts, plan[name] = dict(weight.named_buffers()), weight.describe()
+            codes = weight.codes() if compress else {}
+            if compress:
+                plan[name]["coded"] = {f: list(of.shape) for f, of in codes.items()}
+            blocks += [Block(of.cpu().numpy(), get_format(f)) for f, of in codes.items()]
+            tensors |= {f"{name}/{part}": t for part, t in parts.items() if part not in codes}
     rest = {n: t for n, t in packed.state_dict().items() if not n.startswith(places)}
     for name, tensor in rest.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is no tensor: leave it out of the model's state_dict")
-        if planned := [p for p in plan if name.startswith(f"{p}/")]:
+        if planned := [p for p in (*plan, STREAM) if f"{name}/".startswith(f"{p}/")]:
             raise ValueError(f"{name} is named like a part of {planned[0]}: rename it")
     tensors |= rest
-    about = {"format_version": FORMAT_VERSION, "source": weights_sha256(source), "plan": plan}
+    about = {"format_version": FORMAT_VERSION, "plan": plan}
     if shared := tied(tensors):
         about["tied"] = shared
         tensors = {name: tensor for name, tensor in tensors.items() if name not in shared}
-    save_tensors(Path(path), tensors, sealed=True, **about)
+    return tensors, about, Coding(blocks) if compress else None
 
 
 def load_quantized(path: Path | str, model: nn.Module, source: str | None = None) -> nn.Module:
@@ -66,7 +103,7 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
     path, model = Path(path), unwrapped(model)
     tensors, about = load_tensors(path, "`save_quantized`", sealed=True)
     _check_origin(path, about, source)
-    packed = {name: _restored(path, name, about["plan"][name], tensors) for name in about["plan"]}
+    packed = dict(_restored(path, about, tensors))
     tied_to = about.get("tied", {})
     tensors |= {name: tensors[first] for name, first in tied_to.items()}
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
@@ -100,27 +137,40 @@ def _check_origin(path: Path, about: dict[str, Any], source: str | None) -> None
         raise ValueError(f"{path} was made of {made_of}: pack these and save again")
 
 
-def file_parts(weight: QuantizedWeight, compress: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a file holds of a quantized weight: its parts, and its entry of the plan in words."""
-    parts, words = dict(weight.named_buffers()), weight.describe()
-    if compress and (counts := weight.code_counts()):
-        parts, coded = compress_parts(parts, counts)
-        words |= {"coded": coded} if coded else {}
-    return parts, words
-
-
 def _restored(
-    path: Path, name: str, words: dict[str, Any], tensors: dict[str, Tensor]
-) -> QuantizedWeight:
-    """What `file_parts` was given, its parts taken out of a file's tensors."""
-    places = [n for n in tensors if n.startswith(f"{name}/")]
-    parts = {n.removeprefix(f"{name}/"): tensors.pop(n) for n in places}
-    coded = words.pop("coded", None)
+    path: Path, about: dict[str, Any], tensors: dict[str, Tensor]
+) -> Iterator[tuple[str, QuantizedWeight]]:
+    """By name what `save_quantized` was given, taken out of a file's tensors."""
+    for name, parts in _parts(path, about, tensors).items():
+        words = about["plan"][name]
+        words.pop("coded", None)
+        weight = QuantizedWeight(parts, ChannelView(tuple(words["shape"]), words["groups"]))
+        if weight.describe() != words:
+            wrong = "in another form than its plan says: save it again"
+            raise ValueError(f"{path} holds {name} {wrong}")
+        yield name, weight
+
+
+def _parts(
+    path: Path, about: dict[str, Any], tensors: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """The stored parts of each quantized weight, its codes packed again."""
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in about["plan"]}
+    for name in list(tensors):
+        owner, _, part = name.rpartition("/")
+        if owner in found:
+            found[owner][part] = tensors.pop(name)
     try:
-        parts = parts if coded is None else expand_parts(parts, coded)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({name}: {error}): save it again") from None
-    weight = QuantizedWeight(parts, ChannelView(tuple(words["shape"]), words["groups"]))
-    if weight.describe() != words:
-        raise ValueError(f"{path} holds {name} in another form than its plan says: save it again")
-    return weight
+        if "coded" in about:
+            places = [(n, f, of) for n, w in about["plan"].items() for f, of in w["coded"].items()]
+            sizes = [(get_format(f), *of) for _, f, of in places]
+            blocks = decode(tensors.pop(STREAM).numpy().tobytes(), about["coded"], sizes)
+            for (name, f, _), (codes, format) in zip(places, blocks, strict=True):
+                found[name][f] = pack_bits(torch.from_numpy(codes).flatten(), format.bits)
+            return found
+        for name, words in about["plan"].items():
+            if coded := words.get("coded"):
+                found[name] = decode_lzma(found[name], coded)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): save it again") from None
+    return found
