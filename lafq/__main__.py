@@ -64,12 +64,10 @@ def shrink(args: argparse.Namespace) -> None:
     model = model_of(args.model)
     batches = batches_of(args.inputs, model, args.batch_size)
     known = estimate_sensitivity(model, tqdm(batches, "sensitivity", leave=False, unit="batch"))
-    plan = allocate(model, known, file_mib=args.file_mib)
-    small = quantize(model, plan)
-    save_quantized(
-        args.output, small, model, compress=True, notes={"predicted_damage": plan.damage}
-    )
-    print(f"{args.output}: {plan.file_bytes / MIB:.2f} MiB, predicted damage {plan.damage:.3g}")
+    plan = allocate(model, known, file_mib=args.file_mib - NOTES / MIB)
+    damage, small = f"{plan.damage:.3g}", quantize(model, plan)
+    save_quantized(args.output, small, model, compress=True, notes={"predicted_damage": damage})
+    print(f"{args.output}: {args.output.stat().st_size} bytes, predicted damage {damage}")
 
 
 def info(args: argparse.Namespace) -> None:
@@ -78,7 +76,7 @@ def info(args: argparse.Namespace) -> None:
     table = pd.DataFrame(rows)
     size, stored = args.file.stat().st_size, int(table["bytes"].sum())
     print(table.to_string(index=False, formatters={"bits_per_weight": "{:.2f}".format}))
-    print(f"tensors {stored} bytes, header and tables {size - stored}: {size / MIB:.2f} MiB")
+    print(f"tensors {stored} bytes, header and tables {size - stored}, file {size}")
     if "predicted_damage" in notes:
         print(f"predicted damage {notes['predicted_damage']}")
     if args.model and args.inputs:

@@ -64,7 +64,7 @@ def number(text, output):
 def test_a_file_of_the_size_and_what_it_holds(folder, capsys):
     assert shrink() == 0
     path = folder / "small.safetensors"
-    assert 0.98 * WANTED * MIB < path.stat().st_size <= WANTED * MIB
+    assert 0.95 * WANTED * MIB < path.stat().st_size <= WANTED * MIB
     model = command.model_of("own:make")
     assert resident_bytes(load_quantized(path, model)) < resident_bytes(model) / 2
     predicted = number("predicted damage", capsys.readouterr().out)
@@ -74,7 +74,7 @@ def test_a_file_of_the_size_and_what_it_holds(folder, capsys):
     assert number("measured damage", told) == pytest.approx(predicted, rel=0.5)
     sizes = dict(re.findall(r"^ *(\S+) .* (\d+)$", told, re.MULTILINE))
     assert set(sizes) == {f"layers.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}
-    total = re.search(r"tensors (\d+) bytes, header and tables (\d+)", told)
+    total = re.search(r"tensors (\d+) bytes, header and tables (\d+), file", told)
     assert sum(map(int, sizes.values())) == int(total[1])
     assert int(total[1]) + int(total[2]) == path.stat().st_size
 
