@@ -67,6 +67,7 @@ benchmark: $(READY)  ## what quantized models cost to run, groups of weights, Fi
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-benchmark.txt
 	@set -e; for table in running fisher allocation binder peak_memory; do $(BIN)/python benchmarks/cost.py $$table; done
 	@set -e; for table in groups passes; do $(BIN)/python benchmarks/damage_by.py $$table; done
+	@$(BIN)/python benchmarks/files.py
 
 sampling: $(READY)  ## plans from sensitivities that know the sampler, judged by their images (about two hours)
 	@set -e; for table in timesteps chosen fresh transfer; do $(BIN)/python benchmarks/sampling.py $$table; done

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 BLANK = "0" * 64
@@ -73,7 +73,7 @@ def save_tensors(
     path: Path, tensors: dict[str, Tensor], *, sealed: bool = False, **metadata: Any
 ) -> None:
     """Write named tensors and a metadata record (any JSON values), with a seal when asked for."""
-    about = {"lafq": json.dumps(metadata)} | ({"seal": BLANK} if sealed else {})
+    about = _record(sealed, metadata)
     with atomic_write(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # of the user's umask; safetensors writes the owner's alone
@@ -84,6 +84,16 @@ def save_tensors(
             with temporary.open("r+b") as file:
                 file.seek(place)
                 file.write(digest.encode())
+
+
+def file_bytes(tensors: dict[str, Tensor], *, sealed: bool = False, **metadata: Any) -> int:
+    """Bytes of the file that `save_tensors` writes."""
+    return len(save({n: t.contiguous() for n, t in tensors.items()}, _record(sealed, metadata)))
+
+
+def _record(sealed: bool, metadata: dict[str, Any]) -> dict[str, str]:
+    record = {"lafq": json.dumps(metadata, separators=(",", ":"))}
+    return record | {"seal": BLANK} if sealed else record
 
 
 def load_tensors(

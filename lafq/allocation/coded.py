@@ -7,7 +7,7 @@ mean Fisher value and D the pivots of its curvature (`rounding`). A byte then sa
 everywhere when c * mean(D) * s^2 is one number for all channels (Shannon 1959; "reverse
 water-filling", Cover and Thomas, section 10.3): steps are coarse where weights matter little, and
 all weights of a channel round to 0 where they hardly matter. The number follows from the budget by
-search, on files as written.
+search, by the lengths that files are predicted to have.
 """
 
 import math
@@ -25,7 +25,7 @@ from lafq.allocation.frontiers import Rows, StorageOption, planned
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.networks import unwrapped
 from lafq.quantization.channels import WeightSpec
-from lafq.quantization.checkpoint import file_parts, save_quantized
+from lafq.quantization.checkpoint import coded_bytes, save_quantized
 from lafq.quantization.checks import check_estimates, check_plan, check_values
 from lafq.quantization.formats import FORMATS, FP16_MAX, MIB
 from lafq.quantization.model import with_quantized
@@ -33,7 +33,7 @@ from lafq.quantization.plan import Allocation
 from lafq.quantization.quantized_weight import QuantizedWeight
 from lafq.quantization.rounding import damage, rounded
 
-FILES = 16  # written in search of the budget, at most
+FILES = 16  # tried in search of the budget, at most
 CLOSE = 0.003  # the share of the budget that the file may leave
 FINEST = 2**14  # steps in a channel's largest weight: with error feedback codes stay within INT16
 COARSEST = 200.0  # log2 of a number at which every weight rounds to 0
@@ -41,11 +41,13 @@ INTEGERS = sorted((f for f in FORMATS.values() if f.levels % 2), key=lambda f: f
 
 
 class _Trial(NamedTuple):
-    """What the number 2**log_step gives; choices: by name the entry and its predicted damage."""
+    """What the number 2**log_step gives; choices: by name its bytes in the file, the damage that is
+    predicted, and the entry.
+    """
 
     log_step: float
-    stored: dict[str, QuantizedWeight]
-    choices: dict[str, tuple[WeightSpec, float]]
+    packed: nn.Module
+    choices: dict[str, StorageOption]
     file_bytes: int
 
 
@@ -72,14 +74,11 @@ def allocate_coded(
     tensors = {name: Rows.of(model, name, sensitivity) for name in names}
     budget = file_mib * MIB + 0.5  # half a byte: MiB are not exact
     turns = tqdm(range(FILES), "steps", leave=False, unit="file", disable=not progress)
+    best = _search(partial(_trial, model, tensors), _first_guess(tensors, budget), budget, turns)
     with TemporaryDirectory() as folder:
-        trial = partial(_trial, model, tensors, Path(folder) / "tried.safetensors")
-        best = _search(trial, _first_guess(tensors, budget), budget, turns)
-    choices = {}
-    for name, (entry, harm) in best.choices.items():
-        parts, _ = file_parts(best.stored[name], compress=True)
-        choices[name] = StorageOption(sum(part.nbytes for part in parts.values()), harm, entry)
-    return planned(model, choices, sensitivity.recipe, best.file_bytes)
+        path = Path(folder) / "small.safetensors"
+        save_quantized(path, best.packed, model, compress=True)
+        return planned(model, best.choices, sensitivity.recipe, path.stat().st_size)
 
 
 def _steps(rows: Rows, log_step: float) -> Tensor:
@@ -132,19 +131,20 @@ def _search(
     return fits
 
 
-def _trial(model: nn.Module, tensors: dict[str, Rows], path: Path, log_step: float) -> _Trial:
-    """Round every tensor with the steps of this number and write the file."""
-    stored, choices = {}, {}
+def _trial(model: nn.Module, tensors: dict[str, Rows], log_step: float) -> _Trial:
+    """Round every tensor with the steps of this number and predict the file."""
+    stored, entries, damages = {}, {}, {}
     for name, rows in tensors.items():
         steps = _steps(rows, log_step)
         values, by_row = _rounded(rows, steps.float())
         codes = (values / steps.float()[:, None]).round_().abs().amax(1).tolist()
         formats = tuple(next(f.name for f in INTEGERS if code <= f.qmax) for code in codes)
-        entry = WeightSpec(formats, steps=steps)
-        choices[name] = entry, by_row.sum().item()
-        stored[name] = QuantizedWeight.of(rows.view.back(values), entry, rows.view)
-    save_quantized(path, with_quantized(model, stored), model, compress=True)
-    return _Trial(log_step, stored, choices, path.stat().st_size)
+        entries[name], damages[name] = WeightSpec(formats, steps=steps), by_row.sum().item()
+        stored[name] = QuantizedWeight.of(rows.view.back(values), entries[name], rows.view)
+    packed = with_quantized(model, stored)
+    file_bytes, shares = coded_bytes(packed)
+    choices = {n: StorageOption(shares[n], damages[n], entry) for n, entry in entries.items()}
+    return _Trial(log_step, packed, choices, file_bytes)
 
 
 def _rounded(rows: Rows, steps: Tensor) -> tuple[Tensor, Tensor]:

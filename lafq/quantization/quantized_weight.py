@@ -122,14 +122,18 @@ class QuantizedWeight(nn.Module):
         weight = self.view.back(weight).to(original.dtype)
         return weight.as_subclass(Unpacked) if type(weight) is Tensor else weight
 
-    def code_counts(self) -> dict[str, int]:
-        """How many codes are stored in each integer format."""
-        mask, length = self._mask(), self.view.size[1]
-        return {
-            f.name: len(rows) * length - (0 if mask is None else int(mask[rows].sum()))
-            for f, rows in self._channels_by_format().items()
-            if f.is_integer
-        }
+    def codes(self) -> dict[str, Tensor]:
+        """Of each integer format its codes by channel, (R, n), uint8 or, of 16 bits, int32; (1, n)
+        where a mask leaves some out.
+        """
+        mask, length, found = self._mask(), self.view.size[1], {}
+        for f, rows in self._channels_by_format().items():
+            if f.is_integer:
+                left_out = 0 if mask is None else int(mask[rows].sum())
+                count, packed = len(rows) * length - left_out, self._buffers[f.name]
+                codes = unpack_bits(packed, f.bits, count)
+                found[f.name] = codes.view(1 if left_out else len(rows), -1)
+        return found
 
     def describe(self) -> dict[str, Any]:
         """The entry of the plan in words, for the metadata of a file."""

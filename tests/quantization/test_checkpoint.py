@@ -69,7 +69,7 @@ def test_metadata(tiny, path):
         "high": "fp16",
     }
     assert about == {
-        "format_version": 4,
+        "format_version": 5,
         "source": weights_sha256(tiny),
         "plan": {"Layer1.resample.weight": words},
     }
@@ -84,7 +84,7 @@ def test_groups_come_back_and_older_versions_do_not_misread_them(path, monkeypat
     assert torch.equal(load_quantized(path, model)(x), packed(x))
     assert packed.get_submodule("0.parametrizations.weight.0").describe()["group"] == 16
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
-    with pytest.raises(ValueError, match="format version 4, this lafq reads up to 2: update lafq"):
+    with pytest.raises(ValueError, match="format version 5, this lafq reads up to 2: update lafq"):
         load_quantized(path, model)
 
 

@@ -6,6 +6,7 @@ import nbformat
 import pandas as pd
 import pytest
 
+from lafq.study import workspace
 from tools import pages, publish
 
 BLOCKS = sorted(path.name.removesuffix(".md.j2") for path in pages.BLOCKS.glob("[!_]*.md.j2"))
