@@ -72,7 +72,7 @@ def test_a_file_of_the_size_and_what_it_holds(folder, capsys):
     told = capsys.readouterr().out
     assert number("predicted damage", told) == predicted
     assert number("measured damage", told) == pytest.approx(predicted, rel=0.5)
-    sizes = dict(re.findall(r"^ *(\S+) .* (\d+)$", told, re.MULTILINE))
+    sizes = dict(re.findall(r"^ *(layers\S+) .* (\d+)$", told, re.MULTILINE))
     assert set(sizes) == {f"layers.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}
     total = re.search(r"tensors (\d+) bytes, header and tables (\d+), file", told)
     assert sum(map(int, sizes.values())) == int(total[1])
