@@ -15,14 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lafq import (
-    allocate,
-    dequantize,
-    estimate_sensitivity,
-    load_quantized,
-    quantize,
-    save_quantized,
-)
+import lafq
 from lafq.quantization.checkpoint import file_contents
 from lafq.quantization.formats import MIB
 
@@ -63,11 +56,12 @@ def shrink(args: argparse.Namespace) -> None:
     """Write the file of least predicted damage that has the size."""
     model = model_of(args.model)
     batches = batches_of(args.inputs, model, args.batch_size)
-    known = estimate_sensitivity(model, tqdm(batches, "sensitivity", leave=False, unit="batch"))
-    plan = allocate(model, known, file_mib=args.file_mib - NOTES / MIB)
-    damage, small = f"{plan.damage:.3g}", quantize(model, plan)
-    save_quantized(args.output, small, model, compress=True, notes={"predicted_damage": damage})
-    print(f"{args.output}: {args.output.stat().st_size} bytes, predicted damage {damage}")
+    passes = tqdm(batches, "sensitivity", leave=False, unit="batch")
+    known = lafq.estimate_sensitivity(model, passes)
+    plan = lafq.allocate(model, known, file_mib=args.file_mib - NOTES / MIB)
+    notes, small = {"predicted_damage": f"{plan.damage:.3g}"}, lafq.quantize(model, plan)
+    lafq.save_quantized(args.output, small, model, compress=True, notes=notes)
+    print(f"{args.output}: {args.output.stat().st_size} bytes, predicted damage {plan.damage:.3g}")
 
 
 def info(args: argparse.Namespace) -> None:
@@ -88,7 +82,7 @@ def info(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def measured(model: nn.Module, path: Path, batches: Batches) -> float:
     """Half the squared error, summed over the output, of a sample on average."""
-    small, total = dequantize(load_quantized(path, model)), 0.0
+    small, total = lafq.dequantize(lafq.load_quantized(path, model)), 0.0
     for batch in tqdm(batches, "damage", leave=False, unit="batch"):
         total += (small(*batch) - model(*batch)).double().square().sum().item() / 2
     return total / sum(len(batch[0]) for batch in batches)

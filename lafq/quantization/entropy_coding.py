@@ -206,10 +206,8 @@ def _counts(block: Block, classes: np.ndarray) -> dict[int, np.ndarray]:
 
 def _sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Of counts of different lengths."""
-    total = np.zeros(max(len(a), len(b)), int)
-    total[: len(a)] += a
-    total[: len(b)] += b
-    return total
+    length = max(len(a), len(b))
+    return np.pad(a, (0, length - len(a))) + np.pad(b, (0, length - len(b)))
 
 
 def _to_bytes(counts: np.ndarray) -> np.ndarray:
