@@ -9,12 +9,12 @@ from lafq.study import workspace
 # by 70, for sensitivities through a sampler and frontiers for other scales; and by 376, for faults
 # found from other tools' users: copies that run alone, files of what modules hold, defaults around
 # the calls, arguments and output channels that batches lack. The study then rose by 10, tools by 4,
-# benchmarks by 2 and tests, with sixty situations and a property test of networks, by 763.
+# benchmarks by 2 and tests, with sixty situations and a property test of networks, by 764.
 # The others were raised for work that was not there before. The study, by 62: shards, images drawn
 # again, counts, masks, statistics; by 100: each image's PSNR, the reverse process with gradients,
 # claims on bytes, the ladder's rungs. Benchmarks and tests, by 461 and 142: plans judged by images,
 # the ladder between modelopt and the allocator, four more libraries.
-ALLOWED = {"lafq": 3164, "lafq/study": 4804, "tools": 717, "benchmarks": 1928, "tests": 7804}
+ALLOWED = {"lafq": 3164, "lafq/study": 4804, "tools": 717, "benchmarks": 1928, "tests": 7805}
 
 
 def lines(folder):
