@@ -323,7 +323,8 @@ def lines(noise: str) -> Iterator[dict[str, Any]]:
                 line |= metrics.with_interval("gain", gain.double().mean().item(), draws)
             line |= {n: v for n, v in compared.items() if n in (*FIDS, "class_changed")}
             line |= {"images": len(images), "damage": kept_row["damage"].item()}
-            line["over_response"] = ((images - whole).square().flatten(1).mean(1) / response).mean()
+            errors = (images - whole).square().flatten(1).mean(1)
+            line["over_response"] = (errors / response).mean().item()
             yield line | {"predicted": kept_row["predicted"].item()}
 
 

@@ -285,7 +285,10 @@ def test_groups_are_chosen_where_they_do_less_damage():
     mib = nbytes(layer, {"weight": WeightSpec("int4", group=16)}) / MIB
     plan = allocated(layer, known, mib)
     grouped = allocated(layer, known, mib, groups=(16, 48))
-    assert grouped["weight"].group == 16 and "groups of 16" in grouped.report["formats"].iloc[0]
+    assert (
+        grouped.entries["weight"].group == 16
+        and "groups of 16" in grouped.report["formats"].iloc[0]
+    )
     assert grouped.damage < 0.5 * plan.damage
     assert max(plan.nbytes, grouped.nbytes) <= mib * MIB + 0.5
     assert damage(layer, grouped, known) == pytest.approx(grouped.damage, rel=1e-3)
