@@ -80,7 +80,7 @@ class Small(Subject):
 
     def sensitivity(self, samples: int, seed: int = SEED, **how: Any) -> Sensitivity:
         """From so many inputs, one a pass."""
-        batches = torch.randn(samples, 1, *self.shape, generator=generator(seed))
+        batches = torch.randn(samples, 1, *self.shape, generator=generator(seed)).unbind()
         return estimate_sensitivity(self.model, batches, seed, **how)
 
     @torch.no_grad()

@@ -42,15 +42,16 @@ def own_defaults() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """The model in evaluation mode; afterwards modules, parameters and buffers are as they were.
+    """The model in evaluation mode; afterwards its modules and parameters are as they were.
 
-    gradients: they can be taken inside, even where the caller has switched them off.
+    gradients: they can be taken inside, even where the caller has switched them off, and buffers
+    are as they were, too.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     counts = [
         (m, n, b, b.clone())
-        for m in model.modules()
+        for m in (model.modules() if gradients else ())
         for n, b in m._buffers.items()
         if b is not None
     ]

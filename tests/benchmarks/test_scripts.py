@@ -164,7 +164,7 @@ def test_terrain_plans_have_the_bytes_of_the_rows_beside_them(script, monkeypatc
         allocated = made["allocator", f"bytes of uniform {low}"]
         assert nbytes(model, allocated) <= nbytes(model, made["uniform", low])
     kept = made["INT4, sensitive tensors FP16", "int4"]
-    assert sorted(kept.values()) == ["fp16", "int4", "int4"]
+    assert sorted(kept.entries.values()) == ["fp16", "int4", "int4"]
     for low in ("int4", "int3"):
         coded = made[terrain.CODED, f"bytes of uniform {low}"]
         assert coded.file_bytes <= nbytes(model, made["uniform", low])
