@@ -358,7 +358,8 @@ def picture() -> None:
         changed = (known[title] != known["FP32"]).nonzero()[:, 0].tolist()
         plots.digits(ax, (images[:, 0] * 255).round().numpy(), SHOWN, framed=changed)
         ax.set_ylabel(title, rotation=0, ha="right", va="center")
-    save_figure(WORK, "digits", strip, "the same noise", pixels=True, model="width 16, 50 steps")
+    note = "the same noise; framed: our classifier reads another digit than in FP32's image"
+    save_figure(WORK, "digits", strip, note, pixels=True, model="width 16, 50 steps")
 
 
 def timesteps() -> None:

@@ -12,9 +12,9 @@ from lafq.study import workspace
 # command.
 # Study: by 62, shards, images drawn again, counts, masks, statistics; by 130, each image's PSNR,
 # the reverse process with gradients, claims on bytes, the ladder's rungs, free group thresholds.
-# Tools: by 13, minutes of reading, names in lower case. Benchmarks: by 596, plans judged by images,
+# Tools: by 13, minutes of reading, names in lower case. Benchmarks: by 597, plans judged by images,
 # the ladder, four more libraries, files. Tests: by 1,142, sixty situations and random networks.
-ALLOWED = {"lafq": 3572, "lafq/study": 4824, "tools": 726, "benchmarks": 2061, "tests": 8041}
+ALLOWED = {"lafq": 3572, "lafq/study": 4824, "tools": 726, "benchmarks": 2062, "tests": 8041}
 
 
 def lines(folder):
