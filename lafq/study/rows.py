@@ -482,7 +482,8 @@ def free_groups(model: nn.Module, sensitivity: Sensitivity, bits: float) -> Row:
 
     def planned(octaves: dict[str, float]) -> tuple[float, Plan]:
         scores = {n: f * 2 ** octaves[group_of(n)] for n, f in fisher.items()}
-        plan = Plan(at_bytes(model, scores, low, high, mib_at(model, bits)), sensitivity.recipe)
+        plan = at_bytes(model, scores, low, high, mib_at(model, bits))
+        plan = Plan(plan.entries, sensitivity.recipe)
         return predicted_damage(model, dequantize_(quantize(model, plan)), sensitivity), plan
 
     octaves = dict.fromkeys(GROUPS, 0.0)
