@@ -122,7 +122,11 @@ def test_plans_are_judged_by_images(script, tiny, digits, sandbox, monkeypatch):
     for module in (shared, sampling):
         monkeypatch.setattr(module, "mnist", lambda train: (digits, None))
     monkeypatch.setattr(sampling, "subject", sampling.cache(sampling.Sampled))
-    looked = lambda images, noise: Measured(images, images.flatten(1).argmax(1), {}, {})  # noqa: E731
+
+    def looked(images, noise):
+        pixels = (images * 255).round().to(torch.uint8)
+        return Measured(pixels, images.flatten(1).argmax(1), {}, {})
+
     monkeypatch.setattr(sampling, "seen", looked)
     sampling.timesteps()
     few = {"draws": {"draws": 16}, "images": {"images": 4}}
