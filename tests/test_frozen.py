@@ -10,7 +10,7 @@ from lafq.study.images.sampling import Sampling, read, row_key
 from lafq.study.rows import Row, recipe
 
 PAPER = workspace.RESULTS / "paper"
-KEPT_SHA256 = "24baa5dfcb4117b35b385f4b5e5ec3edd7c58399ddb04e8116d65178dd82b044"
+KEPT_SHA256 = "ba2c3266a230b9767040d427281d761a86a912d40b2ef1114b638123d69bec60"
 PACKED_SHA256 = "71ffb12f938a019fb3a9023c9ffb5538e36f8148f604b33b5891bb0411d9f178"
 
 
