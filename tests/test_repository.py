@@ -178,7 +178,8 @@ def test_examples_run(digits, tmp_path):
     scope["step"] = lambda x, eps, t, z: eps
     exec(looped.replace("_mib=5.0", "_mib=0.0002"), scope)
     assert scope["plan"].nbytes <= 0.0002 * 2**20 < 4 * 72
-    torch.manual_seed(1)
+    # With these weights one price for all stops at 1.7 MiB.
+    torch.manual_seed(15)
     network = torchvision.models.mobilenet_v3_small(num_classes=10).eval()
     for snippet in (sized, coded, first):
         scope = {

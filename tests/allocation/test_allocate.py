@@ -159,6 +159,26 @@ def test_plans_are_near_the_optimum(seed):
             assert exact[0] * (1 - 1e-5) <= fast[0] <= 1.02 * exact[0]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_large_parameter_of_few_choices_leaves_no_bytes_unused(seed):
+    """One price stops far below the budget, and many small choices make up the best plan."""
+    g, fronts = np.random.default_rng(seed), []
+    for size, weight in np.exp(g.normal((8, 0), (1.5, 1), (50, 2))):
+        bits = np.sort(g.uniform(2, 16, 60))
+        damages = size * weight * 4.0**-bits
+        sizes = (size * bits + np.arange(60)).astype(int)
+        fronts.append([StorageOption(*c, "int4") for c in zip(sizes, damages, strict=True)])
+    least, most = (sum(c) for c in zip(*((f[0].damage, f[-1].nbytes) for f in fronts), strict=True))
+    large = zip(
+        (0, 0.35 * most, 0.7 * most), (0.02 * least, 0.01 * least, 2e-4 * least), strict=True
+    )
+    fronts.append([StorageOption(*choice, "int4") for choice in large])
+    budget = between(fronts, 0.5)
+    fast, exact = (total(fronts, f(fronts, budget)) for f in (solved, solve_milp))
+    assert 0.999 * budget < fast[1] <= budget
+    assert exact[0] * (1 - 1e-5) <= fast[0] <= 1.02 * exact[0]
+
+
 @pytest.mark.parametrize("distinct", [1, 6000])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
 def test_plans_of_many_parameters_are_near_the_bound(distinct, share):
