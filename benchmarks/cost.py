@@ -42,7 +42,7 @@ from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize_, resident_bytes
 from lafq.rng import generator
-from lafq.study import results, workspace
+from lafq.study import budget_rows, results, workspace
 from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.ddpm import add_noise, sample, unit_interval
@@ -248,7 +248,7 @@ def step(name: str, width: str) -> dict[str, float]:
     torch.manual_seed(0)
     model = UNet(int(width)).eval()
     known = random_sensitivity(model) if name == "allocate" else None
-    mib = study_rows.mib_at(model, BITS)
+    mib = budget_rows.mib_at(model, BITS)
     inputs, times = (BATCH, 1, 32, 32), (BATCH,)
     batches = [(torch.randn(inputs), torch.randint(1000, times)) for _ in range(PASSES)]
     uniform = {n: "int4" for n, p in model.named_parameters() if p.ndim > 1}
@@ -346,13 +346,13 @@ def peaks_of_profile(profile: str) -> None:
     table["peak_mib"] = peaks(model, rows, work.device.type, compress=False)
     results.update(work, "peak_memory", table)
     if profile == "small":
-        known = study_rows.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
-        rows = study_rows.uniform_at_bits(model, known)
+        known = budget_rows.measured_sensitivity(model, p["TRUE_FISHER_SAMPLES"], p["SEED"])
+        rows = budget_rows.uniform_at_bits(model, known)
         bits = sorted({*p["BUDGET_BITS"], *(row.bits for row in rows)})
         kinds = [("allocate_all", "feedback")]
-        rows += study_rows.allocated_at_bits(model, known, bits, (), kinds)
+        rows += budget_rows.allocated_at_bits(model, known, bits, (), kinds)
         rows = [row for row in rows if row.bits < 10]
-        rows += study_rows.coded_at_bits(model, known, p["CODED_BITS"])
+        rows += budget_rows.coded_at_bits(model, known, p["CODED_BITS"])
         table = pd.DataFrame([row.budget_key for row in rows])
         table["peak_mib"] = peaks(model, rows, work.device.type, compress=True)
         save_table(work, "files_peak_memory", table)

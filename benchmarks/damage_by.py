@@ -40,10 +40,10 @@ from lafq.quantization.model import bits_per_weight, nbytes
 from lafq.quantization.plan import Plan
 from lafq.rng import generator
 from lafq.study import workspace
+from lafq.study.budget_rows import mib_at
 from lafq.study.damage import FRESH_SEED, HALF_PIXELS, over
 from lafq.study.diffusion.ddpm import BATCH, noised_batches
 from lafq.study.diffusion.subject import mnist, quantizable
-from lafq.study.rows import mib_at
 
 PASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ESTIMATES = {"shrunk": {}, "plain": {"shrink": False}, "shrunk, 4 draws": {"draws": 4}}

@@ -22,9 +22,9 @@ from lafq.quantization.entropy_coding import FILTERS, Block, Coding, decode
 from lafq.quantization.formats import get_format
 from lafq.quantization.quantized_weight import QuantizedWeight
 from lafq.study import workspace
+from lafq.study.budget_rows import coded_at_bits, kept_sensitivity, mib_at
 from lafq.study.diffusion.subject import PACKED, UNet, load_model
 from lafq.study.long_runs import SHIPPED_MIB
-from lafq.study.rows import coded_at_bits, kept_sensitivity, mib_at
 from lafq.study.workspace import Workspace, profile_parameters
 
 BITS = (2.0, 2.5, 3.0, 4.0)

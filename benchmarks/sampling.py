@@ -35,6 +35,7 @@ from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize_, nbytes, quantize
 from lafq.quantization.plan import Plan
 from lafq.rng import generator
+from lafq.study.budget_rows import bits_of, free_groups, kept, mib_at, rules_at_bits
 from lafq.study.damage import HALF_PIXELS
 from lafq.study.diffusion import ddpm
 from lafq.study.diffusion.subject import mnist, quantizable
@@ -43,7 +44,6 @@ from lafq.study.images import evaluate, metrics
 from lafq.study.images.evaluate import Measured
 from lafq.study.images.features import mnist_extractor
 from lafq.study.long_runs import one_process_per_core
-from lafq.study.rows import bits_of, free_groups, kept, mib_at, rules_at_bits
 from lafq.study.workspace import (
     compute_on,
     load_optional,

@@ -68,6 +68,7 @@ def info(args: argparse.Namespace) -> None:
     """Print what a file holds, and the damage that it does to the outputs for these inputs."""
     rows, notes = file_contents(args.file)
     table = pd.DataFrame(rows)
+    table.insert(2, "bits_per_weight", 8 * table["bytes"] / table.pop("weights").clip(1))
     size, stored = args.file.stat().st_size, int(table["bytes"].sum())
     print(table.to_string(index=False, formatters={"bits_per_weight": "{:.2f}".format}))
     print(f"tensors {stored} bytes, header and tables {size - stored}, file {size}")

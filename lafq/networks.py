@@ -78,7 +78,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     no module, and for one whose weights are not all its own.
     """
     if not isinstance(model, nn.Module):
-        kind = f"a {type(model).__name__} stands in the place of the model"
+        kind = f"the model is a {type(model).__name__}"
         raise ValueError(f"{kind}: check the order of the arguments")
     while hasattr(model, "_orig_mod") or isinstance(model, PARALLEL):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module

@@ -4,7 +4,7 @@ import hashlib
 
 from lafq.quantization.checkpoint import load_quantized
 from lafq.quantization.model import dequantize_, weights_sha256
-from lafq.study import poster, rows, workspace
+from lafq.study import budget_rows, poster, rows, workspace
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images.sampling import Sampling, read, row_key
 from lafq.study.rows import Row, recipe
@@ -42,13 +42,13 @@ def test_rows_have_the_keys_of_all_kept_images(tiny):
         strided += [row for cut in cuts for row in rows.threshold_rows(rule, values, cut)]
     every = [(low, granularity) for low in ("fp16", "int8") for granularity in ("tensor", "weight")]
     strided += rows.ratio_rows(values, (*poster.RATIOS, 0.0, 0.7, 1.0), every)
-    made = rows.made(600, 0)
+    made = budget_rows.made(600, 0)
     strided.append(Row("allocate", "13 MiB", "coded", "channel", "feedback", {}, made=made))
     for key in (
         ("allocate", "any", "mixed"),
         *((r, "int3", "weight") for r in ("global", "ratio")),
     ):
-        strided.append(rows.at_bits(*key, "feedback", 4.005, {})._replace(made=made))
+        strided.append(budget_rows.at_bits(*key, "feedback", 4.005, {})._replace(made=made))
     published = rows.published_rows(tiny, values, poster.RATIOS, 200)
     keys = {
         row_key(recipe(row, weights, fisher | {"seed": 0}, names), Sampling(1, steps, 0, 25))

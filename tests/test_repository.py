@@ -134,8 +134,7 @@ def words(page):
 
 def test_pages_are_short():
     assert words(pages.README.read_text()) <= 620
-    docs = (ROOT / "docs").glob("*.md")
-    assert sum(words(page.read_text()) for page in docs) <= 5600
+    assert sum(words(page.read_text()) for page in (ROOT / "docs").glob("*.md")) <= 5600
 
 
 def test_readme_names_the_two_commands():
@@ -178,8 +177,7 @@ def test_examples_run(digits, tmp_path):
     scope["step"] = lambda x, eps, t, z: eps
     exec(looped.replace("_mib=5.0", "_mib=0.0002"), scope)
     assert scope["plan"].nbytes <= 0.0002 * 2**20 < 4 * 72
-    # With these weights one price for all stops at 1.7 MiB.
-    torch.manual_seed(15)
+    torch.manual_seed(15)  # one price for all stops at 1.7 MiB
     network = torchvision.models.mobilenet_v3_small(num_classes=10).eval()
     for snippet in (sized, coded, first):
         scope = {

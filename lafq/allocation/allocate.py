@@ -23,13 +23,7 @@ from lafq.allocation.frontiers import ALLOCATED, Rows, StorageOption, frontier, 
 from lafq.fisher.sensitivity import Sensitivity
 from lafq.networks import own_defaults, unwrapped
 from lafq.quantization.checks import check_estimates, check_plan
-from lafq.quantization.formats import (
-    DEFAULT_FORMATS,
-    MIB,
-    ScaleRule,
-    get_format,
-    unshrunk_scale,
-)
+from lafq.quantization.formats import DEFAULT_FORMATS, MIB, ScaleRule, get_format, unshrunk_scale
 from lafq.quantization.model import nbytes
 from lafq.quantization.plan import Allocation, Recipe
 

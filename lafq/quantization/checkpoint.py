@@ -69,8 +69,8 @@ def coded_bytes(packed: nn.Module) -> tuple[int, dict[str, int]]:
 
 
 def file_contents(path: Path | str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Without a model, of every tensor of a file: tensor, format, bits_per_weight, bytes; and the
-    notes. Raises FileNotFoundError and ValueError as `load_quantized`.
+    """Without a model, of every tensor of a file: tensor, format, weights, bytes; and the notes.
+    Raises FileNotFoundError and ValueError as `load_quantized`.
     """
     path = _named(path)
     tensors, about = load_tensors(path, MADE_BY, sealed=True)
@@ -80,17 +80,11 @@ def file_contents(path: Path | str) -> tuple[list[dict[str, Any]], dict[str, Any
     if "coded" in about:
         codes = [of for weight in weights for of in weight.codes().items()]
         coding = Coding([Block(of.numpy(), get_format(f)) for f, of in codes])
-    rows = [
-        (n, ", ".join(plan[n]["formats"]), math.prod(plan[n]["shape"]), size)
-        for n, size in _shares(whole, plan, coding).items()
-    ]
-    for name, tensor in tensors.items():
-        rows.append((name, str(tensor.dtype).removeprefix("torch."), tensor.numel(), tensor.nbytes))
-    found = [
-        {"tensor": n, "format": f, "bits_per_weight": 8 * size / max(count, 1), "bytes": size}
-        for n, f, count, size in rows
-    ]
-    return found, about.get("notes", {})
+    shares = _shares(whole, plan, coding).items()
+    rows = [(n, ", ".join(plan[n]["formats"]), math.prod(plan[n]["shape"]), of) for n, of in shares]
+    rows += [(n, str(t.dtype)[6:], t.numel(), t.nbytes) for n, t in tensors.items()]
+    names = "tensor", "format", "weights", "bytes"
+    return [dict(zip(names, row, strict=True)) for row in rows], about.get("notes", {})
 
 
 def _shares(
@@ -187,7 +181,7 @@ def load_quantized(path: Path | str, model: nn.Module, source: str | None = None
 
 def _named(path: Path | str) -> Path:
     if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"a {type(path).__name__} stands in the place of a path: name a file")
+        raise ValueError(f"the path is a {type(path).__name__}: name a file")
     return Path(path).expanduser()
 
 

@@ -96,7 +96,7 @@ def nearest_code(values: Tensor, qmax: float) -> Tensor:
 
 
 def absmax_scale(rows: Tensor, qmax: float, fisher: Tensor | None = None) -> Tensor:
-    """FP16 scales (R,) that give the largest |w| of each row the largest code; 1 for zeros."""
+    """FP16 scales (R,) by which the weight farthest from 0 has the largest code; 1 for zeros."""
     return _usable(rows.abs().amax(1) / qmax, qmax)
 
 

@@ -52,7 +52,7 @@ class Plan:
         return MappingProxyType(self._entries)
 
     def with_entries(self, entries: Entries) -> "Plan":
-        """The plan with these entries in the place of its own, rounded as before."""
+        """The plan with these entries instead of its own, rounded as before."""
         return Plan(self._entries | entries, self.recipe, self.source)
 
     @property
@@ -72,7 +72,7 @@ class Plan:
 def as_plan(plan: Plan | Entries) -> Plan:
     """A plan, or entries rounded to the nearest code; ValueError for anything else."""
     if not isinstance(plan, Plan | dict):
-        wrong = f"a {type(plan).__name__} stands in the place of the plan"
+        wrong = f"the plan is a {type(plan).__name__}"
         raise ValueError(f"{wrong}: give a Plan, or formats by parameter name")
     return plan if isinstance(plan, Plan) else Plan(plan)
 

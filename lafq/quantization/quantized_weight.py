@@ -216,7 +216,7 @@ def _kept_parts(
 
 
 def _without(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The values with 0 in the place of kept weights."""
+    """The values, and 0 for kept weights."""
     return values if mask is None else values.masked_fill(mask, 0)
 
 

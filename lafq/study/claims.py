@@ -39,7 +39,7 @@ HALF = 500
 LAYERWISE = ("ratio", "group", "mean_std")
 RATIOS_OF_MEANS = ("C1", "C2")
 ABOVE = ("C1", "C2", "C2 share")  # the others say that their number lies below NULL
-NULL = {"C1": 1.0, "C2": 1.0, "C2 share": 0.5, "C4 bytes": 1.0, "rules damage": 1.0}  # others: 0
+NULL = {"C1": 1.0, "C2": 1.0, "C2 share": 0.5, "C4 bytes": 1.0}  # others: 0
 OF_A_RUN = ["seed", "steps", "claim", "measured", "low", "high", "verdict", "p", "margin"]
 COMPARED = ["rule", "setting", "format", "granularity", "mem_mib"]  # of the row that C4 compares
 RATE = 4.0  # bits per weight at which claims about rules are tested
@@ -262,17 +262,6 @@ def over_runs(by_run: pd.DataFrame) -> pd.DataFrame:
         shared = rows.loc[:, rows.nunique() == 1].iloc[0].drop(OF_A_RUN, errors="ignore")
         claims.append(_claim(name, *ends, rows["margin"].mean(), runs=len(rows), **shared))
     return pd.DataFrame(claims)
-
-
-def damage_claims(table: pd.DataFrame, rounding: str) -> list[Claim]:
-    """Damage of every layer-wise rule over global's, rounded alike, at RATE bits per weight."""
-    alike = np.isclose(table["budget_bits"], RATE) & (table["rounding"] == rounding)
-    at_rate = table[alike & (table["granularity"] == "weight")].set_index("rule")
-    ends = ["over_global", "over_global_low", "over_global_high"]
-    return [
-        _claim("rules damage", *at_rate.loc[rule, ends], rule=rule, budget_bits=RATE)
-        for rule in LAYERWISE
-    ]
 
 
 def rule_image_claims(table: pd.DataFrame, images: Images, seed: int) -> list[Claim]:

@@ -33,12 +33,14 @@ from lafq.quantization.model import bits_per_weight, dequantize_, nbytes, quanti
 from lafq.quantization.plan import PLAIN, Recipe
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
+from lafq.study import budget_rows
 from lafq.study import rows as study_rows
+from lafq.study.budget_rows import is_allocated, mib_at
 from lafq.study.diffusion.subject import quantizable
 from lafq.study.diffusion.training import held_out_outputs
 from lafq.study.images.metrics import interval, mean_draws, resamples
 from lafq.study.images.sampling import ImageStore, Sampling
-from lafq.study.rows import BASELINE, BUDGET_KEY, Row, is_allocated, mib_at, packed, quantized
+from lafq.study.rows import BASELINE, BUDGET_KEY, Row, packed, quantized
 from lafq.study.workspace import Workspace
 
 HALF_PIXELS = 512
@@ -101,7 +103,7 @@ def measure_damage(
         small = quantized(model, row, seed)
         errors[row[:5]], rise = output_errors(small, outputs, noise, first)
         line = row.budget_key | {"budget_mib": mib_at(model, row.bits), "delta_loss": rise}
-        line |= {"bits_per_weight": study_rows.bits_of(model, row.plan)}
+        line |= {"bits_per_weight": budget_rows.bits_of(model, row.plan)}
         line |= {"predicted": predicted_damage(model, small, validation) / HALF_PIXELS}
         lines.append(line | over("damage", errors[row[:5]], torch.ones(digits), seed))
     int8 = next((key for key in errors if key[:1] + key[2:] == UNIFORM_INT8), None)
@@ -208,7 +210,7 @@ def allocate_by_proxy(
             options = best[["nbytes", proxy, "format"]].itertuples(index=False)
             frontiers[name] = [StorageOption(*option) for option in options]
         plan = solver.solve_budget(model, frontiers, mib_at(model, bits), recipe=recipe)
-        rows.append(study_rows.at_bits(proxy, "any", "tensor", "nearest", bits, plan))
+        rows.append(budget_rows.at_bits(proxy, "any", "tensor", "nearest", bits, plan))
     return rows
 
 

@@ -24,7 +24,7 @@ from lafq.fisher.sensitivity import CHANNELS, Sensitivity
 from lafq.quantization.checkpoint import save_quantized
 from lafq.quantization.model import dequantize_, quantize, weights_sha256
 from lafq.rng import generator
-from lafq.study import claims, damage, published_images, workspace
+from lafq.study import budget_rows, claims, damage, published_images, workspace
 from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject, training
 from lafq.study.diffusion.subject import HELD_OUT, UNet, load_fisher, load_model, mnist, quantizable
@@ -63,11 +63,11 @@ class Experiment:
     @cached_property
     def known(self) -> Sensitivity:
         """The sensitivity that the plans of the notebook budget are made from."""
-        return study_rows.measured_sensitivity(self.model, self.samples, self.seed)
+        return budget_rows.measured_sensitivity(self.model, self.samples, self.seed)
 
     def kept_sensitivity(self, seed: int) -> Sensitivity:
         """`known` at the poster's size: fewer channels a pass, and kept for a run that goes on."""
-        return study_rows.kept_sensitivity(self.work, self.model, self.samples, seed, CHANNELS)
+        return budget_rows.kept_sensitivity(self.work, self.model, self.samples, seed, CHANNELS)
 
     def sampling(self, images: int) -> Sampling:
         """So many images in the profile's steps and batches, from its noise."""
@@ -140,10 +140,10 @@ def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
 def at_int4_bytes(run: Experiment, images: int = IMAGES) -> Tables:
     """Uniform INT8 and INT4; at INT4's bytes the allocator and two rules, rounded alike."""
     uniform = study_rows.uniform_rows(run.model, ("int8", "int4"))
-    bits = study_rows.bits_of(run.model, uniform[-1].plan)
-    how = study_rows.made(run.samples, run.seed)
-    rows = study_rows.allocated_at_bits(run.model, run.known, [bits], ("mixed",), variants=())
-    rows += study_rows.rules_at_bits(run.model, run.known, [bits], run.seed, ("global", "ratio"))
+    bits = budget_rows.bits_of(run.model, uniform[-1].plan)
+    how = budget_rows.made(run.samples, run.seed)
+    rows = budget_rows.allocated_at_bits(run.model, run.known, [bits], ("mixed",), variants=())
+    rows += budget_rows.rules_at_bits(run.model, run.known, [bits], run.seed, ("global", "ratio"))
     alike = (row._replace(made=how) for row in rows if row.rounding == "feedback")
     rows = [*uniform, *alike]
     return run.with_claims("evidence_int4", rows, run.sampling(images), claims.rule_image_claims)
@@ -153,11 +153,11 @@ def damages(run: Experiment) -> Tables:
     """Rows as in `budget.csv`: bytes in memory and in a file, damage on digits never used."""
     model, seed = run.model, run.seed
     known, other = run.kept_sensitivity(seed), run.kept_sensitivity(seed + 1)
-    rows = study_rows.uniform_at_bits(model, known)
-    rows += study_rows.allocated_at_bits(model, known, AT_SIZE, ("mixed",), variants=())
-    rows += study_rows.coded_at_bits(model, known, CODED_FILES)
+    rows = budget_rows.uniform_at_bits(model, known)
+    rows += budget_rows.allocated_at_bits(model, known, AT_SIZE, ("mixed",), variants=())
+    rows += budget_rows.coded_at_bits(model, known, CODED_FILES)
     files = damage.coded_files(model, [row for row in rows if row.bits < FILES_BELOW], seed)
-    rows += study_rows.rules_at_bits(model, known, [claims.RATE], seed)
+    rows += budget_rows.rules_at_bits(model, known, [claims.RATE], seed)
     table = damage.measure_damage(model, rows, other, seed, run.p["DAMAGE_DIGITS"], fresh=True)
     return {"evidence_damages": table.merge(files, how="left")}
 
@@ -167,7 +167,7 @@ def described(run: Experiment, images: int = DESCRIBED) -> Tables:
     uniform = study_rows.uniform_rows(run.model, ("int3", "int4", "int6"))
     plans = {f"uniform {row.format.upper()}": row.plan for row in uniform}
     rules = "global", "magnitude"
-    for row in study_rows.rules_at_bits(run.model, run.known, [6.0], run.seed, rules):
+    for row in budget_rows.rules_at_bits(run.model, run.known, [6.0], run.seed, rules):
         if row.rounding == "nearest":
             plans[f"{row.rule}, {row.bits:g} bits per weight"] = row.plan
     store, sampling = ImageStore(run.work), run.sampling(images)
@@ -188,7 +188,7 @@ def packed(run: Experiment) -> Tables:
     small = quantize(model, plan)
     save_quantized(run.work.results / subject.PACKED, small, model, compress=True)
     key = "allocate", f"{SHIPPED_MIB:g} MiB", "coded", "channel", "feedback"
-    shipped = Row(*key, plan, inception=True, made=study_rows.made(run.samples, run.seed))
+    shipped = Row(*key, plan, inception=True, made=budget_rows.made(run.samples, run.seed))
     rows, sampling = [BASELINE._replace(inception=True), shipped], run.sampling(run.p["IMAGES"])
     table, _ = evaluate(run.work, model, rows, sampling, run.p["INCEPTION_REFERENCE"])
     outputs = training.held_out_outputs(model, seed)

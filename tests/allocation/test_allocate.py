@@ -18,8 +18,8 @@ from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize_, nbytes, quantize
 from lafq.quantization.plan import Plan
 from lafq.rng import generator
+from lafq.study.budget_rows import mib_at
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.rows import mib_at
 
 
 @pytest.fixture(scope="module")
@@ -165,14 +165,12 @@ def test_a_large_parameter_of_few_choices_leaves_no_bytes_unused(seed):
     g, fronts = np.random.default_rng(seed), []
     for size, weight in np.exp(g.normal((8, 0), (1.5, 1), (50, 2))):
         bits = np.sort(g.uniform(2, 16, 60))
-        damages = size * weight * 4.0**-bits
         sizes = (size * bits + np.arange(60)).astype(int)
-        fronts.append([StorageOption(*c, "int4") for c in zip(sizes, damages, strict=True)])
-    least, most = (sum(c) for c in zip(*((f[0].damage, f[-1].nbytes) for f in fronts), strict=True))
-    large = zip(
-        (0, 0.35 * most, 0.7 * most), (0.02 * least, 0.01 * least, 2e-4 * least), strict=True
-    )
-    fronts.append([StorageOption(*choice, "int4") for choice in large])
+        choices = zip(sizes, size * weight * 4.0**-bits, strict=True)
+        fronts.append([StorageOption(*choice, "int4") for choice in choices])
+    most, damage = sum(f[-1].nbytes for f in fronts), sum(f[0].damage for f in fronts)
+    large = (0, 0.02), (0.35, 0.01), (0.7, 2e-4)
+    fronts.append([StorageOption(n * most, d * damage, "int4") for n, d in large])
     budget = between(fronts, 0.5)
     fast, exact = (total(fronts, f(fronts, budget)) for f in (solved, solve_milp))
     assert 0.999 * budget < fast[1] <= budget

@@ -198,16 +198,3 @@ def test_c4_compares_bytes_where_uniform_int8_keeps_fid(mib, low, expected):
     table = table.assign(setting="", granularity="", delta_fid_inception_high=0.1)
     found = claims.layerwise_bytes(table, Judge(None, "Inception", 100, 1.0))
     assert [claim["verdict"] for claim in found] == expected
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(2, 9, "contradicted"), (0.2, 0.9, "supported"), (0.5, 2, "inconclusive")],
-)
-def test_claims_about_rules_follow_from_their_intervals(low, high, expected):
-    table = pd.DataFrame({"rule": claims.LAYERWISE, "granularity": "weight"})
-    table = table.assign(rounding="feedback", budget_bits=4.0)
-    ends = {"over_global": 3.0, "over_global_low": low, "over_global_high": high}
-    of_rules = claims.damage_claims(table.assign(**ends), "feedback")
-    assert [claim["rule"] for claim in of_rules] == list(claims.LAYERWISE)
-    assert {claim["verdict"] for claim in of_rules} == {expected}

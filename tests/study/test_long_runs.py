@@ -10,9 +10,8 @@ from scipy import stats
 from lafq.quantization.checkpoint import load_quantized, save_quantized
 from lafq.quantization.model import dequantize_, nbytes, quantize, weights_sha256
 from lafq.rng import generator
+from lafq.study import budget_rows, long_runs, poster, workspace
 from lafq.study import claims as study_claims
-from lafq.study import long_runs, poster, workspace
-from lafq.study import rows as study_rows
 from lafq.study.diffusion import subject
 from lafq.study.diffusion.unet import UNet, quantizable
 from lafq.study.images import sampling
@@ -162,12 +161,12 @@ def test_damages_go_on_from_the_sensitivity_that_was_kept(smoke, monkeypatch):
     monkeypatch.setattr(long_runs, "CODED_FILES", (3.0,))
     table = long_runs.damages(Experiment("smoke"))["evidence_damages"]
     chosen = table["rule"].isin(["uniform", "allocate"])
-    assert set(table[~chosen]["rule"]) == set(study_rows.RULES_AT_BITS)
+    assert set(table[~chosen]["rule"]) == set(budget_rows.RULES_AT_BITS)
     assert set(table[table["rule"] == "allocate"]["format"]) == {"any", "coded"}
     assert (table["damage_low"] <= table["damage"]).all()
     with_file = chosen & (table["budget_bits"] < long_runs.FILES_BELOW)
     assert (table["file_mib"].notna() == with_file).all()
-    monkeypatch.setattr(study_rows, "measured_sensitivity", None)
+    monkeypatch.setattr(budget_rows, "measured_sensitivity", None)
     kept, weights = Experiment("smoke").kept_sensitivity(1), dict(smoke.named_parameters())
     assert all(f.shape == weights[n].shape for n, f in kept.fisher.items())
     assert set(quantizable(smoke)) < set(kept.fisher)
@@ -191,7 +190,7 @@ def test_the_packed_file_is_the_row_that_was_measured(smoke, monkeypatch):
     samples = SMOKE.results / "samples"
     [first, _] = sorted(samples.glob(f"{table['sample'].iloc[1]}_*.npz"))
     images, record = sampling.read(first)
-    how = study_rows.made(parameters["TRUE_FISHER_SAMPLES"], 0)
+    how = budget_rows.made(parameters["TRUE_FISHER_SAMPLES"], 0)
     assert how.items() <= record["recipe"].items()
     assert record["drawn_from"] == weights_sha256(small)
     steps = parameters["SAMPLING_STEPS"]

@@ -8,9 +8,10 @@ from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.model import nbytes, quantize
 from lafq.quantization.plan import make_plan
 from lafq.rng import generator
-from lafq.study import rows
+from lafq.study import budget_rows, rows
+from lafq.study.budget_rows import free_groups, mib_at, rules_at_bits
 from lafq.study.diffusion.unet import UNet, quantizable
-from lafq.study.rows import free_groups, keep_ratio, mib_at, rule_scores, rules_at_bits
+from lafq.study.rows import keep_ratio, rule_scores
 
 MIB = 2**20
 
@@ -97,5 +98,5 @@ def test_sizes_counted_are_those_of_the_plans(tiny, low, granularity):
 def test_a_budget_of_a_tiny_model_is_filled():
     model = torch.nn.Linear(8, 8, bias=False)
     scores = {"weight": torch.arange(64.0).view(8, 8)}
-    plan = rows.at_bytes(model, scores, "int4", "fp16", 90 / MIB)
+    plan = budget_rows.at_bytes(model, scores, "int4", "fp16", 90 / MIB)
     assert 80 < nbytes(model, plan) <= 90

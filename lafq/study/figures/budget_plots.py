@@ -121,7 +121,7 @@ def bits_by_fisher(ax: Axes, report: pd.DataFrame, budgets: Sequence[float]) -> 
     )
     line = middle["bits_per_weight"] + 0.5 * np.log2(f / middle["fisher"])
     ax.plot(f, line, color="black", ls="--", lw=1, label="half a bit per doubling")
-    ax.set(xscale="log", ylim=(1.5, 18))
+    ax.set(xscale="log", ylim=(1.5, 20))
     labelled(ax, "Bits by Fisher value", "mean Fisher value of the tensor", "bits per weight")
 
 

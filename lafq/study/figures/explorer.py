@@ -26,12 +26,13 @@ from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import bits_per_weight, dequantize_, kept_weights, nbytes, quantize
 from lafq.quantization.plan import Plan, make_plan
+from lafq.study.budget_rows import measured_sensitivity
 from lafq.study.damage import HALF_PIXELS
 from lafq.study.diffusion.subject import layer_of, load_model, quantizable
 from lafq.study.figures import plots, text
 from lafq.study.figures.fisher_plots import short_name
 from lafq.study.images.sampling import ImageStore, Sampling
-from lafq.study.rows import SYMBOLS, Row, measured_sensitivity, rule_scores, sizes
+from lafq.study.rows import SYMBOLS, Row, rule_scores, sizes
 from lafq.study.workspace import Workspace
 
 OPTIONS = {"rule": (*RULES, "allocator"), "granularity": GRANULARITIES}

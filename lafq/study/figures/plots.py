@@ -23,6 +23,7 @@ LINES = {"tensor": ":", "channel": "--", "mixed": "-", "weight": "-"}
 MARKERS = {"fp16": "o", "int8": "s"}
 FEATURES = {"fid_inception": "Inception", "fid_mnist": "MNIST"}
 BRIGHTENED = 8  # so that a grey background is seen
+AMPLIFIED = 64  # so that differences of a grey level are seen
 SHOWN = 10  # images of a row
 RATIO = "ratio r (share of a layer kept in FP32)"
 DIFFERENCE = "FID difference from FP32"
@@ -207,7 +208,7 @@ def sets_of_digits(figure: Figure, table: pd.DataFrame, images: Images) -> None:
 
 
 def paired_digits(
-    figure: Figure, table: pd.DataFrame, samples: Images, amplified: int = 64
+    figure: Figure, table: pd.DataFrame, samples: Images, amplified: int = AMPLIFIED
 ) -> None:
     """The first images of every row of a table, and below them how they differ from the first
     row's, so many times as bright.

@@ -39,8 +39,6 @@ QUANTITIES = {
     f"uniform FP16 {_FIDS}",
     "C4 bytes": "MiB of the smallest layer or group row in INT8, divided by uniform INT8's; both "
     "within {margin:.2g} FID of FP32 " + _FIDS,
-    "rules damage": "damage of {rule} divided by that of global, {budget_bits:g} bits per weight, "
-    "equal bytes and rounding",
     "rules images": "FID of {rule} minus that of global, {budget_bits:g} bits per weight " + _FIDS,
 }
 NOTES = {
