@@ -483,7 +483,7 @@ def test_batches_that_tell_nothing_are_refused(batches, message):
     ids=["estimate_sensitivity", "allocate", "quantize", "tune"],
 )
 def test_arguments_in_another_order_are_refused(call):
-    with pytest.raises(ValueError, match="the model is a list: check the order of the arguments"):
+    with pytest.raises(ValueError, match=r"the model is a \w+: check the order of the arguments"):
         call(nn.Linear(4, 4), [(torch.randn(8, 4),)])
 
 
@@ -600,7 +600,7 @@ REFUSED = {
         lambda: estimate(nn.Bilinear(4, 4, 2)),
         r"a batch has 1 items, and the model takes 2 without a default \(input1, input2\)",
     ),
-    "entries for a plan": (lambda: quantize(linear(), [("l.weight", "int8")]), "a list stands in"),
+    "entries for a plan": (lambda: quantize(linear(), [("l.weight", "int8")]), "plan is a list"),
     "reentrant checkpoints": (lambda: estimate(Uses(reentrant)), "checkpoint with use_reentrant=F"),
     "detached output": (
         lambda: estimate(Uses(lambda self, x: self.l(x).detach())),
