@@ -341,7 +341,7 @@ def peaks_of_profile(profile: str) -> None:
     p = profile_parameters(profile)
     work = Workspace.of(p)
     model, fisher = load_model(work, p["WIDTH"]), load_fisher(work, p["WIDTH"])
-    rows = study_rows.published_rows(model, fisher, p["PUBLISHED"]["ratios"], p["THRESHOLDS"])
+    rows = study_rows.published_rows(model, fisher, p["RATIOS"], p["THRESHOLDS"])
     table = pd.DataFrame([row.key for row in rows], columns=study_rows.KEY)
     table["peak_mib"] = peaks(model, rows, work.device.type, compress=False)
     results.update(work, "peak_memory", table)

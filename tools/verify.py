@@ -138,7 +138,7 @@ def check_masks(work: Workspace, model: UNet, p: dict[str, Any]) -> Iterator[Che
     digits, names = mnist(train=True)[0], list(quantizable(model))
     fisher = fisher_by_timestep(model, names, digits, **draws).by_weight
     table = workspace.load_table(work, HEADLINE)
-    rows = published_rows(model, fisher, p["PUBLISHED"]["ratios"], p["THRESHOLDS"])
+    rows = published_rows(model, fisher, p["RATIOS"], p["THRESHOLDS"])
     again = sizes(model, [row.plan for row in rows])
     off = (again["mem_share"] - table["mem_share"]).abs().max()
     yield bool(off <= BYTES), f"bytes of {len(rows)} rows: largest difference {off:.2g} of FP32's"

@@ -42,7 +42,7 @@ def refused(monkeypatch, capsys):
         ("RATIOS=[]", "RATIOS is []: it must have at least one value"),
         ("RATIOS=[", "--set 'RATIOS=[' is not NAME=VALUE"),
         ("TRAINING={steps: 5}", "TRAINING is {'steps': 5}: it must name batch_size too"),
-        ("PUBLISHED={steps: 0, ratios: [0.3]}", "PUBLISHED.steps is 0: it must lie in [1, inf]"),
+        ("TUNED={bits: [3.0], steps: 0}", "TUNED.steps is 0: it must lie in [1, inf]"),
     ],
 )
 def test_a_bad_setting_stops_before_anything_is_touched(setting, message, refused):

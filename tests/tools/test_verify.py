@@ -35,12 +35,12 @@ def tree(tmp_path_factory):
         images, names = mnist(train=True)[0], list(quantizable(model))
         fisher = fisher_by_timestep(model, names, images, **draws).by_weight
         subject.save_fisher(SMOKE, fisher, 4, **draws)
-        published = published_rows(model, fisher, P["PUBLISHED"]["ratios"], P["THRESHOLDS"])
+        published = published_rows(model, fisher, P["RATIOS"], P["THRESHOLDS"])
         tables = {
             "01_baseline": ([BASELINE], DRAW),
             "03_global": (uniform_rows(model), DRAW),
             "evidence_int4": ([BASELINE], DRAW._replace(images=6, batch=4)),
-            verify.HEADLINE: (published, DRAW._replace(steps=P["PUBLISHED"]["steps"])),
+            verify.HEADLINE: (published, DRAW._replace(steps=P["ALL_STEPS"])),
         }
         for name, (rows, sampling) in tables.items():
             results.save_rows(SMOKE, name, *evaluate(SMOKE, model, rows, sampling))
