@@ -30,7 +30,7 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
-from shared import PROFILES, WORK, Table, figure, in_a_process, run, seconds, time_ratio, write
+from shared import PROFILES, Table, in_a_process, run, seconds, time_ratio, write
 from torch import Tensor, nn
 
 from lafq import allocate, estimate_sensitivity, load_quantized, quantize, save_quantized
@@ -273,28 +273,12 @@ def step(name: str, width: str) -> dict[str, float]:
     return cost | {"weights": sum(p.numel() for p in model.parameters())}
 
 
-def draw_growth(table: pd.DataFrame) -> None:
-    """Seconds and peak MiB over the number of weights, one line per step."""
-    plot, axes = figure(1, 2, figsize=(10, 3.6))
-    table = table.assign(peak_mib=table["peak_mib"].clip(lower=0.1))
-    names = {"estimate_sensitivity": "estimate_sensitivity (one pass)"}
-    for (name, rows), marker in zip(table.groupby("step", sort=False), "osD^v", strict=True):
-        for ax, column in zip(axes, ("seconds", "peak_mib"), strict=True):
-            ax.plot("weights", column, f"{marker}-", data=rows, label=names.get(name, name), ms=4)
-    for ax, label in zip(axes, ("seconds", "peak MiB above the model"), strict=True):
-        ax.set(xscale="log", yscale="log", xlabel="weights of the model", ylabel=label)
-    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    plot.suptitle("Time and memory by the size of the model", fontsize=11)
-    workspace.save_figure(WORK, "growth", plot, "random weights; two cores")
-
-
 def growth() -> None:
-    """Each step in a process of its own, and the figure."""
+    """Each step in a process of its own."""
     table = Table("growth", ("width", "step"))
     for width in WIDTHS:
         for name in STEPS:
             table.add((width, name), in_a_process, __file__, "step", name, width)
-    draw_growth(table.frame)
 
 
 def peak(path: str | Path, width: str, device: str, steps: str) -> float:

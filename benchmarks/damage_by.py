@@ -4,7 +4,7 @@ TABLE, in one of
 passes: by the number of passes behind a sensitivity, over uniform INT4's damage, at INT4's bytes.
     Three small networks with random weights, and the diffusion model of width 16; shrunk estimates
     from one draw of noise per pass and from four, beside plain means. A pass is one input for the
-    small networks and eight noised digits for the diffusion model. And a figure.
+    small networks and eight noised digits for the diffusion model.
 groups: by the number of weights that share a scale, with error feedback, at width 16. First uniform
     formats with one scale per output channel, or per group of consecutive weights of it, then the
     allocator without groups and with groups to choose from, at the bytes of a uniform format.
@@ -24,10 +24,8 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
-from matplotlib.ticker import NullFormatter
-from shared import DIGITS, SAMPLES, SEED, WORK, Subject, Table, figure, run, time_ratio, write
+from shared import DIGITS, SAMPLES, SEED, Subject, Table, run, time_ratio, write
 from torch import Tensor, nn
 
 from lafq import allocate, estimate_sensitivity
@@ -39,7 +37,6 @@ from lafq.quantization.formats import MIB, STUDY_FORMATS
 from lafq.quantization.model import bits_per_weight, nbytes
 from lafq.quantization.plan import Plan
 from lafq.rng import generator
-from lafq.study import workspace
 from lafq.study.budget_rows import mib_at
 from lafq.study.damage import FRESH_SEED, HALF_PIXELS, over
 from lafq.study.diffusion.ddpm import BATCH, noised_batches
@@ -48,7 +45,6 @@ from lafq.study.diffusion.subject import mnist, quantizable
 PASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ESTIMATES = {"shrunk": {}, "plain": {"shrink": False}, "shrunk, 4 draws": {"draws": 4}}
 JUDGED, JUDGED_SEED = 256, 1000
-SMALLEST = 0.15  # the lower end of the axis that the small networks share
 LOW, SIZES = ("midrise2", "int2", "int3", "int4"), (0, 128, 64, 32)  # 0: one scale per channel
 ALLOCATED = ("int3", "int4", "int6")
 ALL = 4096  # more output channels than any tensor has
@@ -129,34 +125,11 @@ def by_passes(
         table.add((name, *key), row, *key)
 
 
-def draw_passes(table: pd.DataFrame) -> None:
-    """Damage over uniform INT4's by passes, one panel per network."""
-    plot, axes = figure(1, 4, figsize=(11, 3.1), sharex=True)
-    for ax, (name, rows) in zip(axes, table.groupby("network", sort=False), strict=True):
-        means = rows.groupby(["estimates", "passes"], sort=False)["over_uniform"].mean()
-        for kind, style in zip(ESTIMATES, ("o-", "s--", "^:"), strict=True):
-            ax.plot(means[kind].index, means[kind], style, label=kind)
-        ax.axhline(1, color="0.4", lw=1)
-        ax.set(xscale="log", yscale="log", title=name, xlabel="passes")
-        if rows["over_uniform"].min() > SMALLEST:
-            ax.set(ylim=(SMALLEST, 20), yticks=[0.2, 0.5, 1, 2, 5, 10])
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.tick_params(labelsize=9)
-    ticks = [1, 4, 16, 64, 256]
-    axes[0].set(ylabel="damage / uniform INT4's", xticks=ticks, xticklabels=map(str, ticks))
-    axes[-1].legend(title="estimates", fontsize=8, title_fontsize=8)
-    plot.suptitle("Damage by the passes behind a sensitivity", fontsize=11)
-    note = "equal bytes; lower is better; small networks: mean of three draws"
-    workspace.save_figure(WORK, "passes", plot, note)
-
-
 def passes() -> None:
-    """The table and the figure."""
+    """The table."""
     table = Table("passes", ("network", "passes", "draw", "estimates"))
     for name, subject in subjects().items():
         by_passes(table, name, subject)
-    draw_passes(table.frame)
 
 
 def grouped(model: nn.Module, low: str, size: int) -> Plan:
