@@ -20,10 +20,10 @@ ROUNDED = {"nearest": {"marker": "o", "mfc": "white"}, "feedback": {"marker": "s
 ROUNDED["tuned"] = {"marker": "*", "ms": 10}
 KIND = ["rule", "granularity", "rounding"]
 UNIFORM, ALLOCATOR = ("uniform", "tensor", "nearest"), ("allocate", "mixed", "feedback")
-TUNED = ("allocate", "mixed", "tuned")
-BY_DAMAGE = (UNIFORM, *((rule, "weight", "feedback") for rule in ("global", "ratio")), ALLOCATOR)
-VARIANTS = ("uniform", "tensor", "feedback"), ("allocate", "mixed", "nearest")
-VARIANTS += ("allocate", "tensor", "feedback"), ALLOCATOR, TUNED
+EVEN, TUNED = ("uniform", "tensor", "feedback"), ("allocate", "mixed", "tuned")
+BY_DAMAGE = UNIFORM, EVEN, *((r, "weight", "feedback") for r in ("global", "ratio")), ALLOCATOR
+VARIANTS = EVEN, ("allocate", "mixed", "nearest"), ("allocate", "tensor", "feedback")
+VARIANTS += ALLOCATOR, TUNED
 
 # The methods whose images are compared, and how they are drawn.
 NEAR: dict[str, dict[str, Any]] = {
