@@ -9,8 +9,6 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
-from lafq.study.diffusion.subject import FRONT
-
 TRUE = "Monte Carlo, noised digits"
 TIME = "timestep t (0 = clean; lower edge of the bin)"
 
@@ -32,16 +30,6 @@ def fisher_by_tensor(axes: Sequence[Axes], timesteps: pd.DataFrame) -> None:
     axes[0].figure.suptitle("Mean Fisher value by weight tensor and timestep")
     axes[0].figure.supylabel("mean Fisher value")
     axes[0].figure.colorbar(scale, ax=list(axes), label="timestep t (0 = clean)")
-
-
-def fisher_by_group(ax: Axes, timesteps: pd.DataFrame) -> None:
-    """Mean Fisher per weight of Layers 1-2 and of Layers 3-6, as C2 compares them, by timestep."""
-    group = np.where(timesteps["layer"].isin(FRONT), "Layers 1-2", "Layers 3-6")
-    for name, line in _per_weight(timesteps.assign(layer=group)).iterrows():
-        ax.plot(line.index, line, label=name)
-    ax.set(yscale="log", xlabel=TIME, ylabel="mean Fisher per weight")
-    ax.set_title("Fisher information per weight by timestep")
-    ax.legend()
 
 
 def fisher_map(ax: Axes, timesteps: pd.DataFrame) -> None:

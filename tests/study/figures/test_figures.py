@@ -34,7 +34,6 @@ FIGURES = {
         ax, load("evidence_runs_claims"), load("evidence_runs_over")
     ),
     "noise": lambda ax: plots.poster_and_noise(ax, 3.7),
-    "Fisher by group": lambda ax: fisher_plots.fisher_by_group(ax, load("02_fisher")),
     "Fisher and images": lambda ax: fisher_plots.fisher_and_images(
         ax, load("02_fisher"), load("02_fisher_kinds"), load("timesteps", Workspace("benchmarks"))
     ),
