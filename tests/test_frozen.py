@@ -10,7 +10,7 @@ from lafq.study.images.sampling import Sampling, read, row_key
 from lafq.study.rows import Row, recipe
 
 PAPER = workspace.RESULTS / "paper"
-KEPT_SHA256 = "ba2c3266a230b9767040d427281d761a86a912d40b2ef1114b638123d69bec60"
+KEPT_SHA256 = "b7189b06ef7e73eac816a8aba4f848c37746d8e96543fa2c1721013ec1f58a2a"
 PACKED_SHA256 = "71ffb12f938a019fb3a9023c9ffb5538e36f8148f604b33b5891bb0411d9f178"
 
 
