@@ -10,7 +10,7 @@ from lafq.study import workspace
 # other tools' users (copies that run alone, files of what modules hold, arguments and channels that
 # batches lack); by 400, files (the coder, its format, predicted lengths, LZMA still read) and the
 # command.
-# Study: by 62, shards, images drawn again, counts, masks, statistics; by 131, each image's PSNR,
+# Study: by 62, shards, images drawn again, counts, masks, statistics; by 119, each image's PSNR,
 # the reverse process with gradients, claims on bytes, the ladder's rungs, free group thresholds.
 # Tools: by 13, minutes of reading, names in lower case. Benchmarks: by 554, plans judged by images,
 # the ladder, four more libraries, files. Tests: by 1,150, sixty situations and random networks.
