@@ -10,7 +10,7 @@ from lafq.study.images.sampling import Sampling, read, row_key
 from lafq.study.rows import Row, recipe
 
 PAPER = workspace.RESULTS / "paper"
-KEPT_SHA256 = "b7189b06ef7e73eac816a8aba4f848c37746d8e96543fa2c1721013ec1f58a2a"
+KEPT_SHA256 = "d59059a6af8db8dd44995d70de84df8a0d81ad52247572459b2dfc532f05157c"
 PACKED_SHA256 = "71ffb12f938a019fb3a9023c9ffb5538e36f8148f604b33b5891bb0411d9f178"
 
 
