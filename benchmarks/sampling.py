@@ -226,8 +226,9 @@ ESTIMATES: dict[str, Callable[..., Sensitivity]] = {
 ROUNDED_ALIKE = ("uniform, error feedback", "global", "group", "free", "ratio")
 # The rows of the picture after FP32's: sensitivity, its seed, size.
 PICTURE = {
-    "uniform INT8": ("uniform", 0, "int8"),
-    "uniform INT4": ("uniform", 0, "int4"),
+    "INT8, nearest codes": ("uniform", 0, "int8"),
+    "INT4, nearest codes": ("uniform", 0, "int4"),
+    "INT4, error feedback": ("uniform, error feedback", 0, "int4"),
     "lafq, bytes of INT4": (ALIKE, 0, "int4"),
     "lafq, file": (ALIKE, 0, FILE),
 }

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from lafq.rng import generator
 from lafq.study import workspace
 from lafq.study.diffusion.mnist import mnist
-from lafq.study.diffusion.unet import UNet
+from lafq.study.diffusion.unet import UNet, quantizable
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +17,22 @@ def one_thread():
 def tiny():
     torch.manual_seed(0)
     return UNet(4).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return UNet(4).eval()
+
+
+@pytest.fixture(scope="module")
+def fisher(model):
+    """Spread over decades, as Fisher values are, between tensors, channels and weights."""
+    g = generator(3)
+    return {
+        n: torch.exp(2 * torch.randn((), generator=g) + 2 * torch.randn(w.shape, generator=g))
+        for n, w in quantizable(model).items()
+    }
 
 
 @pytest.fixture(scope="session")

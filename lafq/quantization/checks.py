@@ -17,9 +17,8 @@ def check_plan(model: nn.Module, plan: Plan | Entries) -> Plan:
     for name, entry in plan.entries.items():
         if why := obstacle(model, name, parameters):
             raise ValueError(f"{name} {why}: leave {name} out of the plan")
-        if parameters[name].dtype != torch.float32:
-            wanted = "plans want FP32, call model.float() first"
-            raise ValueError(f"{name} is {parameters[name].dtype}: {wanted}")
+        if (dtype := parameters[name].dtype) != torch.float32:
+            raise ValueError(f"{name} is {dtype}: plans want FP32, call model.float() first")
         _check_entry(name, entry, channel_view(model, name))
     return plan
 
@@ -83,9 +82,8 @@ def check_values(model: nn.Module, plan: Plan | Entries) -> None:
 def check_names(model: nn.Module, named: Iterable[str], what: str) -> dict[str, nn.Parameter]:
     """The parameters by name; all those named are among them."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    if unknown := [name for name in named if name not in parameters]:
-        lacking = f"{unknown[0]!r}, which the model lacks"
-        raise ValueError(f"{what} {lacking}: see model.named_parameters()")
+    if lack := [name for name in named if name not in parameters]:
+        raise ValueError(f"{what} {lack[0]!r}, which the model lacks: see model.named_parameters()")
     return parameters
 
 

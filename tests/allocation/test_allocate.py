@@ -17,7 +17,6 @@ from lafq.quantization.checks import channel_view
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import dequantize_, nbytes, quantize
 from lafq.quantization.plan import Plan
-from lafq.rng import generator
 from lafq.study.budget_rows import mib_at
 from lafq.study.diffusion.unet import UNet, quantizable
 
@@ -29,13 +28,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def known(model):
-    """Spread over decades, as Fisher values are, between tensors, channels and weights."""
-    g = generator(3)
-    fisher = {
-        n: torch.exp(2 * torch.randn((), generator=g) + 2 * torch.randn(w.shape, generator=g))
-        for n, w in quantizable(model).items()
-    }
+def known(fisher):
     return Sensitivity(fisher, {})
 
 

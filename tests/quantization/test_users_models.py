@@ -12,8 +12,10 @@ from io import BytesIO
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
@@ -574,6 +576,15 @@ def in_inference(build=linear):
 
 UNMERGED = "a quantized weight cannot be written: dequantize"
 NO_COPY = "holds l, which a copy would not quantize: take it from `self`"
+
+
+def sharded():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    shards = fully_shard(linear(), mesh=init_device_mesh("cpu", (1,)))
+    distributed.destroy_process_group()
+    return shards
+
+
 REFUSED = {
     "a function keeps a layer": (
         lambda: quantize(linear(keeps_a_function), INT8),
@@ -616,6 +627,10 @@ REFUSED = {
     ),
     "weights of inference mode": (lambda: estimate(in_inference()), "was made in inference mode"),
     "offloaded": (lambda: quantize(linear().to("meta"), INT8), "has no values"),
+    "sharded": (
+        lambda: quantize(sharded(), INT8),
+        "a DTensor: give the model with its whole weights",
+    ),
     "sparse": (
         lambda: estimate(linear(lambda m: setattr(m, "s", nn.Parameter(torch.eye(4).to_sparse())))),
         "s is torch.sparse_coo: make it dense first",

@@ -2,45 +2,29 @@ import math
 
 import pandas as pd
 import pytest
-import torch
 
 from lafq.quantization.formats import MIB
 from lafq.quantization.model import nbytes
-from lafq.study import damage
-from lafq.study.budget_rows import (
-    allocated_at_bits,
-    bits_of,
-    is_allocated,
-    measured_sensitivity,
-    mib_at,
-    rules_at_bits,
-    tuned_rows,
-    uniform_at_bits,
-)
+from lafq.study import budget_rows, damage
 from lafq.study.damage import measure_damage
 from lafq.study.diffusion.training import held_out_outputs
-from lafq.study.diffusion.unet import UNet, quantizable
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return UNet(4).eval()
+from lafq.study.diffusion.unet import quantizable
 
 
 @pytest.fixture(scope="module")
 def known(model):
-    return measured_sensitivity(model, 64, seed=0)
+    return budget_rows.measured_sensitivity(model, 64, seed=0)
 
 
 @pytest.fixture(scope="module")
 def allocated(model, known):
-    return allocated_at_bits(model, known, [4.0])
+    return budget_rows.allocated_at_bits(model, known, [4.0])
 
 
 @pytest.mark.slow
 def test_ratios_of_damages_are_paired(model, known):
-    rows = [*uniform_at_bits(model, known), *rules_at_bits(model, known, [4.0], seed=0)]
+    rows = budget_rows.uniform_at_bits(model, known)
+    rows += budget_rows.rules_at_bits(model, known, [4.0], seed=0)
     table = measure_damage(model, rows, known, seed=0, digits=20)
     by = table.set_index(["rule", "rounding", "format"])
     int8 = by.loc["uniform", "nearest", "int8"]
@@ -56,7 +40,7 @@ def test_ratios_of_damages_are_paired(model, known):
 
 @pytest.mark.slow
 def test_judged_rows_measure_the_plan(model, known, allocated):
-    rows = [*uniform_at_bits(model, known)[:5], *allocated]
+    rows = [*budget_rows.uniform_at_bits(model, known)[:5], *allocated]
     table = measure_damage(model, rows, known, seed=0, digits=20)
     assert list(table.columns) == damage.COLUMNS
     uniform = table[table["rule"] == "uniform"]
@@ -73,22 +57,23 @@ def test_judged_rows_measure_the_plan(model, known, allocated):
         )
     )
     assert best < fed < nearest < uniform["damage"].iloc[1]
-    assert mixed["mem_mib"].between(0.98 * mib_at(model, 4.0), mib_at(model, 4.0)).all()
+    budget = budget_rows.mib_at(model, 4.0)
+    assert mixed["mem_mib"].between(0.98 * budget, budget).all()
     assert not damage.output_errors(model, held_out_outputs(model, 0, 20), 0)[0].any()
 
 
 @pytest.mark.slow
 def test_tuned_rows_are_the_allocators_with_less_damage(model, known, allocated):
-    rows = tuned_rows(allocated, [4.0], steps=40)
+    rows = budget_rows.tuned_rows(allocated, [4.0], steps=40)
     assert [(*r[:5], r.tuned) for r in rows] == [("allocate", "4.000", "any", "mixed", "tuned", 40)]
-    before = next(filter(is_allocated, allocated))
+    before = next(filter(budget_rows.is_allocated, allocated))
     table = measure_damage(model, [before, *rows], known, seed=0, digits=50)
     assert table["mem_mib"].nunique() == table["predicted"].nunique() == 1
     assert 0 < table["damage"][1] < table["damage"][0]
 
 
 def test_files_hold_the_stored_form_of_every_row(model, known):
-    rows = uniform_at_bits(model, known)[:5]
+    rows = budget_rows.uniform_at_bits(model, known)[:5]
     files = damage.coded_files(model, rows, seed=0)["file_mib"]
     assert (files.diff().dropna() > 0).all()
     assert files.max() < nbytes(model, {}) / MIB / 2
@@ -103,7 +88,7 @@ def test_points_and_allocations_by_every_prediction(model, known):
     assert ranks["all formats"].between(-1, 1).all()
     rows = damage.allocate_by_proxy(model, points, 4.0, known)
     assert [r.rule for r in rows] == [*damage.PROXIES, "measured"]
-    assert all(bits_of(model, r.plan) <= 4.0 for r in rows)
+    assert all(budget_rows.bits_of(model, r.plan) <= 4.0 for r in rows)
 
 
 @pytest.mark.parametrize(

@@ -7,29 +7,12 @@ from lafq.allocation.rules import by_granularity, keep_above
 from lafq.fisher.sensitivity import Sensitivity, predicted_damage
 from lafq.quantization.model import nbytes, quantize
 from lafq.quantization.plan import make_plan
-from lafq.rng import generator
 from lafq.study import budget_rows, rows
 from lafq.study.budget_rows import free_groups, mib_at, rules_at_bits
-from lafq.study.diffusion.unet import UNet, quantizable
+from lafq.study.diffusion.unet import quantizable
 from lafq.study.rows import keep_ratio, rule_scores
 
 MIB = 2**20
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return UNet(4).eval()
-
-
-@pytest.fixture(scope="module")
-def fisher(model):
-    """Spread over decades, as Fisher values are, between tensors, channels and weights."""
-    g = generator(3)
-    return {
-        n: torch.exp(2 * torch.randn((), generator=g) + 2 * torch.randn(w.shape, generator=g))
-        for n, w in quantizable(model).items()
-    }
 
 
 def test_thresholds_fill_the_budget(model, fisher):

@@ -53,9 +53,10 @@ def connect(address: str) -> "Client":
             if not thread.submit(asyncio.run, _workers(address)).result():
                 raise ValueError("it has no workers")
         except (OSError, ValueError, KeyError, TypeError, TimeoutError) as error:
-            remedy = f"start one (`dask scheduler`, `dask worker {address}`) or leave SCHEDULER out"
-            none = f"no Dask scheduler with workers answers at {address!r}"
-            raise ValueError(f"{none}: {remedy}") from error
+            raise ValueError(
+                f"no Dask scheduler with workers answers at {address!r}: start one (`dask "
+                f"scheduler`, `dask worker {address}`) or leave SCHEDULER out"
+            ) from error
     return Client(address, timeout=REACH, set_as_default=False)
 
 

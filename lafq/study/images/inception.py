@@ -59,8 +59,10 @@ def named_inception(path: Path) -> Inception:
         safe = path.suffix == ".safetensors"
         return Inception(load_file(path) if safe else torch.load(path, weights_only=True))
     except Exception as error:
-        why = f"cannot be read ({type(error).__name__}): name a file of torch-fidelity's, or none"
-        raise ValueError(f"the Inception weights {path} {why}") from error
+        raise ValueError(
+            f"the Inception weights {path} cannot be read ({type(error).__name__}): name a file of "
+            "torch-fidelity's, or none"
+        ) from error
 
 
 def package_inception(folder: Path) -> Inception:
