@@ -242,7 +242,7 @@ ROWS: dict[str, list[Asked]] = {
     "fresh": [
         ("ddpm", "uniform", 0, ("int8", "int6", "int4", "int3")),
         *(("ddpm", name, 0, ("int8", "int6", "int4", FILE, "int3")) for name in (TODAY, ALIKE)),
-        *(("ddpm", name, 0, ("int6", "int4", "int3")) for name in ROUNDED_ALIKE),
+        *(("ddpm", name, 0, ("int8", "int6", "int4", "int3")) for name in ROUNDED_ALIKE),
     ],
     "transfer": [("ddim", name, 0, ("int6", "int4")) for name in (TODAY, ALIKE)],
 }

@@ -155,9 +155,9 @@ class Timed(torch.nn.Linear):
 
 @pytest.mark.slow
 def test_examples_run(digits, tmp_path):
-    sized, coded, looped, own, diffusion = snippets("docs/own-model.md")
+    sized, coded, looped, alike, own, diffusion = snippets("docs/own-model.md")
     [first] = snippets("README.md")
-    assert max(len(re.findall(r"\S.*", s)) for s in (own, sized, coded, looped, first)) <= 10
+    assert max(len(re.findall(r"\S.*", s)) for s in (own, sized, coded, looped, alike, first)) <= 10
     imports = "\n".join(line for s in (own, first) for line in s.splitlines() if "import " in line)
     subprocess.run(
         [sys.executable, "-c", imports], check=True
@@ -172,10 +172,10 @@ def test_examples_run(digits, tmp_path):
     scope = {"images": digits}
     exec(diffusion.replace("width=16", "width=4").replace("samples=200", "samples=20"), scope)
     assert resident_bytes(scope["small"]) == nbytes(scope["model"], scope["plan"])
-    noise = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(4, 3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     scope = {"model": Timed(8, 8), "noise": noise, "timesteps": (3, 2, 1)}
     scope["step"] = lambda x, eps, t, z: eps
-    exec(looped.replace("_mib=5.0", "_mib=0.0002"), scope)
+    exec(looped.replace("_mib=5.0", "_mib=0.0002") + alike, scope)
     assert scope["plan"].nbytes <= 0.0002 * 2**20 < 4 * 72
     torch.manual_seed(15)  # one price for all stops at 1.7 MiB
     network = torchvision.models.mobilenet_v3_small(num_classes=10).eval()

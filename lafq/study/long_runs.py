@@ -138,14 +138,16 @@ def trained(work: Workspace, parameters: dict[str, Any], seed: int) -> UNet:
 
 
 def at_int4_bytes(run: Experiment, images: int = IMAGES) -> Tables:
-    """Uniform INT8 and INT4; at INT4's bytes the allocator and two rules, rounded alike."""
+    """Uniform INT8 and INT4; at INT4's bytes uniform, allocator and rules with error feedback."""
     uniform = study_rows.uniform_rows(run.model, ("int8", "int4"))
     bits = budget_rows.bits_of(run.model, uniform[-1].plan)
     how = budget_rows.made(run.samples, run.seed)
-    rows = budget_rows.allocated_at_bits(run.model, run.known, [bits], ("mixed",), variants=())
-    rows += budget_rows.rules_at_bits(run.model, run.known, [bits], run.seed, ("global", "ratio"))
-    alike = (row._replace(made=how) for row in rows if row.rounding == "feedback")
-    rows = [*uniform, *alike]
+    rules = "global", "group", "ratio"
+    rows = budget_rows.uniform_at_bits(run.model, run.known)
+    rows += budget_rows.allocated_at_bits(run.model, run.known, [bits], ("mixed",), variants=())
+    rows += budget_rows.rules_at_bits(run.model, run.known, [bits], run.seed, rules)
+    alike = (row for row in rows if row.rounding == "feedback" and row.bits == bits)
+    rows = [*uniform, *(row._replace(made=how) for row in alike)]
     return run.with_claims("evidence_int4", rows, run.sampling(images), claims.rule_image_claims)
 
 

@@ -40,7 +40,7 @@ def chosen(table: pd.DataFrame, kinds: Sequence[tuple[str, str, str]]) -> pd.Dat
     return table[pd.MultiIndex.from_frame(table[KIND]).isin(kinds)]
 
 
-def over_size(ax: Axes, table: pd.DataFrame, size: str = "mem_mib") -> None:
+def over_size(ax: Axes, table: pd.DataFrame, title: str, size: str = "mem_mib") -> None:
     """Damage over MiB; hollow: rounded to the nearest code; a star: tuned."""
     several = table.groupby("rule")["granularity"].nunique() > 1
     for _, line in table.groupby([table["format"] == "coded", *KIND], sort=False):
@@ -55,7 +55,7 @@ def over_size(ax: Axes, table: pd.DataFrame, size: str = "mem_mib") -> None:
                 style["label"] += f", {GRANULARITIES[row['granularity']]}"
         ax.errorbar(line[size], line["damage"], bars(line, "damage"), **style)
     ax.set(xscale="log", yscale="log")
-    labelled(ax, "Damage by size", SIZES[size], "damage (mean squared change of the output)")
+    labelled(ax, title, SIZES[size], "damage (mean squared change of the output)")
     for show in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
         show("{x:.2g}")
     ax.tick_params(axis="x", which="both", labelsize=8)

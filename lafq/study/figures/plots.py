@@ -112,7 +112,7 @@ def noise_floor(axes: Panels, table: pd.DataFrame) -> None:
 def poster_and_noise(ax: Axes, noise: float) -> None:
     """The poster's FID differences beside the standard deviation of two draws of one model."""
     rows = pd.DataFrame(poster.POSTER[1:])
-    _new_noise(ax.axvspan, noise, (2, 1))
+    _new_noise(ax.axvspan, noise)
     ax.axvline(0, **FP32)
     for source, fill in (("poster", "0.35"), ("poster's plot", "white")):
         change = rows["fid"][rows["source"] == source] - poster.POSTER[0].fid
@@ -230,10 +230,10 @@ def _stacked(figure: Figure, names: list[str], above: Rows, below: Rows) -> None
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
 
 
-def _new_noise(span: Callable[..., Any], noise: float, widths: Sequence[int] = (1,)) -> None:
-    for width in widths if noise else ():
-        label = f"±{width} standard deviation{'s' * (width > 1)} of new noise"
-        span(-width * noise, width * noise, color="black", alpha=0.09, lw=0, zorder=0, label=label)
+def _new_noise(span: Callable[..., Any], noise: float) -> None:
+    if noise:
+        label = "±1 standard deviation of new noise"
+        span(-noise, noise, color="black", alpha=0.09, lw=0, zorder=0, label=label)
 
 
 def _best_ratios(ax: Axes) -> None:

@@ -38,12 +38,12 @@ FIGURES = {
         ax, load("02_fisher"), load("02_fisher_kinds"), load("timesteps", Workspace("benchmarks"))
     ),
     "Fisher map": lambda ax: fisher_plots.fisher_map(ax, load("02_fisher")),
-    "damage": lambda ax: budget_plots.over_size(ax, load("budget")),
+    "damage": lambda ax: budget_plots.over_size(ax, load("budget"), ""),
     "nearness": lambda ax: budget_plots.nearness(
         ax, load("sampling", Workspace("benchmarks")).query("noise == 'fresh'")
     ),
     "bits": lambda ax: budget_plots.bits_by_fisher(ax, load("budget_bits"), [3.0, 4.0, 6.0]),
-    "files": lambda ax: budget_plots.over_size(ax, load("files"), "file_mib"),
+    "files": lambda ax: budget_plots.over_size(ax, load("files"), "", "file_mib"),
     "rules": lambda ax: budget_plots.rules(ax, load("budget"), load("evidence_damages", PAPER)),
 }
 
@@ -80,7 +80,7 @@ def test_every_row_of_the_budget_has_its_line():
     table = load("budget")
     kinds = table.groupby(["rule", "granularity", "rounding"]).ngroups
     ax = plt.figure().subplots()
-    budget_plots.over_size(ax, table)
+    budget_plots.over_size(ax, table, "")
     labels = [entry.get_text() for entry in ax.get_legend().get_texts()]
     assert len(labels) == len(set(labels)) == kinds
     assert len(budget_plots.chosen(table, budget_plots.BY_DAMAGE)) < len(table)
