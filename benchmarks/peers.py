@@ -168,8 +168,8 @@ class Judge(Subject):
             table.add((self.width, bits, rung), row, whole, size_of, plan.damage / HALF_PIXELS)
 
 
-def draw(table: pd.DataFrame, ladder: pd.DataFrame) -> None:
-    """Damage over stored MiB by width; in the headline what formats per channel add."""
+def draw(table: pd.DataFrame) -> None:
+    """Damage over stored MiB by width."""
     rows = table[table["damage"].notna()].sort_values("mem_mib")
     plot, axes = figure(1, rows["width"].nunique(), figsize=(9.5, 4), squeeze=False)
     for ax, (width, part) in zip(axes[0], rows.groupby("width"), strict=True):
@@ -185,11 +185,7 @@ def draw(table: pd.DataFrame, ladder: pd.DataFrame) -> None:
         ax.tick_params(axis="x", which="both", labelsize=8)
     axes[0, 0].set_ylabel("damage (mean squared change of the output)")
     plot.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.06))
-    at = ladder[ladder["bits"] == 4].set_index("rung")["damage"]
-    title = f"{at['per channel'] / at['error feedback']:.2g} times the damage of formats per layer"
-    plot.suptitle(f"At equal bytes and rounding, formats per channel do {title}", fontsize=11)
-    note = "held-out digits and noise that no plan has seen; headline: width 16, 4 bits"
-    workspace.save_figure(WORK, "peers", plot, note)
+    workspace.save_figure(WORK, "peers", plot, "held-out digits and noise that no plan has seen")
 
 
 def main() -> None:
@@ -206,7 +202,7 @@ def main() -> None:
     for bits in BITS:
         if (16, bits, "mixed") not in ladder:
             judge(16).ladder(ladder, bits)
-    draw(table.frame, ladder.frame)
+    draw(table.frame)
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ PICTURE = {
     "INT4, nearest codes": ("uniform", 0, "int4"),
     "INT4, error feedback": ("uniform, error feedback", 0, "int4"),
     "lafq, bytes of INT4": (ALIKE, 0, "int4"),
-    "lafq, file": (ALIKE, 0, FILE),
+    "lafq, file on disk": (ALIKE, 0, FILE),
 }
 # Of every table: sampler, sensitivity, its seed, sizes.
 Asked = tuple[str, str, int, tuple[str, ...]]

@@ -49,12 +49,13 @@ def test_environment_and_requirements_are_in_step():
     assert environment == {name: lock[name] for name in environment}
     assert lock["torch"] == "2.13.0"
     assert lock["torchvision"] == "0.28.0"
-    declared = [
-        re.match("[a-z0-9-]+", name)[0]
-        for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    ]
-    assert declared
-    assert set(declared) <= set(environment)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core, study = project["dependencies"], project["optional-dependencies"]["study"]
+    assert {re.match("[a-z0-9-]+", name)[0] for name in core + study} <= set(environment)
+    files = [p for p in (ROOT / "lafq").rglob("*.py") if "study" not in p.parts]
+    found = re.findall(r"(?m)^ *(?:import|from) (\w+)", "\n".join(p.read_text() for p in files))
+    imported = set(found) - {"lafq"} - sys.stdlib_module_names
+    assert imported == {re.match("[a-z]+", name)[0] for name in core}
 
 
 def test_binder_builds_the_conda_environment():
@@ -159,9 +160,7 @@ def test_examples_run(digits, tmp_path):
     [first] = snippets("README.md")
     assert max(len(re.findall(r"\S.*", s)) for s in (own, sized, coded, looped, alike, first)) <= 10
     imports = "\n".join(line for s in (own, first) for line in s.splitlines() if "import " in line)
-    subprocess.run(
-        [sys.executable, "-c", imports], check=True
-    )  # in the page's order, in an interpreter of its own
+    subprocess.run([sys.executable, "-c", imports], check=True)  # in the page's order
     scope = {"path": tmp_path / "model.safetensors"}
     exec(own, scope)
     stored = scope["nbytes"](scope["model"], scope["plan"])
