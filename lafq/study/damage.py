@@ -29,7 +29,7 @@ from lafq.quantization.formats import (
     get_format,
     unshrunk_scale,
 )
-from lafq.quantization.model import bits_per_weight, dequantize_, nbytes, quantize
+from lafq.quantization.model import bits_per_weight, dequantize_, quantize
 from lafq.quantization.plan import PLAIN, Recipe
 from lafq.quantization.rounding import damage
 from lafq.rng import generator
@@ -39,13 +39,10 @@ from lafq.study.budget_rows import is_allocated, mib_at
 from lafq.study.diffusion.subject import quantizable
 from lafq.study.diffusion.training import held_out_outputs
 from lafq.study.images.metrics import interval, mean_draws, resamples
-from lafq.study.images.sampling import ImageStore, Sampling
-from lafq.study.rows import BASELINE, BUDGET_KEY, Row, packed, quantized
-from lafq.study.workspace import Workspace
+from lafq.study.rows import BUDGET_KEY, Row, packed, quantized
 
 HALF_PIXELS = 512
 FRESH, FRESH_SEED = 1000, 100  # the first held-out digit, and what is added to the noise's seed
-IMAGES = 7
 UNIFORM_INT8 = ("uniform", "int8", "tensor", "nearest")
 ENDS = ("", "_low", "_high")
 COLUMNS = [
@@ -136,23 +133,6 @@ def bits_by_tensor(model: nn.Module, fisher: dict[str, Tensor], rows: list[Row])
         for name, mean in means.items()
     ]
     return pd.DataFrame(lines, columns=["budget_bits", "parameter", "fisher", "bits_per_weight"])
-
-
-def images_at_bits(
-    work: Workspace, model: nn.Module, rows: list[Row], bits: list[float], steps: int, seed: int
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """A few images of the unquantized model and of the allocator's plans (granularity mixed) for
-    these bits, from the same noise: a table of KEY, mem_mib and sample, and the images by sample.
-    """
-    chosen = [row for b in bits for row in rows if is_allocated(row) and math.isclose(row.bits, b)]
-    lines, samples = [], {}
-    for row in (BASELINE._replace(bits=32.0), *chosen):
-        name, small = f"{row.bits:g} bits", quantized(model, row, seed)
-        key, generated, _ = ImageStore(work).draw(small, Sampling(IMAGES, steps, seed), name)
-        samples[key] = generated[:, 0].numpy()
-        mib = nbytes(model, row.plan) / MIB
-        lines.append(row.key | {"setting": name, "mem_mib": mib, "sample": key})
-    return pd.DataFrame(lines), samples
 
 
 def by_tensor(

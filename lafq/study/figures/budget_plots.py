@@ -27,8 +27,8 @@ VARIANTS += ALLOCATOR, TUNED
 
 # The methods whose images are compared, and how they are drawn.
 NEAR: dict[str, dict[str, Any]] = {
-    "whole sampler, alike": {"color": COLOURS["allocate"]},
-    "noised digits": {"color": COLOURS["allocate"], "ls": "--"},
+    "whole sampler, alike": {"color": COLOURS["allocate"], "ls": "--"},
+    "noised digits": {"color": COLOURS["allocate"]},
     **{rule: {"color": COLOURS[rule]} for rule in ("global", "group", "ratio")},
     "uniform, error feedback": {"color": COLOURS["uniform"]},
     "uniform": {"color": COLOURS["uniform"], "ls": ":"} | ROUNDED["nearest"],

@@ -71,13 +71,6 @@ def brighter(images: np.ndarray, times: int) -> np.ndarray:
     return (times * images.astype(int)).clip(0, 255).astype(np.uint8)
 
 
-def loss_curve(ax: Axes, losses: pd.DataFrame) -> None:
-    """Training loss over steps (columns step, loss), log scale."""
-    ax.plot(losses["step"], losses["loss"], lw=1)
-    ax.set(title="Training loss", xlabel="training step", ylabel="noise-prediction MSE")
-    ax.set_yscale("log")
-
-
 def size_curve(ax: Axes, sizes: pd.DataFrame, rule: str, share: float, label: str) -> None:
     """Stored share of the FP32 bytes over a rule's threshold; the poster's share dashed."""
     for (low, granularity), rows in sizes.groupby(["format", "granularity"]):
@@ -207,15 +200,13 @@ def sets_of_digits(figure: Figure, table: pd.DataFrame, images: Images) -> None:
     _stacked(figure, names, shown, [brighter(x, BRIGHTENED) for x in shown])
 
 
-def paired_digits(
-    figure: Figure, table: pd.DataFrame, samples: Images, amplified: int = AMPLIFIED
-) -> None:
+def paired_digits(figure: Figure, table: pd.DataFrame, samples: Images) -> None:
     """The first images of every row of a table, and below them how they differ from the first
-    row's, so many times as bright.
+    row's, AMPLIFIED times as bright.
     """
     names = [f"{_spoken(row)}\n{row.mem_mib:.2f} MiB" for row in table.itertuples()]
     shown = [samples[key][:SHOWN] for key in table["sample"]]
-    off = [brighter(abs(x - shown[0].astype(int)), amplified) for x in shown]
+    off = [brighter(abs(x - shown[0].astype(int)), AMPLIFIED) for x in shown]
     _stacked(figure, names, shown, [off[0][:0], *off[1:]])
 
 

@@ -12,7 +12,9 @@ Spec = str | Callable[[Any], str]
 Column = str | tuple[str | Spec, ...] | Callable[[pd.Series], str]
 WORDS = {"allocate": "allocator", "allocate_all": "allocator, all weights"}
 METHODS = {"uniform": "uniform, nearest code", "free": "group, free thresholds"}
-METHODS |= {"noised digits": "allocator", "whole sampler, alike": "allocator, by images"}
+METHODS |= {rule: f"{rule}, error feedback" for rule in ("global", "group", "ratio")}
+METHODS |= {"noised digits": "allocator, error feedback"}
+METHODS |= {"whole sampler, alike": "allocator, by images"}
 ROUNDED = {"nearest": "nearest code", "feedback": "error feedback", "none": ""}
 # Columns of tables of rows, of these beside the poster's, and of claims.
 _KEY = {column: column for column in ("rule", "setting", "format", "granularity")}

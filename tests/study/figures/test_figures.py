@@ -18,7 +18,6 @@ def load(name, work=SMALL):
 
 
 FIGURES = {
-    "loss": lambda ax: plots.loss_curve(ax, load("training")),
     "sizes": lambda ax: plots.size_curve(ax, load("04_group_sizes"), "group", 0.5, "factor"),
     **{
         name: lambda ax, name=name: plots.published_differences(
@@ -38,12 +37,12 @@ FIGURES = {
         ax, load("02_fisher"), load("02_fisher_kinds"), load("timesteps", Workspace("benchmarks"))
     ),
     "Fisher map": lambda ax: fisher_plots.fisher_map(ax, load("02_fisher")),
-    "damage": lambda ax: budget_plots.over_size(ax, load("budget"), ""),
+    "damage": lambda ax: budget_plots.over_size(ax, load("budget"), "Damage"),
     "nearness": lambda ax: budget_plots.nearness(
         ax, load("sampling", Workspace("benchmarks")).query("noise == 'fresh'")
     ),
     "bits": lambda ax: budget_plots.bits_by_fisher(ax, load("budget_bits"), [3.0, 4.0, 6.0]),
-    "files": lambda ax: budget_plots.over_size(ax, load("files"), "", "file_mib"),
+    "files": lambda ax: budget_plots.over_size(ax, load("files"), "Damage", "file_mib"),
     "rules": lambda ax: budget_plots.rules(ax, load("budget"), load("evidence_damages", PAPER)),
 }
 
@@ -87,13 +86,13 @@ def test_every_row_of_the_budget_has_its_line():
 
 
 def test_differences_of_images_are_brighter():
-    table, samples = load("budget_images"), workspace.load_images(SMALL, "budget_images")
+    table, samples = load("03_global"), workspace.load_images(SMALL, "03_global")
     figure = plt.figure()
-    plots.paired_digits(figure, table, samples, amplified=8)
+    plots.paired_digits(figure, table, samples)
     first, *_, last = (np.asarray(ax.images[0].get_array()) for ax in figure.axes)
     off = last[:32].astype(int) - first
     assert len(first) == 32 and off.any()
-    assert (last[32:] == (8 * abs(off)).clip(0, 255)).all()
+    assert (last[32:] == (plots.AMPLIFIED * abs(off)).clip(0, 255)).all()
 
 
 def test_the_tables_of_rows_have_every_column():
