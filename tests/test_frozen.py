@@ -10,7 +10,7 @@ from lafq.study.images.sampling import Sampling, read, row_key
 from lafq.study.rows import Row, recipe
 
 PAPER = workspace.RESULTS / "paper"
-KEPT_SHA256 = "97a89c197a3b6f15bf99668f0e11cd287baa2e0d7bb8465bd2ad88d2d732c67b"
+KEPT_SHA256 = "9416265d4758604b7fa06f772043a4ad4399718e7af2dbfe28dd1cf881fee366"
 PACKED_SHA256 = "71ffb12f938a019fb3a9023c9ffb5538e36f8148f604b33b5891bb0411d9f178"
 
 
