@@ -349,17 +349,17 @@ def judged(noise: str) -> None:
 
 def picture() -> None:
     """Digits of FP32 and of plans from the same noise, as README shows them."""
-    kept_rows = [np.load(kept_file("fresh", "ddpm", *key)) for key in PICTURE.values()]
+    table = load_table(WORK, "sampling").query("noise == 'fresh'").set_index(list(KEY[2:]))
     rows = {"FP32": load_images(kept_file("fresh", "ddpm", *FP32))[:SHOWN]}
-    for title, row in zip(PICTURE, kept_rows, strict=True):
-        rows[f"{title}\n{row['mib']:.2f} MiB"] = torch.from_numpy(row["images"][:SHOWN])
-    known = {title: seen(images, "digits").digits for title, images in rows.items()}
+    for title, key in PICTURE.items():
+        mib, changed = table.loc[key, ["mib", "class_changed"]]
+        images = load_images(kept_file("fresh", "ddpm", *key))[:SHOWN]
+        rows[f"{title}\n{mib:.2f} MiB, {changed:.0%} changed"] = images
     strip, axes = figure(len(rows), 1, figsize=(10, 0.85 * len(rows)))
     for ax, (title, images) in zip(axes, rows.items(), strict=True):
-        changed = (known[title] != known["FP32"]).nonzero()[:, 0].tolist()
-        plots.digits(ax, (images[:, 0] * 255).round().numpy(), SHOWN, framed=changed)
+        plots.digits(ax, (images[:, 0] * 255).round().numpy(), SHOWN)
         ax.set_ylabel(title, rotation=0, ha="right", va="center")
-    note = "the same noise; framed: our classifier reads another digit than in FP32's image"
+    note = "changed: digits, of 1,000, that our classifier reads differently"
     save_figure(WORK, "digits", strip, note, pixels=True, model="width 16, 50 steps")
 
 

@@ -44,10 +44,8 @@ def test_rows_have_the_keys_of_all_kept_images(tiny):
     strided += rows.ratio_rows(values, (*poster.RATIOS, 0.0, 0.7, 1.0), every)
     made = budget_rows.made(600, 0)
     strided.append(Row("allocate", "13 MiB", "coded", "channel", "feedback", {}, made=made))
-    for key in (
-        ("allocate", "any", "mixed"),
-        *((r, "int3", "weight") for r in ("global", "ratio")),
-    ):
+    rules = ((r, "int3", "weight") for r in ("global", "group", "ratio"))
+    for key in (("allocate", "any", "mixed"), ("uniform", "int4", "tensor"), *rules):
         strided.append(budget_rows.at_bits(*key, "feedback", 4.005, {})._replace(made=made))
     published = rows.published_rows(tiny, values, poster.RATIOS, 200)
     keys = {

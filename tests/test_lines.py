@@ -13,7 +13,7 @@ from lafq.study import workspace
 # the reverse process with gradients, claims on bytes, the ladder's rungs, free group thresholds.
 # Tools: by 13, minutes of reading, names in lower case. Benchmarks: by 555, plans judged by images,
 # the ladder, four more libraries, files. Tests: by 1,142, sixty situations and random networks.
-ALLOWED = {"lafq": 3569, "lafq/study": 4791, "tools": 726, "benchmarks": 2016, "tests": 8040}
+ALLOWED = {"lafq": 3569, "lafq/study": 4782, "tools": 726, "benchmarks": 2016, "tests": 8039}
 
 
 def lines(folder):

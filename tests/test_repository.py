@@ -53,7 +53,8 @@ def test_environment_and_requirements_are_in_step():
     core, study = project["dependencies"], project["optional-dependencies"]["study"]
     assert {re.match("[a-z0-9-]+", name)[0] for name in core + study} <= set(environment)
     files = [p for p in (ROOT / "lafq").rglob("*.py") if "study" not in p.parts]
-    found = re.findall(r"(?m)^ *(?:import|from) (\w+)", "\n".join(p.read_text() for p in files))
+    text = "".join(p.read_text() for p in files)
+    found = re.findall(r"(?m)^ *(?:import|from) (\w+)(?:$| as |.* import )", text)
     imported = set(found) - {"lafq"} - sys.stdlib_module_names
     assert imported == {re.match("[a-z]+", name)[0] for name in core}
 

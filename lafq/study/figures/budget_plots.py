@@ -30,7 +30,7 @@ NEAR: dict[str, dict[str, Any]] = {
     "whole sampler, alike": {"color": COLOURS["allocate"], "ls": "--"},
     "noised digits": {"color": COLOURS["allocate"]},
     **{rule: {"color": COLOURS[rule]} for rule in ("global", "group", "ratio")},
-    "uniform, error feedback": {"color": COLOURS["uniform"]},
+    "uniform, error feedback": {"color": COLOURS["uniform"], "ls": ":"},
     "uniform": {"color": COLOURS["uniform"], "ls": ":"} | ROUNDED["nearest"],
 }
 

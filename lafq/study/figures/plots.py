@@ -8,7 +8,6 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from lafq.study import poster
 
@@ -47,21 +46,13 @@ def labelled(ax: Axes, title: str, x: str, y: str) -> None:
     ax.legend(fontsize=9)
 
 
-def digits(
-    ax: Axes, images: np.ndarray, columns: int, title: str = "", framed: Sequence[int] = ()
-) -> None:
-    """A grid of grey images (N, H, W), N rounded down to whole rows of `columns`; those of the
-    numbers in `framed` have a frame.
-    """
+def digits(ax: Axes, images: np.ndarray, columns: int, title: str = "") -> None:
+    """A grid of grey images (N, H, W), N rounded down to whole rows of `columns`."""
     columns = min(columns, len(images))
     rows = len(images) // columns
     high, wide = images.shape[1:]
     grid = images[: rows * columns].reshape(rows, columns, high, wide).transpose(0, 2, 1, 3)
     ax.imshow(grid.reshape(rows * high, columns * wide), cmap="gray", vmin=0, vmax=255)
-    for i in framed:
-        row, column = divmod(i, columns)
-        corner = column * wide + 0.5, row * high + 0.5
-        ax.add_patch(Rectangle(corner, wide - 2, high - 2, fill=False, color="orange", lw=2))
     ax.set(title=title, xticks=[], yticks=[])
     ax.grid(False)
 
